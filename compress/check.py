@@ -1,0 +1,238 @@
+"""Checks the values of a config node against the annotations of the callable that will receive them."""
+
+import contextlib
+import inspect
+import math
+import types
+import typing
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union
+
+from omegaconf import OmegaConf
+from pydantic import BeforeValidator, Strict, TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
+
+from compress.errors import UserError
+
+HYDRA_KEYS = frozenset({"_target_", "_partial_", "_recursive_", "_convert_"})
+LISTS = (list, Sequence, Iterable, Collection)
+MAPPINGS = (dict, Mapping)
+COMPARISONS = (
+    ("gt", "greater than {}"),
+    ("ge", "of at least {}"),
+    ("lt", "less than {}"),
+    ("le", "of at most {}"),
+    ("multiple_of", "divisible by {}"),
+)
+UNKNOWN = inspect.Parameter.empty
+
+
+def _number(value: Any) -> Any:
+    """Text to a number: `1e-3` is text in YAML 1.1, and so is whatever an environment variable holds."""
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            value = float(value)
+    # Not-a-number compares false with every bound, so it would pass some of them.
+    return "nan" if isinstance(value, float) and math.isnan(value) else value
+
+
+def _whole_number(value: Any) -> Any:
+    """As above, and `1e4`, a float in YAML, to 10000."""
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            return int(value)
+    value = _number(value)
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _same_kind(options: tuple[Any, ...], value: Any) -> Any:
+    """Python's `True == 1` would let `true` through where 1 is an option."""
+    assert any(type(value) is type(option) and value == option for option in options)
+    return value
+
+
+NUMBERS = {int: BeforeValidator(_whole_number), float: BeforeValidator(_number)}
+
+
+def check_arguments(
+    target: Callable[..., Any] | Mapping[str, Any],
+    arguments: Mapping[str, Any],
+    where: str,
+    accepted: Collection[str] | None = None,
+) -> dict[str, Any]:
+    """The values of `arguments`, checked and coerced, for a call `target(**values)`.
+
+    `target` is a class or function whose signature is read (with the parents' constructors while one takes
+    `**kwargs`), or a mapping from name to annotation. `accepted` names the keys that may occur; left out, they are
+    the parameters with an annotation that a YAML value can meet, so networks and callables are not among them.
+    An accepted key without such an annotation is passed on as it is. Parameters that `arguments` does not name are
+    not looked at (the caller may supply them), and Hydra's own keys (`_target_` and the like) are left out of the
+    answer. `where` is the key of the node, such as "optimizer".
+
+    Raises UserError for an unknown key and for the first value that does not meet its annotation.
+    """
+    if OmegaConf.is_config(arguments):
+        arguments = OmegaConf.to_container(arguments, resolve=True)
+    if not isinstance(arguments, Mapping):
+        raise UserError(f"{where}: found {_shown(arguments)}; accepted: a mapping of keys to values")
+    if isinstance(target, Mapping):
+        parameters = {name: (annotation, UNKNOWN) for name, annotation in target.items()}
+    else:
+        parameters = _parameters(target)
+    kinds = {name: _yaml_type(annotation) for name, (annotation, _) in parameters.items()}
+    if accepted is None:
+        accepted = [name for name, kind in kinds.items() if kind is not UNKNOWN]
+
+    values = {}
+    for name, value in arguments.items():
+        if name in HYDRA_KEYS:
+            continue
+        key = f"{where}.{name}" if where else str(name)
+        if name not in accepted:
+            raise UserError(f"{key}: found an unknown key; accepted: {', '.join(accepted) or 'no keys'}")
+        if OmegaConf.is_config(value):
+            value = OmegaConf.to_container(value, resolve=True)
+        kind = kinds.get(name, UNKNOWN)
+        # `lr: float = None` is how many libraries write an optional argument.
+        unset = value is None and name in parameters and parameters[name][1] is None
+        values[name] = value if kind is UNKNOWN or unset else _checked(kind, value, key)
+    return values
+
+
+def parameter_names(target: Callable[..., Any]) -> tuple[str, ...]:
+    """The names that `target` can be called with, its parents' constructors included while one takes `**kwargs`."""
+    return tuple(_parameters(target))
+
+
+def _checked(kind: Any, value: Any, key: str) -> Any:
+    try:
+        return TypeAdapter(kind).validate_python(value)
+    except ValidationError as failure:
+        # A validator written for one parameter says in its ValueError what it accepts.
+        own = [str(error["ctx"]["error"]) for error in failure.errors() if error["type"] == "value_error"]
+        raise UserError(f"{key}: found {_shown(value)}; accepted: {own[0] if own else _described(kind)}") from None
+
+
+def _parameters(target: Callable[..., Any]) -> dict[str, tuple[Any, Any]]:
+    """Annotation and default of each named parameter; UNKNOWN where there is none."""
+    if inspect.isclass(target):
+        constructors = [vars(parent).get("__init__") for parent in target.__mro__]
+        constructors = [constructor for constructor in constructors if inspect.isfunction(constructor)]
+    else:
+        constructors = [target]
+    found: dict[str, tuple[Any, Any]] = {}
+    for constructor in constructors:
+        parameters = list(inspect.signature(constructor).parameters.values())
+        try:
+            hints = typing.get_type_hints(constructor, include_extras=True)
+        except (NameError, AttributeError, TypeError):
+            # A library may import the types that it names for its type checker alone.
+            hints = {each.name: each.annotation for each in parameters if not isinstance(each.annotation, str)}
+        for each in parameters[1:] if inspect.isclass(target) else parameters:
+            if each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY):
+                found.setdefault(each.name, (hints.get(each.name, UNKNOWN), each.default))
+        if not any(each.kind is each.VAR_KEYWORD for each in parameters):
+            break
+    return found
+
+
+def _yaml_type(annotation: Any) -> Any:
+    """What of an annotation a YAML value can meet, made strict; UNKNOWN where that is nothing."""
+    if annotation is None or annotation is types.NoneType:
+        return types.NoneType
+    if annotation in (bool, str):
+        return Annotated[annotation, Strict()]
+    if annotation in NUMBERS:
+        return Annotated[annotation, Strict(), NUMBERS[annotation]]
+    if annotation in (Any, Path):
+        return annotation
+    origin, inner = typing.get_origin(annotation) or annotation, typing.get_args(annotation)
+    if origin is Literal:
+        return Annotated[annotation, BeforeValidator(partial(_same_kind, inner))]
+    if origin is Annotated:
+        base, metadata = inner[0], annotation.__metadata__
+        if base in NUMBERS:  # pydantic begins at the end: text becomes a number, which is then compared
+            return Annotated[(base, Strict(), *metadata, NUMBERS[base])]
+        base = _yaml_type(base)
+        return base if base is UNKNOWN else Annotated[(base, *metadata)]
+    if origin in (Union, types.UnionType):
+        members = [kind for kind in map(_yaml_type, inner) if kind is not UNKNOWN]
+        if all(kind is types.NoneType for kind in members):
+            return UNKNOWN
+        if any(_base(kind) is float for kind in members):
+            # In `int | float` 1 and 1.0 differ (one batch, all batches), so neither may become the other.
+            members = [_without_conversion(kind) if _base(kind) is int else kind for kind in members]
+        return Union[tuple(members)]  # noqa: UP007 - the members are known only here
+    if origin not in (*LISTS, tuple, *MAPPINGS):
+        return UNKNOWN
+    kinds = [kind if kind is Ellipsis else _yaml_type(kind) for kind in inner]
+    if UNKNOWN in kinds:
+        return UNKNOWN
+    container = list if origin in LISTS else dict if origin in MAPPINGS else tuple
+    return container[tuple(kinds)] if kinds else container
+
+
+def _base(kind: Any) -> Any:
+    return typing.get_args(kind)[0] if typing.get_origin(kind) is Annotated else kind
+
+
+def _without_conversion(kind: Any) -> Any:
+    return Annotated[(_base(kind), *(each for each in kind.__metadata__ if each is not NUMBERS[int]))]
+
+
+def _described(kind: Any) -> str:
+    """An annotation in words, such as "a number greater than 0"."""
+    names = {types.NoneType: "null", bool: "true or false", str: "text", int: "a whole number", float: "a number"}
+    names |= {Any: "any value", Path: "a path", list: "a list", tuple: "a list", dict: "a mapping"}
+    if kind in names:
+        return names[kind]
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Literal:
+        return ", ".join("null" if value is None else str(value) for value in inner)
+    if origin is Annotated:
+        return _constrained(inner[0], kind.__metadata__)
+    if origin in (Union, types.UnionType):
+        return " or ".join(_described(member) for member in inner)
+    if origin is tuple and Ellipsis not in inner:
+        return f"a list of {len(inner)} elements: {', '.join(_described(member) for member in inner)}"
+    if origin is dict:
+        return f"a mapping, each value {_described(inner[1])}"
+    return f"a list, each element {_described(inner[0])}"
+
+
+def _constrained(kind: Any, metadata: Iterable[Any]) -> str:
+    items = [item for each in metadata for item in (each.metadata if isinstance(each, FieldInfo) else [each])]
+
+    def limit(name: str) -> Any:
+        return next((value for item in items if (value := getattr(item, name, None)) is not None), None)
+
+    words = [phrase.format(limit(name)) for name, phrase in COMPARISONS if limit(name) is not None]
+    if limit("ge") is not None and limit("le") is not None:
+        words = [f"from {limit('ge')} to {limit('le')}"]
+    shortest, longest, pattern = limit("min_length"), limit("max_length"), limit("pattern")
+    unit = "characters" if kind is str else "elements"
+    if 1 in (shortest, longest):
+        unit = unit.removesuffix("s")
+    if shortest is not None and shortest == longest:
+        words.append(f"of {shortest} {unit}")
+    else:
+        words += [f"of at least {shortest} {unit}"] if shortest is not None else []
+        words += [f"of at most {longest} {unit}"] if longest is not None else []
+    if pattern is not None:
+        words.append(f"matching {pattern}")
+    described = _described(kind)
+    if not words:
+        return described
+    head, comma, tail = described.partition(", ")
+    if typing.get_origin(kind) in (list, tuple, dict):
+        return f"{head} {' and '.join(words)}{comma}{tail}"
+    if described.endswith(" or null"):
+        return f"{described.removesuffix(' or null')} {' and '.join(words)} or null"
+    return f"{described} {' and '.join(words)}"
+
+
+def _shown(value: Any) -> str:
+    text = repr(value).replace("\n", " ")
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,0 +1,120 @@
+"""The command line: help, checks, dry run, resume, and then Hydra."""
+
+import os
+import sys
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+
+import hydra
+from hydra._internal.utils import get_args_parser
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from compress import config as configuration
+from compress.errors import UserError
+from compress.files import make_directory
+from compress.help import help_text
+from compress.paths import CONF
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns the exit code: 0 done, 2 a mistake of the user (one line on stderr)."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    # Let exceptions come through Hydra whole: a user's mistake becomes one line below, ours keeps its traceback.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        return _main(arguments)
+    except UserError as mistake:
+        print(f"error: {mistake}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def _main(arguments: list[str]) -> int:
+    dry_run = "--dry-run" in arguments
+    arguments = [argument for argument in arguments if argument != "--dry-run"]
+    parsed, unknown = get_args_parser().parse_known_args(arguments)
+    overrides = parsed.overrides
+    if unknown:
+        raise UserError(f"{unknown[0]}: unknown option; accepted: --help, --dry-run, -m, --cfg job, --info, key=value")
+    if parsed.help:
+        print(help_text())
+        return 0
+    if parsed.experimental_rerun:
+        raise UserError("--experimental-rerun: it reads a pickle; accepted: resume=DIRECTORY")
+    resume = [override for override in overrides if override.startswith("resume=")]
+    if resume:
+        return _resume(Path(resume[0].removeprefix("resume=")), [each for each in overrides if each not in resume])
+    multirun = parsed.multirun or "hydra.mode=MULTIRUN" in overrides
+    inspecting = parsed.cfg or parsed.info or parsed.hydra_help or parsed.shell_completion
+    if not inspecting:
+        jobs = configuration.compose_jobs(overrides, multirun)
+        if dry_run:
+            from compress.estimate import show
+
+            for typed, config in jobs:
+                show(config, typed)
+            return 0
+        arguments += _own_directory(jobs[0][1], overrides, multirun)
+    else:
+        configuration.register()
+    sys.argv = [sys.argv[0], *arguments]
+    _job()
+    return 0
+
+
+@hydra.main(config_path=str(CONF), config_name="run", version_base="1.3")
+def _job(config: DictConfig) -> None:
+    from compress import pipeline
+
+    hydra_config = HydraConfig.get()
+    pipeline.run(config, Path(hydra_config.runtime.output_dir), list(hydra_config.overrides.task))
+
+
+def run_directory(config: DictConfig) -> Path:
+    """A new directory for one run of `config`."""
+    name = f"{datetime.now():%Y-%m-%d_%H-%M-%S}-{configuration.method_name(config)}-{config.student.stem}"
+    return make_directory(Path(config.output_directory) / "runs", name)
+
+
+def _own_directory(config: DictConfig, overrides: list[str], multirun: bool) -> list[str]:
+    """The override that gives Hydra a directory made just now; a directory the user names has to be new."""
+    key = "hydra.sweep.dir" if multirun else "hydra.run.dir"
+    typed = [override for override in overrides if override.startswith(f"{key}=")]
+    if typed:
+        directory = Path(typed[-1].partition("=")[2])
+        if directory.exists() and any(directory.iterdir()):
+            raise UserError(
+                f"{key}: found {directory}, which is not empty; accepted: a new directory, or resume={directory}"
+            )
+        return []
+    if multirun:
+        directory = make_directory(Path(config.output_directory) / "sweeps", f"{datetime.now():%Y-%m-%d_%H-%M-%S}")
+    else:
+        directory = run_directory(config)
+    return [f"{key}={directory}"]
+
+
+def _resume(directory: Path, overrides: list[str]) -> int:
+    """Continues the run in `directory` under its own configuration, but for overrides of trainer.* and logger.*"""
+    from compress import pipeline
+
+    path = directory / "config.yaml"
+    if not path.is_file():
+        raise UserError(f"resume: found no {path}; accepted: the directory of a run")
+    for override in overrides:
+        if not override.startswith(("trainer.", "logger.")) or "=" not in override:
+            raise UserError(
+                f"{override}: a resumed run keeps its configuration; accepted: trainer.*=... and logger.*=..."
+            )
+    configuration.register()
+    config = OmegaConf.load(path)
+    OmegaConf.set_struct(config, True)
+    for override in overrides:
+        configuration.apply_override(config, override)
+    configuration.check(config)
+    pipeline.run(config, directory, overrides)
+    return 0

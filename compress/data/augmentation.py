@@ -1,0 +1,153 @@
+"""Augmentation of whole batches of bytes: crop, mirror, RandAugment, normalisation and cut-out.
+
+Cut-out: DeVries & Taylor 2017, https://arxiv.org/abs/1708.04552. Images are `(B, C, H, W)` tensors whose channels lie
+last in memory: a row of pixels is then one run of bytes, which makes a crop a copy of runs and normalisation one
+multiply-add along them.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from compress.data.draws import Stream, draw_integers
+from compress.data.randaugment import OPERATIONS, rand_augment
+
+
+@dataclass(frozen=True)
+class Choices:
+    """The random choices for n images, CPU tensors of n rows; None where the augmentation is off.
+
+    `top`, `left`: corner of the crop in the padded image. `mirrored`: bool. `row`, `column`: centre of the cut-out.
+    `operations` and `negative`, `(n, k)`: index into OPERATIONS, and whether its magnitude is negated.
+    """
+
+    top: Tensor | None = None
+    left: Tensor | None = None
+    mirrored: Tensor | None = None
+    row: Tensor | None = None
+    column: Tensor | None = None
+    operations: Tensor | None = None
+    negative: Tensor | None = None
+
+    def __getitem__(self, index: Tensor) -> "Choices":
+        tables = {field.name: getattr(self, field.name) for field in fields(self)}
+        return Choices(**{name: table[index] for name, table in tables.items() if table is not None})
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """What happens to a training image: lengths in pixels, 0 or False for off."""
+
+    crop_padding: int = 0
+    horizontal_flip: bool = False
+    cutout: int = 0
+    randaugment: int = 0
+    randaugment_magnitude: int = 9
+
+    def draw(self, count: int, image_size: int, seed: int, epoch: int) -> Choices:
+        """The choices for images 0..count-1 in one epoch, a pure function of the arguments."""
+
+        def integers(below: int, stream: Stream, columns: int = 1) -> Tensor:
+            return draw_integers(count * columns, below, stream, seed, epoch)
+
+        tables = {}
+        if self.crop_padding:
+            offsets = 2 * self.crop_padding + 1
+            tables |= {"top": integers(offsets, Stream.TOP), "left": integers(offsets, Stream.LEFT)}
+        if self.horizontal_flip:
+            tables["mirrored"] = integers(2, Stream.MIRROR).bool()
+        if self.cutout:
+            tables["row"] = integers(image_size, Stream.CUTOUT_ROW)
+            tables["column"] = integers(image_size, Stream.CUTOUT_COLUMN)
+        if self.randaugment:
+            shape = (count, self.randaugment)
+            tables["operations"] = integers(len(OPERATIONS), Stream.OPERATION, self.randaugment).view(shape)
+            tables["negative"] = integers(2, Stream.SIGN, self.randaugment).view(shape).bool()
+        return Choices(**tables)
+
+    def __call__(self, images: Tensor, choices: Choices, normalisation: "Normalisation") -> Tensor:
+        """uint8 `(B, 3, H, W)` and the choices for these B images to float32 `(B, 3, H, W)`, channels last."""
+        if choices.top is not None or choices.mirrored is not None:
+            images = crop_and_mirror(images, choices.top, choices.left, choices.mirrored, self.crop_padding)
+        if choices.operations is not None:
+            images = rand_augment(images, choices.operations, choices.negative, self.randaugment_magnitude)
+        result = normalisation(images)
+        if choices.row is not None:
+            cut_out_(result, choices.row, choices.column, self.cutout)
+        return result
+
+
+class Normalisation:
+    """`(value / 255 - mean) / standard_deviation`, per channel, in float32.
+
+    One fused multiply-add over rows of pixels: measured on one core, 105 us for 128 images of 32x32, against 151 us
+    for a multiplication and an addition in planar order and 760 us for a table of the 256 values.
+    """
+
+    def __init__(self, mean: Sequence[float], standard_deviation: Sequence[float], width: int) -> None:
+        means, deviations = (torch.tensor(each, dtype=torch.float64) for each in (mean, standard_deviation))
+        self.scale = (1 / (255 * deviations)).repeat(width).float()
+        self.shift = (-means / deviations).repeat(width).float()
+
+    def to(self, device: torch.device | str) -> "Normalisation":
+        self.scale, self.shift = self.scale.to(device), self.shift.to(device)
+        return self
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """uint8 `(B, C, H, W)` to float32 `(B, C, H, W)`, channels last in memory."""
+        batch, channels, height, width = images.shape
+        rows = images.permute(0, 2, 3, 1).reshape(batch, height, width * channels)
+        rows = torch.addcmul(self.shift, rows.float(), self.scale)
+        return rows.view(batch, height, width, channels).permute(0, 3, 1, 2)
+
+
+def crop_and_mirror(
+    images: Tensor, top: Tensor | None, left: Tensor | None, mirrored: Tensor | None, padding: int
+) -> Tensor:
+    """Pads `(B, C, H, W)` with zeros, cuts image b out at row `top[b]`, column `left[b]`, and mirrors where asked.
+
+    `top`, `left`: int64 `(B,)` in 0..2*padding, None for the middle; `mirrored`: bool `(B,)`, None for no image.
+    All crops are one gather of rows: a strided view of the padded batch has a row starting at every byte, and the
+    rows that begin where the crops do are taken from it. Mirrored images are padded mirrored (their crop then begins
+    at `2 * padding - left`) at the end of the padded batch; the gather puts them back in their places.
+    """
+    batch, channels, height, width = images.shape
+    pixels = images.permute(0, 2, 3, 1)
+    padded = images.new_zeros((batch, height + 2 * padding, width + 2 * padding, channels))
+    inner = padded[:, padding : padding + height, padding : padding + width]
+    place = torch.arange(batch)
+    top = torch.full((batch,), padding) if top is None else top
+    left = torch.full((batch,), padding) if left is None else left
+    if mirrored is None:
+        inner.copy_(pixels)
+    else:
+        straight, turned = (~mirrored).nonzero()[:, 0], mirrored.nonzero()[:, 0]
+        inner[: len(straight)] = pixels.index_select(0, straight.to(images.device))
+        inner[len(straight) :] = pixels.index_select(0, turned.to(images.device)).flip(2)
+        place = torch.empty(batch, dtype=torch.int64).index_copy_(0, torch.cat([straight, turned]), place)
+        left = torch.where(mirrored, 2 * padding - left, left)
+
+    run, stride = width * channels, padded.stride(1)
+    first = (place * padded.stride(0) + top * stride + left * channels).to(images.device)
+    starts = first[:, None] + torch.arange(0, height * stride, stride, device=images.device)
+    every_row = padded.as_strided((padded.numel() - run + 1, run), (1, 1))
+    cropped = every_row.index_select(0, starts.flatten())
+    return cropped.view(batch, height, width, channels).permute(0, 3, 1, 2)
+
+
+def cut_out_(images: Tensor, row: Tensor, column: Tensor, side: int) -> Tensor:
+    """Zeroes, in place, a square of `side` pixels around `(row[b], column[b])` in normalised `(B, C, H, W)`.
+
+    Zero is the mean colour here. The part of the square beyond the border falls away, as in the paper.
+    """
+    height, width = images.shape[-2:]
+
+    def covered(centre: Tensor, length: int) -> Tensor:
+        first = centre.to(images.device)[:, None] - side // 2
+        position = torch.arange(length, device=images.device)
+        return (position >= first) & (position < first + side)
+
+    square = covered(row, height)[:, :, None] & covered(column, width)[:, None, :]
+    return images.masked_fill_(square[:, None], 0.0)

@@ -1,0 +1,87 @@
+"""A folder of images of any size: `train/CLASS/*`, `test/CLASS/*` and, if there is one, `val/CLASS/*`."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from pydantic import Field
+from torch import Tensor
+
+from compress.data.module import DataModule
+from compress.data.source import Source
+from compress.errors import UserError
+
+ENDINGS = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+# ImageNet's, which most published weights expect; data.mean and data.standard_deviation replace them.
+MEAN, STANDARD_DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class Folder(DataModule):
+    """`data=folder data.root=DIRECTORY`: images become RGB, the shorter side `image_size`, the centre kept."""
+
+    def __init__(self, root: Annotated[str, Field(min_length=1)], **options: Any) -> None:
+        super().__init__(**options)
+        self.root = Path(root)
+
+    def prepare_data(self) -> None:
+        if not self.root.is_dir():
+            raise UserError(f"data.root: found no folder {self.root}; accepted: one that holds train/ and test/")
+        classes = self._classes("train")
+        if len(classes) < 2:
+            raise UserError(f"data.root: {self.root / 'train'} holds {len(classes)} classes; accepted: at least 2")
+        for split in ("test", "val"):
+            if split == "val" and not (self.root / split).exists():
+                continue
+            if (found := self._classes(split)) != classes:
+                different = ", ".join(sorted(set(found) ^ set(classes)))
+                raise UserError(
+                    f"data.root: train and {split} differ in {different}; accepted: the same classes in both"
+                )
+        for split in self._splits():
+            for name in classes:
+                if not self._files(split, name):
+                    raise UserError(f"data.root: {self.root / split / name} holds no image; accepted: {_endings()}")
+
+    def read(self) -> Source:
+        classes = self._classes("train")
+        splits = {split: self._images(split, classes) for split in self._splits()}
+        validation = splits.get("val", (None, None))
+        return Source(*splits["train"], *splits["test"], tuple(classes), MEAN, STANDARD_DEVIATION, *validation)
+
+    def _splits(self) -> list[str]:
+        return [split for split in ("train", "val", "test") if (self.root / split).is_dir()]
+
+    def _classes(self, split: str) -> list[str]:
+        folder = self.root / split
+        if not folder.is_dir():
+            raise UserError(f"data.root: found no folder {folder}; accepted: a folder that holds train/ and test/")
+        return sorted(each.name for each in folder.iterdir() if each.is_dir() and not each.name.startswith("."))
+
+    def _files(self, split: str, name: str) -> list[Path]:
+        return sorted(each for each in (self.root / split / name).rglob("*") if each.suffix.lower() in ENDINGS)
+
+    def _images(self, split: str, classes: list[str]) -> tuple[Tensor, Tensor]:
+        files = [(path, label) for label, name in enumerate(classes) for path in self._files(split, name)]
+        images = torch.empty(len(files), 3, self.image_size, self.image_size, dtype=torch.uint8)
+        for index, (path, _) in enumerate(files):
+            images[index] = torch.from_numpy(self._image(path)).permute(2, 0, 1)
+        return images, torch.tensor([label for _, label in files])
+
+    def _image(self, path: Path) -> np.ndarray:
+        size = self.image_size
+        try:
+            with Image.open(path) as opened:
+                image = opened.convert("RGB")
+        except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as failure:
+            raise UserError(f"{path}: cannot be read ({failure}); accepted: {_endings()}") from None
+        factor = size / min(image.size)
+        width, height = (max(size, round(side * factor)) for side in image.size)
+        resized = image.resize((width, height), Image.Resampling.BILINEAR)
+        left, top = (width - size) // 2, (height - size) // 2
+        return np.asarray(resized.crop((left, top, left + size, top + size))).copy()
+
+
+def _endings() -> str:
+    return f"images ({', '.join(sorted(ENDINGS))})"

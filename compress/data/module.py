@@ -1,0 +1,175 @@
+"""The Lightning DataModule that all data sets share."""
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import pytorch_lightning as pl
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from compress.data.augmentation import Augmentation, Normalisation
+from compress.data.dataset import EpochSampler, ImageBatches, as_it_is
+from compress.data.draws import stratified_order
+from compress.data.randaugment import GREATEST_MAGNITUDE
+from compress.data.source import Source, prepared
+from compress.errors import UserError
+
+Count = Annotated[int, Field(ge=1)]
+Pixels = Annotated[int, Field(ge=0)]
+
+
+class DataModule(pl.LightningDataModule):
+    """Training, validation and test batches `(B, 3, image_size, image_size)` with labels `(B,)`.
+
+    A data set implements `read`, and `prepare_data` where it needs files. `split_seed` decides which training images
+    are kept for validation; `seed`, which the run gives, decides order and augmentation. `limit` keeps that many
+    training and test images, for quick tries. `mean` and `standard_deviation` (one number or three) replace the data
+    set's own.
+    """
+
+    def __init__(
+        self,
+        *,
+        image_size: Annotated[int, Field(ge=4)],
+        batch_size: Count = 64,
+        evaluation_batch_size: Count = 500,
+        validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1,
+        split_seed: Pixels = 0,
+        limit: Count | None = None,
+        crop_padding: Pixels = 0,
+        horizontal_flip: bool = False,
+        cutout: Pixels = 0,
+        randaugment: Pixels = 0,
+        randaugment_magnitude: Annotated[int, Field(ge=0, le=GREATEST_MAGNITUDE)] = 9,
+        mean: list[float] | None = None,
+        standard_deviation: list[Annotated[float, Field(gt=0)]] | None = None,
+        seed: int = 0,
+        device: Any = "cpu",
+    ) -> None:
+        super().__init__()
+        self.image_size = image_size
+        self.input_shape = (3, image_size, image_size)
+        self.batch_size = batch_size
+        self.evaluation_batch_size = evaluation_batch_size
+        self.validation_fraction = validation_fraction
+        self.split_seed = split_seed
+        self.limit = limit
+        self.augmentation = Augmentation(crop_padding, horizontal_flip, cutout, randaugment, randaugment_magnitude)
+        self.given = {"mean": mean, "standard_deviation": standard_deviation}
+        for key, values in self.given.items():
+            if values is not None and len(values) not in (1, 3):
+                raise UserError(f"data.{key}: found {len(values)} values; accepted: 1 or 3")
+        self.seed = seed
+        self.device = torch.device(device)
+        self.splits: dict[str, Split] = {}
+
+    @abstractmethod
+    def read(self) -> Source:
+        """The data set, its files having been found by `prepare_data`. Raises UserError for files it cannot read."""
+
+    def setup(self, stage: str | None = None) -> None:
+        """Reads and splits the images; a second call does nothing."""
+        if self.splits:
+            return
+        source = self.read()
+        self.class_names = source.class_names
+        self.num_classes = len(source.class_names)
+        self.mean, self.standard_deviation = (
+            self._three(key, getattr(source, key)) for key in ("mean", "standard_deviation")
+        )
+        train = self._limited(Split(source.train_images, source.train_labels), "training")
+        test = self._limited(Split(source.test_images, source.test_labels), "test")
+        if source.validation_images is None:
+            order = stratified_order(train.labels, self.split_seed)
+            count = round(self.validation_fraction * len(train))
+            self._check_classes(train, order, count)
+            train, validation = train[order[count:].sort().values], train[order[:count].sort().values]
+        else:
+            validation = Split(source.validation_images, source.validation_labels)
+        self.splits = {
+            name: Split(prepared(each.images, self.image_size).to(self.device), each.labels.to(self.device))
+            for name, each in (("train", train), ("validation", validation), ("test", test))
+        }
+
+    def train_dataloader(self) -> DataLoader:
+        images = self._images("train", self.augmentation, self.seed)
+        # A last batch of one image would break BatchNorm; what is left over comes up in another epoch.
+        return DataLoader(
+            images,
+            self.batch_size,
+            sampler=EpochSampler(images, self.seed),
+            collate_fn=as_it_is,
+            drop_last=len(images) >= self.batch_size,
+        )
+
+    def val_dataloader(self) -> DataLoader:
+        return DataLoader(self._images("validation"), self.evaluation_batch_size, collate_fn=as_it_is)
+
+    def test_dataloader(self) -> DataLoader:
+        return DataLoader(self._images("test"), self.evaluation_batch_size, collate_fn=as_it_is)
+
+    def calibration_batches(self, count: int, batch_size: int = 128) -> list[Tensor]:
+        """Normalised images of `count` training images without augmentation, classes in their shares.
+
+        The choice follows from `split_seed`; a count above the number of training images takes all of them.
+        """
+        images = self._images("train")
+        order = stratified_order(self.splits["train"].labels, self.split_seed)
+        return [images.__getitems__(part.tolist())[0] for part in order[:count].split(batch_size)]
+
+    def record(self) -> dict[str, Any]:
+        """What `result.json` says of the data."""
+        return {
+            "name": type(self).__name__,
+            "class_names": list(self.class_names),
+            "images": {name: len(images) for name, images in self.splits.items()},
+            "input_shape": list(self.input_shape),
+            "mean": list(self.mean),
+            "standard_deviation": list(self.standard_deviation),
+        }
+
+    def _limited(self, split: "Split", name: str) -> "Split":
+        if self.limit is None or self.limit >= len(split):
+            return split
+        order = stratified_order(split.labels, self.split_seed)
+        chosen = split[order[: self.limit].sort().values]
+        if len(chosen.labels.unique()) < self.num_classes or self.limit < 2 * self.num_classes:
+            raise UserError(
+                f"data.limit: found {self.limit}, too few {name} images for {self.num_classes} classes; "
+                f"accepted: at least {2 * self.num_classes}, or null"
+            )
+        return chosen
+
+    def _check_classes(self, train: "Split", order: Tensor, count: int) -> None:
+        for part in (order[:count], order[count:]):
+            if len(train.labels[part].unique()) < self.num_classes:
+                raise UserError(
+                    f"data.validation_fraction: found {self.validation_fraction}, {count} of {len(train)} images, "
+                    "which leaves a class without one; accepted: one that leaves each class an image on either side"
+                )
+
+    def _three(self, key: str, own: Sequence[float]) -> tuple[float, float, float]:
+        values = tuple(self.given[key] or own)
+        return values * 3 if len(values) == 1 else values
+
+    def _images(self, split: str, augmentation: Augmentation | None = None, seed: int = 0) -> ImageBatches:
+        normalisation = Normalisation(self.mean, self.standard_deviation, self.image_size).to(self.device)
+        return ImageBatches(self.splits[split].images, self.splits[split].labels, normalisation, augmentation, seed)
+
+
+@dataclass(frozen=True)
+class Split:
+    """uint8 images `(n, C, H, W)` and class indices `(n,)`."""
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, indices: Tensor) -> "Split":
+        return Split(self.images[indices], self.labels[indices])

@@ -1,0 +1,56 @@
+"""What reading a data set yields: images as bytes, labels, names of the classes, normalisation."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torchvision.transforms.v2 import functional as images_functional
+
+CHUNK = 1024
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set before any split or resizing.
+
+    Images are uint8 `(n, C, H, W)` with C = 1 or 3, labels int64 `(n,)` in 0..classes-1. `mean` and
+    `standard_deviation` are those of the training pixels scaled to 0..1, one number or one per channel.
+    """
+
+    train_images: Tensor
+    train_labels: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+    class_names: tuple[str, ...]
+    mean: Sequence[float]
+    standard_deviation: Sequence[float]
+    validation_images: Tensor | None = None
+    validation_labels: Tensor | None = None
+
+
+def prepared(images: Tensor, image_size: int) -> Tensor:
+    """uint8 `(n, C, H, W)` as `(n, 3, image_size, image_size)` with the channels last in memory.
+
+    Resizing is bilinear with antialiasing; grey is repeated over the channels, here and not in every batch, where it
+    would cost more than the augmentation itself. Works in chunks, so that no float copy of a whole set ever exists.
+    """
+    result = torch.empty((len(images), 3, image_size, image_size), dtype=torch.uint8, memory_format=torch.channels_last)
+    for start in range(0, len(images), CHUNK):
+        chunk = images[start : start + CHUNK]
+        if chunk.shape[-2:] != (image_size, image_size):
+            chunk = images_functional.resize(chunk, [image_size, image_size], antialias=True)
+        result[start : start + CHUNK] = chunk
+    return result
+
+
+def pixel_statistics(images: Tensor) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation per channel of uint8 `(n, C, H, W)` scaled to 0..1, from exact histograms."""
+    values = torch.arange(256, dtype=torch.float64) / 255
+    means, deviations = [], []
+    for channel in images.unbind(1):
+        share = torch.bincount(channel.flatten(), minlength=256).double() / channel.numel()
+        mean = (share * values).sum()
+        means.append(mean.item())
+        deviations.append((share * (values - mean).square()).sum().sqrt().item())
+    return means, deviations

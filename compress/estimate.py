@@ -1,0 +1,97 @@
+"""`--dry-run`: models, sizes and an estimate of the time, from two timed steps and without training anything."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from hydra.utils import get_class, instantiate
+from omegaconf import DictConfig, OmegaConf
+from rich import box
+from rich.table import Table
+from torch import nn
+
+from compress import models, teachers
+from compress.check import parameter_names
+from compress.progress import console
+from compress.quantization.fold import fold_batch_norm
+
+SCALE_BYTES = 4 + 1  # a float32 scale and a zero point for each channel
+OVERHEAD = 16_000  # names, shapes and the description of the model in a file
+
+
+def show(config: DictConfig, overrides: list[str]) -> None:
+    """Prints what the run of `config` would build and about how long it would take on this machine."""
+    plain = OmegaConf.to_container(config, resolve=True)
+    data = instantiate(config.data)
+    data.prepare_data()
+    data.setup()
+    images = data.record()["images"]
+    student = models.build(num_classes=data.num_classes, **plain["student"])
+    printed = Table(title=f"dry run: {' '.join(overrides) or 'defaults'}", box=box.SIMPLE_HEAD, title_justify="left")
+    for heading in ("", "network", "parameters", "MACs/image", "fp32 kB"):
+        printed.add_column(heading, justify="left" if heading in ("", "network") else "right")
+    uses_teacher = "teacher" in parameter_names(get_class(plain["method"]["_target_"]))
+    minutes: dict[str, float] = {}
+    teacher_forward = 0.0
+    if uses_teacher:
+        teacher = models.build(num_classes=data.num_classes, **plain["teacher"]["model"])
+        _add(printed, "teacher", plain["teacher"]["model"]["stem"], teacher, data.input_shape)
+        batch = plain["data"]["batch_size"]
+        teacher_forward = _seconds(lambda: _forward(teacher, batch, data.input_shape))
+        if plain["teacher"]["checkpoint"] is None and not teachers.cache_path(config).exists():
+            own = plain["teacher"]["training"]
+            step = _seconds(lambda: _step(teacher, own["batch_size"], data.input_shape))
+            minutes["teacher"] = own["epochs"] * (images["train"] / own["batch_size"]) * step / 60
+    _add(printed, "student", plain["student"]["stem"], student, data.input_shape)
+    console.print(printed)
+
+    batch = plain["data"]["batch_size"]
+    step = _seconds(lambda: _step(student, batch, data.input_shape)) + teacher_forward
+    minutes["student"] = plain["trainer"]["max_epochs"] * images["train"] / batch * step / 60
+    if plain["quantizer"]:
+        quantizer = instantiate(config.quantizer)
+        packed = ", ".join(
+            f"{bits} bit {expected_bytes(student, quantizer, bits) / 1000:,.0f} kB" for bits in quantizer.bits
+        )
+        console.print(f"packed files, about: {packed}")
+    total = sum(minutes.values())
+    parts = ", ".join(f"{part} {value:.1f}" for part, value in minutes.items())
+    console.print(f"training, about {total:.1f} minutes on this machine ({parts}), and the quantization after it")
+
+
+def expected_bytes(model: nn.Module, quantizer: Any, bits: int) -> int:
+    """The size of the packed file to within a few percent: codes, scales, biases and floats that are not folded."""
+    folded = fold_batch_norm(model)
+    layers = [each for each in folded.modules() if isinstance(each, nn.Conv2d | nn.Linear)]
+    total = OVERHEAD + 4 * sum(parameter.numel() for parameter in folded.parameters())
+    for index, layer in enumerate(layers):
+        first_or_last = index in (0, len(layers) - 1) and quantizer.first_last_bits is not None
+        levels = 2**quantizer.first_last_bits if first_or_last else quantizer.levels(bits)
+        code_bits = (levels - 1).bit_length()
+        total += layer.weight.numel() * code_bits // 8 + layer.weight.shape[0] * SCALE_BYTES - 4 * layer.weight.numel()
+    return total
+
+
+def _add(printed: Table, role: str, stem: str, network: nn.Module, input_shape: tuple[int, int, int]) -> None:
+    parameters, macs = models.count_parameters(network), models.count_macs(network, input_shape)
+    printed.add_row(role, stem, f"{parameters:,}", f"{macs:,}", f"{4 * parameters / 1000:,.0f}")
+
+
+def _forward(network: nn.Module, batch: int, input_shape: tuple[int, int, int]) -> None:
+    network.eval()
+    with torch.no_grad():
+        network(torch.zeros(batch, *input_shape))
+
+
+def _step(network: nn.Module, batch: int, input_shape: tuple[int, int, int]) -> None:
+    network.train()
+    network(torch.randn(batch, *input_shape)).square().mean().backward()
+
+
+def _seconds(work: Callable[[], None]) -> float:
+    """The time of the second of two calls."""
+    work()
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started

@@ -1,0 +1,106 @@
+"""Tensors and a description in one safetensors file, the same bytes for the same content, with a checksum over both.
+
+The header is written here and not by the safetensors package, which promises no order for the entries of the metadata.
+Format: github.com/huggingface/safetensors, README, "Format".
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from compress.errors import UserError
+from compress.files import write_atomically
+
+NAMES = {
+    torch.float64: "F64",
+    torch.int64: "I64",
+    torch.float32: "F32",
+    torch.int32: "I32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+def write(path: Path, kind: str, description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> int:
+    """Write `tensors` and a JSON-able `description` under the format name `kind`; returns the size in bytes.
+
+    The file gets its name only when it is whole.
+    """
+    tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    # Wide elements first, so that every tensor starts at a multiple of its element's size.
+    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    text = _json(description)
+    header: dict[str, Any] = {
+        "__metadata__": {"format": kind, "description": text, "sha256": _checksum(kind, text, tensors)}
+    }
+    offset = 0
+    for name in order:
+        value = tensors[name]
+        end = offset + value.numel() * value.element_size()
+        header[name] = {"dtype": NAMES[value.dtype], "shape": list(value.shape), "data_offsets": [offset, end]}
+        offset = end
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+
+    def save(temporary: Path) -> None:
+        with temporary.open("wb") as file:
+            file.write(len(encoded).to_bytes(8, "little"))
+            file.write(encoded)
+            for name in order:
+                file.write(_bytes(tensors[name]))
+
+    write_atomically(path, save)
+    return path.stat().st_size
+
+
+def read(path: Path) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
+    """(format name, description, tensors) of a file that `write` made.
+
+    Raises UserError, naming the file, where it is missing, damaged, altered or of another origin.
+    """
+    accepted = "accepted: a model file that compress wrote"
+    if not path.is_file():
+        raise UserError(f"{path}: found no such file; {accepted}")
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - the handle is no mapping
+    except (SafetensorError, OSError, ValueError, RuntimeError):
+        raise UserError(f"{path}: found a truncated file or none of the safetensors format; {accepted}") from None
+    if not {"format", "description", "sha256"} <= metadata.keys():
+        raise UserError(f"{path}: found a safetensors file without a description of its model; {accepted}")
+    if _checksum(metadata["format"], metadata["description"], tensors) != metadata["sha256"]:
+        raise UserError(f"{path}: found content that does not match its checksum, so it was altered; {accepted}")
+    try:
+        description = json.loads(metadata["description"])
+    except ValueError:
+        description = None
+    if not isinstance(description, dict):
+        raise UserError(f"{path}: found a description that is not a JSON object; {accepted}")
+    return metadata["format"], description, tensors
+
+
+def _json(content: Any) -> str:
+    return json.dumps(content, separators=(",", ":"), sort_keys=True, allow_nan=False)
+
+
+def _bytes(value: Tensor) -> memoryview:
+    return memoryview(value.contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def _checksum(kind: str, text: str, tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over the format name, the description, and each tensor's name, type, shape and bytes, by name."""
+    digest = hashlib.sha256()
+    layout = [[name, str(tensors[name].dtype), list(tensors[name].shape)] for name in sorted(tensors)]
+    digest.update(_json([kind, text, layout]).encode())
+    for name in sorted(tensors):
+        digest.update(_bytes(tensors[name]))
+    return digest.hexdigest()

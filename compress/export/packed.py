@@ -1,0 +1,184 @@
+"""Model files: `compress-packed-1` with codes of their own number of bits, `compress-float-1` with float32 weights.
+
+Both are safetensors files that say how to build the network, so a reader needs nothing else and runs no code from them.
+In a packed file the layer `name` is `name.weight.codes` (a stream of bits, see `compress.export.bits`), `.scale` (N,)
+and `.zero_point` (N,): weight = scale * (code - zero_point). All other tensors stand under their state dict's names.
+"""
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compress import models
+from compress.errors import UserError
+from compress.export import container
+from compress.export.bits import pack, unpack
+from compress.quantization.fold import bake_parametrizations, fold_pairs
+from compress.quantization.grid import Grid
+from compress.quantization.post_training import QuantizedModel
+
+PACKED, FLOAT = "compress-packed-1", "compress-float-1"
+COUNTER = "num_batches_tracked"
+
+
+def write_packed(
+    path: str | Path,
+    quantized: QuantizedModel,
+    *,
+    architecture: Mapping[str, Any],
+    class_names: Sequence[str],
+    mean: Sequence[float],
+    standard_deviation: Sequence[float],
+    input_shape: Sequence[int],
+    extra: Mapping[str, Any] | None = None,
+) -> int:
+    """Write `quantized`; returns the size of the file in bytes. The same content gives the same bytes.
+
+    architecture: {"stem", "options", "num_classes"}, what `compress.models.build` takes. mean and standard_deviation
+    normalise images in 0..1, per channel; input_shape (C, H, W). extra: more JSON to keep.
+    Raises UserError for a network that is not in float32, whose values a file of float32 scales could not keep.
+    """
+    tensors: dict[str, Tensor] = {}
+    for name, layer in quantized.layers.items():
+        if layer.grid.scale.dtype != torch.float32:
+            raise UserError(f"{path}: found {layer.grid.scale.dtype} weights in {name}; accepted: torch.float32")
+        stream = pack(layer.codes.cpu().numpy(), layer.grid.bits)
+        small = layer.grid.levels <= 256
+        tensors[f"{name}.weight.codes"] = torch.from_numpy(stream)
+        tensors[f"{name}.weight.scale"] = layer.grid.scale
+        tensors[f"{name}.weight.zero_point"] = layer.grid.zero_point.to(torch.uint8 if small else torch.int32)
+    tensors.update(quantized.float_state)
+    description = _description(architecture, class_names, mean, standard_deviation, input_shape, extra)
+    description["layers"] = [
+        {"name": name, "shape": list(layer.shape), "levels": layer.grid.levels, "bits": layer.bits}
+        for name, layer in quantized.layers.items()
+    ]
+    description["folded"] = [list(pair) for pair in quantized.folded]
+    description["skipped"] = dict(quantized.skipped)
+    return container.write(Path(path), PACKED, description, tensors)
+
+
+def write_float(
+    path: str | Path,
+    model: nn.Module,
+    *,
+    architecture: Mapping[str, Any],
+    class_names: Sequence[str],
+    mean: Sequence[float],
+    standard_deviation: Sequence[float],
+    input_shape: Sequence[int],
+    extra: Mapping[str, Any] | None = None,
+) -> int:
+    """Write the state dict of `model` in float32, nothing folded; returns the size in bytes. See `write_packed`.
+
+    BatchNorm's step counters are left out. `compress.models.load_weights` reads the file, too.
+    """
+    plain = bake_parametrizations(copy.deepcopy(model))
+    tensors = {
+        name: value.float() if value.is_floating_point() else value
+        for name, value in plain.state_dict().items()
+        if not name.endswith(COUNTER)
+    }
+    description = _description(architecture, class_names, mean, standard_deviation, input_shape, extra)
+    return container.write(Path(path), FLOAT, description, tensors)
+
+
+def read_packed(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
+    """(model in eval mode, description) of a packed file; the weights are bit for bit those that were evaluated.
+
+    Raises UserError, naming the file, where it is damaged, altered, of another format, or does not fit its network.
+    """
+    return _read(Path(path), (PACKED,))
+
+
+def read_model(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
+    """As `read_packed`, for a packed or a float32 file; description["format"] says which."""
+    return _read(Path(path), (PACKED, FLOAT))
+
+
+def _description(
+    architecture: Mapping[str, Any],
+    class_names: Sequence[str],
+    mean: Sequence[float],
+    standard_deviation: Sequence[float],
+    input_shape: Sequence[int],
+    extra: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    return {
+        "architecture": {
+            "stem": architecture["stem"],
+            "options": dict(architecture["options"]),
+            "num_classes": architecture["num_classes"],
+        },
+        "class_names": [str(name) for name in class_names],
+        "mean": [float(value) for value in mean],
+        "standard_deviation": [float(value) for value in standard_deviation],
+        "input_shape": [int(size) for size in input_shape],
+        "extra": dict(extra or {}),
+    }
+
+
+def _read(path: Path, kinds: tuple[str, ...]) -> tuple[nn.Module, dict[str, Any]]:
+    kind, description, tensors = container.read(path)
+    if kind not in kinds:
+        raise UserError(f"{path}: found the format {kind}; accepted: {', '.join(kinds)}")
+    try:
+        model = _build(description["architecture"])
+        if kind == PACKED:
+            fold_pairs(model, [(layer, norm) for layer, norm in description["folded"]])
+            for layer in description["layers"]:
+                _unpack_layer(tensors, **{key: layer[key] for key in ("name", "shape", "levels")})
+            _add_biases(model, tensors)
+        _load(model, tensors)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    # The checksum holds for whatever wrote the file; a foreign writer can still have put anything into it.
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise UserError(f"{path}: found a description that its tensors do not fit ({reason})") from error
+    return model.eval(), {"format": kind, **description}
+
+
+def _build(architecture: Mapping[str, Any]) -> nn.Module:
+    # Fresh weights are drawn and thrown away; reading a file must not move anyone's random numbers.
+    with torch.random.fork_rng(devices=[]):
+        model = models.build(architecture["stem"], architecture["num_classes"], **architecture["options"])
+    return model.eval()
+
+
+def _unpack_layer(tensors: dict[str, Tensor], name: str, shape: list[int], levels: int) -> None:
+    """Replace the three tensors of a layer by its weight."""
+    stream, scale, zero_point = (tensors.pop(f"{name}.weight.{part}") for part in ("codes", "scale", "zero_point"))
+    if stream.dtype != torch.uint8 or scale.dtype != torch.float32 or scale.shape != (shape[0],):
+        raise ValueError(f"{name}: codes are uint8 and scales {shape[0]} float32")
+    grid = Grid(scale, zero_point.to(torch.int32), levels)
+    codes = unpack(stream.numpy(), grid.bits, math.prod(shape))
+    if codes.size and int(codes.max()) >= levels:
+        raise ValueError(f"{name}: code {int(codes.max())} on a grid of {levels} levels")
+    tensors[f"{name}.weight"] = grid.dequantize(torch.from_numpy(codes).reshape(shape))
+
+
+def _add_biases(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Bias correction gives a bias to layers that were built without one."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d | nn.Linear) and module.bias is None and f"{name}.bias" in tensors:
+            module.bias = nn.Parameter(torch.empty(module.weight.shape[0]))
+
+
+def _load(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    expected = model.state_dict()
+    missing = [name for name in expected if name not in tensors and not name.endswith(COUNTER)]
+    unknown = [name for name in tensors if name not in expected]
+    if missing or unknown:
+        problem = f"lacks {missing[0]}" if missing else f"has the unknown {unknown[0]}"
+        raise UserError(f"found a state that {problem}; accepted: exactly the tensors of its network")
+    for name, value in tensors.items():
+        if value.shape != expected[name].shape or value.dtype != expected[name].dtype:
+            found = f"{value.dtype} {tuple(value.shape)}"
+            raise UserError(f"{name}: found {found}; accepted: {expected[name].dtype} {tuple(expected[name].shape)}")
+    model.load_state_dict(tensors, strict=False)  # strict about all but the counters, by the check above

@@ -1,0 +1,51 @@
+"""Files that are there whole or not at all, and directories that belong to one run."""
+
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from compress.errors import UserError
+
+
+def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
+    """Calls `write` with a temporary name beside `path` (same ending) and renames what it wrote to `path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        write(temporary)
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def write_json(path: Path, content: Any) -> None:
+    write_text(path, json.dumps(content, indent=2, sort_keys=False) + "\n")
+
+
+def make_directory(parent: Path, name: str) -> Path:
+    """Makes `parent/name`, or `name-2`, `name-3` and so on where that is taken, and nobody else gets the same.
+
+    Raises UserError where `parent` cannot be written.
+    """
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        for number in range(1, 10_000):
+            directory = parent / (name if number == 1 else f"{name}-{number}")
+            try:
+                directory.mkdir()
+            except FileExistsError:
+                continue
+            return directory
+    except OSError as failure:
+        raise UserError(f"output_directory: {failure}; accepted: a folder that can be written") from None
+    raise UserError(f"output_directory: {parent} holds 10,000 directories called {name}; accepted: another folder")

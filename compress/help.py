@@ -1,0 +1,55 @@
+"""The text of `--help`: the groups, their options and what each file says of itself."""
+
+from compress.paths import CONF
+
+GROUPS = {
+    "data": "images and their augmentation",
+    "method": "how the student is trained",
+    "loss": "what training minimises (the method chooses a default)",
+    "optimizer": "also optimizer@teacher.training.optimizer=...",
+    "scheduler": "learning rate over the run; also scheduler@teacher.training.scheduler=...",
+    "quantizer": "what quantizes the best checkpoint",
+    "trainer": "where and how long",
+    "logger": "where metrics go",
+    "experiment": "whole recipes",
+}
+HEAD = """\
+compress: distil a student from a teacher, quantize it, and see the accuracy per byte.
+
+  python scripts/run.py method=dkd student=resnet18           one run
+  python scripts/run.py -m method=kd,dkd seed=0,1             a sweep: every combination
+  python scripts/run.py experiment=quickstart --dry-run       sizes and an estimate, nothing is trained
+  python scripts/run.py resume=outputs/runs/DIRECTORY         continue an interrupted run
+
+  --cfg job       print the composed configuration        --help       this text
+  --dry-run       print models, sizes and minutes         -m           sweep over comma-separated values
+
+Choose an option with group=option, set a key with group.key=value, add a key with +group.key=value."""
+
+
+def help_text() -> str:
+    """Groups and options, with the first comment line of each option's file."""
+    parts = [HEAD]
+    models = [path.stem for path in sorted((CONF / "model").glob("*.yaml"))]
+    parts.append(f"student, teacher: the networks (teacher=none: no teacher)\n{_wrapped(models)}")
+    for group, purpose in GROUPS.items():
+        lines = [f"{group}: {purpose}"]
+        options = sorted((CONF / group).glob("*.yaml"))
+        width = max(len(path.stem) for path in options)
+        for path in options:
+            comments = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("# ")]
+            said = next((line for line in comments if not line.startswith("# @package")), "#")
+            lines.append(f"  {path.stem:<{width}}  {said.removeprefix('#').strip()}")
+        parts.append("\n".join(lines))
+    parts.append("Keys of an option: --cfg job, or the files in conf/. Other keys: seed, output_directory.")
+    return "\n\n".join(parts)
+
+
+def _wrapped(words: list[str], width: int = 100) -> str:
+    lines, line = [], "  "
+    for word in words:
+        if len(line) + len(word) > width:
+            lines.append(line.rstrip())
+            line = "  "
+        line += f"{word}  "
+    return "\n".join([*lines, line.rstrip()])

@@ -1,0 +1,39 @@
+"""A teacher that cannot learn: in eval mode, without gradients, and no part of the module that uses it."""
+
+import torch
+from torch import Tensor, nn
+
+from compress.models.inference import frozen_for_inference, low_precision_dtype
+
+
+class FrozenTeacher:
+    """Calls a network as a fixed function `(B, 3, H, W) -> (B, C)`, logits in float32.
+
+    It is not an `nn.Module`, so a LightningModule that holds one has none of its weights in checkpoints, optimizers,
+    `train()` switches or DDP. The network is copied, its BatchNorm folded, laid out channels_last, and run in
+    bfloat16 where the hardware has it.
+
+    `renormalise = (factor, offset)`, each `(3,)`, turns images normalised for the student into images normalised
+    for a teacher trained elsewhere: `images * factor + offset`.
+    """
+
+    def __init__(self, network: nn.Module, renormalise: tuple[Tensor, Tensor] | None = None) -> None:
+        self.network = frozen_for_inference(network)
+        self.renormalise = renormalise
+        self.low_precision = low_precision_dtype(torch.device("cpu"))
+
+    def to(self, device: torch.device) -> None:
+        """Moves the network and picks the precision that `device` runs fast."""
+        self.network.to(device)
+        self.low_precision = low_precision_dtype(device)
+        if self.renormalise is not None:
+            self.renormalise = tuple(values.to(device) for values in self.renormalise)
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        if self.renormalise is not None:
+            factor, offset = (values.view(1, 3, 1, 1) for values in self.renormalise)
+            images = images * factor + offset
+        enabled = self.low_precision is not None
+        with torch.autocast(images.device.type, dtype=self.low_precision or torch.bfloat16, enabled=enabled):
+            return self.network(images).float()

@@ -1,0 +1,17 @@
+"""Networks by name, their weights and their size."""
+
+from compress.models.catalogue import available, build, check_options
+from compress.models.counting import count_macs, count_parameters
+from compress.models.inference import frozen_for_inference, low_precision_dtype
+from compress.models.weights import load_weights
+
+__all__ = [
+    "available",
+    "build",
+    "check_options",
+    "count_macs",
+    "count_parameters",
+    "frozen_for_inference",
+    "load_weights",
+    "low_precision_dtype",
+]

@@ -1,0 +1,49 @@
+"""Builds a network from the stem of its file in conf/model: adding an architecture is adding a file there."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from hydra.utils import get_object
+from omegaconf import OmegaConf
+from torch import nn
+
+from compress.check import check_arguments
+from compress.errors import UserError
+from compress.paths import CONF
+
+FOLDER = CONF / "model"
+
+
+def available() -> tuple[str, ...]:
+    """The stems of conf/model, in alphabetical order."""
+    return tuple(sorted(file.stem for file in FOLDER.glob("*.yaml")))
+
+
+def build(stem: str, num_classes: int, **options: Any) -> nn.Module:
+    """The network described by conf/model/<stem>.yaml with freshly drawn weights: `(B, 3, H, W) -> (B, num_classes)`.
+
+    `options` replace keys of that file. What is called is the `_target_` of the file alone: stem and options may come
+    from a downloaded model, which must not be able to name code.
+
+    Raises UserError for a stem without a file and for options that the file does not have or that are out of range.
+    """
+    target, values = _description(stem, options, "student/model", stem)
+    return target(num_classes=num_classes, **values)
+
+
+def check_options(stem: str, options: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """All arguments that `build` would pass beside `num_classes`; raises the same errors, naming `where`."""
+    return _description(stem, options, where, where)[1]
+
+
+def _description(
+    stem: str, options: Mapping[str, Any], where_stem: str, where_options: str
+) -> tuple[Callable[..., nn.Module], dict[str, Any]]:
+    if stem not in available():
+        raise UserError(f"{where_stem}: found {stem!r}; accepted: {', '.join(available())}")
+    keys = OmegaConf.to_container(OmegaConf.load(FOLDER / f"{stem}.yaml"))
+    if "_target_" not in keys or "defaults" in keys:
+        raise UserError(f"conf/model/{stem}.yaml: found {', '.join(keys)}; accepted: _target_ and its arguments")
+    target = get_object(keys.pop("_target_"))
+    options = {name: value for name, value in options.items() if name != "_target_"}
+    return target, check_arguments(target, keys | options, where_options, accepted=tuple(keys))

@@ -1,0 +1,158 @@
+"""One run, top to bottom: data, teacher, student, best checkpoint, quantization, results."""
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from hydra.utils import get_class, instantiate
+from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning.loggers import Logger
+
+from compress import models, teachers
+from compress.check import check_arguments, parameter_names
+from compress.config import method_name
+from compress.files import write_json, write_text
+from compress.progress import console
+from compress.quantization.callback import PostTrainingQuantization
+from compress.results.picture import draw_tradeoff
+from compress.results.record import surroundings
+from compress.results.tradeoff import Row, read_csv, table, write_csv
+from compress.training import BEST, fit
+
+
+@dataclass(frozen=True)
+class Result:
+    """Where a finished run lies, its trade-off rows and the content of its `result.json`."""
+
+    directory: Path
+    rows: tuple[Row, ...]
+    record: dict[str, Any]
+
+
+def run(config: DictConfig, directory: Path, overrides: Sequence[str] = ()) -> Result:
+    """Does what a checked `config` says and leaves the results in `directory`; a run found there is continued.
+
+    Everything a run leaves is described in `compress.results`. The result of a finished run is read and returned.
+    """
+    if (directory / "result.json").exists():
+        return _finished(directory)
+    clock = _Clock()
+    plain = OmegaConf.to_container(config, resolve=True)
+    write_text(directory / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
+    pl.seed_everything(config.seed, verbose=False)
+
+    data = instantiate(config.data, seed=config.seed, device=_device(config.trainer.accelerator))
+    data.prepare_data()
+    data.setup()
+    clock.lap("data")
+
+    method = get_class(config.method._target_)
+    parts: dict[str, Any] = {"num_classes": data.num_classes, "seed": config.seed}
+    teacher = None
+    if "teacher" in parameter_names(method):
+        teacher = teachers.resolve(config, data, plain["trainer"])
+        parts["teacher"] = teacher.frozen
+    clock.lap("teacher")
+
+    # The teacher's training may have drawn random numbers; the student's first weights depend on the seed alone.
+    pl.seed_everything(config.seed, verbose=False)
+    student = models.build(num_classes=data.num_classes, **plain["student"])
+    parts["student"] = student.to(memory_format=torch.channels_last)
+    parts |= {part: instantiate(config[part]) for part in ("loss", "optimizer", "scheduler")}
+    # Not by `instantiate`, which would turn the frozen dataclasses among the parts into configurations.
+    module = method(**check_arguments(method, plain["method"], "method"), **parts)
+    console.print(f"student {config.student.stem}: training for {config.trainer.max_epochs} epochs", style="bold")
+
+    stem = plain["student"].pop("stem")
+    options = {key: value for key, value in plain["student"].items() if key != "_target_"}
+    architecture = {"stem": stem, "options": options, "num_classes": data.num_classes}
+    quantizer = instantiate(config.quantizer) if config.quantizer else None
+    quantization = PostTrainingQuantization(data, directory, architecture, quantizer, before=clock.lap)
+    trainer = fit(
+        module,
+        data,
+        plain["trainer"],
+        directory / "checkpoints",
+        label="student",
+        loggers=_loggers(config.logger, directory),
+        callbacks=[quantization],
+    )
+    clock.lap("quantization")
+
+    record = {
+        "format": 1,
+        "overrides": list(overrides),
+        **surroundings(),
+        "seed": config.seed,
+        "started": clock.started,
+        "seconds": clock.laps,
+        "data": data.record(),
+        "teacher": teacher.record if teacher else None,
+        "student": {
+            "model": stem,
+            "parameters": models.count_parameters(student),
+            "macs": models.count_macs(student, data.input_shape),
+            "epochs": trainer.current_epoch,
+            "best_epoch": _best_epoch(directory / "checkpoints" / BEST),
+            "validation_accuracy": quantization.rows[0].validation_accuracy,
+            "test_accuracy": quantization.rows[0].test_accuracy,
+            "test_accuracy_per_class": dict(zip(data.class_names, quantization.test.per_class, strict=True)),
+        },
+        "tradeoff": [asdict(row) for row in quantization.rows],
+    }
+    title = f"{method_name(config)} {stem} on {config.data._target_.rpartition('.')[2]}"
+    teacher_accuracy = teacher.record["test_accuracy"] if teacher else None
+    write_csv(directory / "tradeoff.csv", quantization.rows)
+    draw_tradeoff(directory / "tradeoff.png", quantization.rows, title, teacher_accuracy)
+    # Last, because its presence says that the run is finished.
+    write_json(directory / "result.json", record)
+    _show(directory, quantization.rows, title)
+    return Result(directory, tuple(quantization.rows), record)
+
+
+def _finished(directory: Path) -> Result:
+    rows = read_csv(directory / "tradeoff.csv")
+    record = json.loads((directory / "result.json").read_text(encoding="utf-8"))
+    _show(directory, rows, f"{record['student']['model']}: this run was finished before")
+    return Result(directory, tuple(rows), record)
+
+
+def _show(directory: Path, rows: Sequence[Row], title: str) -> None:
+    console.print()
+    console.print(table(rows, title))
+    console.print(
+        f"results in {directory}/: tradeoff.csv, tradeoff.png, result.json, config.yaml, models/, checkpoints/"
+    )
+
+
+def _device(accelerator: str) -> str:
+    """Where the images lie: beside the network, so that no batch crosses over."""
+    return "cuda" if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available() else "cpu"
+
+
+def _loggers(node: DictConfig, directory: Path) -> list[Logger]:
+    return [instantiate(logger, save_dir=str(directory)) for logger in node.values()]
+
+
+def _best_epoch(path: Path) -> int:
+    return 1 + int(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["epoch"])
+
+
+class _Clock:
+    """The time at the start and the seconds of each part of a run."""
+
+    def __init__(self) -> None:
+        self.started = datetime.now().astimezone().isoformat(timespec="seconds")
+        self.laps: dict[str, float] = {}
+        self.last = time.perf_counter()
+
+    def lap(self, part: str) -> None:
+        now = time.perf_counter()
+        self.laps[part] = round(now - self.last, 2)
+        self.last = now

@@ -1,0 +1,8 @@
+"""Post-training quantization of weights: `quantize` one network to one bit width, `Quantizer` the same from YAML."""
+
+from compress.quantization.fold import fold_batch_norm
+from compress.quantization.grid import Grid
+from compress.quantization.post_training import QuantizedLayer, QuantizedModel, quantize
+from compress.quantization.quantizer import Quantizer
+
+__all__ = ["Grid", "QuantizedLayer", "QuantizedModel", "Quantizer", "fold_batch_norm", "quantize"]

@@ -1,0 +1,141 @@
+"""Carrying the calibration images through the analog and the quantized network together, node by node.
+
+Every value is computed once for all images and freed after its last reader, so the walk costs two forward passes in
+all, whatever the depth, and each layer sees the inputs that the already quantized layers before it produce.
+"""
+
+import copy
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Graph, Node
+from torch.fx.node import map_arg
+
+from compress.errors import UserError
+
+# Images carried at once; the calibration set is re-cut to it, so that results do not depend on how it came.
+BATCH = 128
+
+
+def gather(batches: Iterable, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+    """The calibration images, re-cut into batches of BATCH and copied, so that in-place layers spare the caller's.
+
+    A batch is a tensor (B, ...) or a sequence that begins with one, as a DataLoader's (images, labels) does.
+    Raises UserError where there are no images.
+    """
+    images = [batch if isinstance(batch, Tensor) else batch[0] for batch in batches]
+    images = [batch.detach().to(device=device, dtype=dtype) for batch in images if len(batch)]
+    if not images:
+        raise UserError("calibration images: found none; accepted: at least 1")
+    if len({batch.shape[1:] for batch in images}) > 1:
+        shapes = sorted({str(tuple(batch.shape[1:])) for batch in images})
+        raise UserError(f"calibration images: found shapes {', '.join(shapes)}; accepted: one shape")
+    return [part.clone() for part in torch.cat(images).split(BATCH)]
+
+
+def walk(
+    analog: nn.Module,
+    quantized: nn.Module,
+    graph: Graph,
+    batches: list[Tensor],
+    layers: list[str],
+    solve: Callable[[str, list[Tensor], list[Tensor]], None],
+) -> dict[str, float]:
+    """Relative output error of each of `layers`, having called `solve` for each in execution order.
+
+    `graph` is that of `analog` and of its copy `quantized`, both in eval mode. `solve(name, quantized_inputs,
+    analog_inputs)` gives the layer of `quantized` its new weight and bias; the inputs are lists of one tensor per
+    batch, and the same list while nothing has been quantized. The error is |Y~ - Y| / |Y - b| over all outputs of the
+    layer. The walk ends after the last layer. Raises UserError, naming the operation, where one fails.
+    """
+    last_reader = _last_readers(graph)
+    remaining = set(layers)
+    left: dict[Node, list] = {}
+    right = left
+    errors = {}
+    with torch.no_grad():
+        for node in graph.nodes:
+            if not remaining or node.op == "output":
+                break
+            if node.op == "call_module" and node.target in remaining:
+                remaining.remove(node.target)
+                source = node.args[0] if node.args else node.kwargs["input"]
+                # First, so that inputs which do not fit the layer are said in its own words.
+                outputs = [_evaluate(node, analog, left, index, batches) for index in range(len(batches))]
+                solve(node.target, right[source], left[source])
+                changed = [_evaluate(node, quantized, right, index, batches) for index in range(len(batches))]
+                errors[node.target] = _relative_error(analog.get_submodule(node.target), changed, outputs)
+                _free(last_reader.get(node, ()), left, right)
+                if right is left:
+                    # From here on an in-place operation must not reach the other network's values. Copied in one go,
+                    # so that values that share memory still do.
+                    right = dict(zip(left, copy.deepcopy(list(left.values())), strict=True))
+                left[node], right[node] = outputs, changed
+                continue
+            results = [_evaluate(node, analog, left, index, batches) for index in range(len(batches))]
+            if right is not left:
+                right[node] = [_evaluate(node, quantized, right, index, batches) for index in range(len(batches))]
+            left[node] = results
+            _free(last_reader.get(node, ()), left, right)
+    return errors
+
+
+def _last_readers(graph: Graph) -> dict[Node, list[Node]]:
+    """For each node, the nodes whose values nobody reads after it (itself, where nobody reads it at all)."""
+    last = {}
+    for node in graph.nodes:
+        last[node] = node
+        for source in node.all_input_nodes:
+            last[source] = node
+    freed: dict[Node, list[Node]] = {}
+    for source, reader in last.items():
+        freed.setdefault(reader, []).append(source)
+    return freed
+
+
+def _free(nodes: Iterable[Node], *environments: dict[Node, list]) -> None:
+    for environment in environments:
+        for node in nodes:
+            environment.pop(node, None)
+
+
+def _evaluate(node: Node, model: nn.Module, values: dict[Node, list], index: int, batches: list[Tensor]) -> Any:
+    """The value of `node` for batch `index`."""
+    if node.op == "placeholder":
+        if node.prev.op == "root":
+            return batches[index]
+        if node.args:
+            return node.args[0]
+        raise UserError(f"{type(model).__name__}: found an argument {node.target}; accepted: images alone")
+    if node.op == "get_attr":
+        value = model
+        for part in node.target.split("."):
+            value = getattr(value, part)
+        return value
+    args, kwargs = map_arg((node.args, node.kwargs), lambda source: values[source][index])
+    try:
+        if node.op == "call_module":
+            return model.get_submodule(node.target)(*args, **kwargs)
+        if node.op == "call_method":
+            return getattr(args[0], node.target)(*args[1:], **kwargs)
+        return node.target(*args, **kwargs)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"{type(model).__name__}: {node.format_node() or node.name} failed on the calibration images: {reason}"
+        ) from error
+
+
+def _relative_error(layer: nn.Module, changed: list[Tensor], outputs: list[Tensor]) -> float:
+    """|changed - outputs| / |outputs - bias|, 0 where both are 0."""
+    difference = energy = 0.0
+    for new, old in zip(changed, outputs, strict=True):
+        difference += float((new - old).square().sum(dtype=torch.float64))
+        if layer.bias is not None:
+            old = old - (layer.bias[:, None, None] if isinstance(layer, nn.Conv2d) else layer.bias)
+        energy += float(old.square().sum(dtype=torch.float64))
+    if difference == 0:
+        return 0.0
+    return (difference / energy) ** 0.5 if energy else float("inf")

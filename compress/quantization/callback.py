@@ -1,0 +1,128 @@
+"""The Lightning callback that quantizes the best checkpoint when training is over."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from torch import nn
+
+from compress import models
+from compress.evaluation import Evaluation, evaluate, latency_ms
+from compress.export.packed import read_model, write_float, write_packed
+from compress.progress import bar
+from compress.quantization import Quantizer
+from compress.results.tradeoff import Row
+from compress.training import BEST
+
+
+class PostTrainingQuantization(pl.Callback):
+    """At the end of a fit: `rows`, the float32 student first, then one row per bit width of `quantizer` (or none).
+
+    Every variant is written to `directory/models`, read back, and what was read back is evaluated on the validation
+    and test loaders of `data`; `test` holds the float32 student's test evaluation. `architecture` is the mapping
+    {stem, options, num_classes} that goes into the files. Metrics go to every logger as `tradeoff/<variant>/<name>`.
+    `before` is called with "student" when training is over. A failure here fails the fit.
+    """
+
+    def __init__(
+        self,
+        data: pl.LightningDataModule,
+        directory: Path,
+        architecture: dict[str, Any],
+        quantizer: Quantizer | None,
+        before: Callable[[str], None] = lambda part: None,
+    ) -> None:
+        self.data = data
+        self.directory = directory
+        self.quantizer = quantizer
+        self.architecture = architecture
+        self.before = before
+        self.rows: list[Row] = []
+        self.test: Evaluation | None = None
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.rows or not trainer.is_global_zero:
+            return
+        self.before("student")
+        student = models.build(
+            self.architecture["stem"], self.architecture["num_classes"], **self.architecture["options"]
+        )
+        models.load_weights(student, self.directory / "checkpoints" / BEST)
+        student.eval().to(self.data.device)
+        path = self.directory / "models" / "student-fp32.safetensors"
+        write_float(path, student, **self._description())
+        self._add(path, quantizer="none", bits=32, levels=None, first_last_bits=None)
+        if self.quantizer is not None:
+            self._quantize(student)
+        self._log(trainer.loggers)
+
+    def _quantize(self, student: nn.Module) -> None:
+        quantizer = self.quantizer
+        batches = self.data.calibration_batches(quantizer.calibration_images)
+        with bar() as progress:
+            for bits in quantizer.bits:
+                task = progress.add_task("", total=None)
+
+                def show(done: int, total: int, layer: str, bits: int, task: int = task) -> None:
+                    progress.update(task, completed=done, total=total, description=f"{bits} bit  {layer}")
+
+                quantized = quantizer(student, batches, bits, progress=show)
+                progress.remove_task(task)
+                path = self.directory / "models" / f"student-{quantizer.name}-{bits}bit.safetensors"
+                write_packed(path, quantized, **self._description())
+                self._add(
+                    path,
+                    quantizer=quantizer.name,
+                    bits=bits,
+                    levels=quantizer.levels(bits),
+                    first_last_bits=quantizer.first_last_bits,
+                )
+
+    def _description(self) -> dict[str, Any]:
+        """What a file says of its model, so that it can be used without anything else."""
+        data = self.data
+        return {
+            "architecture": self.architecture,
+            "class_names": data.class_names,
+            "mean": data.mean,
+            "standard_deviation": data.standard_deviation,
+            "input_shape": data.input_shape,
+        }
+
+    def _add(self, path: Path, **columns: Any) -> None:
+        model = read_model(path)[0].to(self.data.device)
+        validation = evaluate(model, self.data.val_dataloader(), self.data.num_classes)
+        test = evaluate(model, self.data.test_dataloader(), self.data.num_classes)
+        if self.test is None:
+            self.test = test
+        size = path.stat().st_size
+        self.rows.append(
+            Row(
+                **columns,
+                activation_bits=32,
+                sparsity=_sparsity(model),
+                validation_accuracy=validation.accuracy,
+                test_accuracy=test.accuracy,
+                agreement=test.agreement(self.test),
+                bytes=size,
+                ratio=(self.rows[0].bytes if self.rows else size) / size,
+                latency_ms=latency_ms(model, self.data.input_shape),
+                file=str(path.relative_to(self.directory)),
+            )
+        )
+
+    def _log(self, loggers: Sequence[Any]) -> None:
+        metrics = {
+            f"tradeoff/{row.name.replace(' ', '_')}/{name}": float(getattr(row, name))
+            for row in self.rows
+            for name in ("validation_accuracy", "test_accuracy", "agreement", "bytes", "ratio")
+        }
+        for logger in loggers:
+            logger.log_metrics(metrics)
+            logger.save()
+
+
+def _sparsity(model: nn.Module) -> float:
+    weights = [each.weight for each in model.modules() if isinstance(each, nn.Conv2d | nn.Linear)]
+    return sum(int((weight == 0).sum()) for weight in weights) / sum(weight.numel() for weight in weights)

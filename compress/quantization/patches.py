@@ -1,0 +1,164 @@
+"""The inputs a Conv2d or Linear multiplies its weights with, and their Gram matrices over any number of batches."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# Elements of one chunk of patches; bounds the memory beside the Grams themselves (16 MiB a copy in float32).
+CHUNK = 1 << 22
+# Symmetric products are made in this many stripes: the lower triangle then costs 62.5 % of the whole.
+STRIPES = 4
+
+
+def padding_of(layer: nn.Conv2d) -> tuple[int, int, int, int]:
+    """(left, right, top, bottom) that a Conv2d pads its input with; torch puts the odd one of "same" at the end."""
+    if layer.padding == "valid":
+        return (0, 0, 0, 0)
+    if layer.padding == "same":
+        total = [dilation * (size - 1) for dilation, size in zip(layer.dilation, layer.kernel_size, strict=True)]
+        (top, left), (bottom, right) = [side // 2 for side in total], [side - side // 2 for side in total]
+        return (left, right, top, bottom)
+    vertical, horizontal = layer.padding
+    return (horizontal, horizontal, vertical, vertical)
+
+
+def patches(layer: nn.Conv2d | nn.Linear, inputs: Tensor) -> Tensor:
+    """(groups, d, n): column i of group g is what a row of the group's weights, flattened to (d,), is multiplied with.
+
+    inputs (B, C, H, W) for a Conv2d, n = B * output height * output width, any stride, padding, padding mode, dilation
+    and groups; (..., d) for a Linear, n = the product of the leading sizes.
+    """
+    if isinstance(layer, nn.Linear):
+        return inputs.reshape(1, -1, inputs.shape[-1]).transpose(1, 2)
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    padding = padding_of(layer)
+    if any(padding):
+        inputs = F.pad(inputs, padding, mode=mode)
+    windows = inputs.transpose(0, 1)  # (C, B, H, W)
+    for dimension in (0, 1):
+        reach = layer.dilation[dimension] * (layer.kernel_size[dimension] - 1) + 1
+        windows = windows.unfold(2 + dimension, reach, layer.stride[dimension])
+        windows = windows[..., :: layer.dilation[dimension]]
+    # (C, B, oh, ow, kh, kw) -> (groups, C/groups * kh * kw, B * oh * ow)
+    depth = inputs.shape[1] // layer.groups * layer.kernel_size[0] * layer.kernel_size[1]
+    return windows.permute(0, 4, 5, 1, 2, 3).reshape(layer.groups, depth, -1)
+
+
+def live_columns(layer: nn.Conv2d | nn.Linear, inputs: Tensor) -> Tensor | None:
+    """The columns (of d) whose kernel position ever meets a pixel; None: all. The others see the zeros of the padding.
+
+    On a 1x1 map only the centre of a padded 3x3 kernel does, and 8/9 of the layer's columns need no Gram.
+    """
+    if isinstance(layer, nn.Linear) or layer.padding_mode != "zeros":
+        return None
+    pixels = inputs.new_ones(1, 1, *inputs.shape[2:])
+    probe = nn.Conv2d(1, 1, layer.kernel_size, layer.stride, layer.padding, layer.dilation, device="meta")
+    live = patches(probe, pixels)[0].any(1)
+    return None if bool(live.all()) else live.repeat(layer.weight.shape[1]).nonzero()[:, 0]
+
+
+class Moments:
+    """Sums over the patches of one layer, in `dtype`: Grams of the quantized inputs X~ with X~ and with X, and means.
+
+    With `centre` the Grams are those of X~ - mu~ and X - mu. While no layer before has been quantized, `update` is
+    given the same tensor twice and does the work once. `live` holds the columns (of all d) the sums are about, or None
+    for all; see `live_columns`.
+    """
+
+    def __init__(self, layer: nn.Conv2d | nn.Linear, dtype: torch.dtype, centre: bool) -> None:
+        self.layer, self.dtype, self.centre = layer, dtype, centre
+        self.count = 0
+        self.live = None
+        self.gram = self.cross = self.sum_quantized = self.sum_analog = None
+        self.shift_quantized = self.shift_analog = None
+
+    def update(self, quantized: Tensor, analog: Tensor) -> None:
+        """Add one batch of the layer's inputs, quantized X~ and analog X: (B, C, H, W), or (..., d) for a Linear."""
+        if quantized.numel() == 0:
+            return
+        per_item = max(1, self._patch_elements(quantized) // quantized.shape[0])
+        size = max(1, CHUNK // per_item)
+        for start in range(0, quantized.shape[0], size):
+            part = quantized[start : start + size]
+            self._add(part, part if analog is quantized else analog[start : start + size])
+
+    def _patch_elements(self, inputs: Tensor) -> int:
+        if isinstance(self.layer, nn.Linear):
+            return inputs.numel()
+        kernel = self.layer.kernel_size[0] * self.layer.kernel_size[1]
+        return inputs.numel() * kernel // (self.layer.stride[0] * self.layer.stride[1]) + 1
+
+    def _add(self, quantized: Tensor, analog: Tensor) -> None:
+        same = analog is quantized
+        if self.count == 0:
+            self.live = live_columns(self.layer, quantized)
+        mine = self._columns(quantized)
+        other = mine if same else self._columns(analog)
+        if self.count == 0:
+            groups, depth, _ = mine.shape
+            self.gram = mine.new_zeros(groups, depth, depth)
+            self.sum_quantized = mine.new_zeros(groups, depth)
+            # Sums about a first guess of the mean: n mu mu^T, subtracted at the end, would cancel their digits.
+            self.shift_quantized = mine.mean(2, keepdim=True) if self.centre else None
+            if not same:
+                self.cross, self.sum_analog = torch.zeros_like(self.gram), torch.zeros_like(self.sum_quantized)
+                self.shift_analog = other.mean(2, keepdim=True) if self.centre else None
+        self.count += mine.shape[2]
+        if self.centre:
+            mine = mine - self.shift_quantized
+        _add_lower(self.gram, mine)
+        self.sum_quantized += mine.sum(2)
+        if not same:
+            if self.centre:
+                other = other - self.shift_analog
+            self.cross.baddbmm_(mine, other.transpose(1, 2))
+            self.sum_analog += other.sum(2)
+
+    def _columns(self, inputs: Tensor) -> Tensor:
+        columns = patches(self.layer, inputs.to(self.dtype))
+        return columns if self.live is None else columns[:, self.live]
+
+    def finish(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(gram, cross, mean_quantized, mean_analog): (groups, d, d) twice and (groups, d) twice; call it once.
+
+        d is the number of columns in `live`, all of them where that is None. With `centre`, a quantized input that
+        varies by less than the rounding of its mean counts as dead: its row in both, and its column in gram, are zero.
+        """
+        gram = _mirror_lower(self.gram)
+        cross = gram if self.cross is None else self.cross
+        mean_quantized = self.sum_quantized / self.count
+        mean_analog = mean_quantized if self.cross is None else self.sum_analog / self.count
+        if self.centre:
+            gram.baddbmm_(mean_quantized[:, :, None], mean_quantized[:, None, :], alpha=-self.count)
+            if cross is not gram:
+                cross.baddbmm_(mean_quantized[:, :, None], mean_analog[:, None, :], alpha=-self.count)
+            mean_quantized = mean_quantized + self.shift_quantized[:, :, 0]
+            mean_analog = mean_quantized if cross is gram else mean_analog + self.shift_analog[:, :, 0]
+            rounding = 64 * torch.finfo(self.dtype).eps * mean_quantized
+            constant = gram.diagonal(dim1=1, dim2=2) <= self.count * rounding.square()
+            if bool(constant.any()):
+                gram[constant] = 0
+                cross[constant] = 0
+                gram.transpose(1, 2)[constant] = 0
+        return gram, cross, mean_quantized, mean_analog
+
+
+def _add_lower(gram: Tensor, columns: Tensor) -> None:
+    """gram += columns @ columns^T, at least its lower triangle: (g, d, d) and (g, d, n)."""
+    depth = gram.shape[1]
+    if depth < 512:
+        gram.baddbmm_(columns, columns.transpose(1, 2))
+        return
+    for stripe in torch.arange(depth).tensor_split(STRIPES):
+        start, stop = int(stripe[0]), int(stripe[-1]) + 1
+        gram[:, start:stop, :stop].baddbmm_(columns[:, start:stop], columns[:, :stop].transpose(1, 2))
+
+
+def _mirror_lower(gram: Tensor) -> Tensor:
+    """The lower triangle copied onto the upper one, in place."""
+    depth = gram.shape[1]
+    if depth >= 512:
+        bounds = [(int(stripe[0]), int(stripe[-1]) + 1) for stripe in torch.arange(depth).tensor_split(STRIPES)]
+        for start, stop in bounds[1:]:
+            gram[:, :start, start:stop] = gram[:, start:stop, :start].transpose(1, 2)
+    return gram

@@ -1,0 +1,73 @@
+"""The quantizer that a YAML file describes: `quantize` with its options bound, one call per bit width."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import BeforeValidator, Field
+from torch import Tensor, nn
+
+from compress.quantization.post_training import QuantizedModel, quantize
+
+Bits = Annotated[int, Field(ge=2, le=16)]
+
+
+def _as_list(value):
+    return [value] if isinstance(value, int) else value
+
+
+class Quantizer:
+    """Options of `compress.quantization.quantize`, bound; `bits` and `calibration_images` are for the caller to read.
+
+    bits: bit widths to quantize to, one model each. alphabet: "exact" is 2^bits levels, "published" 2^bits + 1.
+    calibration_images: how many training images the caller should pass. `name` is the solver's. The other arguments are
+    those of `quantize`, which checks them too. In YAML `solver` is a mapping (`_target_`, `_partial_: true`) from which
+    Hydra makes the callable.
+    """
+
+    def __init__(
+        self,
+        solver: Callable[..., Tensor] | dict[str, Any],
+        bits: Annotated[list[Bits], BeforeValidator(_as_list), Field(min_length=1)],
+        alphabet: Literal["exact", "published"] = "exact",
+        first_last_bits: Bits | None = 8,
+        skip: Sequence[str] = (),
+        calibration_images: Annotated[int, Field(ge=1)] = 256,
+        scale: Literal["mse", "max_abs", "percentile"] = "mse",
+        percentile: Annotated[float, Field(gt=0, le=1)] = 1.0,
+        alphabet_scalar: Annotated[float, Field(gt=0)] = 1.16,
+        bias_correction: bool = True,
+        block_size: Annotated[int, Field(ge=1)] = 128,
+        gram_dtype: Literal["float32", "float64"] = "float32",
+    ) -> None:
+        self.name = getattr(solver, "func", solver).__name__
+        self.bits = [int(width) for width in _as_list(bits)]
+        self.calibration_images = calibration_images
+        self.first_last_bits = first_last_bits
+        self.alphabet = alphabet
+        self.options = {
+            "solver": solver,
+            "levels": "published" if alphabet == "published" else None,
+            "first_last_bits": first_last_bits,
+            "skip": list(skip),
+            "scale": scale,
+            "percentile": percentile,
+            "alphabet_scalar": alphabet_scalar,
+            "bias_correction": bias_correction,
+            "block_size": block_size,
+            "gram_dtype": getattr(torch, gram_dtype),
+        }
+
+    def levels(self, bits: int) -> int:
+        """Levels of the grids of `bits` bits: 2^bits, one more in the published alphabet."""
+        return 2**bits + (self.alphabet == "published")
+
+    def __call__(
+        self,
+        model: nn.Module,
+        calibration_batches: Iterable,
+        bits: int,
+        progress: Callable[[int, int, str, int], None] | None = None,
+    ) -> QuantizedModel:
+        """`model` quantized to `bits` bits; see `compress.quantization.quantize`."""
+        return quantize(model, calibration_batches, bits, progress=progress, **self.options)

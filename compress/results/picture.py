@@ -1,0 +1,44 @@
+"""`tradeoff.png`: test accuracy against the bytes of the file."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+
+from compress.files import write_atomically
+from compress.results.tradeoff import Row
+
+
+def draw_tradeoff(path: Path, rows: Sequence[Row], title: str, teacher_accuracy: float | None = None) -> None:
+    """Draws the rows, the float32 student (first row) and, if given, the teacher's test accuracy (0..1) as lines."""
+    figure = Figure(figsize=(7.5, 4.6), dpi=150, layout="constrained")
+    axes = figure.add_subplot()
+    reference, variants = rows[0], rows[1:]
+    axes.axhline(100 * reference.test_accuracy, color="0.6", linewidth=1, linestyle="--", label="student, fp32")
+    if teacher_accuracy is not None:
+        axes.axhline(100 * teacher_accuracy, color="tab:orange", linewidth=1, linestyle=":", label="teacher, fp32")
+    for quantizer in dict.fromkeys(row.quantizer for row in variants):
+        own = sorted((row for row in variants if row.quantizer == quantizer), key=lambda row: row.bytes)
+        axes.plot([r.bytes / 1e6 for r in own], [100 * r.test_accuracy for r in own], marker="o", label=quantizer)
+    axes.plot(reference.bytes / 1e6, 100 * reference.test_accuracy, marker="s", color="0.35", linestyle="none")
+    for row in rows:
+        axes.annotate(
+            "fp32" if row is reference else f"{row.bits} bit",
+            (row.bytes / 1e6, 100 * row.test_accuracy),
+            textcoords="offset points",
+            xytext=(0, -14),
+            ha="center",
+            fontsize=8,
+        )
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(MaxNLocator(6))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.margins(x=0.08, y=0.25)
+    axes.set_xlabel("size of the file, MB (logarithmic)")
+    axes.set_ylabel("test accuracy, %")
+    axes.set_title(title, fontsize=10)
+    axes.grid(alpha=0.25)
+    axes.legend(loc="lower right", fontsize=8, framealpha=0.9)
+    write_atomically(path, lambda temporary: figure.savefig(temporary))

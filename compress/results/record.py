@@ -1,0 +1,70 @@
+"""`result.json`: what ran, on what, how long it took and what came out.
+
+| key | meaning |
+|---|---|
+| format | 1 |
+| overrides | what was typed, beside the defaults; the whole configuration is in config.yaml |
+| versions | Python and the packages that decide the numbers; `commit`: of the checkout, null outside one |
+| hardware | processor, cores, memory in GB, accelerator |
+| seed, started, seconds | the seed; the local time at the start; durations of the parts in seconds |
+| data | name, class names, number of images in train, validation and test, input shape |
+| teacher | null, or model, file, parameters, MACs, accuracies (0..1), per-class accuracy on test |
+| student | model, parameters, MACs, epochs trained, best epoch, accuracies (0..1), per-class accuracy on test |
+| tradeoff | the rows of tradeoff.csv |
+"""
+
+import os
+import platform
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from compress.paths import PACKAGE
+
+PACKAGES = (
+    "compress",
+    "torch",
+    "torchvision",
+    "pytorch-lightning",
+    "hydra-core",
+    "numpy",
+    "scikit-learn",
+    "safetensors",
+)
+
+
+def surroundings() -> dict[str, Any]:
+    """Versions, commit and hardware, for `result.json`."""
+    versions = {"python": platform.python_version()} | {package: version(package) for package in PACKAGES}
+    return {
+        "versions": versions | {"commit": _commit()},
+        "hardware": {
+            "processor": _processor(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
+            "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        },
+    }
+
+
+def _commit() -> str | None:
+    """The checkout's commit, with `-dirty` where it was changed since; None outside a checkout."""
+    if not (PACKAGE.parent / ".git").exists():
+        return None
+    command = ["git", "-C", str(PACKAGE.parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())

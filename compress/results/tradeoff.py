@@ -1,0 +1,111 @@
+"""The trade-off: one row per variant of the student, as `tradeoff.csv` and as a table for people.
+
+| column | meaning |
+|---|---|
+| quantizer | `none` for the float32 student, otherwise the solver |
+| bits | width of the codes of the layers that are neither first nor last; 32 for floats |
+| levels | values that a weight of those layers can take; empty for floats |
+| first_last_bits | width of the first and the last layer |
+| activation_bits | width of the activations; 32: not quantized |
+| sparsity | share of exact zeros among the weights of convolutions and linear layers, 0..1 |
+| validation_accuracy, test_accuracy | 0..1, of the model read back from `file`, in float32 |
+| agreement | share of test images that get the same class as from the float32 student, 0..1 |
+| bytes | size of `file` |
+| ratio | bytes of the float32 student over bytes |
+| latency_ms | median time of one image through PyTorch, one thread, in milliseconds |
+| file | relative to the run directory |
+"""
+
+import csv
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from rich import box
+from rich.table import Table
+
+from compress.errors import UserError
+from compress.files import write_atomically
+
+
+@dataclass(frozen=True)
+class Row:
+    """One variant; the module's docstring says what the columns mean."""
+
+    quantizer: str
+    bits: int
+    levels: int | None
+    first_last_bits: int | None
+    activation_bits: int
+    sparsity: float
+    validation_accuracy: float
+    test_accuracy: float
+    agreement: float
+    bytes: int
+    ratio: float
+    latency_ms: float
+    file: str
+
+    @property
+    def name(self) -> str:
+        return "fp32" if self.quantizer == "none" else f"{self.quantizer} {self.bits} bit"
+
+
+def write_csv(path: Path, rows: Sequence[Row]) -> None:
+    def write(temporary: Path) -> None:
+        with temporary.open("w", newline="", encoding="utf-8") as stream:
+            writer = csv.DictWriter(stream, [field.name for field in fields(Row)], lineterminator="\n")
+            writer.writeheader()
+            for row in rows:
+                rounded = {
+                    key: round(value, 6) if isinstance(value, float) else value for key, value in asdict(row).items()
+                }
+                writer.writerow(rounded)
+
+    write_atomically(path, write)
+
+
+def read_csv(path: Path) -> list[Row]:
+    """The rows of a file that `write_csv` wrote. Raises UserError where the file is not one."""
+    kinds = {field.name: field.type for field in fields(Row)}
+    try:
+        with path.open(newline="", encoding="utf-8") as stream:
+            return [
+                Row(**{key: _value(kinds[key], text) for key, text in row.items()}) for row in csv.DictReader(stream)
+            ]
+    except (OSError, KeyError, TypeError, ValueError) as failure:
+        raise UserError(f"{path}: not a trade-off table ({failure}); accepted: a tradeoff.csv of a run") from None
+
+
+def _rounded(value: object) -> object:
+    return round(value, 6) if isinstance(value, float) else value
+
+
+def _value(kind: type, text: str) -> str | int | float | None:
+    if kind in (str, int, float):
+        return kind(text)
+    return int(text) if text else None
+
+
+def table(rows: Sequence[Row], title: str) -> Table:
+    """The rows for a terminal: accuracies in percent, the change from float32 in points, sizes in kilobytes."""
+    reference = rows[0]
+    caption = "change: points of test accuracy against fp32; same: test images classified as by fp32"
+    printed = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, title_justify="left", caption_justify="left")
+    printed.add_column("variant", no_wrap=True)
+    for heading in ("val %", "test %", "change", "same %", "size kB", "smaller", "ms/image"):
+        printed.add_column(heading, justify="right", no_wrap=True)
+    for row in rows:
+        change = 100 * (row.test_accuracy - reference.test_accuracy)
+        colour = "green" if change > -0.5 else "yellow" if change > -2 else "red"
+        printed.add_row(
+            row.name,
+            f"{100 * row.validation_accuracy:.2f}",
+            f"{100 * row.test_accuracy:.2f}",
+            "" if row is reference else f"[{colour}]{change:+.2f}[/]",
+            "" if row is reference else f"{100 * row.agreement:.2f}",
+            f"{row.bytes / 1000:,.1f}",
+            f"{row.ratio:.1f}x",
+            f"{row.latency_ms:.1f}",
+        )
+    return printed

@@ -1,0 +1,149 @@
+"""Where a teacher comes from: a checkpoint, the cache of teachers trained before, or a training of its own."""
+
+import hashlib
+import json
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from filelock import FileLock, Timeout
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from safetensors.torch import save_file
+from torch import nn
+
+from compress import models
+from compress.evaluation import evaluate
+from compress.files import write_atomically, write_json
+from compress.losses.cross_entropy import CrossEntropy
+from compress.methods.frozen_teacher import FrozenTeacher
+from compress.methods.supervised import Supervised
+from compress.progress import console
+from compress.training import BEST, fit
+
+# Keys of `data` that change how fast images come, not which.
+NOT_IN_KEY = ("batch_size", "evaluation_batch_size", "root", "download")
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A network `(B, 3, H, W) -> (B, C)`, ready to be called by a method, with what is known about it."""
+
+    frozen: FrozenTeacher
+    record: dict[str, Any]
+
+
+def resolve(config: DictConfig, data: pl.LightningDataModule, trainer_options: dict[str, Any]) -> Teacher:
+    """The teacher of `config`: `teacher.checkpoint` if given, else the cached one, else one trained now and kept.
+
+    The cache is `<output_directory>/teachers`, its key a hash of `teacher.model`, `teacher.training` and `data`. A
+    file lock lets one job train while others wait for it. Interrupted training goes on where it was.
+    """
+    node = OmegaConf.to_container(config.teacher, resolve=True)
+    network = models.build(num_classes=data.num_classes, **node["model"])
+    stem = node["model"]["stem"]
+    started = time.perf_counter()
+    if node["checkpoint"] is not None:
+        path, trained = Path(node["checkpoint"]), False
+        models.load_weights(network, path, where="teacher.checkpoint")
+        where = f"from {path}"
+    else:
+        path, trained = _find_or_train(config, node, network, trainer_options, data.device)
+        where = f"trained and kept as {path}" if trained else f"found in {path}"
+    frozen = FrozenTeacher(network, _renormalise(node, data))
+    frozen.to(data.device)
+    validation = evaluate(frozen, data.val_dataloader(), data.num_classes)
+    test = evaluate(frozen, data.test_dataloader(), data.num_classes)
+    console.print(f"teacher {stem} {where}: validation accuracy {100 * validation.accuracy:.2f} %", style="bold")
+    record = {
+        "model": stem,
+        "file": str(path),
+        "trained_in_this_run": trained,
+        "seconds": round(time.perf_counter() - started, 1),
+        "parameters": models.count_parameters(network),
+        "macs": models.count_macs(network, data.input_shape),
+        "validation_accuracy": validation.accuracy,
+        "test_accuracy": test.accuracy,
+        "test_accuracy_per_class": dict(zip(data.class_names, test.per_class, strict=True)),
+    }
+    return Teacher(frozen, record)
+
+
+def cache_path(config: DictConfig) -> Path:
+    """Where the teacher of `config` is kept once it has been trained."""
+    plain = OmegaConf.to_container(config, resolve=True)
+    data = {key: value for key, value in plain["data"].items() if key not in NOT_IN_KEY}
+    identity = {"model": plain["teacher"]["model"], "training": plain["teacher"]["training"], "data": data}
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
+    return Path(plain["output_directory"]) / "teachers" / f"{plain['teacher']['model']['stem']}-{digest}.safetensors"
+
+
+def _find_or_train(
+    config: DictConfig,
+    node: dict[str, Any],
+    network: nn.Module,
+    trainer_options: dict[str, Any],
+    device: torch.device,
+) -> tuple[Path, bool]:
+    path = cache_path(config)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path.with_suffix(".lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        console.print(f"teacher {node['model']['stem']}: another job is training it, waiting")
+        lock.acquire()
+    try:
+        trained = not path.exists()
+        if trained:
+            _train(config, node["training"], node["model"], path, trainer_options, device)
+    finally:
+        lock.release()
+    models.load_weights(network, path, where="teacher")
+    return path, trained
+
+
+def _train(
+    config: DictConfig,
+    training: dict[str, Any],
+    model: dict[str, Any],
+    path: Path,
+    trainer_options: dict[str, Any],
+    device: torch.device,
+) -> None:
+    console.print(f"teacher {model['stem']}: none trained under this configuration yet, training it", style="bold")
+    pl.seed_everything(training["seed"], verbose=False)
+    own_data = instantiate(config.data, batch_size=training["batch_size"], seed=training["seed"], device=device)
+    own_data.setup()
+    network = models.build(num_classes=own_data.num_classes, **model).to(memory_format=torch.channels_last)
+    module = Supervised(
+        student=network,
+        loss=CrossEntropy(training["label_smoothing"]),
+        optimizer=instantiate(training["optimizer"]),
+        scheduler=instantiate(training["scheduler"]),
+        num_classes=own_data.num_classes,
+        seed=training["seed"],
+    )
+    directory = path.with_suffix("")
+    options = trainer_options | {"max_epochs": training["epochs"], "early_stopping": None}
+    fit(module, own_data, options, directory, label="teacher")
+    models.load_weights(network, directory / BEST, where="teacher")
+    state = {key: value.contiguous() for key, value in network.state_dict().items()}
+    write_json(path.with_suffix(".json"), {"model": model, "training": training, "data": dict(config.data)})
+    write_atomically(path, lambda temporary: save_file(state, temporary))
+    shutil.rmtree(directory)
+
+
+def _renormalise(node: dict[str, Any], data: pl.LightningDataModule) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """From the data's normalisation to the teacher's own: `(x * std + mean - teacher_mean) / teacher_std`."""
+    if node["mean"] is None:
+        return None
+    own_mean, own_deviation = (
+        torch.tensor(data_values).expand(3) for data_values in (data.mean, data.standard_deviation)
+    )
+    mean, deviation = (torch.tensor(node[key]).expand(3) for key in ("mean", "standard_deviation"))
+    return own_deviation / deviation, (own_mean - mean) / deviation

@@ -1,0 +1,120 @@
+"""The command line: what it refuses and how it says so, and what it prints without training."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from compress.cli import main
+
+SCRIPT = Path(__file__).parent.parent / "scripts" / "run.py"
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+
+
+MISTAKES = {
+    "student=resnet99": ["student:", "'resnet99'", "resnet18"],
+    "student=": ["student:", "''", "resnet18"],
+    "optimizer.lr=abc": ["optimizer.lr:", "'abc'", "greater than 0"],
+    "optimizer.lr=-1": ["optimizer.lr:", "-1", "greater than 0"],
+    "optimizer.lrr=1": ["optimizer.lrr:", "momentum"],
+    "+optimizer.lrr=1": ["optimizer.lrr:", "momentum"],
+    "optimizer.nesterov=true optimizer.momentum=0": ["optimizer:", "momentum"],
+    "+method.foo=1": ["method.foo:", "accepted"],
+    "+foo=1": ["foo:", "seed"],
+    "optimiser=sgd": ["optimiser:", "optimizer"],
+    "method=supervised teacher=resnet50": ["teacher:", "no teacher"],
+    "method=kd teacher=none": ["teacher:", "resnet50"],
+    "method=supervised loss=kd": ["loss:", "cross_entropy"],
+    "method=kd loss=cross_entropy": ["loss:", "dkd"],
+    "loss.temperature=0": ["loss.temperature:", "greater than 0"],
+    "method=kd loss.alpha=2": ["loss.alpha:", "2"],
+    "quantizer.bits=[0]": ["quantizer.bits", "0"],
+    "quantizer.bits=[33]": ["quantizer.bits", "33"],
+    "quantizer.bits=[]": ["quantizer.bits", "[]"],
+    "data.root=/nowhere data=cifar10": ["data.root:", "cifar-10-python.tar.gz"],
+    "data=folder data.root=/nowhere": ["data.root:", "/nowhere"],
+    "data.validation_fraction=1.5": ["data.validation_fraction:", "1.5"],
+    "trainer.max_epochs=-5": ["trainer.max_epochs:", "-5"],
+    "trainer.early_stopping=0": ["trainer.early_stopping:", "0"],
+    "+trainer.foo=1": ["trainer.foo:", "max_epochs"],
+    "scheduler=multistep scheduler.milestones=[0]": ["scheduler.milestones", "0"],
+    "student.dropout=1.5": ["student.dropout:", "1.5"],
+    "teacher.checkpoint=/nowhere.pt": ["teacher.checkpoint:", "/nowhere.pt"],
+    "teacher.training.epochs=0": ["teacher.training.epochs:", "0"],
+    "seed=-1": ["seed:", "-1"],
+    "logger=wandb": ["logger:", "API key", "offline"],
+    "a b": ["'a'", "key=value"],
+    "resume=nowhere": ["resume:", "nowhere"],
+    "-m method=kd,dkd optimizer.lr=0.1,abc": ["optimizer.lr:", "'abc'"],
+    "--frobnicate": ["--frobnicate", "--help"],
+}
+
+
+@pytest.mark.parametrize("arguments", MISTAKES)
+def test_a_mistake_is_one_line_and_exit_code_2_and_leaves_nothing_behind(arguments, tmp_path, capsys):
+    code = main(arguments.split())
+    streams = capsys.readouterr()
+    lines = streams.err.strip().splitlines()
+    assert code == 2
+    assert len(lines) == 1, streams.err
+    for part in MISTAKES[arguments]:
+        assert part in lines[0]
+    assert streams.out == ""
+    assert list(tmp_path.iterdir()) == []
+    assert not Path("/nowhere").exists()
+
+
+def test_a_mistake_in_a_real_process_has_no_traceback(tmp_path):
+    done = subprocess.run(
+        [sys.executable, SCRIPT, "student=resnet99"], capture_output=True, text=True, cwd=tmp_path, check=False
+    )
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert done.stderr.startswith("error: student: found 'resnet99'")
+
+
+def test_help_names_every_group_and_every_option(capsys):
+    assert main(["--help"]) == 0
+    said = capsys.readouterr().out
+    for path in (SCRIPT.parent.parent / "conf").glob("*/*.yaml"):
+        assert path.stem in said
+        assert path.parent.name == "model" or f"\n{path.parent.name}: " in said
+
+
+def test_cfg_job_prints_the_composed_configuration(tmp_path):
+    command = [sys.executable, SCRIPT, "--cfg", "job", "method=kd", "student=resnet8", "--resolve"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=True)
+    config = OmegaConf.create(done.stdout)
+    assert config.loss._target_ == "compress.losses.kd.KD"
+    assert config.student.stem == "resnet8"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_dry_run_prints_sizes_and_minutes_and_writes_nothing(tmp_path, capsys):
+    assert main(["--dry-run", "experiment=quickstart"]) == 0
+    said = capsys.readouterr().out
+    for part in ("resnet20", "272,474", "resnet8", "78,042", "2 bit", "minutes"):
+        assert part in said
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_file_of_every_group_composes(tmp_path):
+    from compress import config
+
+    root = SCRIPT.parent.parent / "conf"
+    for path in sorted(root.glob("*/*.yaml")):
+        group = {"model": "student"}.get(path.parent.name, path.parent.name)
+        config.register()
+        with config._hydra():
+            composed = config._compose([f"{group}={path.stem}"])
+        assert composed.student.stem
+        assert os.fspath(tmp_path) not in OmegaConf.to_yaml(composed)
