@@ -55,7 +55,7 @@ class PostTrainingQuantization(pl.Callback):
         self._add(path, quantizer="none", bits=32, levels=None, first_last_bits=None)
         if self.quantizer is not None:
             self._quantize(student)
-        self._log(trainer.loggers)
+        self._log(trainer.loggers, trainer.global_step)
 
     def _quantize(self, student: nn.Module) -> None:
         quantizer = self.quantizer
@@ -112,14 +112,14 @@ class PostTrainingQuantization(pl.Callback):
             )
         )
 
-    def _log(self, loggers: Sequence[Any]) -> None:
+    def _log(self, loggers: Sequence[Any], step: int) -> None:
         metrics = {
             f"tradeoff/{row.name.replace(' ', '_')}/{name}": float(getattr(row, name))
             for row in self.rows
             for name in ("validation_accuracy", "test_accuracy", "agreement", "bytes", "ratio")
         }
         for logger in loggers:
-            logger.log_metrics(metrics)
+            logger.log_metrics(metrics, step=step)
             logger.save()
 
 

@@ -39,6 +39,8 @@ PACKAGES = (
 def surroundings() -> dict[str, Any]:
     """Versions, commit and hardware, for `result.json`."""
     versions = {"python": platform.python_version()} | {package: version(package) for package in PACKAGES}
+    # With the build, such as +cu130, which the installed package does not name.
+    versions["torch"] = torch.__version__
     return {
         "versions": versions | {"commit": _commit()},
         "hardware": {
