@@ -46,7 +46,7 @@ class ImageBatches(Dataset[Batch]):
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
         """Images float32 `(B, 3, H, W)`, channels last, and labels int64 `(B,)`."""
-        index = torch.as_tensor(indices)
+        index = torch.as_tensor(indices, dtype=torch.int64)
         moved = index.to(self.images.device)
         images = self._pixels.index_select(0, moved).permute(0, 3, 1, 2)
         if self._augmentation is None:

@@ -1,6 +1,8 @@
 """Fetching an archive: checked before it takes its name, and nothing left behind where it cannot be had."""
 
+import contextlib
 import hashlib
+import http.client
 import urllib.request
 from pathlib import Path
 
@@ -12,7 +14,12 @@ TIMEOUT_SECONDS = 15
 
 def download(url: str, md5: str, path: Path) -> None:
     """Fetches `url` to `path`. Raises OSError where that fails or the content has another MD5 sum."""
-    with urllib.request.urlopen(url, timeout=TIMEOUT_SECONDS) as answer:
+    try:
+        answer = urllib.request.urlopen(url, timeout=TIMEOUT_SECONDS)
+    except http.client.HTTPException as failure:
+        # What a proxy or a login page answers need not be HTTP; urllib lets that through as it is.
+        raise OSError(f"{url} gave no answer in HTTP: {type(failure).__name__}") from None
+    with answer:
         console.print(f"downloading {path.name}")
         missing = [folder for folder in (path.parent, *path.parent.parents) if not folder.exists()]
 
@@ -29,6 +36,7 @@ def download(url: str, md5: str, path: Path) -> None:
             write_atomically(path, write)
         except OSError:
             for folder in missing:
-                if folder.exists():
+                # Another job may have put something there meanwhile.
+                with contextlib.suppress(OSError):
                     folder.rmdir()
             raise

@@ -30,7 +30,7 @@ class FashionMNIST(DataModule):
 
     def __init__(self, root: Annotated[str, Field(min_length=1)], **options: Any) -> None:
         super().__init__(**options)
-        self.root = Path(root)
+        self.root = Path(root).expanduser()
 
     def prepare_data(self) -> None:
         if self._folder() is not None:
@@ -70,10 +70,11 @@ def _existing(folder: Path, name: str) -> Path:
 
 
 def _checked(images: Tensor, labels: Tensor, folder: Path) -> tuple[Tensor, Tensor]:
-    if images.dim() != 3 or labels.dim() != 1 or len(images) != len(labels) or labels.max() > 9:
+    shapes_fit = images.shape == (len(labels), 28, 28) and labels.shape == (len(images),)
+    if not shapes_fit or not len(labels) or labels.max() > 9:
         raise UserError(
             f"data.root: {folder} holds images {tuple(images.shape)} and labels {tuple(labels.shape)}; accepted: the "
-            "same number of each, labels 0..9"
+            "same number of each, 28x28 pixels, labels 0..9"
         )
     return images[:, None], labels.long()
 

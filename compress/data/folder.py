@@ -23,7 +23,7 @@ class Folder(DataModule):
 
     def __init__(self, root: Annotated[str, Field(min_length=1)], **options: Any) -> None:
         super().__init__(**options)
-        self.root = Path(root)
+        self.root = Path(root).expanduser()
 
     def prepare_data(self) -> None:
         if not self.root.is_dir():
@@ -60,7 +60,13 @@ class Folder(DataModule):
         return sorted(each.name for each in folder.iterdir() if each.is_dir() and not each.name.startswith("."))
 
     def _files(self, split: str, name: str) -> list[Path]:
-        return sorted(each for each in (self.root / split / name).rglob("*") if each.suffix.lower() in ENDINGS)
+        found = (self.root / split / name).rglob("*")
+        # Hidden ones are what file managers leave beside the images, such as ._cat.png.
+        return sorted(
+            each
+            for each in found
+            if each.suffix.lower() in ENDINGS and not each.name.startswith(".") and each.is_file()
+        )
 
     def _images(self, split: str, classes: list[str]) -> tuple[Tensor, Tensor]:
         files = [(path, label) for label, name in enumerate(classes) for path in self._files(split, name)]

@@ -97,13 +97,14 @@ class DataModule(pl.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         images = self._images("train", self.augmentation, self.seed)
+        share = len(images) // (self.trainer.world_size if self.trainer else 1)
         # A last batch of one image would break BatchNorm; what is left over comes up in another epoch.
         return DataLoader(
             images,
             self.batch_size,
             sampler=EpochSampler(images, self.seed),
             collate_fn=as_it_is,
-            drop_last=len(images) >= self.batch_size,
+            drop_last=share >= self.batch_size,
         )
 
     def val_dataloader(self) -> DataLoader:

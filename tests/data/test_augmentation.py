@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torchvision.transforms.v2 import functional
+from torchvision.transforms.v2 import RandAugment, functional
 
 from compress.data.augmentation import Augmentation, Normalisation, crop_and_mirror, cut_out_
 from compress.data.randaugment import OPERATIONS, rand_augment
@@ -88,3 +88,14 @@ def test_randaugment_in_a_batch_equals_randaugment_alone():
     for name, first in zip(OPERATIONS, range(len(OPERATIONS)), strict=True):
         changed = not torch.equal(together[first], images[first])
         assert changed or name in ("identity", "autocontrast", "equalize")
+
+
+@pytest.mark.parametrize("magnitude", [0, 7, 15, 30])
+def test_randaugment_can_do_what_torchvisions_can_and_nothing_else(magnitude):
+    image = torch.randint(30, 220, (3, 24, 24), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    theirs = {RandAugment(1, magnitude)(image).numpy().tobytes() for _ in range(700)}
+    operations = torch.arange(len(OPERATIONS)).repeat(2)[:, None]
+    negative = torch.arange(2).repeat_interleave(len(OPERATIONS))[:, None].bool()
+    ours = rand_augment(image.repeat(len(operations), 1, 1, 1), operations, negative, magnitude)
+    assert {each.contiguous().numpy().tobytes() for each in ours} == theirs
