@@ -42,6 +42,7 @@ OPTIMIZER = {
     "betas": Annotated[list[BelowOne], Field(min_length=2, max_length=2)],
     "eps": Positive,
     "amsgrad": bool,
+    "fused": bool | None,
 }
 TRAINER = {
     "max_epochs": Count,
@@ -97,7 +98,7 @@ def register() -> None:
             node={
                 "defaults": [
                     {"/model@model": stem},
-                    {"/optimizer@training.optimizer": "sgd"},
+                    {"/optimizer@training.optimizer": "adamw"},
                     {"/scheduler@training.scheduler": "onecycle"},
                     "_self_",
                 ],
@@ -105,7 +106,7 @@ def register() -> None:
                 "checkpoint": None,
                 "mean": None,
                 "standard_deviation": None,
-                "training": {"epochs": 10, "batch_size": 64, "seed": 0, "label_smoothing": 0.0},
+                "training": {"epochs": 8, "batch_size": 64, "seed": 0, "label_smoothing": 0.0},
             },
         )
     store.store(group="teacher", name="none", node={})

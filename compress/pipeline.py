@@ -12,7 +12,7 @@ import pytorch_lightning as pl
 import torch
 from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
-from pytorch_lightning.loggers import Logger
+from pytorch_lightning.loggers import Logger, WandbLogger
 
 from compress import models, teachers
 from compress.check import check_arguments, parameter_names
@@ -74,15 +74,19 @@ def run(config: DictConfig, directory: Path, overrides: Sequence[str] = ()) -> R
     architecture = {"stem": stem, "options": options, "num_classes": data.num_classes}
     quantizer = instantiate(config.quantizer) if config.quantizer else None
     quantization = PostTrainingQuantization(data, directory, architecture, quantizer, before=clock.lap)
-    trainer = fit(
-        module,
-        data,
-        plain["trainer"],
-        directory / "checkpoints",
-        label="student",
-        loggers=_loggers(config.logger, directory),
-        callbacks=[quantization],
-    )
+    loggers = [instantiate(logger, save_dir=str(directory)) for logger in config.logger.values()]
+    try:
+        trainer = fit(
+            module,
+            data,
+            plain["trainer"],
+            directory / "checkpoints",
+            label="student",
+            loggers=loggers,
+            callbacks=[quantization],
+        )
+    finally:
+        _finish(loggers)
     clock.lap("quantization")
 
     record = {
@@ -105,6 +109,7 @@ def run(config: DictConfig, directory: Path, overrides: Sequence[str] = ()) -> R
             "test_accuracy_per_class": dict(zip(data.class_names, quantization.test.per_class, strict=True)),
         },
         "tradeoff": [asdict(row) for row in quantization.rows],
+        "layers": quantization.layers,
     }
     title = f"{method_name(config)} {stem} on {config.data._target_.rpartition('.')[2]}"
     teacher_accuracy = teacher.record["test_accuracy"] if teacher else None
@@ -136,8 +141,11 @@ def _device(accelerator: str) -> str:
     return "cuda" if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available() else "cpu"
 
 
-def _loggers(node: DictConfig, directory: Path) -> list[Logger]:
-    return [instantiate(logger, save_dir=str(directory)) for logger in node.values()]
+def _finish(loggers: Sequence[Logger]) -> None:
+    """Ends a W&B run here: it would otherwise last as long as the process and swallow the next job of a sweep."""
+    for logger in loggers:
+        if isinstance(logger, WandbLogger):
+            logger.experiment.finish()
 
 
 def _best_epoch(path: Path) -> int:

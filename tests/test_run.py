@@ -224,6 +224,44 @@ def test_a_failure_while_quantizing_fails_the_run(finished, monkeypatch, tmp_pat
     assert list(tmp_path.rglob("result.json")) == []
 
 
+def test_a_given_checkpoint_is_the_teacher(finished, tmp_path):
+    folder, result = finished
+    given = tmp_path / "given.safetensors"
+    given.write_bytes((folder / result.record["teacher"]["file"]).read_bytes())
+    again = compress.run([*SMALL, f"teacher.checkpoint={given}"])
+    assert again.record["teacher"]["file"] == str(given)
+    assert again.record["student"] == result.record["student"]
+
+
+def test_a_checkpoint_of_another_network_is_refused_before_anything_is_made(finished, tmp_path, capsys):
+    _, result = finished
+    before = sorted(Path("outputs/runs").iterdir())
+    assert main([*SMALL, "teacher=resnet20", f"teacher.checkpoint={result.record['teacher']['file']}"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("error: teacher.checkpoint:")
+    assert sorted(Path("outputs/runs").iterdir()) == before
+
+
+def test_early_stopping_and_the_loggers(finished, monkeypatch, capsys):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    options = ["method=supervised", "teacher=none", "optimizer.lr=1e-9", "trainer.max_epochs=9"]
+    options += ["trainer.early_stopping=2", "trainer.log_every=0", "quantizer=rtn", "quantizer.bits=4"]
+    options = [option for option in SMALL if not option.startswith(("teacher", "trainer", "quantizer"))] + options
+    for logger in ("tensorboard", "wandb"):
+        result = compress.run([*options, f"logger={logger}"])
+        assert result.record["student"]["epochs"] < 9
+        assert (result.directory / "metrics.csv").exists()
+        if logger == "tensorboard":
+            events = EventAccumulator(str(result.directory / "tensorboard")).Reload()
+            assert {"val/accuracy", "tradeoff/rtn_4_bit/test_accuracy"} <= set(events.Tags()["scalars"])
+        else:
+            assert list((result.directory / "wandb").glob("offline-run-*/run-*.wandb"))
+    assert "epoch 1/9" not in capsys.readouterr().out
+
+
 def test_a_sweep_runs_every_combination_in_a_directory_of_its_own(finished):
     folder, _ = finished
     sweep = ["-m", "method=kd,dkd", *SMALL[:5], "quantizer=none"]

@@ -27,8 +27,8 @@ class DataModule(pl.LightningDataModule):
 
     A data set implements `read`, and `prepare_data` where it needs files. `split_seed` decides which training images
     are kept for validation; `seed`, which the run gives, decides order and augmentation. `limit` keeps that many
-    training and test images, for quick tries. `mean` and `standard_deviation` (one number or three) replace the data
-    set's own.
+    images of each split that the data set comes with, for quick tries. `mean` and `standard_deviation` (one number or
+    three) replace the data set's own.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class DataModule(pl.LightningDataModule):
             self._check_classes(train, order, count)
             train, validation = train[order[count:].sort().values], train[order[:count].sort().values]
         else:
-            validation = Split(source.validation_images, source.validation_labels)
+            validation = self._limited(Split(source.validation_images, source.validation_labels), "validation")
         self.splits = {
             name: Split(prepared(each.images, self.image_size).to(self.device), each.labels.to(self.device))
             for name, each in (("train", train), ("validation", validation), ("test", test))

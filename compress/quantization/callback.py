@@ -1,5 +1,6 @@
 """The Lightning callback that quantizes the best checkpoint when training is over."""
 
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from torch import nn
 from compress import models
 from compress.evaluation import Evaluation, evaluate, latency_ms
 from compress.export.packed import read_model, write_float, write_packed
-from compress.progress import bar
+from compress.progress import bar, console
 from compress.quantization import Quantizer
 from compress.results.tradeoff import Row
 from compress.training import BEST
@@ -20,9 +21,10 @@ class PostTrainingQuantization(pl.Callback):
     """At the end of a fit: `rows`, the float32 student first, then one row per bit width of `quantizer` (or none).
 
     Every variant is written to `directory/models`, read back, and what was read back is evaluated on the validation
-    and test loaders of `data`; `test` holds the float32 student's test evaluation. `architecture` is the mapping
-    {stem, options, num_classes} that goes into the files. Metrics go to every logger as `tradeoff/<variant>/<name>`.
-    `before` is called with "student" when training is over. A failure here fails the fit.
+    and test loaders of `data`; `test` holds the float32 student's test evaluation, and `layers` says for each packed
+    file which layers were quantized, to how many bits and with which relative output error. `architecture` is the
+    mapping {stem, options, num_classes} that goes into the files. Metrics go to every logger as
+    `tradeoff/<variant>/<name>`. `before` is called with "student" when training is over. A failure here fails the fit.
     """
 
     def __init__(
@@ -39,12 +41,16 @@ class PostTrainingQuantization(pl.Callback):
         self.architecture = architecture
         self.before = before
         self.rows: list[Row] = []
+        self.layers: dict[str, dict[str, Any]] = {}
         self.test: Evaluation | None = None
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.rows or not trainer.is_global_zero:
             return
         self.before("student")
+        console.print(
+            "quantizing the best checkpoint" if self.quantizer else "measuring the best checkpoint", style="bold"
+        )
         student = models.build(
             self.architecture["stem"], self.architecture["num_classes"], **self.architecture["options"]
         )
@@ -67,10 +73,24 @@ class PostTrainingQuantization(pl.Callback):
                 def show(done: int, total: int, layer: str, bits: int, task: int = task) -> None:
                     progress.update(task, completed=done, total=total, description=f"{bits} bit  {layer}")
 
+                started = time.perf_counter()
                 quantized = quantizer(student, batches, bits, progress=show)
+                seconds = time.perf_counter() - started
                 progress.remove_task(task)
+                count = sum(len(batch) for batch in batches)
+                console.print(
+                    f"  {quantizer.name} {bits} bit: {len(quantized.layers)} layers on {count} images, {seconds:.1f} s"
+                    + (f", left float: {', '.join(quantized.skipped)}" if quantized.skipped else "")
+                )
                 path = self.directory / "models" / f"student-{quantizer.name}-{bits}bit.safetensors"
                 write_packed(path, quantized, **self._description())
+                self.layers[path.name] = {
+                    "quantized": {
+                        name: {"bits": layer.bits, "levels": layer.grid.levels, "error": layer.error}
+                        for name, layer in quantized.layers.items()
+                    },
+                    "skipped": dict(quantized.skipped),
+                }
                 self._add(
                     path,
                     quantizer=quantizer.name,

@@ -11,6 +11,7 @@
 | teacher | null, or model, file, parameters, MACs, accuracies (0..1), per-class accuracy on test |
 | student | model, parameters, MACs, epochs trained, best epoch, accuracies (0..1), per-class accuracy on test |
 | tradeoff | the rows of tradeoff.csv |
+| layers | for each packed file: bits, levels and relative output error of each quantized layer; the layers left float |
 """
 
 import os

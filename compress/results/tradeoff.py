@@ -90,10 +90,10 @@ def _value(kind: type, text: str) -> str | int | float | None:
 def table(rows: Sequence[Row], title: str) -> Table:
     """The rows for a terminal: accuracies in percent, the change from float32 in points, sizes in kilobytes."""
     reference = rows[0]
-    caption = "change: points of test accuracy against fp32; same: test images classified as by fp32"
+    caption = "change: points of test accuracy against fp32; same: test images classified as by fp32; ms: one image"
     printed = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, title_justify="left", caption_justify="left")
     printed.add_column("variant", no_wrap=True)
-    for heading in ("val %", "test %", "change", "same %", "size kB", "smaller", "ms/image"):
+    for heading in ("val %", "test %", "change", "same %", "size kB", "smaller", "ms"):
         printed.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         change = 100 * (row.test_accuracy - reference.test_accuracy)

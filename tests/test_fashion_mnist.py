@@ -1,0 +1,38 @@
+"""Real images: what GPFQ costs a ResNet-20 trained on a slice of Fashion-MNIST, and that rounding costs far more."""
+
+import os
+from pathlib import Path
+
+import pytest
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+
+import compress
+from compress.evaluation import evaluate
+from compress.export.packed import read_model
+from compress.paths import CONF
+
+ROOT = Path(os.environ.get("FASHION_MNIST", "/usr/share/datasets/fashion-mnist"))
+# Points of test accuracy that a width may cost; the figures of the full training are in the README.
+ALLOWED = {8: 0.3, 4: 0.6, 3: 1.0, 2: 2.5}
+
+
+@pytest.mark.fashion_mnist
+@pytest.mark.skipif(not ROOT.exists(), reason=f"no Fashion-MNIST in {ROOT}")
+def test_gpfq_keeps_the_accuracy_that_rounding_loses(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    slice_of_it = ["data.limit=10000", "trainer.max_epochs=3", "data.batch_size=64"]
+    result = compress.run(["experiment=fashion_mnist_resnet20", f"data.root={ROOT}", *slice_of_it])
+    reference, *variants = result.rows
+    assert reference.test_accuracy > 0.8
+    for row in variants:
+        assert 100 * (reference.test_accuracy - row.test_accuracy) <= ALLOWED[row.bits], row
+
+    config = OmegaConf.load(result.directory / "config.yaml")
+    data = instantiate(config.data)
+    data.setup()
+    student, _ = read_model(result.directory / reference.file)
+    rounding = instantiate(OmegaConf.load(CONF / "quantizer" / "rtn.yaml"))
+    rounded = rounding(student, data.calibration_batches(128), 2).model
+    accuracy = evaluate(rounded, data.test_dataloader(), data.num_classes).accuracy
+    assert 100 * (variants[-1].test_accuracy - accuracy) >= 10
