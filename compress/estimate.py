@@ -1,9 +1,12 @@
 """`--dry-run`: models, sizes and an estimate of the time, from two timed steps and without training anything."""
 
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import pytorch_lightning as pl
 import torch
 from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
@@ -13,11 +16,10 @@ from torch import nn
 
 from compress import models, teachers
 from compress.check import parameter_names
+from compress.export.packed import write_packed
 from compress.progress import console
-from compress.quantization.fold import fold_batch_norm
-
-SCALE_BYTES = 4 + 1  # a float32 scale and a zero point for each channel
-OVERHEAD = 16_000  # names, shapes and the description of the model in a file
+from compress.quantization import Quantizer, quantize
+from compress.quantization.solvers import rtn
 
 
 def show(config: DictConfig, overrides: list[str]) -> None:
@@ -51,26 +53,36 @@ def show(config: DictConfig, overrides: list[str]) -> None:
     minutes["student"] = plain["trainer"]["max_epochs"] * images["train"] / batch * step / 60
     if plain["quantizer"]:
         quantizer = instantiate(config.quantizer)
+        architecture = models.architecture(plain["student"], data.num_classes)
         packed = ", ".join(
-            f"{bits} bit {expected_bytes(student, quantizer, bits) / 1000:,.0f} kB" for bits in quantizer.bits
+            f"{bits} bit {expected_bytes(student, architecture, data, quantizer, bits) / 1000:,.1f} kB"
+            for bits in quantizer.bits
         )
-        console.print(f"packed files, about: {packed}")
+        console.print(f"packed files: {packed}")
     total = sum(minutes.values())
     parts = ", ".join(f"{part} {value:.1f}" for part, value in minutes.items())
     console.print(f"training, about {total:.1f} minutes on this machine ({parts}), and the quantization after it")
 
 
-def expected_bytes(model: nn.Module, quantizer: Any, bits: int) -> int:
-    """The size of the packed file to within a few percent: codes, scales, biases and floats that are not folded."""
-    folded = fold_batch_norm(model)
-    layers = [each for each in folded.modules() if isinstance(each, nn.Conv2d | nn.Linear)]
-    total = OVERHEAD + 4 * sum(parameter.numel() for parameter in folded.parameters())
-    for index, layer in enumerate(layers):
-        first_or_last = index in (0, len(layers) - 1) and quantizer.first_last_bits is not None
-        levels = 2**quantizer.first_last_bits if first_or_last else quantizer.levels(bits)
-        code_bits = (levels - 1).bit_length()
-        total += layer.weight.numel() * code_bits // 8 + layer.weight.shape[0] * SCALE_BYTES - 4 * layer.weight.numel()
-    return total
+def expected_bytes(
+    model: nn.Module, architecture: dict[str, Any], data: pl.LightningDataModule, quantizer: Quantizer, bits: int
+) -> int:
+    """The size of the packed file, from a file that is written and thrown away.
+
+    The size does not depend on the values of the codes, so the weights are only rounded, on a few images.
+    """
+    options = quantizer.options | {"solver": rtn, "scale": "max_abs"}
+    rounded = quantize(model, data.calibration_batches(data.num_classes), bits, **options)
+    with tempfile.TemporaryDirectory() as folder:
+        return write_packed(
+            Path(folder) / "model.safetensors",
+            rounded,
+            architecture=architecture,
+            class_names=data.class_names,
+            mean=data.mean,
+            standard_deviation=data.standard_deviation,
+            input_shape=data.input_shape,
+        )
 
 
 def _add(printed: Table, role: str, stem: str, network: nn.Module, input_shape: tuple[int, int, int]) -> None:

@@ -69,9 +69,7 @@ def run(config: DictConfig, directory: Path, overrides: Sequence[str] = ()) -> R
     module = method(**check_arguments(method, plain["method"], "method"), **parts)
     console.print(f"student {config.student.stem}: training for {config.trainer.max_epochs} epochs", style="bold")
 
-    stem = plain["student"].pop("stem")
-    options = {key: value for key, value in plain["student"].items() if key != "_target_"}
-    architecture = {"stem": stem, "options": options, "num_classes": data.num_classes}
+    stem, architecture = plain["student"]["stem"], models.architecture(plain["student"], data.num_classes)
     quantizer = instantiate(config.quantizer) if config.quantizer else None
     quantization = PostTrainingQuantization(data, directory, architecture, quantizer, before=clock.lap)
     loggers = [instantiate(logger, save_dir=str(directory)) for logger in config.logger.values()]

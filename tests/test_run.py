@@ -224,6 +224,16 @@ def test_a_failure_while_quantizing_fails_the_run(finished, monkeypatch, tmp_pat
     assert list(tmp_path.rglob("result.json")) == []
 
 
+def test_the_dry_run_knows_the_size_of_the_packed_files(finished, capsys):
+    _, result = finished
+    before = sorted(Path("outputs/runs").iterdir())
+    assert main([*SMALL, "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    for row in result.rows[1:]:
+        assert f"{row.bits} bit {row.bytes / 1000:,.1f} kB" in said
+    assert sorted(Path("outputs/runs").iterdir()) == before
+
+
 def test_a_given_checkpoint_is_the_teacher(finished, tmp_path):
     folder, result = finished
     given = tmp_path / "given.safetensors"

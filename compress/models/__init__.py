@@ -1,11 +1,12 @@
 """Networks by name, their weights and their size."""
 
-from compress.models.catalogue import available, build, check_options
+from compress.models.catalogue import architecture, available, build, check_options
 from compress.models.counting import count_macs, count_parameters
 from compress.models.inference import frozen_for_inference, low_precision_dtype
 from compress.models.weights import load_weights
 
 __all__ = [
+    "architecture",
     "available",
     "build",
     "check_options",
