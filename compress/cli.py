@@ -11,6 +11,7 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
+from compress import checks
 from compress import config as configuration
 from compress.errors import UserError
 from compress.files import make_directory
@@ -46,6 +47,8 @@ def _main(arguments: list[str]) -> int:
     if parsed.experimental_rerun:
         raise UserError("--experimental-rerun: it reads a pickle; accepted: resume=DIRECTORY")
     resume = [override for override in overrides if override.startswith("resume=")]
+    if resume and (len(arguments) > len(overrides) or dry_run):
+        raise UserError("resume: found it beside an option; accepted: resume=DIRECTORY, trainer.*=... and logger.*=...")
     if resume:
         return _resume(Path(resume[0].removeprefix("resume=")), [each for each in overrides if each not in resume])
     multirun = parsed.multirun or "hydra.mode=MULTIRUN" in overrides
@@ -70,6 +73,7 @@ def _main(arguments: list[str]) -> int:
 def _job(config: DictConfig) -> None:
     from compress import pipeline
 
+    checks.check_values(config)
     hydra_config = HydraConfig.get()
     pipeline.run(config, Path(hydra_config.runtime.output_dir), list(hydra_config.overrides.task))
 
@@ -95,7 +99,8 @@ def _own_directory(config: DictConfig, overrides: list[str], multirun: bool) -> 
         directory = make_directory(Path(config.output_directory) / "sweeps", f"{datetime.now():%Y-%m-%d_%H-%M-%S}")
     else:
         directory = run_directory(config)
-    return [f"{key}={directory}"]
+    quoted = str(directory).replace("\\", "\\\\").replace("'", "\\'")
+    return [f"{key}='{quoted}'"]
 
 
 def _resume(directory: Path, overrides: list[str]) -> int:
@@ -115,6 +120,6 @@ def _resume(directory: Path, overrides: list[str]) -> int:
     OmegaConf.set_struct(config, True)
     for override in overrides:
         configuration.apply_override(config, override)
-    configuration.check(config)
+    checks.check(config)
     pipeline.run(config, directory, overrides)
     return 0

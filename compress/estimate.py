@@ -20,16 +20,18 @@ from compress.export.packed import write_packed
 from compress.progress import console
 from compress.quantization import Quantizer, quantize
 from compress.quantization.solvers import rtn
+from compress.training import device
 
 
 def show(config: DictConfig, overrides: list[str]) -> None:
     """Prints what the run of `config` would build and about how long it would take on this machine."""
     plain = OmegaConf.to_container(config, resolve=True)
-    data = instantiate(config.data)
+    where = device(plain["trainer"]["accelerator"])
+    data = instantiate(config.data, device=where)
     data.prepare_data()
     data.setup()
     images = data.record()["images"]
-    student = models.build(num_classes=data.num_classes, **plain["student"])
+    student = models.build(num_classes=data.num_classes, **plain["student"]).to(where)
     printed = Table(title=f"dry run: {' '.join(overrides) or 'defaults'}", box=box.SIMPLE_HEAD, title_justify="left")
     for heading in ("", "network", "parameters", "MACs/image", "fp32 kB"):
         printed.add_column(heading, justify="left" if heading in ("", "network") else "right")
@@ -37,7 +39,7 @@ def show(config: DictConfig, overrides: list[str]) -> None:
     minutes: dict[str, float] = {}
     teacher_forward = 0.0
     if uses_teacher:
-        teacher = models.build(num_classes=data.num_classes, **plain["teacher"]["model"])
+        teacher = models.build(num_classes=data.num_classes, **plain["teacher"]["model"]).to(where)
         _add(printed, "teacher", plain["teacher"]["model"]["stem"], teacher, data.input_shape)
         batch = plain["data"]["batch_size"]
         teacher_forward = _seconds(lambda: _forward(teacher, batch, data.input_shape))
@@ -93,12 +95,15 @@ def _add(printed: Table, role: str, stem: str, network: nn.Module, input_shape: 
 def _forward(network: nn.Module, batch: int, input_shape: tuple[int, int, int]) -> None:
     network.eval()
     with torch.no_grad():
-        network(torch.zeros(batch, *input_shape))
+        network(torch.zeros(batch, *input_shape, device=next(network.parameters()).device)).cpu()
 
 
 def _step(network: nn.Module, batch: int, input_shape: tuple[int, int, int]) -> None:
     network.train()
-    network(torch.randn(batch, *input_shape)).square().mean().backward()
+    images = torch.randn(batch, *input_shape, device=next(network.parameters()).device)
+    loss = network(images).square().mean()
+    loss.backward()
+    loss.item()
 
 
 def _seconds(work: Callable[[], None]) -> float:

@@ -22,8 +22,10 @@ from compress.progress import console
 from compress.quantization.callback import PostTrainingQuantization
 from compress.results.picture import draw_tradeoff
 from compress.results.record import surroundings
-from compress.results.tradeoff import Row, read_csv, table, write_csv
-from compress.training import BEST, fit
+from compress.results.tradeoff import Row, table, write_csv
+from compress.training import BEST, device, fit
+
+STARTED = "started.json"
 
 
 @dataclass(frozen=True)
@@ -43,11 +45,12 @@ def run(config: DictConfig, directory: Path, overrides: Sequence[str] = ()) -> R
     if (directory / "result.json").exists():
         return _finished(directory)
     clock = _Clock()
+    started = _started(directory, overrides)
     plain = OmegaConf.to_container(config, resolve=True)
     write_text(directory / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
     pl.seed_everything(config.seed, verbose=False)
 
-    data = instantiate(config.data, seed=config.seed, device=_device(config.trainer.accelerator))
+    data = instantiate(config.data, seed=config.seed, device=device(config.trainer.accelerator))
     data.prepare_data()
     data.setup()
     clock.lap("data")
@@ -85,17 +88,17 @@ def run(config: DictConfig, directory: Path, overrides: Sequence[str] = ()) -> R
         )
     finally:
         _finish(loggers)
+    teacher_record = teachers.test_record(teacher, data) if teacher else None
     clock.lap("quantization")
 
     record = {
         "format": 1,
-        "overrides": list(overrides),
+        **started,
         **surroundings(),
         "seed": config.seed,
-        "started": clock.started,
         "seconds": clock.laps,
         "data": data.record(),
-        "teacher": teacher.record if teacher else None,
+        "teacher": teacher_record,
         "student": {
             "model": stem,
             "parameters": models.count_parameters(student),
@@ -110,18 +113,19 @@ def run(config: DictConfig, directory: Path, overrides: Sequence[str] = ()) -> R
         "layers": quantization.layers,
     }
     title = f"{method_name(config)} {stem} on {config.data._target_.rpartition('.')[2]}"
-    teacher_accuracy = teacher.record["test_accuracy"] if teacher else None
+    teacher_accuracy = teacher_record["test_accuracy"] if teacher_record else None
     write_csv(directory / "tradeoff.csv", quantization.rows)
     draw_tradeoff(directory / "tradeoff.png", quantization.rows, title, teacher_accuracy)
     # Last, because its presence says that the run is finished.
     write_json(directory / "result.json", record)
+    (directory / STARTED).unlink()
     _show(directory, quantization.rows, title)
     return Result(directory, tuple(quantization.rows), record)
 
 
 def _finished(directory: Path) -> Result:
-    rows = read_csv(directory / "tradeoff.csv")
     record = json.loads((directory / "result.json").read_text(encoding="utf-8"))
+    rows = [Row(**row) for row in record["tradeoff"]]
     _show(directory, rows, f"{record['student']['model']}: this run was finished before")
     return Result(directory, tuple(rows), record)
 
@@ -134,9 +138,13 @@ def _show(directory: Path, rows: Sequence[Row], title: str) -> None:
     )
 
 
-def _device(accelerator: str) -> str:
-    """Where the images lie: beside the network, so that no batch crosses over."""
-    return "cuda" if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available() else "cpu"
+def _started(directory: Path, overrides: Sequence[str]) -> dict[str, Any]:
+    """What was typed and when, kept until the run is finished so that a resumed run can still say it."""
+    path = directory / STARTED
+    if not path.exists():
+        now = datetime.now().astimezone().isoformat(timespec="seconds")
+        write_json(path, {"overrides": list(overrides), "started": now})
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _finish(loggers: Sequence[Logger]) -> None:
@@ -151,10 +159,9 @@ def _best_epoch(path: Path) -> int:
 
 
 class _Clock:
-    """The time at the start and the seconds of each part of a run."""
+    """The seconds of each part of a run."""
 
     def __init__(self) -> None:
-        self.started = datetime.now().astimezone().isoformat(timespec="seconds")
         self.laps: dict[str, float] = {}
         self.last = time.perf_counter()
 

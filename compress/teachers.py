@@ -25,8 +25,8 @@ from compress.methods.supervised import Supervised
 from compress.progress import console
 from compress.training import BEST, fit
 
-# Keys of `data` that change how fast images come, not which.
-NOT_IN_KEY = ("batch_size", "evaluation_batch_size", "root", "download")
+# Keys of `data` that the teacher's training has of its own, or that change nothing about it.
+NOT_IN_KEY = ("batch_size", "evaluation_batch_size")
 
 
 @dataclass(frozen=True)
@@ -55,9 +55,8 @@ def resolve(config: DictConfig, data: pl.LightningDataModule, trainer_options: d
         path, trained = _find_or_train(config, node, network, trainer_options, data.device)
         where = f"trained and kept as {path}" if trained else f"found in {path}"
     frozen = FrozenTeacher(network, _renormalise(node, data))
-    frozen.to(data.device)
+    frozen.to_float32(data.device)
     validation = evaluate(frozen, data.val_dataloader(), data.num_classes)
-    test = evaluate(frozen, data.test_dataloader(), data.num_classes)
     console.print(f"teacher {stem} {where}: validation accuracy {100 * validation.accuracy:.2f} %", style="bold")
     record = {
         "model": stem,
@@ -67,16 +66,24 @@ def resolve(config: DictConfig, data: pl.LightningDataModule, trainer_options: d
         "parameters": models.count_parameters(network),
         "macs": models.count_macs(network, data.input_shape),
         "validation_accuracy": validation.accuracy,
-        "test_accuracy": test.accuracy,
-        "test_accuracy_per_class": dict(zip(data.class_names, test.per_class, strict=True)),
     }
     return Teacher(frozen, record)
+
+
+def test_record(teacher: Teacher, data: pl.LightningDataModule) -> dict[str, Any]:
+    """The teacher's record with its accuracy on the test set, which it meets here and nowhere else, in float32."""
+    teacher.frozen.to_float32(data.device)
+    test = evaluate(teacher.frozen, data.test_dataloader(), data.num_classes)
+    per_class = dict(zip(data.class_names, test.per_class, strict=True))
+    return teacher.record | {"test_accuracy": test.accuracy, "test_accuracy_per_class": per_class}
 
 
 def cache_path(config: DictConfig) -> Path:
     """Where the teacher of `config` is kept once it has been trained."""
     plain = OmegaConf.to_container(config, resolve=True)
     data = {key: value for key, value in plain["data"].items() if key not in NOT_IN_KEY}
+    if "root" in data:
+        data["root"] = str(Path(data["root"]).expanduser().resolve())
     identity = {"model": plain["teacher"]["model"], "training": plain["teacher"]["training"], "data": data}
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
     return Path(plain["output_directory"]) / "teachers" / f"{plain['teacher']['model']['stem']}-{digest}.safetensors"
@@ -129,11 +136,14 @@ def _train(
         seed=training["seed"],
     )
     directory = path.with_suffix("")
-    options = trainer_options | {"max_epochs": training["epochs"], "early_stopping": None}
+    # Of the student's options only those that say where and how talkatively; the rest is not in the teacher's key.
+    options = {key: trainer_options[key] for key in ("accelerator", "devices", "log_every")}
+    options |= {"max_epochs": training["epochs"], "precision": training["precision"], "early_stopping": None}
     fit(module, own_data, options, directory, label="teacher")
     models.load_weights(network, directory / BEST, where="teacher")
     state = {key: value.contiguous() for key, value in network.state_dict().items()}
-    write_json(path.with_suffix(".json"), {"model": model, "training": training, "data": dict(config.data)})
+    identity = {"model": model, "training": training, "data": OmegaConf.to_container(config.data, resolve=True)}
+    write_json(path.with_suffix(".json"), identity)
     write_atomically(path, lambda temporary: save_file(state, temporary))
     shutil.rmtree(directory)
 

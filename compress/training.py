@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
+from lightning_fabric.plugins.io.torch_io import TorchCheckpointIO
 from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
 from pytorch_lightning.loggers import Logger
 
+from compress.files import write_atomically
 from compress.progress import EpochLines
 
 BEST, LAST = "best.ckpt", "last.ckpt"
@@ -34,20 +37,13 @@ def fit(
     patience, log_every = options.pop("early_stopping"), options.pop("log_every")
     own = [
         EpochLines(label, log_every),
-        # After the epoch, when the training metrics are known too; the best comes before the last, so that a run
-        # killed between the two repeats an epoch rather than losing its best.
-        ModelCheckpoint(
-            directory,
-            filename=BEST.removesuffix(".ckpt"),
-            monitor="val/accuracy",
-            mode="max",
-            save_last=True,
-            save_on_train_epoch_end=True,
-            enable_version_counter=False,
-        ),
+        # The best comes before the last: a run killed between the two repeats an epoch rather than losing its best.
+        Checkpoint(directory, filename=_stem(BEST), monitor="val/accuracy", mode="max"),
+        Checkpoint(directory, filename=_stem(LAST)),
     ]
     if patience is not None:
-        own.append(EarlyStopping("val/accuracy", mode="max", patience=patience))
+        # Before the checkpoints, which are to hold how long it has waited.
+        own.insert(0, Patience("val/accuracy", mode="max", patience=patience))
     _quieten()
     trainer = pl.Trainer(
         **options,
@@ -58,10 +54,54 @@ def fit(
         enable_model_summary=False,
         num_sanity_val_steps=0,
         log_every_n_steps=1,
+        plugins=[AtomicCheckpoints()],
     )
     last = directory / LAST
     trainer.fit(module, data, ckpt_path=last if last.exists() else None, weights_only=True)
     return trainer
+
+
+class Checkpoint(ModelCheckpoint):
+    """Writes one file at the end of an epoch, when the training metrics are known too."""
+
+    def __init__(self, directory: Path, **options: Any) -> None:
+        super().__init__(directory, save_on_train_epoch_end=True, enable_version_counter=False, **options)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Lightning forgets the best score when the directory was moved; the files have moved with it."""
+        paths = {
+            key: str(Path(self.dirpath, Path(state_dict[key]).name))
+            for key in ("best_model_path", "kth_best_model_path")
+        }
+        scores = {
+            str(Path(self.dirpath, Path(path).name)): score for path, score in state_dict["best_k_models"].items()
+        }
+        super().load_state_dict(state_dict | paths | {"dirpath": self.dirpath, "best_k_models": scores})
+
+
+class Patience(EarlyStopping):
+    """Early stopping that is not forgotten when a run that had already stopped is resumed."""
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.wait_count >= self.patience:
+            trainer.should_stop = True
+
+
+class AtomicCheckpoints(TorchCheckpointIO):
+    """Lightning moves a finished file from the folder for temporary files, which may be on another file system."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        write_atomically(Path(path), lambda temporary: torch.save(checkpoint, temporary))
+
+
+def device(accelerator: str) -> torch.device:
+    """Where networks and images lie under `trainer.accelerator`."""
+    usable = accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+    return torch.device("cuda" if usable else "cpu")
+
+
+def _stem(name: str) -> str:
+    return name.removesuffix(ModelCheckpoint.FILE_EXTENSION)
 
 
 def _quieten() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
+from compress import config
 from compress.cli import main
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "run.py"
@@ -25,9 +26,9 @@ MISTAKES = {
     "student=": ["student:", "''", "resnet18"],
     "optimizer.lr=abc": ["optimizer.lr:", "'abc'", "greater than 0"],
     "optimizer.lr=-1": ["optimizer.lr:", "-1", "greater than 0"],
-    "optimizer.lrr=1": ["optimizer.lrr:", "momentum"],
-    "+optimizer.lrr=1": ["optimizer.lrr:", "momentum"],
-    "optimizer.nesterov=true optimizer.momentum=0": ["optimizer:", "momentum"],
+    "optimizer.lrr=1": ["optimizer.lrr:", "betas"],
+    "+optimizer.lrr=1": ["optimizer.lrr:", "betas"],
+    "optimizer=sgd optimizer.nesterov=true optimizer.momentum=0": ["optimizer:", "momentum"],
     "+method.foo=1": ["method.foo:", "accepted"],
     "+foo=1": ["foo:", "seed"],
     "optimiser=sgd": ["optimiser:", "optimizer"],
@@ -53,6 +54,22 @@ MISTAKES = {
     "seed=-1": ["seed:", "-1"],
     "logger=wandb": ["logger:", "API key", "offline"],
     "a b": ["'a'", "key=value"],
+    "quantizer.skip=[nosuch]": ["skip:", "nosuch", "layer1"],
+    "quantizer.skip=['*']": ["no layer left"],
+    "+method.seed=1": ["method.seed:", "accepted"],
+    "+data.device=cuda": ["data.device:", "batch_size"],
+    "method=null": ["method:"],
+    "~optimizer": ["optimizer:"],
+    "~seed": ["seed:"],
+    "~trainer.accelerator": ["trainer.accelerator:"],
+    "~teacher.training.optimizer": ["teacher.training.optimizer:"],
+    "optimizer._target_=foo.bar": ["optimizer:", "foo.bar"],
+    "trainer.devices=2": ["trainer.devices:", "2", "1"],
+    "+trainer.fast_dev_run=true": ["trainer.fast_dev_run:"],
+    "data.batch_size=1": ["data.batch_size:", "at least 2"],
+    "teacher.mean=[0.5] teacher.standard_deviation=[0.5]": ["teacher.mean:", "null"],
+    "trainer.precision=bf16-mixed trainer.gradient_clip_val=1": ["optimizer.fused", "false"],
+    "resume=nowhere --dry-run": ["resume:", "option"],
     "resume=nowhere": ["resume:", "nowhere"],
     "-m method=kd,dkd optimizer.lr=0.1,abc": ["optimizer.lr:", "'abc'"],
     "--frobnicate": ["--frobnicate", "--help"],
@@ -82,6 +99,20 @@ def test_a_mistake_in_a_real_process_has_no_traceback(tmp_path):
     assert done.stderr.startswith("error: student: found 'resnet99'")
 
 
+def test_values_that_mean_the_same_reach_the_run_as_what_they_mean():
+    typed = ["trainer.max_epochs=1e1", "data.batch_size=3.2e1", "optimizer.lr='0.1'", "data.limit=1e3"]
+    [(_, composed)] = config.compose_jobs(typed)
+    found = composed.trainer.max_epochs, composed.data.batch_size, composed.optimizer.lr, composed.data.limit
+    assert found == (10, 32, 0.1, 1000)
+    assert [type(value) for value in found] == [int, int, float, int]
+
+
+def test_a_sweep_can_glob_over_options():
+    jobs = config.compose_jobs(["scheduler=glob(*)", "teacher=resnet8"], multirun=True)
+    stems = {path.stem for path in (SCRIPT.parent.parent / "conf" / "scheduler").glob("*.yaml")}
+    assert {typed[0] for typed, _ in jobs} == {f"scheduler={stem}" for stem in stems}
+
+
 def test_help_names_every_group_and_every_option(capsys):
     assert main(["--help"]) == 0
     said = capsys.readouterr().out
@@ -108,8 +139,6 @@ def test_dry_run_prints_sizes_and_minutes_and_writes_nothing(tmp_path, capsys):
 
 
 def test_every_file_of_every_group_composes(tmp_path):
-    from compress import config
-
     root = SCRIPT.parent.parent / "conf"
     for path in sorted(root.glob("*/*.yaml")):
         group = {"model": "student"}.get(path.parent.name, path.parent.name)

@@ -19,7 +19,6 @@ from compress.cli import main
 from compress.evaluation import evaluate
 from compress.export.packed import read_model
 from compress.quantization.post_training import quantize
-from compress.results.tradeoff import read_csv
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "run.py"
 SMALL = [
@@ -107,7 +106,6 @@ def test_the_bytes_in_the_table_are_those_of_the_files_and_their_accuracy_is_tha
         assert float(row["agreement"]) == pytest.approx(test.agreement(reference), abs=1e-6)
         validation = evaluate(model, data.val_dataloader(), 10)
         assert float(row["validation_accuracy"]) == pytest.approx(validation.accuracy, abs=1e-6)
-    assert [row.bits for row in read_csv(directory / "tradeoff.csv")] == [32, 4, 2]
 
 
 def test_the_best_checkpoint_by_validation_is_the_one_that_is_reported(finished):

@@ -1,7 +1,5 @@
 """The handwritten digits that come with scikit-learn: 1,797 gray images of 8x8 pixels, no network needed."""
 
-from typing import Any
-
 import torch
 from sklearn.datasets import load_digits
 
@@ -15,9 +13,6 @@ TEST_IMAGES = 360
 
 class Digits(DataModule):
     """`data=digits`."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
 
     def read(self) -> Source:
         bundled = load_digits()

@@ -20,17 +20,23 @@ class FrozenTeacher:
     def __init__(self, network: nn.Module, renormalise: tuple[Tensor, Tensor] | None = None) -> None:
         self.network = frozen_for_inference(network)
         self.renormalise = renormalise
-        self.low_precision = low_precision_dtype(torch.device("cpu"))
+        self.low_precision: torch.dtype | None = None
 
     def to(self, device: torch.device) -> None:
-        """Moves the network and picks the precision that `device` runs fast."""
-        self.network.to(device)
+        """Moves the network and picks the precision that `device` runs fast; until then it computes in float32."""
+        self.to_float32(device)
         self.low_precision = low_precision_dtype(device)
+
+    def to_float32(self, device: torch.device) -> None:
+        """Moves the network to `device`, where it is to compute in float32."""
+        self.network.to(device)
+        self.low_precision = None
         if self.renormalise is not None:
             self.renormalise = tuple(values.to(device) for values in self.renormalise)
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
+        images = images.float()
         if self.renormalise is not None:
             factor, offset = (values.view(1, 3, 1, 1) for values in self.renormalise)
             images = images * factor + offset

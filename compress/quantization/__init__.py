@@ -2,7 +2,7 @@
 
 from compress.quantization.fold import fold_batch_norm
 from compress.quantization.grid import Grid
-from compress.quantization.post_training import QuantizedLayer, QuantizedModel, quantize
+from compress.quantization.post_training import QuantizedLayer, QuantizedModel, check_layers, quantize
 from compress.quantization.quantizer import Quantizer
 
-__all__ = ["Grid", "QuantizedLayer", "QuantizedModel", "Quantizer", "fold_batch_norm", "quantize"]
+__all__ = ["Grid", "QuantizedLayer", "QuantizedModel", "Quantizer", "check_layers", "fold_batch_norm", "quantize"]

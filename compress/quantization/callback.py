@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from torch import nn
 
 from compress import models
@@ -48,6 +49,11 @@ class PostTrainingQuantization(pl.Callback):
         if self.rows or not trainer.is_global_zero:
             return
         self.before("student")
+        # Convolutions on recent GPUs would otherwise round to TF32, and the table promises float32.
+        with torch.backends.cudnn.flags(allow_tf32=False):
+            self._measure(trainer)
+
+    def _measure(self, trainer: pl.Trainer) -> None:
         console.print(
             "quantizing the best checkpoint" if self.quantizer else "measuring the best checkpoint", style="bold"
         )

@@ -3,13 +3,14 @@
 import copy
 import fnmatch
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Graph
 
 from compress.errors import UserError
 from compress.quantization.calibration import gather, walk
@@ -100,16 +101,14 @@ def quantize(
     folded = find_foldable(analog)
     fold_pairs(analog, folded)
     graph = trace(analog)
-    calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
-    order, skipped = _choose_layers(analog, calls, skip)
+    order, skipped = _choose_layers(analog, graph, skip)
     bits_of = dict.fromkeys(order, bits)
     levels_of = dict.fromkeys(order, levels if isinstance(levels, int) else _levels(bits, levels))
     if first_last_bits is not None:
         for name in {order[0], order[-1]} if order else ():
             bits_of[name], levels_of[name] = first_last_bits, _levels(first_last_bits, levels)
     order = [name for name in order if name not in skipped]
-    if not order:
-        raise UserError(f"{type(model).__name__}: no layer left to quantize ({len(skipped)} stay float)")
+    _check_any_left(analog, order, skipped)
 
     quantized = copy.deepcopy(analog)
     reads_inputs = getattr(getattr(solver, "func", solver), "reads_inputs", True)
@@ -161,11 +160,23 @@ def _levels(bits: int, levels: int | str | None) -> int:
     return 2**bits + (levels == "published")
 
 
-def _choose_layers(model: nn.Module, calls: Counter, patterns: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+def check_layers(model: nn.Module, skip: Sequence[str]) -> None:
+    """Raises, without quantizing, the UserErrors that `quantize` has for a model and its `skip`."""
+    order, skipped = _choose_layers(model, trace(model), skip)
+    _check_any_left(model, [name for name in order if name not in skipped], skipped)
+
+
+def _check_any_left(model: nn.Module, order: Sequence[str], skipped: Mapping[str, str]) -> None:
+    if not order:
+        raise UserError(f"{type(model).__name__}: no layer left to quantize ({len(skipped)} stay float)")
+
+
+def _choose_layers(model: nn.Module, graph: Graph, patterns: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     """(names of all layers that can be quantized, in execution order; why each of the others stays float).
 
-    A layer that `patterns` exclude is in both. `calls` counts the calls of each module, in execution order.
+    A layer that `patterns` exclude is in both. `graph` is that of `model`.
     """
+    calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
     named = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)}
     skipped = {}
     for name, module in named.items():

@@ -9,7 +9,7 @@ from torch import Tensor
 from compress.quantization.grid import Grid, code_dtype
 
 
-def rtn(weight: Tensor, gram: Tensor | None, cross: Tensor | None, grid: Grid, *, block_size: int = 128) -> Tensor:
+def rtn(weight: Tensor, gram: Tensor | None, cross: Tensor | None, grid: Grid, block_size: int = 128) -> Tensor:
     """Codes (N, d) of the grid points nearest to `weight` (N, d); the Grams are not looked at and may be None."""
     return grid.quantize(weight)
 
@@ -19,7 +19,7 @@ rtn.reads_inputs = False
 
 
 @torch.no_grad()
-def gpfq(weight: Tensor, gram: Tensor, cross: Tensor, grid: Grid, *, block_size: int = 128) -> Tensor:
+def gpfq(weight: Tensor, gram: Tensor, cross: Tensor, grid: Grid, block_size: int = 128) -> Tensor:
     """Codes (N, d), uint8 where they fit and int32 otherwise, by greedy path following.
 
     weight (N, d) analog weights; gram (d, d) = X~^T X~; cross (d, d) = X~^T X, with X analog and X~ quantized inputs

@@ -6,7 +6,8 @@
 | overrides | what was typed, beside the defaults; the whole configuration is in config.yaml |
 | versions | Python and the packages that decide the numbers; `commit`: of the checkout, null outside one |
 | hardware | processor, cores, memory in GB, accelerator |
-| seed, started, seconds | the seed; the local time at the start; durations of the parts in seconds |
+| seed, started | the seed; the local time at the start |
+| seconds | durations of the parts; of a resumed run, those after the last resuming |
 | data | name, class names, number of images in train, validation and test, input shape |
 | teacher | null, or model, file, parameters, MACs, accuracies (0..1), per-class accuracy on test |
 | student | model, parameters, MACs, epochs trained, best epoch, accuracies (0..1), per-class accuracy on test |

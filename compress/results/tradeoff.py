@@ -24,7 +24,6 @@ from pathlib import Path
 from rich import box
 from rich.table import Table
 
-from compress.errors import UserError
 from compress.files import write_atomically
 
 
@@ -65,26 +64,8 @@ def write_csv(path: Path, rows: Sequence[Row]) -> None:
     write_atomically(path, write)
 
 
-def read_csv(path: Path) -> list[Row]:
-    """The rows of a file that `write_csv` wrote. Raises UserError where the file is not one."""
-    kinds = {field.name: field.type for field in fields(Row)}
-    try:
-        with path.open(newline="", encoding="utf-8") as stream:
-            return [
-                Row(**{key: _value(kinds[key], text) for key, text in row.items()}) for row in csv.DictReader(stream)
-            ]
-    except (OSError, KeyError, TypeError, ValueError) as failure:
-        raise UserError(f"{path}: not a trade-off table ({failure}); accepted: a tradeoff.csv of a run") from None
-
-
 def _rounded(value: object) -> object:
     return round(value, 6) if isinstance(value, float) else value
-
-
-def _value(kind: type, text: str) -> str | int | float | None:
-    if kind in (str, int, float):
-        return kind(text)
-    return int(text) if text else None
 
 
 def table(rows: Sequence[Row], title: str) -> Table:

@@ -1,0 +1,327 @@
+"""Everything that can be wrong with a composed configuration, said in one line before any work is done.
+
+Constructors of this project say in their annotations what they accept; the tables here say it for those of libraries.
+"""
+
+import importlib.util
+import inspect
+import os
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from netrc import NetrcParseError, netrc
+from pathlib import Path
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
+
+import pytorch_lightning as pl
+import torch
+from hydra.errors import InstantiationException
+from hydra.utils import get_object, instantiate
+from omegaconf import DictConfig, OmegaConf, open_dict
+from pydantic import Field
+from pytorch_lightning.loggers import WandbLogger
+
+from compress import models
+from compress.check import check_arguments, parameter_names
+from compress.errors import UserError
+from compress.quantization import check_layers
+
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+BelowOne = Annotated[float, Field(ge=0, lt=1)]
+Count = Annotated[int, Field(ge=1)]
+BatchSize = Annotated[int, Field(ge=2)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Text = Annotated[str, Field(min_length=1)]
+
+TOP_LEVEL = {"seed": Seed, "output_directory": Text}
+GROUPS = (
+    "data",
+    "student",
+    "teacher",
+    "method",
+    "loss",
+    "optimizer",
+    "scheduler",
+    "quantizer",
+    "trainer",
+    "logger",
+    "experiment",
+)
+OPTIMIZER = {
+    "lr": Positive,
+    "momentum": BelowOne,
+    "dampening": BelowOne,
+    "weight_decay": NotNegative,
+    "nesterov": bool,
+    "betas": Annotated[list[BelowOne], Field(min_length=2, max_length=2)],
+    "eps": Positive,
+    "amsgrad": bool,
+    "fused": bool | None,
+}
+TRAINER = {
+    "max_epochs": Count,
+    "accelerator": Literal["auto", "cpu", "gpu", "cuda"],
+    "devices": Literal[1],
+    "strategy": Literal["auto"],
+    "precision": Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true", "64-true"],
+    "gradient_clip_val": Positive | None,
+    "accumulate_grad_batches": Count,
+    "early_stopping": Count | None,
+    "log_every": Annotated[int, Field(ge=0)],
+}
+TRAINER_REQUIRED = (
+    "max_epochs",
+    "accelerator",
+    "devices",
+    "precision",
+    "gradient_clip_val",
+    "early_stopping",
+    "log_every",
+)
+# What `compress.training` gives the Trainer itself, or what would leave a run without its checkpoints.
+TRAINER_OWN = {
+    "barebones",
+    "callbacks",
+    "default_root_dir",
+    "enable_checkpointing",
+    "enable_model_summary",
+    "enable_progress_bar",
+    "fast_dev_run",
+    "log_every_n_steps",
+    "logger",
+    "max_steps",
+    "num_sanity_val_steps",
+    "plugins",
+}
+TEACHER = {
+    "model": dict,
+    "checkpoint": Text | None,
+    "mean": list[float] | None,
+    "standard_deviation": list[Positive] | None,
+    "training": dict,
+}
+TEACHER_TRAINING = {
+    "epochs": Count,
+    "batch_size": BatchSize,
+    "seed": Seed,
+    "precision": TRAINER["precision"],
+    "label_smoothing": BelowOne,
+    "optimizer": dict,
+    "scheduler": dict,
+}
+# Constructor arguments that the pipeline supplies.
+SUPPLIED = {"student", "teacher", "loss", "optimizer", "scheduler", "num_classes", "seed", "device"}
+
+
+def check(config: DictConfig, overrides: Sequence[str] = ()) -> None:
+    """Raises UserError for the first thing in `config` that could not work; `overrides` are those that were typed.
+
+    It looks at every value, at what the parts need of each other, at the files that the run reads and at what has
+    to be installed; data that are missing are downloaded here where that is possible.
+    """
+    check_values(config)
+    _check_roles(config, overrides)
+    _check_training(config)
+    if config.teacher:
+        _check_teacher(config.teacher)
+    _check_loggers(config.logger)
+    data = _check_data(config)
+    student = models.build(num_classes=data.num_classes, **OmegaConf.to_container(config.student, resolve=True))
+    if config.quantizer:
+        with _construction("quantizer"):
+            quantizer = instantiate(config.quantizer)
+        check_layers(student, quantizer.options["skip"])
+
+
+def check_values(config: DictConfig) -> None:
+    """Checks every value against what receives it, and puts in its place what that takes: 10 for 1e1, say."""
+    for key in config:
+        if key not in (*GROUPS, *TOP_LEVEL):
+            raise UserError(f"{key}: found an unknown key; accepted: {', '.join((*GROUPS, *TOP_LEVEL))}")
+    for key in GROUPS:
+        # An experiment spreads over the other groups and leaves nothing of its own.
+        if key != "experiment" and not isinstance(config.get(key), DictConfig):
+            raise UserError(f"{key}: found {config.get(key)!r}; accepted: {key}=OPTION, see --help")
+    _coerce(config, "", TOP_LEVEL, accepted=[*TOP_LEVEL, *GROUPS], required=TOP_LEVEL)
+    for group in ("data", "method", "loss", "scheduler"):
+        _coerce_own(config, group)
+    if config.quantizer:
+        _coerce_own(config, "quantizer")
+    _coerce_optimizer(config, "optimizer")
+    _check_model(config, "student")
+    accepted = sorted({*parameter_names(pl.Trainer), "early_stopping", "log_every"} - TRAINER_OWN)
+    _coerce(config, "trainer", TRAINER, accepted=accepted, required=TRAINER_REQUIRED)
+    if config.teacher:
+        _coerce(config, "teacher", TEACHER, required=TEACHER)
+        _coerce(config, "teacher.training", TEACHER_TRAINING, required=TEACHER_TRAINING)
+        _check_model(config, "teacher.model")
+        _coerce_optimizer(config, "teacher.training.optimizer")
+        _coerce_own(config, "teacher.training.scheduler")
+
+
+def _coerce(
+    config: DictConfig,
+    where: str,
+    target: Any,
+    accepted: Collection[str] | None = None,
+    required: Collection[str] = (),
+) -> dict[str, Any]:
+    node = OmegaConf.select(config, where) if where else config
+    for key in required:
+        if key not in node:
+            raise UserError(
+                f"{where}.{key}: found no such key; accepted: a configuration that has it".removeprefix(".")
+            )
+    plain = OmegaConf.to_container(node, resolve=True)
+    values = check_arguments(target, plain, where, accepted=accepted)
+    with open_dict(config):
+        for key, value in values.items():
+            if not isinstance(value, Mapping):
+                node[key] = value
+    return values
+
+
+def _target(config: DictConfig, where: str) -> Any:
+    node = OmegaConf.select(config, where)
+    name = node.get("_target_") if isinstance(node, DictConfig) else None
+    try:
+        return get_object(name)
+    except (ImportError, ValueError, TypeError, AttributeError):
+        raise UserError(f"{where}: found {name!r}, which cannot be imported; accepted: an option, see --help") from None
+
+
+def _coerce_own(config: DictConfig, where: str) -> None:
+    target = _target(config, where)
+    names = [name for name in _settable(target) if name not in SUPPLIED]
+    _coerce(config, where, target, accepted=names)
+    if where.endswith(("scheduler", "loss")):
+        with _construction(where):
+            instantiate(OmegaConf.select(config, where))
+
+
+def _settable(target: Any) -> tuple[str, ...]:
+    if inspect.isclass(target) and hasattr(target, "__dataclass_fields__"):
+        return tuple(target.__dataclass_fields__)
+    return parameter_names(target)
+
+
+def _coerce_optimizer(config: DictConfig, where: str) -> None:
+    target = _target(config, where)
+    accepted = [name for name in parameter_names(target) if name != "params"]
+    values = _coerce(config, where, OPTIMIZER, accepted=accepted)
+    try:
+        target([torch.nn.Parameter(torch.zeros(1))], **values)
+    except (TypeError, ValueError, RuntimeError) as failure:
+        raise UserError(f"{where}: {failure}".splitlines()[0]) from None
+
+
+def _check_model(config: DictConfig, where: str) -> None:
+    node = OmegaConf.select(config, where)
+    if not isinstance(node, DictConfig) or "stem" not in node:
+        raise UserError(f"{where}: found {node!r}; accepted: {', '.join(models.available())}")
+    options = OmegaConf.to_container(node, resolve=True)
+    stem = options.pop("stem")
+    values = models.check_options(stem, options, where)
+    with open_dict(config):
+        for key in options.keys() & values.keys():
+            node[key] = values[key]
+
+
+def _check_roles(config: DictConfig, overrides: Sequence[str]) -> None:
+    takes_teacher = "teacher" in parameter_names(get_object(config.method._target_))
+    typed = next((each for each in overrides if re.match(r"\+{0,2}teacher[.=]", each)), None)
+    if typed and not takes_teacher and typed != "teacher=none":
+        raise UserError(f"teacher: found {typed!r}, but this method uses no teacher; accepted: none")
+    if takes_teacher and not config.teacher:
+        choices = ", ".join(models.available())
+        raise UserError(f"teacher: found none, but this method learns from one; accepted: {choices}")
+    needs_teacher = get_object(config.loss._target_).needs_teacher
+    if needs_teacher and not takes_teacher:
+        raise UserError(
+            "loss: found one that compares with a teacher, which this method has not; accepted: cross_entropy"
+        )
+    if takes_teacher and not needs_teacher:
+        raise UserError("loss: found one that ignores the teacher; accepted: kd, dkd (or method=supervised)")
+
+
+def _check_training(config: DictConfig) -> None:
+    trainer = config.trainer
+    if trainer.accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
+        raise UserError(
+            f"trainer.accelerator: found {trainer.accelerator!r} but no usable GPU; accepted here: cpu, auto"
+        )
+    if trainer.gradient_clip_val is not None and trainer.precision.endswith("mixed") and config.optimizer.get("fused"):
+        raise UserError(
+            "optimizer.fused: found true with trainer.gradient_clip_val and mixed precision, which Lightning cannot "
+            "combine; accepted: optimizer.fused=false"
+        )
+    if config.data.get("batch_size", 2) < 2:
+        raise UserError(f"data.batch_size: found {config.data.batch_size}; accepted: a whole number of at least 2")
+
+
+def _check_teacher(node: DictConfig) -> None:
+    for key in ("mean", "standard_deviation"):
+        if node[key] is not None and len(node[key]) not in (1, 3):
+            raise UserError(f"teacher.{key}: found {len(node[key])} values; accepted: 1 or 3")
+    if (node.mean is None) != (node.standard_deviation is None):
+        raise UserError("teacher.mean: found only one of mean and standard_deviation; accepted: both or neither")
+    if node.mean is not None and node.checkpoint is None:
+        raise UserError("teacher.mean: found one for a teacher that is trained on these data; accepted: null")
+
+
+def _check_loggers(node: DictConfig) -> None:
+    for name in node:
+        if name == "tensorboard" and importlib.util.find_spec("tensorboard") is None:
+            raise UserError("logger: found tensorboard, which is not installed; pip install 'compress[tensorboard]'")
+        target = _target(node, name)
+        # W&B hands whatever else it is given on to `wandb.init`.
+        accepted = [*node[name]] if issubclass(target, WandbLogger) else parameter_names(target)
+        check_arguments({}, node[name], f"logger.{name}", accepted=[each for each in accepted if each != "save_dir"])
+        if issubclass(target, WandbLogger):
+            _check_wandb(node[name])
+
+
+def _check_wandb(node: DictConfig) -> None:
+    offline = node.get("offline") or os.environ.get("WANDB_MODE") in ("offline", "disabled")
+    if not offline and not _has_wandb_key():
+        raise UserError(
+            "logger: found wandb without an API key; accepted: logger.wandb.offline=true, WANDB_API_KEY or wandb login"
+        )
+
+
+def _has_wandb_key() -> bool:
+    """W&B itself asks for a key only when the first run starts, after everything has been built."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
+    try:
+        return netrc(os.environ.get("NETRC", Path.home() / ".netrc")).authenticators(host) is not None
+    except (OSError, NetrcParseError):
+        return False
+
+
+def _check_data(config: DictConfig) -> pl.LightningDataModule:
+    """Reads the data, and the teacher's checkpoint if there is one: what is wrong with a file is found now."""
+    with _construction("data"):
+        data = instantiate(config.data)
+    data.prepare_data()
+    data.setup()
+    if config.teacher and config.teacher.checkpoint:
+        teacher = models.build(
+            num_classes=data.num_classes, **OmegaConf.to_container(config.teacher.model, resolve=True)
+        )
+        models.load_weights(teacher, Path(config.teacher.checkpoint), where="teacher.checkpoint")
+    return data
+
+
+@contextmanager
+def _construction(where: str) -> Iterator[None]:
+    """Turns what a constructor has against its arguments into a line about the group `where`."""
+    try:
+        yield
+    except InstantiationException as failure:
+        if isinstance(failure.__cause__, UserError):
+            raise failure.__cause__ from None
+        raise UserError(f"{where}: {failure.__cause__ or failure}".splitlines()[0]) from None
