@@ -202,6 +202,7 @@ def test_a_killed_run_resumed_equals_the_undisturbed_one(finished, epochs_before
 
     resumed = json.loads((folder / directory / "result.json").read_text())
     assert resumed["student"] == result.record["student"]
+    assert resumed["overrides"] == SMALL
     for row in result.rows:
         assert (folder / directory / row.file).read_bytes() == (folder / result.directory / row.file).read_bytes()
     with (
@@ -268,6 +269,22 @@ def test_early_stopping_and_the_loggers(finished, monkeypatch, capsys):
         else:
             assert list((result.directory / "wandb").glob("offline-run-*/run-*.wandb"))
     assert "epoch 1/9" not in capsys.readouterr().out
+
+
+def test_a_run_that_stopped_early_and_was_moved_resumes_to_the_same_result(finished):
+    options = [option for option in SMALL if not option.startswith(("teacher", "trainer", "quantizer"))]
+    options += ["method=supervised", "optimizer.lr=1e-9", "trainer.max_epochs=9", "trainer.early_stopping=2"]
+    first = compress.run([*options, "quantizer=rtn", "quantizer.bits=4"])
+    assert first.record["student"]["best_epoch"] < first.record["student"]["epochs"] < 9
+    last = torch.load(first.directory / "checkpoints" / "last.ckpt", weights_only=True)
+    assert last["epoch"] + 1 == first.record["student"]["epochs"]
+    best = (first.directory / "checkpoints" / "best.ckpt").read_bytes()
+
+    moved = first.directory.rename(first.directory.with_name("moved"))
+    (moved / "result.json").unlink()
+    assert main([f"resume={moved}"]) == 0
+    assert json.loads((moved / "result.json").read_text())["student"] == first.record["student"]
+    assert (moved / "checkpoints" / "best.ckpt").read_bytes() == best
 
 
 def test_a_sweep_runs_every_combination_in_a_directory_of_its_own(finished):
