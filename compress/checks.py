@@ -40,6 +40,8 @@ GROUPS = (
     "data",
     "student",
     "teacher",
+    "peer",
+    "mixup",
     "method",
     "loss",
     "optimizer",
@@ -112,7 +114,18 @@ TEACHER_TRAINING = {
     "scheduler": dict,
 }
 # Constructor arguments that the pipeline supplies.
-SUPPLIED = {"student", "teacher", "loss", "optimizer", "scheduler", "num_classes", "seed", "device"}
+SUPPLIED = {
+    "student",
+    "teacher",
+    "others",
+    "mixup",
+    "loss",
+    "optimizer",
+    "scheduler",
+    "num_classes",
+    "seed",
+    "device",
+}
 
 
 def check(config: DictConfig, overrides: Sequence[str] = ()) -> None:
@@ -147,10 +160,13 @@ def check_values(config: DictConfig) -> None:
     _coerce(config, "", TOP_LEVEL, accepted=[*TOP_LEVEL, *GROUPS], required=TOP_LEVEL)
     for group in ("data", "method", "loss", "scheduler"):
         _coerce_own(config, group)
-    if config.quantizer:
-        _coerce_own(config, "quantizer")
+    for group in ("quantizer", "mixup"):
+        if config[group]:
+            _coerce_own(config, group)
     _coerce_optimizer(config, "optimizer")
     _check_model(config, "student")
+    if config.peer:
+        _check_model(config, "peer")
     accepted = sorted({*parameter_names(pl.Trainer), "early_stopping", "log_every"} - TRAINER_OWN)
     _coerce(config, "trainer", TRAINER, accepted=accepted, required=TRAINER_REQUIRED)
     if config.teacher:
@@ -230,20 +246,31 @@ def _check_model(config: DictConfig, where: str) -> None:
 
 
 def _check_roles(config: DictConfig, overrides: Sequence[str]) -> None:
-    takes_teacher = "teacher" in parameter_names(get_object(config.method._target_))
-    typed = next((each for each in overrides if re.match(r"\+{0,2}teacher[.=]", each)), None)
-    if typed and not takes_teacher and typed != "teacher=none":
-        raise UserError(f"teacher: found {typed!r}, but this method uses no teacher; accepted: none")
-    if takes_teacher and not config.teacher:
+    takes = parameter_names(get_object(config.method._target_))
+    for role, needed in (("teacher", "teacher"), ("peer", "peers")):
+        typed = next((each for each in overrides if re.match(rf"\+{{0,2}}{role}[.=]", each)), None)
+        if typed and needed not in takes and typed != f"{role}=none":
+            raise UserError(f"{role}: found {typed!r}, but this method uses no {role}; accepted: none")
+    if "teacher" in takes and not config.teacher:
         choices = ", ".join(models.available())
         raise UserError(f"teacher: found none, but this method learns from one; accepted: {choices}")
-    needs_teacher = get_object(config.loss._target_).needs_teacher
-    if needs_teacher and not takes_teacher:
+    compares_with = get_object(config.loss._target_).compares_with
+    has = next((each for each in ("teacher", "peers") if each in takes), None)
+    if compares_with != has:
+        fitting = {None: "cross_entropy", "teacher": "kd, dkd, function_matching", "peers": "dml"}[has]
         raise UserError(
-            "loss: found one that compares with a teacher, which this method has not; accepted: cross_entropy"
+            f"loss: found one that compares with {compares_with or 'nothing'}, but this method has "
+            f"{has or 'neither teacher nor peers'}; accepted: {fitting}"
         )
-    if takes_teacher and not needs_teacher:
-        raise UserError("loss: found one that ignores the teacher; accepted: kd, dkd (or method=supervised)")
+    if config.mixup and config.mixup.get("teacher_sees") == "clean" and has != "teacher":
+        raise UserError(
+            "mixup: found one that blends the logits of a teacher, which is not there; accepted: none, images"
+        )
+    if has == "peers" and config.trainer.gradient_clip_val is not None:
+        raise UserError(
+            f"trainer.gradient_clip_val: found {config.trainer.gradient_clip_val}, which Lightning cannot do for "
+            "several optimizers; accepted: null"
+        )
 
 
 def _check_training(config: DictConfig) -> None:

@@ -23,7 +23,8 @@ def register() -> None:
     """Tells Hydra the roles that choose from `conf/model`, and the resolvers that the YAML files use."""
     store = ConfigStore.instance()
     for stem in models.available():
-        store.store(group="student", name=stem, node={"defaults": [f"/model/{stem}@_here_", "_self_"], "stem": stem})
+        for role in ("student", "peer"):
+            store.store(group=role, name=stem, node={"defaults": [f"/model/{stem}@_here_", "_self_"], "stem": stem})
         store.store(
             group="teacher",
             name=stem,
@@ -47,7 +48,9 @@ def register() -> None:
                 },
             },
         )
-    store.store(group="teacher", name="none", node={})
+    for role in ("teacher", "peer"):
+        store.store(group=role, name="none", node={})
+    OmegaConf.register_new_resolver("when", lambda condition, yes, no: yes if condition else no, replace=True)
     # The paper ramps over 20 of 240 epochs.
     OmegaConf.register_new_resolver("dkd_warmup", lambda epochs: min(20, max(1, epochs // 12)), replace=True)
 

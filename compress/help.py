@@ -5,6 +5,7 @@ from compress.paths import CONF
 GROUPS = {
     "data": "images and their augmentation",
     "method": "how the student is trained",
+    "mixup": "blends pairs of training images",
     "loss": "what training minimises (the method chooses a default)",
     "optimizer": "also optimizer@teacher.training.optimizer=...",
     "scheduler": "learning rate over the run; also scheduler@teacher.training.scheduler=...",
@@ -31,7 +32,7 @@ def help_text() -> str:
     """Groups and options, with the first comment line of each option's file."""
     parts = [HEAD]
     models = [path.stem for path in sorted((CONF / "model").glob("*.yaml"))]
-    parts.append(f"student, teacher: the networks (teacher=none: no teacher)\n{_wrapped(models)}")
+    parts.append(f"student, teacher, peer: the networks (peer=none: copies of the student)\n{_wrapped(models)}")
     for group, purpose in GROUPS.items():
         lines = [f"{group}: {purpose}"]
         options = sorted((CONF / group).glob("*.yaml"))

@@ -68,13 +68,22 @@ def run(config: DictConfig, directory: Path, overrides: Sequence[str] = ()) -> R
     student = models.build(num_classes=data.num_classes, **plain["student"])
     parts["student"] = student.to(memory_format=torch.channels_last)
     parts |= {part: instantiate(config[part]) for part in ("loss", "optimizer", "scheduler")}
+    parts["mixup"] = instantiate(config.mixup) if config.mixup else None
+    architectures = {"model": models.architecture(plain["student"], data.num_classes)}
+    if "peers" in parameter_names(method):
+        peer = plain["peer"] or plain["student"]
+        parts["others"] = [
+            models.build(num_classes=data.num_classes, **peer).to(memory_format=torch.channels_last)
+            for _ in range(config.method.peers - 1)
+        ]
+        for index in range(config.method.peers - 1):
+            architectures[f"others.{index}"] = models.architecture(peer, data.num_classes)
     # Not by `instantiate`, which would turn the frozen dataclasses among the parts into configurations.
     module = method(**check_arguments(method, plain["method"], "method"), **parts)
     console.print(f"student {config.student.stem}: training for {config.trainer.max_epochs} epochs", style="bold")
 
-    stem, architecture = plain["student"]["stem"], models.architecture(plain["student"], data.num_classes)
     quantizer = instantiate(config.quantizer) if config.quantizer else None
-    quantization = PostTrainingQuantization(data, directory, architecture, quantizer, before=clock.lap)
+    quantization = PostTrainingQuantization(data, directory, architectures, quantizer, before=clock.lap)
     loggers = [instantiate(logger, save_dir=str(directory)) for logger in config.logger.values()]
     try:
         trainer = fit(
@@ -91,6 +100,7 @@ def run(config: DictConfig, directory: Path, overrides: Sequence[str] = ()) -> R
     teacher_record = teachers.test_record(teacher, data) if teacher else None
     clock.lap("quantization")
 
+    stem = architectures[quantization.network]["stem"]
     record = {
         "format": 1,
         **started,
@@ -101,8 +111,9 @@ def run(config: DictConfig, directory: Path, overrides: Sequence[str] = ()) -> R
         "teacher": teacher_record,
         "student": {
             "model": stem,
-            "parameters": models.count_parameters(student),
-            "macs": models.count_macs(student, data.input_shape),
+            "network": quantization.network,
+            "parameters": models.count_parameters(quantization.student),
+            "macs": models.count_macs(quantization.student, data.input_shape),
             "epochs": trainer.current_epoch,
             "best_epoch": _best_epoch(directory / "checkpoints" / BEST),
             "validation_accuracy": quantization.rows[0].validation_accuracy,

@@ -23,10 +23,8 @@ class CrossEntropy:
 
     label_smoothing: LabelSmoothing = 0.0
 
-    needs_teacher: ClassVar[bool] = False
+    compares_with: ClassVar[str | None] = None
 
-    def __call__(
-        self, logits: Tensor, target: Tensor, teacher_logits: Tensor | None = None, epoch: int = 0
-    ) -> dict[str, Tensor]:
+    def __call__(self, logits: Tensor, target: Tensor, reference: None = None, epoch: int = 0) -> dict[str, Tensor]:
         """The terms of the loss under their names; training minimises their sum."""
         return {"cross_entropy": cross_entropy(logits, target, self.label_smoothing)}

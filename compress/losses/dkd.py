@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from compress.losses.cross_entropy import LabelSmoothing, cross_entropy
 from compress.losses.kd import Temperature
 from compress.losses.precision import at_least_float32
+from compress.losses.standardisation import standardise
 
 
 def dkd_terms(
@@ -55,20 +56,27 @@ def _decouple(logits: Tensor, target: Tensor, temperature: float) -> tuple[Tenso
 
 @dataclass(frozen=True)
 class DKD:
-    """`loss=dkd`: `CE + min(epoch / warmup, 1) (alpha TCKD + beta NCKD)`, where the first epoch counts as 1."""
+    """`loss=dkd`: `CE + min(epoch / warmup, 1) (alpha TCKD + beta NCKD)`, where the first epoch counts as 1.
+
+    With `standardise` the two terms compare standardised logits; its paper takes alpha 9, beta 72 at temperature 2.
+    """
 
     temperature: Temperature = 4.0
     alpha: Annotated[float, Field(ge=0)] = 1.0
     beta: Annotated[float, Field(ge=0)] = 8.0
     warmup_epochs: Annotated[int, Field(ge=0)] = 20
+    standardise: bool = False
     label_smoothing: LabelSmoothing = 0.0
 
-    needs_teacher: ClassVar[bool] = True
+    compares_with: ClassVar[str | None] = "teacher"
 
     def __call__(self, logits: Tensor, target: Tensor, teacher_logits: Tensor, epoch: int = 0) -> dict[str, Tensor]:
         """The weighted terms under their names; training minimises their sum. `epoch` counts from 0."""
         ramp = min((epoch + 1) / max(self.warmup_epochs, 1), 1.0)
-        target_term, others_term = dkd_terms(logits, teacher_logits, target, self.temperature)
+        student_logits = logits
+        if self.standardise:
+            student_logits, teacher_logits = standardise(logits), standardise(teacher_logits)
+        target_term, others_term = dkd_terms(student_logits, teacher_logits, target, self.temperature)
         return {
             "cross_entropy": cross_entropy(logits, target, self.label_smoothing),
             "tckd": ramp * self.alpha * target_term,

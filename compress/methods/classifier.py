@@ -1,25 +1,29 @@
-"""What all methods share: one network is trained, validated and checkpointed as `model`."""
+"""What all methods share: one network is trained, validated and checkpointed as `model`, others perhaps beside it."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics.classification import MulticlassAccuracy
 
+from compress.methods.mixup import Blend, Mixup
 from compress.optim.schedules import Schedule
 
 OptimizerFactory = Callable[..., Optimizer]
+BEST_NETWORK = "best_network"
 
 
 class Classifier(pl.LightningModule, ABC):
-    """A LightningModule around one classifier `(B, 3, H, W) -> (B, C)`.
+    """A LightningModule around classifiers `(B, 3, H, W) -> (B, C)`: `model`, and `others` that train beside it.
 
     A method says in `losses` what is minimised. Loss terms are buffered on the device and logged once an epoch,
     each as `train/<name>`, because a call of `self.log` in every step costs more than a small network's step.
+    `val/accuracy` is that of the best network; a checkpoint says under `best_network` which it was.
     """
 
     def __init__(
@@ -30,21 +34,42 @@ class Classifier(pl.LightningModule, ABC):
         scheduler: Schedule,
         num_classes: int,
         seed: int = 0,
+        mixup: Mixup | None = None,
+        others: Sequence[nn.Module] = (),
     ) -> None:
         super().__init__()
         self.model = student
+        self.others = nn.ModuleList(others)
         self.loss = loss
         self.optimizer_factory = optimizer
         self.schedule = scheduler
         self.seed = seed
+        self.mixup = mixup
+        self.networks = {"model": self.model} | {f"others.{index}": other for index, other in enumerate(self.others)}
+        self.best_network = "model"
         self.train_accuracy = MulticlassAccuracy(num_classes, average="micro")
-        self.validation_accuracy = MulticlassAccuracy(num_classes, average="micro")
-        self.validation_loss: list[Tensor] = []
+        self.validation_accuracy = nn.ModuleList(
+            MulticlassAccuracy(num_classes, average="micro") for _ in self.networks
+        )
+        self.validation_loss: list[list[Tensor]] = [[] for _ in self.networks]
         self.train_terms: dict[str, list[Tensor]] = {}
 
     @abstractmethod
-    def losses(self, images: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The student's logits `(B, C)` and the weighted loss terms by name, whose sum is minimised."""
+    def losses(self, images: Tensor, target: Tensor, blend: Blend | None) -> tuple[Tensor, dict[str, Tensor]]:
+        """The student's logits `(B, C)` and the weighted loss terms by name, whose sum is minimised.
+
+        `blend`, if there is one, is to be applied to the images and is heeded by `compared`.
+        """
+
+    def compared(
+        self, logits: Tensor, target: Tensor, reference: Any = None, blend: Blend | None = None
+    ) -> dict[str, Tensor]:
+        """The loss of `logits` against `target` and what the method compares with; blended labels count by weight."""
+        terms = self.loss(logits, target, reference, self.current_epoch)
+        if blend is None:
+            return terms
+        partners = self.loss(logits, target[blend.partner], reference, self.current_epoch)
+        return {name: torch.lerp(partners[name], value, blend.weight) for name, value in terms.items()}
 
     def forward(self, images: Tensor) -> Tensor:
         return self.model(images)
@@ -53,9 +78,19 @@ class Classifier(pl.LightningModule, ABC):
         # Dropout draws from the global generator: seeding it by epoch makes a resumed run draw the same masks.
         torch.manual_seed(1_000_003 * self.seed + self.current_epoch)
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor:
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor | None:
         images, target = batch
-        logits, terms = self.losses(images, target)
+        logits, terms = self.losses(images, target, self.blend(len(images), batch_index))
+        return self.noted(logits, target, terms)
+
+    def blend(self, batch: int, batch_index: int) -> Blend | None:
+        """How this batch is blended, if it is."""
+        if self.mixup is None:
+            return None
+        return self.mixup.draw(batch, self.seed, self.current_epoch, batch_index)
+
+    def noted(self, logits: Tensor, target: Tensor, terms: dict[str, Tensor]) -> Tensor:
+        """The sum of the terms, all of them noted for the end of the epoch."""
         total = torch.stack(list(terms.values())).sum()
         self.train_accuracy.update(logits.detach(), target)
         for name, value in (terms | {"loss": total}).items():
@@ -71,18 +106,37 @@ class Classifier(pl.LightningModule, ABC):
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
         images, target = batch
-        logits = self(images).float()
-        self.validation_accuracy.update(logits, target)
-        self.validation_loss.append(nn.functional.cross_entropy(logits, target, reduction="none"))
+        for network, accuracy, losses in zip(
+            self.networks.values(), self.validation_accuracy, self.validation_loss, strict=True
+        ):
+            logits = network(images).float()
+            accuracy.update(logits, target)
+            losses.append(nn.functional.cross_entropy(logits, target, reduction="none"))
 
     def on_validation_epoch_end(self) -> None:
-        self.log("val/accuracy", self.validation_accuracy)
-        self.log("val/loss", torch.cat(self.validation_loss).mean(), sync_dist=True)
-        self.validation_loss = []
+        accuracies = [accuracy.compute() for accuracy in self.validation_accuracy]
+        losses = [torch.cat(each).mean() for each in self.validation_loss]
+        best = max(range(len(accuracies)), key=lambda index: accuracies[index])
+        self.best_network = list(self.networks)[best]
+        self.log("val/accuracy", accuracies[best])
+        self.log("val/loss", losses[best], sync_dist=True)
+        if len(accuracies) > 1:
+            for number, accuracy in enumerate(accuracies, 1):
+                self.log(f"val/accuracy_of_peer_{number}", accuracy)
+        for accuracy in self.validation_accuracy:
+            accuracy.reset()
+        self.validation_loss = [[] for _ in self.networks]
 
-    def configure_optimizers(self) -> dict[str, Any]:
-        optimizer = self.optimizer_factory(self.model.parameters())
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint[BEST_NETWORK] = self.best_network
+
+    def configure_optimizers(self) -> Any:
+        return self.optimized(self.model)
+
+    def optimized(self, network: nn.Module) -> dict[str, Any]:
+        """Lightning's mapping of an optimizer of `network` and its schedule, which is stepped with it."""
+        optimizer = self.optimizer_factory(network.parameters())
         epochs = self.trainer.max_epochs
         steps_per_epoch = int(self.trainer.estimated_stepping_batches) // epochs
-        schedule = self.schedule(optimizer, max(steps_per_epoch, 1), epochs)
+        schedule: LRScheduler = self.schedule(optimizer, max(steps_per_epoch, 1), epochs)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

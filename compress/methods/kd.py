@@ -6,6 +6,7 @@ from torch import Tensor
 
 from compress.methods.classifier import Classifier
 from compress.methods.frozen_teacher import FrozenTeacher
+from compress.methods.mixup import Blend
 
 
 class KD(Classifier):
@@ -18,7 +19,11 @@ class KD(Classifier):
     def on_fit_start(self) -> None:
         self.teacher.to(self.device)
 
-    def losses(self, images: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        teacher_logits = self.teacher(images)
-        logits = self.model(images)
-        return logits, self.loss(logits, target, teacher_logits, self.current_epoch)
+    def losses(self, images: Tensor, target: Tensor, blend: Blend | None) -> tuple[Tensor, dict[str, Tensor]]:
+        seen = blend(images) if blend else images
+        if blend and self.mixup.teacher_sees == "clean":
+            teacher_logits = blend(self.teacher(images))
+        else:
+            teacher_logits = self.teacher(seen)
+        logits = self.model(seen)
+        return logits, self.compared(logits, target, teacher_logits, blend)

@@ -3,11 +3,12 @@
 from torch import Tensor
 
 from compress.methods.classifier import Classifier
+from compress.methods.mixup import Blend
 
 
 class Supervised(Classifier):
     """`method=supervised`."""
 
-    def losses(self, images: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        logits = self.model(images)
-        return logits, self.loss(logits, target, epoch=self.current_epoch)
+    def losses(self, images: Tensor, target: Tensor, blend: Blend | None) -> tuple[Tensor, dict[str, Tensor]]:
+        logits = self.model(blend(images) if blend else images)
+        return logits, self.compared(logits, target, blend=blend)

@@ -12,6 +12,7 @@ from torch import nn
 from compress import models
 from compress.evaluation import Evaluation, evaluate, latency_ms
 from compress.export.packed import read_model, write_float, write_packed
+from compress.methods.classifier import BEST_NETWORK
 from compress.progress import bar, console
 from compress.quantization import Quantizer
 from compress.results.tradeoff import Row
@@ -23,23 +24,27 @@ class PostTrainingQuantization(pl.Callback):
 
     Every variant is written to `directory/models`, read back, and what was read back is evaluated on the validation
     and test loaders of `data`; `test` holds the float32 student's test evaluation, and `layers` says for each packed
-    file which layers were quantized, to how many bits and with which relative output error. `architecture` is the
-    mapping {stem, options, num_classes} that goes into the files. Metrics go to every logger as
-    `tradeoff/<variant>/<name>`. `before` is called with "student" when training is over. A failure here fails the fit.
+    file which layers were quantized, to how many bits and with which relative output error. `architectures` has,
+    for each network of the method, the mapping {stem, options, num_classes} that goes into the files; the one that the
+    checkpoint calls its best is taken: `network` is its name and `student` itself in float32. Metrics go to every
+    logger as `tradeoff/<variant>/<name>`. `before` is called with "student" when training is over. A failure here
+    fails the fit.
     """
 
     def __init__(
         self,
         data: pl.LightningDataModule,
         directory: Path,
-        architecture: dict[str, Any],
+        architectures: dict[str, dict[str, Any]],
         quantizer: Quantizer | None,
         before: Callable[[str], None] = lambda part: None,
     ) -> None:
         self.data = data
         self.directory = directory
         self.quantizer = quantizer
-        self.architecture = architecture
+        self.architectures = architectures
+        self.network = ""
+        self.student: nn.Module | None = None
         self.before = before
         self.rows: list[Row] = []
         self.layers: dict[str, dict[str, Any]] = {}
@@ -57,11 +62,7 @@ class PostTrainingQuantization(pl.Callback):
         console.print(
             "quantizing the best checkpoint" if self.quantizer else "measuring the best checkpoint", style="bold"
         )
-        student = models.build(
-            self.architecture["stem"], self.architecture["num_classes"], **self.architecture["options"]
-        )
-        models.load_weights(student, self.directory / "checkpoints" / BEST)
-        student.eval().to(self.data.device)
+        student = self.student = self._best()
         path = self.directory / "models" / "student-fp32.safetensors"
         write_float(path, student, **self._description())
         self._add(path, quantizer="none", bits=32, levels=None, first_last_bits=None)
@@ -105,11 +106,24 @@ class PostTrainingQuantization(pl.Callback):
                     first_last_bits=quantizer.first_last_bits,
                 )
 
+    def _best(self) -> nn.Module:
+        """The best network of the best checkpoint."""
+        saved = torch.load(self.directory / "checkpoints" / BEST, map_location="cpu", weights_only=True)
+        self.network = saved[BEST_NETWORK]
+        architecture = self.architectures[self.network]
+        student = models.build(architecture["stem"], architecture["num_classes"], **architecture["options"])
+        prefix = f"{self.network}."
+        state = {
+            name.removeprefix(prefix): value for name, value in saved["state_dict"].items() if name.startswith(prefix)
+        }
+        student.load_state_dict(state)
+        return student.eval().to(self.data.device)
+
     def _description(self) -> dict[str, Any]:
         """What a file says of its model, so that it can be used without anything else."""
         data = self.data
         return {
-            "architecture": self.architecture,
+            "architecture": self.architectures[self.network],
             "class_names": data.class_names,
             "mean": data.mean,
             "standard_deviation": data.standard_deviation,

@@ -10,7 +10,8 @@
 | seconds | durations of the parts; of a resumed run, those after the last resuming |
 | data | name, class names, number of images in train, validation and test, input shape |
 | teacher | null, or model, file, parameters, MACs, accuracies (0..1), per-class accuracy on test |
-| student | model, parameters, MACs, epochs trained, best epoch, accuracies (0..1), per-class accuracy on test |
+| student | model, network (`others.0` for the first other peer of dml), parameters, MACs, epochs, best epoch,
+|  | accuracies (0..1), per-class accuracy on test |
 | tradeoff | the rows of tradeoff.csv |
 | layers | for each packed file: bits, levels and relative output error of each quantized layer; the layers left float |
 """
