@@ -145,7 +145,10 @@ def check(config: DictConfig, overrides: Sequence[str] = ()) -> None:
     if config.quantizer:
         with _construction("quantizer"):
             quantizer = instantiate(config.quantizer)
-        check_layers(student, quantizer.options["skip"])
+        try:
+            check_layers(student, quantizer.options["skip"])
+        except UserError as mistake:
+            raise UserError(f"quantizer.skip: {str(mistake).removeprefix('skip: ')}") from None
 
 
 def check_values(config: DictConfig) -> None:

@@ -11,8 +11,6 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from compress import checks
-from compress import config as configuration
 from compress.errors import UserError
 from compress.files import make_directory
 from compress.help import help_text
@@ -29,21 +27,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as mistake:
         print(f"error: {mistake}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        # The reader, `head` perhaps, has had enough; the interpreter must not complain about it on its way out.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
 
 
 def _main(arguments: list[str]) -> int:
+    if "--help" in arguments or "-h" in arguments:
+        print(help_text())
+        return 0
+    # Not at the top: PyTorch takes seconds to import, and help needs none of it.
+    from compress import config as configuration
+
     dry_run = "--dry-run" in arguments
     arguments = [argument for argument in arguments if argument != "--dry-run"]
     parsed, unknown = get_args_parser().parse_known_args(arguments)
     overrides = parsed.overrides
     if unknown:
         raise UserError(f"{unknown[0]}: unknown option; accepted: --help, --dry-run, -m, --cfg job, --info, key=value")
-    if parsed.help:
-        print(help_text())
-        return 0
     if parsed.experimental_rerun:
         raise UserError("--experimental-rerun: it reads a pickle; accepted: resume=DIRECTORY")
     resume = [override for override in overrides if override.startswith("resume=")]
@@ -71,7 +76,7 @@ def _main(arguments: list[str]) -> int:
 
 @hydra.main(config_path=str(CONF), config_name="run", version_base="1.3")
 def _job(config: DictConfig) -> None:
-    from compress import pipeline
+    from compress import checks, pipeline
 
     checks.check_values(config)
     hydra_config = HydraConfig.get()
@@ -80,7 +85,9 @@ def _job(config: DictConfig) -> None:
 
 def run_directory(config: DictConfig) -> Path:
     """A new directory for one run of `config`."""
-    name = f"{datetime.now():%Y-%m-%d_%H-%M-%S}-{configuration.method_name(config)}-{config.student.stem}"
+    from compress.config import method_name
+
+    name = f"{datetime.now():%Y-%m-%d_%H-%M-%S}-{method_name(config)}-{config.student.stem}"
     return make_directory(Path(config.output_directory) / "runs", name)
 
 
@@ -105,7 +112,8 @@ def _own_directory(config: DictConfig, overrides: list[str], multirun: bool) -> 
 
 def _resume(directory: Path, overrides: list[str]) -> int:
     """Continues the run in `directory` under its own configuration, but for overrides of trainer.* and logger.*"""
-    from compress import pipeline
+    from compress import checks, pipeline
+    from compress import config as configuration
 
     path = directory / "config.yaml"
     if not path.is_file():

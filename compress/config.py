@@ -52,7 +52,12 @@ def register() -> None:
         store.store(group=role, name="none", node={})
     OmegaConf.register_new_resolver("when", lambda condition, yes, no: yes if condition else no, replace=True)
     # The paper ramps over 20 of 240 epochs.
-    OmegaConf.register_new_resolver("dkd_warmup", lambda epochs: min(20, max(1, epochs // 12)), replace=True)
+    OmegaConf.register_new_resolver("dkd_warmup", _warmup, replace=True)
+
+
+def _warmup(epochs: object) -> int:
+    """What is no number is left to the check of `trainer.max_epochs`."""
+    return min(20, max(1, int(epochs) // 12)) if isinstance(epochs, int | float) else 1
 
 
 def compose_jobs(overrides: Sequence[str], multirun: bool = False) -> list[tuple[list[str], DictConfig]]:

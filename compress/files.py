@@ -47,5 +47,7 @@ def make_directory(parent: Path, name: str) -> Path:
                 continue
             return directory
     except OSError as failure:
-        raise UserError(f"output_directory: {failure}; accepted: a folder that can be written") from None
+        raise UserError(
+            f"output_directory: found {parent}, where nothing can be written ({failure.strerror}); accepted: a folder"
+        ) from None
     raise UserError(f"output_directory: {parent} holds 10,000 directories called {name}; accepted: another folder")

@@ -23,7 +23,7 @@ from compress.quantization.callback import PostTrainingQuantization
 from compress.results.picture import draw_tradeoff
 from compress.results.record import surroundings
 from compress.results.tradeoff import Row, table, write_csv
-from compress.training import BEST, device, fit
+from compress.training import BEST, device, epoch_of, fit
 
 STARTED = "started.json"
 
@@ -115,7 +115,7 @@ def run(config: DictConfig, directory: Path, overrides: Sequence[str] = ()) -> R
             "parameters": models.count_parameters(quantization.student),
             "macs": models.count_macs(quantization.student, data.input_shape),
             "epochs": trainer.current_epoch,
-            "best_epoch": _best_epoch(directory / "checkpoints" / BEST),
+            "best_epoch": epoch_of(directory / "checkpoints" / BEST),
             "validation_accuracy": quantization.rows[0].validation_accuracy,
             "test_accuracy": quantization.rows[0].test_accuracy,
             "test_accuracy_per_class": dict(zip(data.class_names, quantization.test.per_class, strict=True)),
@@ -163,10 +163,6 @@ def _finish(loggers: Sequence[Logger]) -> None:
     for logger in loggers:
         if isinstance(logger, WandbLogger):
             logger.experiment.finish()
-
-
-def _best_epoch(path: Path) -> int:
-    return 1 + int(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["epoch"])
 
 
 class _Clock:

@@ -13,7 +13,7 @@ from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
 from pytorch_lightning.loggers import Logger
 
 from compress.files import write_atomically
-from compress.progress import EpochLines
+from compress.progress import EpochLines, console
 
 BEST, LAST = "best.ckpt", "last.ckpt"
 
@@ -57,8 +57,15 @@ def fit(
         plugins=[AtomicCheckpoints()],
     )
     last = directory / LAST
+    if last.exists():
+        console.print(f"  continuing after epoch {epoch_of(last)}")
     trainer.fit(module, data, ckpt_path=last if last.exists() else None, weights_only=True)
     return trainer
+
+
+def epoch_of(path: Path) -> int:
+    """The number, from 1, of the epoch at whose end the checkpoint at `path` was written."""
+    return 1 + int(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["epoch"])
 
 
 class Checkpoint(ModelCheckpoint):

@@ -27,7 +27,9 @@ class Folder(DataModule):
 
     def prepare_data(self) -> None:
         if not self.root.is_dir():
-            raise UserError(f"data.root: found no folder {self.root}; accepted: one that holds train/ and test/")
+            raise UserError(
+                f"data.root: found no folder {self.root.resolve()}; accepted: one that holds train/ and test/"
+            )
         classes = self._classes("train")
         if len(classes) < 2:
             raise UserError(f"data.root: {self.root / 'train'} holds {len(classes)} classes; accepted: at least 2")
@@ -46,7 +48,7 @@ class Folder(DataModule):
 
     def read(self) -> Source:
         classes = self._classes("train")
-        splits = {split: self._images(split, classes) for split in self._splits()}
+        splits = {split: self._split(split, classes) for split in self._splits()}
         validation = splits.get("val", (None, None))
         return Source(*splits["train"], *splits["test"], tuple(classes), MEAN, STANDARD_DEVIATION, *validation)
 
@@ -68,7 +70,7 @@ class Folder(DataModule):
             if each.suffix.lower() in ENDINGS and not each.name.startswith(".") and each.is_file()
         )
 
-    def _images(self, split: str, classes: list[str]) -> tuple[Tensor, Tensor]:
+    def _split(self, split: str, classes: list[str]) -> tuple[Tensor, Tensor]:
         files = [(path, label) for label, name in enumerate(classes) for path in self._files(split, name)]
         images = torch.empty(len(files), 3, self.image_size, self.image_size, dtype=torch.uint8)
         for index, (path, _) in enumerate(files):

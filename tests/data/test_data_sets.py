@@ -187,6 +187,10 @@ def test_a_folder_of_images_of_any_size(tmp_path):
     data.setup()
     assert data.class_names == ("cat", "dog")
     assert {name: len(each) for name, each in data.splits.items()} == {"train": 12, "validation": 12, "test": 12}
+    for loader in (data.train_dataloader(), data.val_dataloader(), data.test_dataloader()):
+        images, labels = next(iter(loader))
+        assert images.shape[1:] == (3, 16, 16)
+        assert set(labels.tolist()) == {0, 1}
     assert data.splits["test"].images[7].float().mean((1, 2)).tolist() == pytest.approx([200, 40, 0])
 
 
