@@ -1,6 +1,5 @@
 """The command line: what it refuses and how it says so, and what it prints without training."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -143,12 +142,12 @@ def test_dry_run_prints_sizes_and_minutes_and_writes_nothing(tmp_path, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_every_file_of_every_group_composes(tmp_path):
+def test_every_file_of_every_group_composes():
     root = SCRIPT.parent.parent / "conf"
     for path in sorted(root.glob("*/*.yaml")):
         group = {"model": "student"}.get(path.parent.name, path.parent.name)
         config.register()
         with config._hydra():
             composed = config._compose([f"{group}={path.stem}"])
-        assert composed.student.stem
-        assert os.fspath(tmp_path) not in OmegaConf.to_yaml(composed)
+        assert set(composed) >= {"student", "teacher", "data", "method", "loss", "optimizer", "trainer", "seed"}
+        assert path.parent.name != "model" or composed.student.stem == path.stem

@@ -248,7 +248,7 @@ def test_code_in_a_pickle_is_refused_and_not_run(zipped, weights, model, tmp_pat
     torch.save({"model": weights, "opt": Payload(mark)}, path, _use_new_zipfile_serialization=zipped)
     assert "could run code" in refusal(model, path)
     assert not mark.exists()
-    torch.load(path, weights_only=False)
+    pickle.loads(pickle.dumps(Payload(mark)))
     assert mark.exists(), "the payload is harmless, so the test proves nothing"
 
 
