@@ -98,11 +98,19 @@ class Classifier(pl.LightningModule, ABC):
         return total
 
     def on_train_epoch_end(self) -> None:
-        for name, values in self.train_terms.items():
-            self.log(f"train/{name}", torch.stack(values).mean(), sync_dist=True)
-        self.log("train/accuracy", self.train_accuracy)
-        self.log("train/learning_rate", self.trainer.optimizers[0].param_groups[0]["lr"])
+        metrics = {name: torch.stack(values).mean() for name, values in self.train_terms.items()}
+        metrics["accuracy"] = self.train_accuracy
+        metrics["learning_rate"] = self.trainer.optimizers[0].param_groups[0]["lr"]
+        for name, value in metrics.items():
+            self.log(f"train/{name}", value, logger=False, sync_dist=name in self.train_terms)
         self.train_terms = {}
+        # Lightning would hand these to the loggers after the checkpoint of the epoch has been written, and a run
+        # killed between the two would never log them: its resumed half begins with the next epoch.
+        logged = {f"train/{name}": float(self.trainer.callback_metrics[f"train/{name}"]) for name in metrics}
+        step = self.trainer.fit_loop.epoch_loop._batches_that_stepped - 1
+        for logger in self.loggers:
+            logger.log_metrics(logged | {"epoch": self.current_epoch}, step=step)
+            logger.save()
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
         images, target = batch

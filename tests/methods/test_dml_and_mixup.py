@@ -48,6 +48,7 @@ def test_a_run_stopped_after_an_epoch_and_resumed_equals_the_undisturbed_one(tmp
     [stopped] = [path.parent for path in Path("outputs/runs").glob("*/started.json")]
     assert main([f"resume={stopped}"]) == 0
     assert json.loads((stopped / "result.json").read_text())["student"] == whole.record["student"]
+    assert (stopped / "metrics.csv").read_text() == (whole.directory / "metrics.csv").read_text()
     for row in whole.rows:
         assert (stopped / row.file).read_bytes() == (whole.directory / row.file).read_bytes()
 
