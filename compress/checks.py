@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from pydantic import Field
 from pytorch_lightning.loggers import WandbLogger
 
-from compress import models
+from compress import models, teachers
 from compress.check import check_arguments, parameter_names
 from compress.errors import UserError
 from compress.quantization import check_layers
@@ -142,6 +142,7 @@ def check(config: DictConfig, overrides: Sequence[str] = ()) -> None:
     _check_loggers(config.logger)
     data = _check_data(config)
     student = models.build(num_classes=data.num_classes, **OmegaConf.to_container(config.student, resolve=True))
+    get_object(config.method._target_).check_student(student, OmegaConf.to_container(config.method, resolve=True))
     if config.quantizer:
         with _construction("quantizer"):
             quantizer = instantiate(config.quantizer)
@@ -249,22 +250,27 @@ def _check_model(config: DictConfig, where: str) -> None:
 
 
 def _check_roles(config: DictConfig, overrides: Sequence[str]) -> None:
-    takes = parameter_names(get_object(config.method._target_))
-    for role, needed in (("teacher", "teacher"), ("peer", "peers")):
+    method = get_object(config.method._target_)
+    takes = parameter_names(method)
+    learns_from_teacher = teachers.is_used(config)
+    for role, used in (("teacher", learns_from_teacher), ("peer", "peers" in takes)):
         typed = next((each for each in overrides if re.match(rf"\+{{0,2}}{role}[.=]", each)), None)
-        if typed and needed not in takes and typed != f"{role}=none":
-            raise UserError(f"{role}: found {typed!r}, but this method uses no {role}; accepted: none")
-    if "teacher" in takes and not config.teacher:
+        if typed and not used and typed != f"{role}=none":
+            here = "method with this loss" if role in takes else "method"
+            raise UserError(f"{role}: found {typed!r}, but this {here} uses no {role}; accepted: none")
+    if learns_from_teacher and not config.teacher:
         choices = ", ".join(models.available())
         raise UserError(f"teacher: found none, but this method learns from one; accepted: {choices}")
     compares_with = get_object(config.loss._target_).compares_with
-    has = next((each for each in ("teacher", "peers") if each in takes), None)
-    if compares_with != has:
-        fitting = {None: "cross_entropy", "teacher": "kd, dkd, function_matching", "peers": "dml"}[has]
+    if compares_with not in method.loss_compares_with:
+        fitting = {None: "cross_entropy", "teacher": "kd, dkd, function_matching", "peers": "dml"}
+        has = next((each for each in ("teacher", "peers") if each in takes), None)
         raise UserError(
             f"loss: found one that compares with {compares_with or 'nothing'}, but this method has "
-            f"{has or 'neither teacher nor peers'}; accepted: {fitting}"
+            f"{has or 'neither teacher nor peers'}; accepted: "
+            + ", ".join(words for kind, words in fitting.items() if kind in method.loss_compares_with)
         )
+    has = "teacher" if learns_from_teacher else "peers" if "peers" in takes else None
     if config.mixup and config.mixup.get("teacher_sees") == "clean" and has != "teacher":
         raise UserError(
             "mixup: found one that blends the logits of a teacher, which is not there; accepted: none, images"

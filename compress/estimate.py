@@ -8,14 +8,13 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from hydra.utils import get_class, instantiate
+from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from rich import box
 from rich.table import Table
 from torch import nn
 
 from compress import models, teachers
-from compress.check import parameter_names
 from compress.export.packed import write_packed
 from compress.progress import console
 from compress.quantization import Quantizer, quantize
@@ -35,10 +34,9 @@ def show(config: DictConfig, overrides: list[str]) -> None:
     printed = Table(title=f"dry run: {' '.join(overrides) or 'defaults'}", box=box.SIMPLE_HEAD, title_justify="left")
     for heading in ("", "network", "parameters", "MACs/image", "fp32 kB"):
         printed.add_column(heading, justify="left" if heading in ("", "network") else "right")
-    uses_teacher = "teacher" in parameter_names(get_class(plain["method"]["_target_"]))
     minutes: dict[str, float] = {}
     teacher_forward = 0.0
-    if uses_teacher:
+    if teachers.is_used(config):
         teacher = models.build(num_classes=data.num_classes, **plain["teacher"]["model"]).to(where)
         _add(printed, "teacher", plain["teacher"]["model"]["stem"], teacher, data.input_shape)
         batch = plain["data"]["batch_size"]

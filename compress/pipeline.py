@@ -19,7 +19,7 @@ from compress.check import check_arguments, parameter_names
 from compress.config import method_name
 from compress.files import write_json, write_text
 from compress.progress import console
-from compress.quantization.callback import PostTrainingQuantization
+from compress.quantization.callback import Quantization
 from compress.results.picture import draw_tradeoff
 from compress.results.record import surroundings
 from compress.results.tradeoff import Row, table, write_csv
@@ -58,7 +58,7 @@ def run(config: DictConfig, directory: Path, overrides: Sequence[str] = ()) -> R
     method = get_class(config.method._target_)
     parts: dict[str, Any] = {"num_classes": data.num_classes, "seed": config.seed}
     teacher = None
-    if "teacher" in parameter_names(method):
+    if teachers.is_used(config):
         teacher = teachers.resolve(config, data, plain["trainer"])
         parts["teacher"] = teacher.frozen
     clock.lap("teacher")
@@ -83,7 +83,15 @@ def run(config: DictConfig, directory: Path, overrides: Sequence[str] = ()) -> R
     console.print(f"student {config.student.stem}: training for {config.trainer.max_epochs} epochs", style="bold")
 
     quantizer = instantiate(config.quantizer) if config.quantizer else None
-    quantization = PostTrainingQuantization(data, directory, architectures, quantizer, before=clock.lap)
+    quantization = Quantization(
+        data,
+        directory,
+        architectures,
+        quantizer,
+        on_grids=module.on_grids,
+        start=module.start and module.start[0],
+        before=clock.lap,
+    )
     loggers = [instantiate(logger, save_dir=str(directory)) for logger in config.logger.values()]
     try:
         trainer = fit(

@@ -1,6 +1,7 @@
 """Where a teacher comes from: a checkpoint, the cache of teachers trained before, or a training of its own."""
 
 import hashlib
+import inspect
 import json
 import shutil
 import time
@@ -11,16 +12,18 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from filelock import FileLock, Timeout
-from hydra.utils import instantiate
+from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import save_file
 from torch import nn
 
-from compress import models
+from compress import ensemble, models
+from compress.check import parameter_names
 from compress.evaluation import evaluate
 from compress.files import write_atomically, write_json
 from compress.losses.cross_entropy import CrossEntropy
-from compress.methods.frozen_teacher import FrozenTeacher
+from compress.methods.frozen_teacher import FrozenEnsemble, FrozenTeacher
+from compress.methods.learning_teacher import LearningTeacher
 from compress.methods.supervised import Supervised
 from compress.progress import console
 from compress.training import BEST, fit
@@ -31,18 +34,56 @@ NOT_IN_KEY = ("batch_size", "evaluation_batch_size")
 
 @dataclass(frozen=True)
 class Teacher:
-    """A network `(B, 3, H, W) -> (B, C)`, ready to be called by a method, with what is known about it."""
+    """A function `(B, 3, H, W) -> (B, C)`, ready to be called by a method, with what is known about it.
 
-    frozen: FrozenTeacher
+    `learning` is the same network for a method that trains it further; an ensemble has none.
+    """
+
+    frozen: FrozenTeacher | FrozenEnsemble
     record: dict[str, Any]
+    learning: LearningTeacher | None = None
+
+
+def is_used(config: DictConfig) -> bool:
+    """Whether the method of `config` learns from a teacher; one that may do without does so where its loss does."""
+    method = get_class(config.method._target_)
+    if "teacher" not in parameter_names(method):
+        return False
+    own = inspect.signature(method).parameters.get("teacher")
+    optional = own is not None and own.default is None
+    return not optional or get_class(config.loss._target_).compares_with == "teacher"
 
 
 def resolve(config: DictConfig, data: pl.LightningDataModule, trainer_options: dict[str, Any]) -> Teacher:
     """The teacher of `config`: `teacher.checkpoint` if given, else the cached one, else one trained now and kept.
 
+    Of an ensemble every member is one of these, found or trained as it would be on its own.
+
     The cache is `<output_directory>/teachers`, its key a hash of `teacher.model`, `teacher.training` and `data`. A
     file lock lets one job train while others wait for it. Interrupted training goes on where it was.
     """
+    members = [_resolve(ensemble.alone(config, key), data, trainer_options) for key in ensemble.keys(config)]
+    if not ensemble.is_ensemble(config):
+        return members[0]
+    frozen = FrozenEnsemble([member.frozen for member in members])
+    validation = evaluate(frozen, data.val_dataloader(), data.num_classes)
+    console.print(
+        f"teacher ensemble of {len(members)}: validation accuracy {100 * validation.accuracy:.2f} %", style="bold"
+    )
+    records = [member.record for member in members]
+    record = {
+        "model": "ensemble",
+        "members": records,
+        "trained_in_this_run": any(each["trained_in_this_run"] for each in records),
+        "seconds": round(sum(each["seconds"] for each in records), 1),
+        "parameters": sum(each["parameters"] for each in records),
+        "macs": sum(each["macs"] for each in records),
+        "validation_accuracy": validation.accuracy,
+    }
+    return Teacher(frozen, record)
+
+
+def _resolve(config: DictConfig, data: pl.LightningDataModule, trainer_options: dict[str, Any]) -> Teacher:
     node = OmegaConf.to_container(config.teacher, resolve=True)
     network = models.build(num_classes=data.num_classes, **node["model"])
     stem = node["model"]["stem"]
@@ -54,7 +95,8 @@ def resolve(config: DictConfig, data: pl.LightningDataModule, trainer_options: d
     else:
         path, trained = _find_or_train(config, node, network, trainer_options, data.device)
         where = f"trained and kept as {path}" if trained else f"found in {path}"
-    frozen = FrozenTeacher(network, _renormalise(node, data))
+    renormalise = _renormalise(node, data)
+    frozen = FrozenTeacher(network, renormalise)
     frozen.to_float32(data.device)
     validation = evaluate(frozen, data.val_dataloader(), data.num_classes)
     console.print(f"teacher {stem} {where}: validation accuracy {100 * validation.accuracy:.2f} %", style="bold")
@@ -67,15 +109,23 @@ def resolve(config: DictConfig, data: pl.LightningDataModule, trainer_options: d
         "macs": models.count_macs(network, data.input_shape),
         "validation_accuracy": validation.accuracy,
     }
-    return Teacher(frozen, record)
+    learning = LearningTeacher(network.to(memory_format=torch.channels_last), renormalise)
+    return Teacher(frozen, record, learning)
 
 
-def test_record(teacher: Teacher, data: pl.LightningDataModule) -> dict[str, Any]:
-    """The teacher's record with its accuracy on the test set, which it meets here and nowhere else, in float32."""
+def test_record(teacher: Teacher, data: pl.LightningDataModule, updated: bool = False) -> dict[str, Any]:
+    """The teacher's record with its accuracy on the test set, which it meets here and nowhere else, in float32.
+
+    It is that of the teacher as it was found; of one that was `updated` since, the validation accuracy is added.
+    """
     teacher.frozen.to_float32(data.device)
     test = evaluate(teacher.frozen, data.test_dataloader(), data.num_classes)
     per_class = dict(zip(data.class_names, test.per_class, strict=True))
-    return teacher.record | {"test_accuracy": test.accuracy, "test_accuracy_per_class": per_class}
+    record = teacher.record | {"test_accuracy": test.accuracy, "test_accuracy_per_class": per_class}
+    if updated:
+        learned = teacher.learning.float().eval().to(data.device)
+        record["validation_accuracy_after"] = evaluate(learned, data.val_dataloader(), data.num_classes).accuracy
+    return record
 
 
 def cache_path(config: DictConfig) -> Path:

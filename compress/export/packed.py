@@ -2,7 +2,8 @@
 
 Both are safetensors files that say how to build the network, so a reader needs nothing else and runs no code from them.
 In a packed file the layer `name` is `name.weight.codes` (a stream of bits, see `compress.export.bits`), `.scale` (N,)
-and `.zero_point` (N,): weight = scale * (code - zero_point). All other tensors stand under their state dict's names.
+and `.zero_point` (N,): weight = scale * (code - zero_point). Where its input is quantized too, there are one
+`name.input_quantizer.scale` and `.zero_point`. All other tensors stand under their state dict's names.
 """
 
 import copy
@@ -18,6 +19,7 @@ from compress import models
 from compress.errors import UserError
 from compress.export import container
 from compress.export.bits import pack, unpack
+from compress.quantization.activations import InputQuantizer, attach_input_quantizer, input_quantizers
 from compress.quantization.fold import bake_parametrizations, fold_pairs
 from compress.quantization.grid import Grid
 from compress.quantization.post_training import QuantizedModel
@@ -57,6 +59,9 @@ def write_packed(
     description["layers"] = [
         {"name": name, "shape": list(layer.shape), "levels": layer.grid.levels, "bits": layer.bits}
         for name, layer in quantized.layers.items()
+    ]
+    description["inputs"] = [
+        {"name": name, "levels": quantizer.levels} for name, quantizer in input_quantizers(quantized.model).items()
     ]
     description["folded"] = [list(pair) for pair in quantized.folded]
     description["skipped"] = dict(quantized.skipped)
@@ -134,7 +139,11 @@ def _read(path: Path, kinds: tuple[str, ...]) -> tuple[nn.Module, dict[str, Any]
             for layer in description["layers"]:
                 _unpack_layer(tensors, **{key: layer[key] for key in ("name", "shape", "levels")})
             _add_biases(model, tensors)
+            for layer in description.get("inputs", []):
+                attach_input_quantizer(model.get_submodule(layer["name"]), InputQuantizer(1.0, 0, layer["levels"]))
         _load(model, tensors)
+        for quantizer in input_quantizers(model).values():
+            quantizer.check()
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     # The checksum holds for whatever wrote the file; a foreign writer can still have put anything into it.

@@ -1,8 +1,8 @@
 """What all methods share: one network is trained, validated and checkpointed as `model`, others perhaps beside it."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, ClassVar
 
 import pytorch_lightning as pl
 import torch
@@ -13,6 +13,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from compress.methods.mixup import Blend, Mixup
 from compress.optim.schedules import Schedule
+from compress.quantization.lsq import FakeQuantization
 
 OptimizerFactory = Callable[..., Optimizer]
 BEST_NETWORK = "best_network"
@@ -24,7 +25,15 @@ class Classifier(pl.LightningModule, ABC):
     A method says in `losses` what is minimised. Loss terms are buffered on the device and logged once an epoch,
     each as `train/<name>`, because a call of `self.log` in every step costs more than a small network's step.
     `val/accuracy` is that of the best network; a checkpoint says under `best_network` which it was.
+
+    A method that trains `model` on quantization grids says so in `on_grids`, and in `start`, a list so that it is no
+    part of this module, which float network it started from.
     """
+
+    # What a loss may compare with to fit the method: nothing but the labels, "teacher" or "peers".
+    loss_compares_with: ClassVar[frozenset[str | None]] = frozenset({None})
+    on_grids: FakeQuantization | None = None
+    start: list[nn.Module] | None = None
 
     def __init__(
         self,
@@ -53,6 +62,10 @@ class Classifier(pl.LightningModule, ABC):
         )
         self.validation_loss: list[list[Tensor]] = [[] for _ in self.networks]
         self.train_terms: dict[str, list[Tensor]] = {}
+
+    @classmethod
+    def check_student(cls, student: nn.Module, options: Mapping[str, Any]) -> None:
+        """Raises UserError where the method's `options` do not fit a float `student`; it may be changed by this."""
 
     @abstractmethod
     def losses(self, images: Tensor, target: Tensor, blend: Blend | None) -> tuple[Tensor, dict[str, Tensor]]:
@@ -138,12 +151,16 @@ class Classifier(pl.LightningModule, ABC):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint[BEST_NETWORK] = self.best_network
 
+    def parameters_to_learn(self, network: nn.Module) -> Iterable[Any]:
+        """What the optimizer of `network` is given: parameters, or groups of them."""
+        return network.parameters()
+
     def configure_optimizers(self) -> Any:
         return self.optimized(self.model)
 
     def optimized(self, network: nn.Module) -> dict[str, Any]:
         """Lightning's mapping of an optimizer of `network` and its schedule, which is stepped with it."""
-        optimizer = self.optimizer_factory(network.parameters())
+        optimizer = self.optimizer_factory(self.parameters_to_learn(network))
         epochs = self.trainer.max_epochs
         steps_per_epoch = int(self.trainer.estimated_stepping_batches) // epochs
         schedule: LRScheduler = self.schedule(optimizer, max(steps_per_epoch, 1), epochs)

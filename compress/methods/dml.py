@@ -20,6 +20,8 @@ class DML(Classifier):
     `simultaneous` takes all logits first. The best network by validation accuracy is the one that goes on.
     """
 
+    loss_compares_with = frozenset({"peers"})
+
     def __init__(
         self,
         peers: Annotated[int, Field(ge=2)] = 2,

@@ -1,20 +1,39 @@
-"""Distillation from a frozen teacher's logits, with whichever loss compares them (`loss=kd`, `loss=dkd`)."""
+"""Distillation from a teacher's logits, with whichever loss compares them (`loss=kd`, `loss=dkd`)."""
 
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+from torchmetrics.classification import MulticlassAccuracy
 
 from compress.methods.classifier import Classifier
-from compress.methods.frozen_teacher import FrozenTeacher
+from compress.methods.frozen_teacher import FrozenEnsemble, FrozenTeacher
+from compress.methods.learning_teacher import LearningTeacher
 from compress.methods.mixup import Blend
 
 
 class KD(Classifier):
-    """`method=kd` and `method=dkd`: teacher and student see the same augmented images."""
+    """`method=kd` and `method=dkd`: teacher and student see the same augmented images.
 
-    def __init__(self, teacher: FrozenTeacher, **classifier: Any) -> None:
+    With `update_teacher` the teacher learns too, from the labels and the student: it minimises the same loss with the
+    roles exchanged, noted as `train/teacher_loss`. It is then a part of this module, but `model` alone goes on.
+    """
+
+    loss_compares_with = frozenset({"teacher"})
+
+    def __init__(
+        self,
+        teacher: FrozenTeacher | FrozenEnsemble | LearningTeacher,
+        update_teacher: bool = False,
+        **classifier: Any,
+    ) -> None:
         super().__init__(**classifier)
+        if update_teacher != isinstance(teacher, LearningTeacher):
+            raise ValueError(f"a {type(teacher).__name__} was given for update_teacher={update_teacher}")
         self.teacher = teacher
+        self.update_teacher = update_teacher
+        if update_teacher:
+            self.teacher_accuracy = MulticlassAccuracy(classifier["num_classes"], average="micro")
 
     def on_fit_start(self) -> None:
         self.teacher.to(self.device)
@@ -26,4 +45,24 @@ class KD(Classifier):
         else:
             teacher_logits = self.teacher(seen)
         logits = self.model(seen)
-        return logits, self.compared(logits, target, teacher_logits, blend)
+        terms = self.compared(logits, target, teacher_logits.detach(), blend)
+        if teacher_logits.requires_grad:
+            own = self.compared(teacher_logits, target, logits.detach(), blend)
+            terms["teacher_loss"] = torch.stack(list(own.values())).sum()
+        return logits, terms
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
+        super().validation_step(batch, batch_index)
+        if self.update_teacher:
+            images, target = batch
+            self.teacher_accuracy.update(self.teacher(images), target)
+
+    def on_validation_epoch_end(self) -> None:
+        super().on_validation_epoch_end()
+        if self.update_teacher:
+            self.log("val/accuracy_of_teacher", self.teacher_accuracy)
+
+    def configure_optimizers(self) -> Any:
+        # No gradient crosses between the two, so one optimizer moves each as an optimizer of its own would; a
+        # `trainer.gradient_clip_val` measures them together.
+        return self.optimized(nn.ModuleList([self.model, self.teacher]) if self.update_teacher else self.model)

@@ -1,4 +1,4 @@
-"""The Lightning callback that quantizes the best checkpoint when training is over."""
+"""The Lightning callback that quantizes and measures the best checkpoint when training is over."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -14,13 +14,18 @@ from compress.evaluation import Evaluation, evaluate, latency_ms
 from compress.export.packed import read_model, write_float, write_packed
 from compress.methods.classifier import BEST_NETWORK
 from compress.progress import bar, console
-from compress.quantization import Quantizer
+from compress.quantization import QuantizedModel, Quantizer
+from compress.quantization.activations import input_quantizers
+from compress.quantization.lsq import FakeQuantization, float_network
 from compress.results.tradeoff import Row
 from compress.training import BEST
 
 
-class PostTrainingQuantization(pl.Callback):
+class Quantization(pl.Callback):
     """At the end of a fit: `rows`, the float32 student first, then one row per bit width of `quantizer` (or none).
+
+    A network that was trained `on_grids` comes as the second row. The float32 student is then the one that it started
+    from, `start`, or where there was none, its weights before they are rounded.
 
     Every variant is written to `directory/models`, read back, and what was read back is evaluated on the validation
     and test loaders of `data`; `test` holds the float32 student's test evaluation, and `layers` says for each packed
@@ -37,11 +42,15 @@ class PostTrainingQuantization(pl.Callback):
         directory: Path,
         architectures: dict[str, dict[str, Any]],
         quantizer: Quantizer | None,
+        on_grids: FakeQuantization | None = None,
+        start: nn.Module | None = None,
         before: Callable[[str], None] = lambda part: None,
     ) -> None:
         self.data = data
         self.directory = directory
         self.quantizer = quantizer
+        self.on_grids = on_grids
+        self.start = start
         self.architectures = architectures
         self.network = ""
         self.student: nn.Module | None = None
@@ -60,15 +69,37 @@ class PostTrainingQuantization(pl.Callback):
 
     def _measure(self, trainer: pl.Trainer) -> None:
         console.print(
-            "quantizing the best checkpoint" if self.quantizer else "measuring the best checkpoint", style="bold"
+            "quantizing the best checkpoint" if self.quantizer or self.on_grids else "measuring the best checkpoint",
+            style="bold",
         )
-        student = self.student = self._best()
+        best = self._best()
+        if self.on_grids is None:
+            self.student = best
+        else:
+            self.student = float_network(best) if self.start is None else self.start.eval().to(self.data.device)
         path = self.directory / "models" / "student-fp32.safetensors"
-        write_float(path, student, **self._description())
+        write_float(path, self.student, **self._description())
         self._add(path, quantizer="none", bits=32, levels=None, first_last_bits=None)
+        if self.on_grids is not None:
+            self._add_trained(best)
         if self.quantizer is not None:
-            self._quantize(student)
+            self._quantize(self.student)
         self._log(trainer.loggers, trainer.global_step)
+
+    def _add_trained(self, prepared: nn.Module) -> None:
+        grids = self.on_grids
+        widths = "".join(
+            f"{letter}{bits}" for letter, bits in (("w", grids.weight_bits), ("a", grids.activation_bits)) if bits
+        )
+        self._write(
+            self.directory / "models" / f"student-lsq-{widths}.safetensors",
+            grids.bake(prepared),
+            quantizer="lsq",
+            bits=grids.weight_bits or 32,
+            levels=grids.weight_bits and 2**grids.weight_bits,
+            first_last_bits=grids.first_last_bits,
+            activation_bits=grids.activation_bits or 32,
+        )
 
     def _quantize(self, student: nn.Module) -> None:
         quantizer = self.quantizer
@@ -90,28 +121,35 @@ class PostTrainingQuantization(pl.Callback):
                     + (f", left float: {', '.join(quantized.skipped)}" if quantized.skipped else "")
                 )
                 path = self.directory / "models" / f"student-{quantizer.name}-{bits}bit.safetensors"
-                write_packed(path, quantized, **self._description())
-                self.layers[path.name] = {
-                    "quantized": {
-                        name: {"bits": layer.bits, "levels": layer.grid.levels, "error": layer.error}
-                        for name, layer in quantized.layers.items()
-                    },
-                    "skipped": dict(quantized.skipped),
-                }
-                self._add(
+                self._write(
                     path,
+                    quantized,
                     quantizer=quantizer.name,
                     bits=bits,
                     levels=quantizer.levels(bits),
                     first_last_bits=quantizer.first_last_bits,
                 )
 
+    def _write(self, path: Path, quantized: QuantizedModel, **columns: Any) -> None:
+        write_packed(path, quantized, **self._description())
+        inputs = {name: grid.bits for name, grid in input_quantizers(quantized.model).items()}
+        self.layers[path.name] = {
+            "quantized": {
+                name: {"bits": layer.bits, "levels": layer.grid.levels, "error": layer.error}
+                for name, layer in quantized.layers.items()
+            },
+            "skipped": dict(quantized.skipped),
+        } | ({"input_bits": inputs} if inputs else {})
+        self._add(path, **columns)
+
     def _best(self) -> nn.Module:
-        """The best network of the best checkpoint."""
+        """The best network of the best checkpoint, with its fake quantization if it was trained with one."""
         saved = torch.load(self.directory / "checkpoints" / BEST, map_location="cpu", weights_only=True)
         self.network = saved[BEST_NETWORK]
         architecture = self.architectures[self.network]
         student = models.build(architecture["stem"], architecture["num_classes"], **architecture["options"])
+        if self.on_grids is not None:
+            student = self.on_grids.prepare(student)
         prefix = f"{self.network}."
         state = {
             name.removeprefix(prefix): value for name, value in saved["state_dict"].items() if name.startswith(prefix)
@@ -130,7 +168,7 @@ class PostTrainingQuantization(pl.Callback):
             "input_shape": data.input_shape,
         }
 
-    def _add(self, path: Path, **columns: Any) -> None:
+    def _add(self, path: Path, *, activation_bits: int = 32, **columns: Any) -> None:
         model = read_model(path)[0].to(self.data.device)
         validation = evaluate(model, self.data.val_dataloader(), self.data.num_classes)
         test = evaluate(model, self.data.test_dataloader(), self.data.num_classes)
@@ -140,7 +178,7 @@ class PostTrainingQuantization(pl.Callback):
         self.rows.append(
             Row(
                 **columns,
-                activation_bits=32,
+                activation_bits=activation_bits,
                 sparsity=_sparsity(model),
                 validation_accuracy=validation.accuracy,
                 test_accuracy=test.accuracy,

@@ -7,7 +7,7 @@ import copy
 from collections import Counter
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import Graph, Tracer
 from torch.nn.utils import parametrize
 
@@ -71,9 +71,7 @@ def fold_pairs(model: nn.Module, pairs: list[tuple[str, str]]) -> nn.Module:
     for layer_name, norm_name in pairs:
         layer, norm = model.get_submodule(layer_name), model.get_submodule(norm_name)
         weight = layer.weight.double()
-        gain = (norm.running_var.double() + norm.eps).rsqrt()
-        if norm.weight is not None:
-            gain = gain * norm.weight.double()
+        gain = batch_norm_gain(norm)
         bias = -norm.running_mean.double() if layer.bias is None else layer.bias.double() - norm.running_mean.double()
         bias = bias * gain
         if norm.bias is not None:
@@ -87,17 +85,27 @@ def fold_pairs(model: nn.Module, pairs: list[tuple[str, str]]) -> nn.Module:
     return model
 
 
+def batch_norm_gain(norm: nn.Module) -> Tensor:
+    """The factor (N,), float64, by which a BatchNorm with running statistics multiplies each channel in eval mode."""
+    gain = (norm.running_var.double() + norm.eps).rsqrt()
+    return gain if norm.weight is None else gain * norm.weight.double()
+
+
 @torch.no_grad()
-def bake_parametrizations(model: nn.Module) -> nn.Module:
+def bake_parametrizations(model: nn.Module, original: bool = False) -> nn.Module:
     """Turn every parametrized tensor of `model` (a mask, a fake quantizer) into a plain parameter; return `model`.
 
+    The parameter has the value that the parametrization gives, or with `original` the one that it is given.
     torch's own remove_parametrizations deletes the property from a class that a deep copy shares with its original,
     which would take the weight away from the original too.
     """
     for module in list(model.modules()):
         if parametrize.is_parametrized(module):
             plain_type = parametrize.type_before_parametrizations(module)
-            values = {name: getattr(module, name).detach().clone() for name in module.parametrizations}
+            values = {
+                name: (parametrizations.original if original else getattr(module, name)).detach().clone()
+                for name, parametrizations in module.parametrizations.items()
+            }
             del module.parametrizations
             module.__class__ = plain_type
             for name, value in values.items():

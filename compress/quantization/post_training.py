@@ -27,23 +27,25 @@ SCALES = {"mse": mse_grid, "max_abs": max_abs_grid, "percentile": percentile_gri
 class QuantizedLayer:
     """One layer's weight: integer `codes` in the weight's own `shape` (N, ...) on `grid`, asked for at `bits` bits.
 
-    `error` is |Y~ - Y| / |Y - b|, of the layer's outputs on the calibration images, errors of earlier layers included.
+    `error` is |Y~ - Y| / |Y - b|, of the layer's outputs on the calibration images, errors of earlier layers included;
+    None where the network was trained on its grids.
     """
 
     codes: Tensor
     grid: Grid
     shape: tuple[int, ...]
     bits: int
-    error: float
+    error: float | None
 
 
 @dataclass(frozen=True)
 class QuantizedModel:
     """A quantized network and what a file of it needs.
 
-    `model` computes with the quantized weights; `layers` are in execution order; `float_state` is every other tensor of
-    its state dict (biases, normalisation that could not be folded), without BatchNorm's step counters; `folded` names
-    the (layer, batch norm) pairs; `skipped` says of every other Conv2d and Linear why it stayed float.
+    `model` computes with the quantized weights, and on quantized inputs where a layer has an `input_quantizer` (see
+    `compress.quantization.activations`); `float_state` is every other tensor of its state dict (biases, normalisation
+    that could not be folded, grids of inputs), without BatchNorm's step counters; `folded` names the (layer, batch
+    norm) pairs; `skipped` says of every other Conv2d and Linear why it stayed float.
     """
 
     model: nn.Module
@@ -101,14 +103,14 @@ def quantize(
     folded = find_foldable(analog)
     fold_pairs(analog, folded)
     graph = trace(analog)
-    order, skipped = _choose_layers(analog, graph, skip)
+    order, skipped = choose_layers(analog, graph, skip)
     bits_of = dict.fromkeys(order, bits)
     levels_of = dict.fromkeys(order, levels if isinstance(levels, int) else _levels(bits, levels))
     if first_last_bits is not None:
         for name in {order[0], order[-1]} if order else ():
             bits_of[name], levels_of[name] = first_last_bits, _levels(first_last_bits, levels)
     order = [name for name in order if name not in skipped]
-    _check_any_left(analog, order, skipped)
+    check_any_left(analog, order, skipped)
 
     quantized = copy.deepcopy(analog)
     reads_inputs = getattr(getattr(solver, "func", solver), "reads_inputs", True)
@@ -147,13 +149,17 @@ def quantize(
         name: QuantizedLayer(codes, grid, tuple(codes.shape), bits_of[name], errors[name])
         for name, (codes, grid) in found.items()
     }
+    return QuantizedModel(quantized, layers, state_beside(quantized, layers), folded, skipped)
+
+
+def state_beside(model: nn.Module, layers: Iterable[str]) -> dict[str, Tensor]:
+    """The state dict of `model` without the weights of `layers` and without BatchNorm's step counters."""
     weights = {f"{name}.weight" for name in layers}
-    float_state = {
+    return {
         name: value.detach().clone()
-        for name, value in quantized.state_dict().items()
+        for name, value in model.state_dict().items()
         if name not in weights and not name.endswith("num_batches_tracked")
     }
-    return QuantizedModel(quantized, layers, float_state, folded, skipped)
 
 
 def _levels(bits: int, levels: int | str | None) -> int:
@@ -162,16 +168,16 @@ def _levels(bits: int, levels: int | str | None) -> int:
 
 def check_layers(model: nn.Module, skip: Sequence[str]) -> None:
     """Raises, without quantizing, the UserErrors that `quantize` has for a model and its `skip`."""
-    order, skipped = _choose_layers(model, trace(model), skip)
-    _check_any_left(model, [name for name in order if name not in skipped], skipped)
+    order, skipped = choose_layers(model, trace(model), skip)
+    check_any_left(model, [name for name in order if name not in skipped], skipped)
 
 
-def _check_any_left(model: nn.Module, order: Sequence[str], skipped: Mapping[str, str]) -> None:
+def check_any_left(model: nn.Module, order: Sequence[str], skipped: Mapping[str, str]) -> None:
     if not order:
         raise UserError(f"{type(model).__name__}: no layer left to quantize ({len(skipped)} stay float)")
 
 
-def _choose_layers(model: nn.Module, graph: Graph, patterns: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+def choose_layers(model: nn.Module, graph: Graph, patterns: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     """(names of all layers that can be quantized, in execution order; why each of the others stays float).
 
     A layer that `patterns` exclude is in both. `graph` is that of `model`.

@@ -2,7 +2,7 @@
 
 | column | meaning |
 |---|---|
-| quantizer | `none` for the float32 student, otherwise the solver |
+| quantizer | `none` for the float32 student, `lsq` for one trained on its grids, otherwise the solver |
 | bits | width of the codes of the layers that are neither first nor last; 32 for floats |
 | levels | values that a weight of those layers can take; empty for floats |
 | first_last_bits | width of the first and the last layer |
@@ -47,7 +47,9 @@ class Row:
 
     @property
     def name(self) -> str:
-        return "fp32" if self.quantizer == "none" else f"{self.quantizer} {self.bits} bit"
+        if self.quantizer == "none":
+            return "fp32"
+        return f"{self.quantizer} {self.bits} bit" + (f" a{self.activation_bits}" if self.activation_bits < 32 else "")
 
 
 def write_csv(path: Path, rows: Sequence[Row]) -> None:
@@ -56,10 +58,7 @@ def write_csv(path: Path, rows: Sequence[Row]) -> None:
             writer = csv.DictWriter(stream, [field.name for field in fields(Row)], lineterminator="\n")
             writer.writeheader()
             for row in rows:
-                rounded = {
-                    key: round(value, 6) if isinstance(value, float) else value for key, value in asdict(row).items()
-                }
-                writer.writerow(rounded)
+                writer.writerow({key: _rounded(value) for key, value in asdict(row).items()})
 
     write_atomically(path, write)
 

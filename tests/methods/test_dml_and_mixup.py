@@ -26,6 +26,8 @@ METHODS = {
     "kd_mixup": ["method=kd_mixup", "teacher=resnet8", "teacher.training.epochs=1"],
     "logits": ["method=dkd", "mixup=logits", "teacher=resnet8", "teacher.training.epochs=1"],
     "supervised_mixup": ["method=supervised_mixup"],
+    "qat": ["method=qat", "method.activation_bits=4", "method.freeze_bn_epoch=1", "method.weight_bits=2"],
+    "qat_dkd": ["method=qat", "loss=dkd", "mixup=images", "teacher=resnet8", "teacher.training.epochs=1"],
 }
 
 

@@ -1,0 +1,88 @@
+"""Quantization-aware training: the student learns on the grids that it will be stored on.
+
+What is minimised is whatever loss is chosen, with a teacher if that compares with one; see
+`compress.quantization.lsq` for the grids.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field
+from torch import Tensor, nn
+
+from compress import models
+from compress.errors import UserError
+from compress.methods.classifier import Classifier
+from compress.methods.frozen_teacher import FrozenTeacher
+from compress.methods.kd import KD
+from compress.methods.mixup import Blend
+from compress.methods.supervised import Supervised
+from compress.quantization import check_layers
+from compress.quantization.lsq import FakeQuantization, Width, steps
+
+
+class QAT(Classifier):
+    """`method=qat`: `model` is the student with fake-quantized weights and inputs of its layers.
+
+    `weight_bits`, `activation_bits`, `first_last_bits` and `skip` are those of `FakeQuantization`. The student starts
+    from the float weights in the file `checkpoint`, and `start` keeps it as it was then; without one it starts from
+    scratch and `start` is None. From epoch `freeze_bn_epoch` on (the first is 0) BatchNorm keeps its running statistics
+    and normalises with them, as the folded network does.
+    """
+
+    loss_compares_with = frozenset({None, "teacher"})
+
+    def __init__(
+        self,
+        student: nn.Module,
+        weight_bits: Width | None = 4,
+        activation_bits: Width | None = None,
+        first_last_bits: Width | None = 8,
+        skip: Sequence[str] = (),
+        freeze_bn_epoch: Annotated[int, Field(ge=0)] | None = None,
+        checkpoint: Annotated[str, Field(min_length=1)] | None = None,
+        teacher: FrozenTeacher | None = None,
+        **classifier: Any,
+    ) -> None:
+        if checkpoint is not None:
+            models.load_weights(student, Path(checkpoint), where="method.checkpoint")
+        grids = FakeQuantization(weight_bits, activation_bits, first_last_bits, tuple(skip))
+        super().__init__(student=grids.prepare(student), **classifier)
+        self.on_grids = grids
+        self.start = None if checkpoint is None else [student]
+        self.freeze_bn_epoch = freeze_bn_epoch
+        self.teacher = teacher
+
+    @classmethod
+    def check_student(cls, student: nn.Module, options: Mapping[str, Any]) -> None:
+        if options["weight_bits"] is None and options["activation_bits"] is None:
+            raise UserError("method.weight_bits: found null, and activation_bits too; accepted: 2 to 8 for one of them")
+        try:
+            check_layers(student, options["skip"])
+        except UserError as mistake:
+            raise UserError(f"method.skip: {str(mistake).removeprefix('skip: ')}") from None
+        if options["checkpoint"] is not None:
+            models.load_weights(student, Path(options["checkpoint"]), where="method.checkpoint")
+
+    def on_fit_start(self) -> None:
+        if self.teacher is not None:
+            self.teacher.to(self.device)
+
+    def on_train_epoch_start(self) -> None:
+        super().on_train_epoch_start()
+        if self.freeze_bn_epoch is not None and self.current_epoch >= self.freeze_bn_epoch:
+            for module in self.model.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
+
+    def losses(self, images: Tensor, target: Tensor, blend: Blend | None) -> tuple[Tensor, dict[str, Tensor]]:
+        learns_like = Supervised if self.teacher is None else KD
+        return learns_like.losses(self, images, target, blend)
+
+    def parameters_to_learn(self, network: nn.Module) -> Iterable[Any]:
+        """Decay would pull steps to zero, where they have no business."""
+        own = steps(network)
+        identities = {id(step) for step in own}
+        others = [parameter for parameter in network.parameters() if id(parameter) not in identities]
+        return [{"params": others}, {"params": own, "weight_decay": 0.0}]

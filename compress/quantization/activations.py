@@ -1,0 +1,69 @@
+"""Quantized inputs of layers: a child `input_quantizer` that a hook runs in front of the layer.
+
+The layer keeps its own class, so whatever reads a network (tracing, folding, counting) still knows it.
+"""
+
+import torch
+from torch import Tensor, nn
+
+
+class InputQuantizer(nn.Module):
+    """`x -> scale * (clamp(round(x / scale) + zero_point, 0, levels - 1) - zero_point)` for tensors of any shape.
+
+    One float32 `scale` and one integer `zero_point` for all of a layer's input, both buffers. Raises ValueError for a
+    scale that is not positive and finite, levels that are no power of two from 4 to 256, and a zero_point off the grid.
+    """
+
+    def __init__(self, scale: float | Tensor, zero_point: int | Tensor, levels: int) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.as_tensor(scale, dtype=torch.float32).detach().clone())
+        self.register_buffer("zero_point", torch.as_tensor(zero_point, dtype=torch.uint8).detach().clone())
+        self.levels = levels
+        if levels not in [2**bits for bits in range(2, 9)]:
+            raise ValueError(f"levels: {levels}; inputs have 4, 8, ... or 256 levels")
+        self.check()
+
+    @property
+    def bits(self) -> int:
+        return (self.levels - 1).bit_length()
+
+    def check(self) -> None:
+        """Raises ValueError where a loaded scale or zero point is none."""
+        if not (torch.isfinite(self.scale) and self.scale > 0):
+            raise ValueError(f"scale: {self.scale.item()}; a scale is finite and above 0")
+        if int(self.zero_point) >= self.levels:
+            raise ValueError(f"zero_point: {int(self.zero_point)}; with {self.levels} levels it is below that")
+
+    def forward(self, x: Tensor) -> Tensor:
+        zero_point = self.zero_point.to(x.dtype)
+        return (x / self.scale).clamp(-zero_point, self.levels - 1 - zero_point).round() * self.scale
+
+
+def attach_input_quantizer(layer: nn.Module, quantizer: nn.Module) -> None:
+    """From now on `layer` computes on `quantizer(x)`; one that it had before is replaced."""
+    if not hasattr(layer, "input_quantizer"):
+        layer.register_forward_pre_hook(_quantize_input)
+    layer.input_quantizer = quantizer
+
+
+def detach_input_quantizer(layer: nn.Module) -> None:
+    """Undoes `attach_input_quantizer`, if there is anything to undo."""
+    if hasattr(layer, "input_quantizer"):
+        del layer.input_quantizer
+        for key, hook in list(layer._forward_pre_hooks.items()):
+            if hook is _quantize_input:
+                del layer._forward_pre_hooks[key]
+
+
+def input_quantizers(model: nn.Module) -> dict[str, InputQuantizer]:
+    """Name of each layer with a fixed grid for its input, and that grid."""
+    return {
+        name: layer.input_quantizer
+        for name, layer in model.named_modules()
+        if isinstance(getattr(layer, "input_quantizer", None), InputQuantizer)
+    }
+
+
+def _quantize_input(layer: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    first, *others = arguments
+    return layer.input_quantizer(first), *others

@@ -1,0 +1,221 @@
+"""Learned step size quantization: a network trained on the grids that it will be stored on.
+
+Esser et al. 2020 (1902.08153). The steps of weights (per output channel) and of activations (per layer input) are
+parameters; rounding passes gradients straight through, and the gradient of a step is scaled by
+1 / sqrt(elements * levels above zero). `FakeQuantization.prepare` puts this into a network, `bake` makes integer codes
+of a trained one. BatchNorm is folded when baking: a scale per output channel takes its factor up exactly.
+"""
+
+import copy
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from compress.errors import UserError
+from compress.quantization.activations import InputQuantizer, attach_input_quantizer, detach_input_quantizer
+from compress.quantization.fold import bake_parametrizations, batch_norm_gain, find_foldable, fold_pairs, trace
+from compress.quantization.grid import Grid, code_dtype, mse_grid
+from compress.quantization.post_training import (
+    QuantizedLayer,
+    QuantizedModel,
+    check_any_left,
+    choose_layers,
+    state_beside,
+)
+
+Width = Annotated[int, Field(ge=2, le=8)]
+# A step that training drives to zero or below counts as its distance from it, and at least this.
+SMALLEST_STEP = 1e-8
+
+
+@dataclass(frozen=True)
+class FakeQuantization:
+    """Which layers of a network are trained on grids, and of how many bits.
+
+    `weight_bits` or `activation_bits` None leaves those float. `first_last_bits` is for both, in the first and the last
+    layer in execution order; None: as in the others. `skip` names, or matches by globs, layers that stay float.
+    """
+
+    weight_bits: Width | None = 4
+    activation_bits: Width | None = None
+    first_last_bits: Width | None = 8
+    skip: tuple[str, ...] = ()
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        """A copy of the float network `model` whose Conv2d and Linear compute on fake-quantized weights and inputs.
+
+        Steps of weights start at the least squared error, steps of inputs with the first batch that is trained on.
+        Raises UserError for a network that cannot be traced or leaves no layer, and for a `skip` that matches none.
+        """
+        prepared = copy.deepcopy(model)
+        order, skipped = choose_layers(prepared, trace(prepared), self.skip)
+        check_any_left(model, [name for name in order if name not in skipped], skipped)
+        for name in order:
+            if name in skipped:
+                continue
+            layer = prepared.get_submodule(name)
+            outer = self.first_last_bits if name in (order[0], order[-1]) else None
+            if self.activation_bits is not None:
+                attach_input_quantizer(layer, InputStep(outer or self.activation_bits))
+            if self.weight_bits is not None:
+                step = WeightStep(layer.weight, outer or self.weight_bits)
+                parametrize.register_parametrization(layer, "weight", step)
+        return prepared
+
+    @torch.no_grad()
+    def bake(self, prepared: nn.Module) -> QuantizedModel:
+        """Integer codes of a network that `prepare` made: what they compute is what it computes in eval mode.
+
+        Where the factor of a BatchNorm is negative, a channel's codes are mirrored. Raises UserError, naming the layer,
+        for values that are not finite.
+        """
+        plain = float_network(prepared)
+        pairs = find_foldable(plain)
+        norms = {layer: plain.get_submodule(norm) for layer, norm in pairs}
+        skipped = choose_layers(plain, trace(plain), self.skip)[1]
+        layers = {}
+        for name, layer in prepared.named_modules():
+            if not parametrize.is_parametrized(layer, "weight"):
+                if isinstance(layer, nn.Conv2d | nn.Linear):
+                    skipped.setdefault(name, "weight_bits: none")
+                continue
+            [step] = layer.parametrizations.weight
+            codes, grid = step.codes(layer.parametrizations.weight.original, name)
+            if name in norms:
+                codes, grid = _times(batch_norm_gain(norms[name]), codes, grid)
+            layers[name] = QuantizedLayer(codes, grid, tuple(codes.shape), step.bits, None)
+        fold_pairs(plain, pairs)
+        for name, layer in layers.items():
+            plain.get_submodule(name).weight = nn.Parameter(layer.grid.dequantize(layer.codes))
+        for name, layer in prepared.named_modules():
+            if hasattr(layer, "input_quantizer"):
+                attach_input_quantizer(plain.get_submodule(name), layer.input_quantizer.fixed(name))
+        plain.eval()
+        return QuantizedModel(plain, layers, state_beside(plain, layers), pairs, skipped)
+
+
+def float_network(prepared: nn.Module) -> nn.Module:
+    """A copy of a network that `prepare` made, with the float weights behind the grids and float activations."""
+    plain = copy.deepcopy(prepared)
+    for layer in list(plain.modules()):
+        detach_input_quantizer(layer)
+    return bake_parametrizations(plain, original=True)
+
+
+def steps(prepared: nn.Module) -> list[nn.Parameter]:
+    """The learned steps of a network that `prepare` made; all its other parameters are those of the float network."""
+    return [module.step for module in prepared.modules() if isinstance(module, WeightStep | InputStep)]
+
+
+class WeightStep(nn.Module):
+    """A parametrization of weights (N, ...) with one learned `step` and one fixed zero point for each of N channels."""
+
+    def __init__(self, weight: Tensor, bits: int) -> None:
+        super().__init__()
+        self.bits = bits
+        grid = mse_grid(weight.detach().flatten(1).float(), 2**bits)
+        self.step = nn.Parameter(grid.scale)
+        self.register_buffer("zero_point", grid.zero_point)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        shape = (-1, *[1] * (weight.dim() - 1))
+        low, high = self._range(shape)
+        scale = (weight[0].numel() * (2 ** (self.bits - 1))) ** -0.5
+        return _FakeQuantize.apply(weight, _positive(self.step).reshape(shape), low, high, scale)
+
+    def codes(self, weight: Tensor, name: str) -> tuple[Tensor, Grid]:
+        """Codes (N, ...) and grid of `weight`, exactly those that `forward` multiplies out."""
+        if not (torch.isfinite(weight).all() and torch.isfinite(self.step).all()):
+            raise UserError(f"{name}: found weights or steps that are not finite; training has diverged")
+        shape = (-1, *[1] * (weight.dim() - 1))
+        low, high = self._range(shape)
+        step = _positive(self.step.detach().float())
+        codes = (weight.float() / step.reshape(shape)).clamp(low, high).round() - low
+        return codes.to(code_dtype(2**self.bits)), Grid(step, self.zero_point.clone(), 2**self.bits)
+
+    def _range(self, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        low = -self.zero_point.float().reshape(shape)
+        return low, low + 2**self.bits - 1
+
+
+class InputStep(nn.Module):
+    """Fake quantization of a layer's input with one learned `step`, set by the first batch in training mode.
+
+    That batch also decides whether the grid is one-sided, which it is where there are no negative values. Until then,
+    inputs pass unchanged.
+    """
+
+    def __init__(self, bits: int) -> None:
+        super().__init__()
+        self.bits = bits
+        self.step = nn.Parameter(torch.ones(()))
+        self.register_buffer("zero_point", torch.zeros((), dtype=torch.int32))
+        self.register_buffer("started", torch.zeros((), dtype=torch.bool))
+        self._has_started = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self._has_started:
+            if not bool(self.started):
+                if not self.training:
+                    return x
+                self._start(x.detach().float())
+            # Reading the buffer in every step would make a GPU wait.
+            self._has_started = True
+        low = -self.zero_point.float()
+        # Per image, so that the share of a step in the loss does not depend on the size of the batch.
+        scale = (x[0].numel() * 2 ** (self.bits - 1)) ** -0.5
+        return _FakeQuantize.apply(x, _positive(self.step), low, low + 2**self.bits - 1, scale)
+
+    @torch.no_grad()
+    def _start(self, x: Tensor) -> None:
+        signed = bool((x < 0).any())
+        self.zero_point.fill_(2 ** (self.bits - 1) if signed else 0)
+        highest = 2 ** (self.bits - 1) - 1 if signed else 2**self.bits - 1
+        step = 2 * x.abs().mean() / highest**0.5
+        self.step.fill_(step if step > 0 else 1.0)
+        self.started.fill_(True)
+
+    def fixed(self, name: str) -> InputQuantizer:
+        """The grid as it is now."""
+        if not torch.isfinite(self.step):
+            raise UserError(f"{name}: found a step of its input that is not finite; training has diverged")
+        return InputQuantizer(_positive(self.step.detach().float()), self.zero_point, 2**self.bits)
+
+
+class _FakeQuantize(torch.autograd.Function):
+    """`step * round(clamp(x / step, low, high))`, computed in float32 at least and returned in the type of `x`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, step: Tensor, low: Tensor, high: Tensor, step_gradient: float) -> Tensor:
+        scaled = x.to(torch.promote_types(x.dtype, torch.float32)) / step
+        ctx.save_for_backward(scaled, step, low, high)
+        ctx.step_gradient = step_gradient
+        return (scaled.clamp(low, high).round() * step).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        scaled, step, low, high = ctx.saved_tensors
+        inside = (scaled >= low) & (scaled <= high)
+        of_step = torch.where(inside, scaled.round() - scaled, scaled.clamp(low, high)) * gradient
+        return gradient * inside, of_step.sum_to_size(step.shape).to(step.dtype) * ctx.step_gradient, None, None, None
+
+
+def _positive(step: Tensor) -> Tensor:
+    return step.abs().clamp_min(SMALLEST_STEP)
+
+
+def _times(gain: Tensor, codes: Tensor, grid: Grid) -> tuple[Tensor, Grid]:
+    """Codes and grid of the values times `gain` (N,), float64: mirrored where it is negative, zero where it is zero."""
+    shape = (-1, *[1] * (codes.dim() - 1))
+    top = grid.levels - 1
+    mirrored = gain < 0
+    zero_point = torch.where(mirrored, top - grid.zero_point, grid.zero_point)
+    codes = torch.where(mirrored.reshape(shape), top - codes, codes)
+    scale = (grid.scale.double() * gain.abs()).to(grid.scale.dtype)
+    vanished = scale == 0
+    codes = torch.where(vanished.reshape(shape), zero_point.reshape(shape).to(codes.dtype), codes)
+    return codes, Grid(torch.where(vanished, 1.0, scale), zero_point, grid.levels)
