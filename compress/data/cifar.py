@@ -67,13 +67,13 @@ class CIFAR10(DataModule):
 
     def read(self) -> Source:
         names = _load(self.folder / self.names_file).get(self.names_key, ())
-        train, test = (self._images(files, len(names)) for files in (self.train_files, self.test_files))
+        train, test = (self._batches(files, len(names)) for files in (self.train_files, self.test_files))
         return Source(*train, *test, tuple(names), self.mean_published, self.deviation_published)
 
     def _files(self) -> list[str]:
         return [*self.train_files, *self.test_files, self.names_file]
 
-    def _images(self, files: list[str], classes: int) -> tuple[Tensor, Tensor]:
+    def _batches(self, files: list[str], classes: int) -> tuple[Tensor, Tensor]:
         pixels, labels = [], []
         for name in files:
             content = _load(self.folder / name)

@@ -152,6 +152,10 @@ def test_cifar_is_read_from_its_folder_and_from_its_archive(tmp_path, hundred):
         assert data.class_names[3] == "class 3"
         total = sum(len(values) for name, values in rows.items() if "test" not in name)
         assert len(data.splits["train"]) + len(data.splits["validation"]) == total
+        for loader in (data.train_dataloader(), data.val_dataloader(), data.test_dataloader()):
+            images, labels = next(iter(loader))
+            assert images.shape == (len(labels), 3, 32, 32)
+        assert len(data.calibration_batches(8)[0]) == 8
 
 
 def test_a_pickle_that_names_code_is_refused_and_not_run(tmp_path):
