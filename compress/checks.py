@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from pydantic import Field
 from pytorch_lightning.loggers import WandbLogger
 
-from compress import models, teachers
+from compress import ensemble, models, teachers
 from compress.check import check_arguments, parameter_names
 from compress.errors import UserError
 from compress.quantization import check_layers
@@ -104,6 +104,7 @@ TEACHER = {
     "standard_deviation": list[Positive] | None,
     "training": dict,
 }
+ENSEMBLE = {"members": list, "training": dict}
 TEACHER_TRAINING = {
     "epochs": Count,
     "batch_size": BatchSize,
@@ -137,8 +138,8 @@ def check(config: DictConfig, overrides: Sequence[str] = ()) -> None:
     check_values(config)
     _check_roles(config, overrides)
     _check_training(config)
-    if config.teacher:
-        _check_teacher(config.teacher)
+    for where in ensemble.keys(config):
+        _check_teacher(config, where)
     _check_loggers(config.logger)
     data = _check_data(config)
     student = models.build(num_classes=data.num_classes, **OmegaConf.to_container(config.student, resolve=True))
@@ -173,12 +174,14 @@ def check_values(config: DictConfig) -> None:
         _check_model(config, "peer")
     accepted = sorted({*parameter_names(pl.Trainer), "early_stopping", "log_every"} - TRAINER_OWN)
     _coerce(config, "trainer", TRAINER, accepted=accepted, required=TRAINER_REQUIRED)
-    if config.teacher:
-        _coerce(config, "teacher", TEACHER, required=TEACHER)
-        _coerce(config, "teacher.training", TEACHER_TRAINING, required=TEACHER_TRAINING)
-        _check_model(config, "teacher.model")
-        _coerce_optimizer(config, "teacher.training.optimizer")
-        _coerce_own(config, "teacher.training.scheduler")
+    if config.teacher and ensemble.is_ensemble(config):
+        _coerce(config, "teacher", ENSEMBLE, required=ENSEMBLE)
+        _coerce_training(config, "teacher.training")
+        ensemble.complete_members(config)
+    for where in ensemble.keys(config):
+        _coerce(config, where, TEACHER, required=TEACHER)
+        _coerce_training(config, f"{where}.training")
+        _check_model(config, f"{where}.model")
 
 
 def _coerce(
@@ -201,6 +204,12 @@ def _coerce(
             if not isinstance(value, Mapping):
                 node[key] = value
     return values
+
+
+def _coerce_training(config: DictConfig, where: str) -> None:
+    _coerce(config, where, TEACHER_TRAINING, required=TEACHER_TRAINING)
+    _coerce_optimizer(config, f"{where}.optimizer")
+    _coerce_own(config, f"{where}.scheduler")
 
 
 def _target(config: DictConfig, where: str) -> Any:
@@ -259,8 +268,16 @@ def _check_roles(config: DictConfig, overrides: Sequence[str]) -> None:
             here = "method with this loss" if role in takes else "method"
             raise UserError(f"{role}: found {typed!r}, but this {here} uses no {role}; accepted: none")
     if learns_from_teacher and not config.teacher:
-        choices = ", ".join(models.available())
+        choices = ", ".join((*models.available(), "ensemble"))
         raise UserError(f"teacher: found none, but this method learns from one; accepted: {choices}")
+    if learns_from_teacher and ensemble.is_ensemble(config):
+        if "layers" in takes:
+            raise UserError(
+                "teacher: found an ensemble, but this method compares features of one network; accepted: "
+                + ", ".join(models.available())
+            )
+        if config.method.get("update_teacher"):
+            raise UserError("method.update_teacher: found true for an ensemble; accepted: false, or another teacher")
     compares_with = get_object(config.loss._target_).compares_with
     if compares_with not in method.loss_compares_with:
         fitting = {None: "cross_entropy", "teacher": "kd, dkd, function_matching", "peers": "dml"}
@@ -297,14 +314,15 @@ def _check_training(config: DictConfig) -> None:
         raise UserError(f"data.batch_size: found {config.data.batch_size}; accepted: a whole number of at least 2")
 
 
-def _check_teacher(node: DictConfig) -> None:
+def _check_teacher(config: DictConfig, where: str) -> None:
+    node = OmegaConf.select(config, where)
     for key in ("mean", "standard_deviation"):
         if node[key] is not None and len(node[key]) not in (1, 3):
-            raise UserError(f"teacher.{key}: found {len(node[key])} values; accepted: 1 or 3")
+            raise UserError(f"{where}.{key}: found {len(node[key])} values; accepted: 1 or 3")
     if (node.mean is None) != (node.standard_deviation is None):
-        raise UserError("teacher.mean: found only one of mean and standard_deviation; accepted: both or neither")
+        raise UserError(f"{where}.mean: found only one of mean and standard_deviation; accepted: both or neither")
     if node.mean is not None and node.checkpoint is None:
-        raise UserError("teacher.mean: found one for a teacher that is trained on these data; accepted: null")
+        raise UserError(f"{where}.mean: found one for a teacher that is trained on these data; accepted: null")
 
 
 def _check_loggers(node: DictConfig) -> None:
@@ -339,16 +357,16 @@ def _has_wandb_key() -> bool:
 
 
 def _check_data(config: DictConfig) -> pl.LightningDataModule:
-    """Reads the data, and the teacher's checkpoint if there is one: what is wrong with a file is found now."""
+    """Reads the data, and the teacher's checkpoints if there are any: what is wrong with a file is found now."""
     with _construction("data"):
         data = instantiate(config.data)
     data.prepare_data()
     data.setup()
-    if config.teacher and config.teacher.checkpoint:
-        teacher = models.build(
-            num_classes=data.num_classes, **OmegaConf.to_container(config.teacher.model, resolve=True)
-        )
-        models.load_weights(teacher, Path(config.teacher.checkpoint), where="teacher.checkpoint")
+    for where in ensemble.keys(config):
+        node = OmegaConf.to_container(OmegaConf.select(config, where), resolve=True)
+        if node["checkpoint"]:
+            teacher = models.build(num_classes=data.num_classes, **node["model"])
+            models.load_weights(teacher, Path(node["checkpoint"]), where=f"{where}.checkpoint")
     return data
 
 

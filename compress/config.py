@@ -18,10 +18,14 @@ from compress.checks import GROUPS, check
 from compress.errors import UserError
 from compress.paths import CONF
 
+# How a teacher is trained where none has been yet.
+TRAINING = {"epochs": 8, "batch_size": 64, "seed": 0, "precision": "32-true", "label_smoothing": 0.0}
+
 
 def register() -> None:
     """Tells Hydra the roles that choose from `conf/model`, and the resolvers that the YAML files use."""
     store = ConfigStore.instance()
+    trained = [{"/optimizer@training.optimizer": "adamw"}, {"/scheduler@training.scheduler": "onecycle"}, "_self_"]
     for stem in models.available():
         for role in ("student", "peer"):
             store.store(group=role, name=stem, node={"defaults": [f"/model/{stem}@_here_", "_self_"], "stem": stem})
@@ -29,25 +33,15 @@ def register() -> None:
             group="teacher",
             name=stem,
             node={
-                "defaults": [
-                    {"/model@model": stem},
-                    {"/optimizer@training.optimizer": "adamw"},
-                    {"/scheduler@training.scheduler": "onecycle"},
-                    "_self_",
-                ],
+                "defaults": [{"/model@model": stem}, *trained],
                 "model": {"stem": stem},
                 "checkpoint": None,
                 "mean": None,
                 "standard_deviation": None,
-                "training": {
-                    "epochs": 8,
-                    "batch_size": 64,
-                    "seed": 0,
-                    "precision": "32-true",
-                    "label_smoothing": 0.0,
-                },
+                "training": TRAINING,
             },
         )
+    store.store(group="teacher", name="ensemble", node={"defaults": trained, "members": [], "training": TRAINING})
     for role in ("teacher", "peer"):
         store.store(group=role, name="none", node={})
     OmegaConf.register_new_resolver("when", lambda condition, yes, no: yes if condition else no, replace=True)

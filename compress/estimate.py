@@ -3,6 +3,7 @@
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,11 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from rich import box
+from rich.markup import escape
 from rich.table import Table
 from torch import nn
 
-from compress import models, teachers
+from compress import ensemble, models, teachers
 from compress.export.packed import write_packed
 from compress.progress import console
 from compress.quantization import Quantizer, quantize
@@ -31,25 +33,32 @@ def show(config: DictConfig, overrides: list[str]) -> None:
     data.setup()
     images = data.record()["images"]
     student = models.build(num_classes=data.num_classes, **plain["student"]).to(where)
-    printed = Table(title=f"dry run: {' '.join(overrides) or 'defaults'}", box=box.SIMPLE_HEAD, title_justify="left")
+    title = escape(f"dry run: {' '.join(overrides) or 'defaults'}")
+    printed = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
     for heading in ("", "network", "parameters", "MACs/image", "fp32 kB"):
         printed.add_column(heading, justify="left" if heading in ("", "network") else "right")
     minutes: dict[str, float] = {}
-    teacher_forward = 0.0
+    teacher_seconds = 0.0
     if teachers.is_used(config):
-        teacher = models.build(num_classes=data.num_classes, **plain["teacher"]["model"]).to(where)
-        _add(printed, "teacher", plain["teacher"]["model"]["stem"], teacher, data.input_shape)
         batch = plain["data"]["batch_size"]
-        teacher_forward = _seconds(lambda: _forward(teacher, batch, data.input_shape))
-        if plain["teacher"]["checkpoint"] is None and not teachers.cache_path(config).exists():
-            own = plain["teacher"]["training"]
-            step = _seconds(lambda: _step(teacher, own["batch_size"], data.input_shape))
-            minutes["teacher"] = own["epochs"] * (images["train"] / own["batch_size"]) * step / 60
+        # What a student's step needs of the teacher.
+        work = _step if plain["method"].get("update_teacher") else _forward
+        for key in ensemble.keys(config):
+            alone = ensemble.alone(config, key)
+            node = OmegaConf.to_container(alone.teacher)
+            teacher = models.build(num_classes=data.num_classes, **node["model"]).to(where)
+            _add(printed, "teacher", node["model"]["stem"], teacher, data.input_shape)
+            teacher_seconds += _seconds(partial(work, teacher, batch, data.input_shape))
+            if node["checkpoint"] is None and not teachers.cache_path(alone).exists():
+                own = node["training"]
+                step = _seconds(partial(_step, teacher, own["batch_size"], data.input_shape))
+                training = own["epochs"] * (images["train"] / own["batch_size"]) * step / 60
+                minutes["teacher"] = minutes.get("teacher", 0.0) + training
     _add(printed, "student", plain["student"]["stem"], student, data.input_shape)
     console.print(printed)
 
     batch = plain["data"]["batch_size"]
-    step = _seconds(lambda: _step(student, batch, data.input_shape)) + teacher_forward
+    step = _seconds(lambda: _step(student, batch, data.input_shape)) + teacher_seconds
     minutes["student"] = plain["trainer"]["max_epochs"] * images["train"] / batch * step / 60
     if plain["quantizer"]:
         quantizer = instantiate(config.quantizer)

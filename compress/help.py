@@ -32,7 +32,10 @@ def help_text() -> str:
     """Groups and options, with the first comment line of each option's file."""
     parts = [HEAD]
     models = [path.stem for path in sorted((CONF / "model").glob("*.yaml"))]
-    parts.append(f"student, teacher, peer: the networks (peer=none: copies of the student)\n{_wrapped(models)}")
+    parts.append(
+        f"student, teacher, peer: the networks (peer=none: copies of the student)\n{_wrapped(models)}\n"
+        "  teacher=ensemble teacher.members=[resnet50,wrn_40_2]  the mean of their logits"
+    )
     for group, purpose in GROUPS.items():
         lines = [f"{group}: {purpose}"]
         options = sorted((CONF / group).glob("*.yaml"))

@@ -57,10 +57,10 @@ def run(config: DictConfig, directory: Path, overrides: Sequence[str] = ()) -> R
 
     method = get_class(config.method._target_)
     parts: dict[str, Any] = {"num_classes": data.num_classes, "seed": config.seed}
-    teacher = None
+    teacher, updates_teacher = None, config.method.get("update_teacher", False)
     if teachers.is_used(config):
         teacher = teachers.resolve(config, data, plain["trainer"])
-        parts["teacher"] = teacher.frozen
+        parts["teacher"] = teacher.learning if updates_teacher else teacher.frozen
     clock.lap("teacher")
 
     # The teacher's training may have drawn random numbers; the student's first weights depend on the seed alone.
@@ -105,7 +105,7 @@ def run(config: DictConfig, directory: Path, overrides: Sequence[str] = ()) -> R
         )
     finally:
         _finish(loggers)
-    teacher_record = teachers.test_record(teacher, data) if teacher else None
+    teacher_record = teachers.test_record(teacher, data, updates_teacher) if teacher else None
     clock.lap("quantization")
 
     stem = architectures[quantization.network]["stem"]

@@ -113,7 +113,7 @@ def _resolve(config: DictConfig, data: pl.LightningDataModule, trainer_options: 
     return Teacher(frozen, record, learning)
 
 
-def test_record(teacher: Teacher, data: pl.LightningDataModule, updated: bool = False) -> dict[str, Any]:
+def test_record(teacher: Teacher, data: pl.LightningDataModule, updated: bool) -> dict[str, Any]:
     """The teacher's record with its accuracy on the test set, which it meets here and nowhere else, in float32.
 
     It is that of the teacher as it was found; of one that was `updated` since, the validation accuracy is added.

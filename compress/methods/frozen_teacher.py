@@ -1,4 +1,6 @@
-"""A teacher that cannot learn: in eval mode, without gradients, and no part of the module that uses it."""
+"""Teachers that cannot learn: in eval mode, without gradients, and no part of the module that uses them."""
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -43,3 +45,26 @@ class FrozenTeacher:
         enabled = self.low_precision is not None
         with torch.autocast(images.device.type, dtype=self.low_precision or torch.bfloat16, enabled=enabled):
             return self.network(images).float()
+
+
+class FrozenEnsemble:
+    """Several teachers called as one, `(B, 3, H, W) -> (B, C)`: the mean of their logits, in float32.
+
+    It stands wherever a `FrozenTeacher` does but where a method looks into the one `network` of that.
+    """
+
+    def __init__(self, members: Sequence[FrozenTeacher]) -> None:
+        self.members = tuple(members)
+
+    def to(self, device: torch.device) -> None:
+        """Moves every member, see `FrozenTeacher.to`."""
+        for member in self.members:
+            member.to(device)
+
+    def to_float32(self, device: torch.device) -> None:
+        """Moves every member, see `FrozenTeacher.to_float32`."""
+        for member in self.members:
+            member.to_float32(device)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return torch.stack([member(images) for member in self.members]).mean(dim=0)

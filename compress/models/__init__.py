@@ -1,6 +1,6 @@
 """Networks by name, their weights and their size."""
 
-from compress.models.catalogue import architecture, available, build, check_options
+from compress.models.catalogue import architecture, available, build, check_options, described
 from compress.models.counting import count_macs, count_parameters
 from compress.models.inference import frozen_for_inference, low_precision_dtype
 from compress.models.weights import load_weights
@@ -12,6 +12,7 @@ __all__ = [
     "check_options",
     "count_macs",
     "count_parameters",
+    "described",
     "frozen_for_inference",
     "load_weights",
     "low_precision_dtype",

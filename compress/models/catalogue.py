@@ -42,14 +42,21 @@ def check_options(stem: str, options: Mapping[str, Any], where: str) -> dict[str
     return _description(stem, options, where, where)[1]
 
 
-def _description(
-    stem: str, options: Mapping[str, Any], where_stem: str, where_options: str
-) -> tuple[Callable[..., nn.Module], dict[str, Any]]:
+def described(stem: str, where: str) -> dict[str, Any]:
+    """What `student=<stem>` composes: the keys of conf/model/<stem>.yaml and the stem; `where` is for the error."""
     if stem not in available():
-        raise UserError(f"{where_stem}: found {stem!r}; accepted: {', '.join(available())}")
+        raise UserError(f"{where}: found {stem!r}; accepted: {', '.join(available())}")
     keys = OmegaConf.to_container(OmegaConf.load(FOLDER / f"{stem}.yaml"))
     if "_target_" not in keys or "defaults" in keys:
         raise UserError(f"conf/model/{stem}.yaml: found {', '.join(keys)}; accepted: _target_ and its arguments")
+    return keys | {"stem": stem}
+
+
+def _description(
+    stem: str, options: Mapping[str, Any], where_stem: str, where_options: str
+) -> tuple[Callable[..., nn.Module], dict[str, Any]]:
+    keys = described(stem, where_stem)
     target = get_object(keys.pop("_target_"))
+    keys.pop("stem")
     options = {name: value for name, value in options.items() if name != "_target_"}
     return target, check_arguments(target, keys | options, where_options, accepted=tuple(keys))

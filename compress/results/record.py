@@ -9,7 +9,8 @@
 | seed, started | the seed; the local time at the start |
 | seconds | durations of the parts; of a resumed run, those after the last resuming |
 | data | name, class names, number of images in train, validation and test, input shape |
-| teacher | null, or model, file, parameters, MACs, accuracies (0..1), per-class accuracy on test |
+| teacher | null, or model, file, parameters, MACs, accuracies (0..1), per-class accuracy on test, as it was found; |
+|  | of one that learned on, `validation_accuracy_after`; of an ensemble, `members`: such records without test |
 | student | model, network (`others.0` for the first other peer of dml), parameters, MACs, epochs, best epoch,
 |  | accuracies (0..1), per-class accuracy on test |
 | tradeoff | the rows of tradeoff.csv |

@@ -26,6 +26,8 @@ METHODS = {
     "kd_mixup": ["method=kd_mixup", "teacher=resnet8", "teacher.training.epochs=1"],
     "logits": ["method=dkd", "mixup=logits", "teacher=resnet8", "teacher.training.epochs=1"],
     "supervised_mixup": ["method=supervised_mixup"],
+    "update_teacher": ["method=kd", "method.update_teacher=true", "teacher=resnet20", "teacher.training.epochs=1"],
+    "update_teacher_mixup": ["method=dkd", "method.update_teacher=true", "mixup=logits", "teacher=resnet8"],
     "qat": ["method=qat", "method.activation_bits=4", "method.freeze_bn_epoch=1", "method.weight_bits=2"],
     "qat_dkd": ["method=qat", "loss=dkd", "mixup=images", "teacher=resnet8", "teacher.training.epochs=1"],
 }
@@ -53,6 +55,10 @@ def test_a_run_stopped_after_an_epoch_and_resumed_equals_the_undisturbed_one(tmp
     assert (stopped / "metrics.csv").read_text() == (whole.directory / "metrics.csv").read_text()
     for row in whole.rows:
         assert (stopped / row.file).read_bytes() == (whole.directory / row.file).read_bytes()
+    # Whatever else learned, peers and teachers, and all optimizers.
+    ends = [torch.load(each / "checkpoints/last.ckpt", weights_only=True) for each in (stopped, whole.directory)]
+    ends = [[end["state_dict"], *(each["state"] for each in end["optimizer_states"])] for end in ends]
+    torch.testing.assert_close(*ends, rtol=0, atol=0)
 
 
 def test_the_best_peer_is_the_one_that_is_reported_and_written(tmp_path, monkeypatch):
