@@ -1,0 +1,65 @@
+"""Every method at every width under one budget: `make study`.
+
+What is finished in OUTPUT already is not run again; the table is printed and written to OUTPUT/study.md.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from compress import config as configuration
+from compress import pipeline
+from compress.errors import UserError
+from compress.files import write_text
+from compress.results.study import study_table
+from compress.results.tradeoff import Row
+
+TEACHER = ["teacher=resnet20", "teacher.training.epochs=20", "teacher.training.optimizer.lr=1e-2"]
+METHODS = {
+    "supervised": [[]],
+    "kd": [TEACHER],
+    "kd_mixup": [TEACHER],
+    "dkd": [TEACHER],
+    "dml": [[]],
+    # Trained anew for each width.
+    "qat": [["quantizer=none", f"method.weight_bits={bits}"] for bits in (8, 4, 3, 2)],
+}
+
+
+def study(output: Path, overrides: list[str], seeds: list[int]) -> str:
+    """The table of all methods, each run below `output`; `overrides` hold for all of them."""
+    runs: dict[str, list[list[Row]]] = {method: [] for method in METHODS}
+    for seed in seeds:
+        for method, variants in METHODS.items():
+            rows: list[Row] = []
+            for index, variant in enumerate(variants):
+                own = ["experiment=fashion_mnist_study", f"method={method}", *variant, f"seed={seed}"]
+                own += [f"output_directory={output}", *overrides]
+                [(typed, composed)] = configuration.compose_jobs(own)
+                directory = output / f"{method}-{index}-seed{seed}"
+                directory.mkdir(parents=True, exist_ok=True)
+                rows += pipeline.run(composed, directory, typed).rows
+            # The float weights behind a grid were never meant to be used without it.
+            runs[method].append([row for row in rows if method != "qat" or row.quantizer == "lsq"])
+    return study_table(runs)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("output", type=Path, help="directory for the runs and the table")
+    parser.add_argument("overrides", nargs="*", help="KEY=VALUE for every run, such as data.limit=1000")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    arguments = parser.parse_args()
+    output = arguments.output
+    try:
+        table = study(output, arguments.overrides, arguments.seeds)
+    except UserError as mistake:
+        print(f"error: {mistake}", file=sys.stderr)
+        return 2
+    write_text(output / "study.md", table)
+    print(table)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
