@@ -124,6 +124,7 @@ SUPPLIED = {
     "optimizer",
     "scheduler",
     "num_classes",
+    "input_shape",
     "seed",
     "device",
 }
@@ -143,7 +144,12 @@ def check(config: DictConfig, overrides: Sequence[str] = ()) -> None:
     _check_loggers(config.logger)
     data = _check_data(config)
     student = models.build(num_classes=data.num_classes, **OmegaConf.to_container(config.student, resolve=True))
-    get_object(config.method._target_).check_student(student, OmegaConf.to_container(config.method, resolve=True))
+    teacher = None
+    if teachers.is_used(config) and not ensemble.is_ensemble(config):
+        node = OmegaConf.to_container(config.teacher.model, resolve=True)
+        teacher = models.build(num_classes=data.num_classes, **node)
+    options = OmegaConf.to_container(config.method, resolve=True)
+    get_object(config.method._target_).check_networks(options, student, teacher, data.input_shape)
     if config.quantizer:
         with _construction("quantizer"):
             quantizer = instantiate(config.quantizer)
@@ -291,6 +297,10 @@ def _check_roles(config: DictConfig, overrides: Sequence[str]) -> None:
     if config.mixup and config.mixup.get("teacher_sees") == "clean" and has != "teacher":
         raise UserError(
             "mixup: found one that blends the logits of a teacher, which is not there; accepted: none, images"
+        )
+    if config.mixup and config.mixup.get("teacher_sees") == "clean" and "layers" in takes:
+        raise UserError(
+            "mixup: found one that blends logits, but this method compares features; accepted: none, images"
         )
     if has == "peers" and config.trainer.gradient_clip_val is not None:
         raise UserError(

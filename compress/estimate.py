@@ -9,7 +9,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from hydra.utils import instantiate
+from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 from rich import box
 from rich.markup import escape
@@ -19,7 +19,7 @@ from torch import nn
 from compress import ensemble, models, teachers
 from compress.export.packed import write_packed
 from compress.progress import console
-from compress.quantization import Quantizer, quantize
+from compress.quantization import QuantizedModel, quantize
 from compress.quantization.solvers import rtn
 from compress.training import device
 
@@ -60,32 +60,32 @@ def show(config: DictConfig, overrides: list[str]) -> None:
     batch = plain["data"]["batch_size"]
     step = _seconds(lambda: _step(student, batch, data.input_shape)) + teacher_seconds
     minutes["student"] = plain["trainer"]["max_epochs"] * images["train"] / batch * step / 60
+    sizes = {}
+    grids = get_class(plain["method"]["_target_"]).grids(plain["method"])
+    architecture = models.architecture(plain["student"], data.num_classes)
+    if grids is not None:
+        # Steps and codes of an untrained network take as many bytes.
+        sizes["lsq"] = written_bytes(grids.bake(grids.prepare(student)), architecture, data)
     if plain["quantizer"]:
         quantizer = instantiate(config.quantizer)
-        architecture = models.architecture(plain["student"], data.num_classes)
-        packed = ", ".join(
-            f"{bits} bit {expected_bytes(student, architecture, data, quantizer, bits) / 1000:,.1f} kB"
-            for bits in quantizer.bits
-        )
-        console.print(f"packed files: {packed}")
+        # The size does not depend on the values of the codes, so the weights are only rounded, on a few images.
+        options = quantizer.options | {"solver": rtn, "scale": "max_abs"}
+        for bits in quantizer.bits:
+            rounded = quantize(student, data.calibration_batches(data.num_classes), bits, **options)
+            sizes[f"{bits} bit"] = written_bytes(rounded, architecture, data)
+    if sizes:
+        console.print("packed files: " + ", ".join(f"{name} {size / 1000:,.1f} kB" for name, size in sizes.items()))
     total = sum(minutes.values())
     parts = ", ".join(f"{part} {value:.1f}" for part, value in minutes.items())
     console.print(f"training, about {total:.1f} minutes on this machine ({parts}), and the quantization after it")
 
 
-def expected_bytes(
-    model: nn.Module, architecture: dict[str, Any], data: pl.LightningDataModule, quantizer: Quantizer, bits: int
-) -> int:
-    """The size of the packed file, from a file that is written and thrown away.
-
-    The size does not depend on the values of the codes, so the weights are only rounded, on a few images.
-    """
-    options = quantizer.options | {"solver": rtn, "scale": "max_abs"}
-    rounded = quantize(model, data.calibration_batches(data.num_classes), bits, **options)
+def written_bytes(quantized: QuantizedModel, architecture: dict[str, Any], data: pl.LightningDataModule) -> int:
+    """The size of a packed file, which is written and thrown away."""
     with tempfile.TemporaryDirectory() as folder:
         return write_packed(
             Path(folder) / "model.safetensors",
-            rounded,
+            quantized,
             architecture=architecture,
             class_names=data.class_names,
             mean=data.mean,

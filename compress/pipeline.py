@@ -57,6 +57,8 @@ def run(config: DictConfig, directory: Path, overrides: Sequence[str] = ()) -> R
 
     method = get_class(config.method._target_)
     parts: dict[str, Any] = {"num_classes": data.num_classes, "seed": config.seed}
+    if "input_shape" in parameter_names(method):
+        parts["input_shape"] = data.input_shape
     teacher, updates_teacher = None, config.method.get("update_teacher", False)
     if teachers.is_used(config):
         teacher = teachers.resolve(config, data, plain["trainer"])

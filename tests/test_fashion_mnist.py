@@ -36,3 +36,13 @@ def test_gpfq_keeps_the_accuracy_that_rounding_loses(tmp_path, monkeypatch):
     rounded = rounding(student, data.calibration_batches(128), 2).model
     accuracy = evaluate(rounded, data.test_dataloader(), data.num_classes).accuracy
     assert 100 * (variants[-1].test_accuracy - accuracy) >= 10
+
+    # Training on two-bit grids from there; the README has what a longer training gives.
+    start = f"method.checkpoint={result.directory / reference.file}"
+    options = ["method=qat", "method.weight_bits=2", start, "trainer.max_epochs=1", "optimizer.lr=0.02"]
+    options += ["data.limit=10000", "quantizer=gpfq", "quantizer.bits=[2]"]
+    trained = compress.run(["experiment=fashion_mnist_resnet20", f"data.root={ROOT}", *options])
+    same, learned, solved = trained.rows
+    assert same.test_accuracy == reference.test_accuracy
+    assert solved.test_accuracy == variants[-1].test_accuracy
+    assert 100 * (reference.test_accuracy - learned.test_accuracy) <= 1.0

@@ -64,8 +64,21 @@ class Classifier(pl.LightningModule, ABC):
         self.train_terms: dict[str, list[Tensor]] = {}
 
     @classmethod
-    def check_student(cls, student: nn.Module, options: Mapping[str, Any]) -> None:
-        """Raises UserError where the method's `options` do not fit a float `student`; it may be changed by this."""
+    def grids(cls, options: Mapping[str, Any]) -> FakeQuantization | None:
+        """The `on_grids` of a method with these `options`."""
+
+    @classmethod
+    def check_networks(
+        cls,
+        options: Mapping[str, Any],
+        student: nn.Module,
+        teacher: nn.Module | None,
+        input_shape: tuple[int, int, int],
+    ) -> None:
+        """Raises UserError where the method's `options` do not fit the float networks, whose weights may be changed.
+
+        `teacher` is None for a method without one and for an ensemble; `input_shape` is `(C, H, W)`.
+        """
 
     @abstractmethod
     def losses(self, images: Tensor, target: Tensor, blend: Blend | None) -> tuple[Tensor, dict[str, Tensor]]:

@@ -55,7 +55,18 @@ class QAT(Classifier):
         self.teacher = teacher
 
     @classmethod
-    def check_student(cls, student: nn.Module, options: Mapping[str, Any]) -> None:
+    def grids(cls, options: Mapping[str, Any]) -> FakeQuantization:
+        names = ("weight_bits", "activation_bits", "first_last_bits")
+        return FakeQuantization(*(options[name] for name in names), tuple(options["skip"]))
+
+    @classmethod
+    def check_networks(
+        cls,
+        options: Mapping[str, Any],
+        student: nn.Module,
+        teacher: nn.Module | None,
+        input_shape: tuple[int, int, int],
+    ) -> None:
         if options["weight_bits"] is None and options["activation_bits"] is None:
             raise UserError("method.weight_bits: found null, and activation_bits too; accepted: 2 to 8 for one of them")
         try:

@@ -1,7 +1,4 @@
-"""Peers that teach each other, blended images, and that both resume to the bit."""
-
-import json
-from pathlib import Path
+"""Peers that teach each other, and blended images."""
 
 import pytest
 import torch
@@ -17,48 +14,8 @@ from compress.methods.kd import KD
 from compress.methods.mixup import Mixup
 from compress.methods.supervised import Supervised
 from compress.optim.schedules import Schedule
-from compress.training import Checkpoint
 
 SMALL = ["student=resnet8", "data.limit=200", "quantizer=rtn", "quantizer.bits=4", "trainer.max_epochs=2"]
-METHODS = {
-    "alternate": ["method=dml"],
-    "simultaneous": ["method=dml", "method.update=simultaneous", "method.peers=3", "peer=resnet8x4"],
-    "kd_mixup": ["method=kd_mixup", "teacher=resnet8", "teacher.training.epochs=1"],
-    "logits": ["method=dkd", "mixup=logits", "teacher=resnet8", "teacher.training.epochs=1"],
-    "supervised_mixup": ["method=supervised_mixup"],
-    "update_teacher": ["method=kd", "method.update_teacher=true", "teacher=resnet20", "teacher.training.epochs=1"],
-    "update_teacher_mixup": ["method=dkd", "method.update_teacher=true", "mixup=logits", "teacher=resnet8"],
-    "qat": ["method=qat", "method.activation_bits=4", "method.freeze_bn_epoch=1", "method.weight_bits=2"],
-    "qat_dkd": ["method=qat", "loss=dkd", "mixup=images", "teacher=resnet8", "teacher.training.epochs=1"],
-}
-
-
-@pytest.mark.parametrize("name", METHODS)
-def test_a_run_stopped_after_an_epoch_and_resumed_equals_the_undisturbed_one(tmp_path, monkeypatch, name):
-    monkeypatch.chdir(tmp_path)
-    whole = compress.run([*SMALL, *METHODS[name]])
-
-    save = Checkpoint.on_train_epoch_end
-
-    def stop_after_the_first(self, trainer, module):
-        save(self, trainer, module)
-        if self.monitor is None and "teachers" not in str(self.dirpath):
-            raise InterruptedError
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Checkpoint, "on_train_epoch_end", stop_after_the_first)
-        with pytest.raises(InterruptedError):
-            compress.run([*SMALL, *METHODS[name]])
-    [stopped] = [path.parent for path in Path("outputs/runs").glob("*/started.json")]
-    assert main([f"resume={stopped}"]) == 0
-    assert json.loads((stopped / "result.json").read_text())["student"] == whole.record["student"]
-    assert (stopped / "metrics.csv").read_text() == (whole.directory / "metrics.csv").read_text()
-    for row in whole.rows:
-        assert (stopped / row.file).read_bytes() == (whole.directory / row.file).read_bytes()
-    # Whatever else learned, peers and teachers, and all optimizers.
-    ends = [torch.load(each / "checkpoints/last.ckpt", weights_only=True) for each in (stopped, whole.directory)]
-    ends = [[end["state_dict"], *(each["state"] for each in end["optimizer_states"])] for end in ends]
-    torch.testing.assert_close(*ends, rtol=0, atol=0)
 
 
 def test_the_best_peer_is_the_one_that_is_reported_and_written(tmp_path, monkeypatch):

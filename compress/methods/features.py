@@ -1,0 +1,99 @@
+"""Features of a network by the names of its modules, which stay as they are: hooks last for one forward pass."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compress.errors import UserError
+
+
+@contextmanager
+def tapped(network: nn.Module, names: Sequence[str], inputs: bool = False) -> Iterator[dict[str, Tensor]]:
+    """Within it, every call of `network` leaves the outputs (or the first inputs) of the modules `names` in a dict."""
+    taken: dict[str, Tensor] = {}
+
+    def take(name: str) -> Any:
+        def hook(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+            taken[name] = arguments[0] if inputs else output
+
+        return hook
+
+    handles = [network.get_submodule(name).register_forward_hook(take(name)) for name in names]
+    try:
+        yield taken
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def shapes(network: nn.Module, names: Sequence[str], input_shape: Sequence[int], inputs: bool = False) -> list[Any]:
+    """What each of `names` puts out (or takes in) for one image of `input_shape`: a shape, None where it is no tensor.
+
+    The network is run in eval mode and left as it was found.
+    """
+    parameter = next(network.parameters())
+    image = torch.zeros(1, *input_shape, device=parameter.device, dtype=parameter.dtype)
+    training = [module for module in network.modules() if module.training]
+    network.eval()
+    try:
+        with torch.no_grad(), tapped(network, names, inputs) as taken:
+            network(image)
+    finally:
+        for module in training:
+            module.training = True
+    return [tuple(taken[name].shape) if isinstance(taken.get(name), Tensor) else None for name in names]
+
+
+def feature_layers(network: nn.Module, input_shape: Sequence[int]) -> list[str]:
+    """The last convolutional part of `network` at each size of its feature maps, largest first.
+
+    Parts are the children of the network (or of its one child that does all the convolutions), and the children of a
+    Sequential among them that changes the size between its own. For the ResNets here that makes the stages: layer1 to
+    layer4, layer1 to layer3, block1 to block3. Empty where there are no feature maps.
+    """
+    names = [name for name, module in network.named_modules() if name and _convolves(module)]
+    size = {
+        name: shape[2:]
+        for name, shape in zip(names, shapes(network, names, input_shape), strict=True)
+        if shape is not None and len(shape) == 4
+    }
+
+    def parts(module: nn.Module, prefix: str) -> list[str]:
+        found = []
+        for name, child in module.named_children():
+            own = f"{prefix}{name}"
+            within = {size.get(f"{own}.{inner}") for inner, _ in child.named_children()} - {None}
+            if isinstance(child, nn.Sequential) and len(within) > 1:
+                found += parts(child, f"{own}.")
+            elif own in size:
+                found.append(own)
+        return found
+
+    prefix, children = "", network
+    while len(inner := [(name, child) for name, child in children.named_children() if _convolves(child)]) == 1:
+        [(name, children)] = inner
+        prefix = f"{prefix}{name}."
+    last = {size[name]: name for name in parts(children, prefix)}
+    return sorted(last.values(), key=names.index)
+
+
+def last_linear(network: nn.Module) -> str | None:
+    """The name of the classifier, None where the network does not end in a linear layer."""
+    names = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
+    return names[-1] if names else None
+
+
+def check_layers_of(network: nn.Module, names: Sequence[str], where: str) -> None:
+    """Raises UserError, with `where` and the names of the two upper levels, for a name that `network` lacks."""
+    known = dict(network.named_modules())
+    for name in names:
+        if name not in known or not name:
+            upper = ", ".join(each for each in known if each and each.count(".") <= 1)
+            raise UserError(f"{where}: found {name!r}; accepted: {upper}")
+
+
+def _convolves(module: nn.Module) -> bool:
+    return any(isinstance(each, nn.Conv2d) for each in module.modules())
