@@ -1,7 +1,10 @@
-"""Choosing a layer's codes from its Grams: greedy path following (GPFQ) and rounding to the nearest.
+"""Choosing a layer's codes from its Grams: greedy path following (GPFQ, SPFQ), GPTQ, Qronos, rounding to the nearest.
 
-GPFQ: Lybrand & Saab 2020; Zhang, Zhou & Saab 2022 (2201.11113), restated in the Gram matrices of the inputs.
+All take weight (N, d), gram (d, d) = X~^T X~, cross (d, d) = X~^T X, with X analog and X~ quantized inputs (samples,
+d), and a grid of N channels, and give codes (N, d). They compute in the dtype of `gram` unless they say otherwise.
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -18,16 +21,58 @@ def rtn(weight: Tensor, gram: Tensor | None, cross: Tensor | None, grid: Grid, b
 rtn.reads_inputs = False
 
 
-@torch.no_grad()
-def gpfq(weight: Tensor, gram: Tensor, cross: Tensor, grid: Grid, block_size: int = 128) -> Tensor:
+def gpfq(
+    weight: Tensor,
+    gram: Tensor,
+    cross: Tensor,
+    grid: Grid,
+    block_size: int = 128,
+    soft_threshold: float = 0.0,
+    hard_threshold: float = 0.0,
+) -> Tensor:
     """Codes (N, d), uint8 where they fit and int32 otherwise, by greedy path following.
 
-    weight (N, d) analog weights; gram (d, d) = X~^T X~; cross (d, d) = X~^T X, with X analog and X~ quantized inputs
-    (samples, d). For t = 1..d, q_t = Q((sum_{j<=t} cross[t,j] w_j - sum_{j<t} gram[t,j] q_j) / gram[t,t]), the
-    published step written without the samples. A column without inputs (gram[t,t] = 0) takes q_t = 0.
-    Computed in the dtype of `gram`. `block_size` columns are corrected at once for all that went before them; it
-    changes the speed only.
+    Lybrand & Saab 2020; Zhang, Zhou & Saab 2022 (2201.11113), restated in Grams: for t = 1..d,
+    q_t = Q((sum_{j<=t} cross[t,j] w_j - sum_{j<t} gram[t,j] q_j) / gram[t,t]). A column without inputs (gram[t,t] = 0)
+    takes q_t = 0. The thresholds, in units of the weights, make weights sparse (2201.11113, section 5): before it is
+    rounded, what lies below becomes zero, and `soft_threshold` shrinks the rest by as much. `block_size` columns are
+    corrected at once for all that went before them; it changes the speed only.
     """
+    if not soft_threshold and not hard_threshold:
+        return _follow_path(weight, gram, cross, grid, block_size, Tensor.round_)
+    scale = grid.scale.to(gram.dtype)
+
+    def decide(values: Tensor) -> Tensor:
+        if soft_threshold:
+            values.copy_(torch.nn.functional.softshrink(values * scale, soft_threshold) / scale)
+        if hard_threshold:
+            values.masked_fill_((values * scale).abs() <= hard_threshold, 0)
+        return values.round_()
+
+    return _follow_path(weight, gram, cross, grid, block_size, decide)
+
+
+def spfq(weight: Tensor, gram: Tensor, cross: Tensor, grid: Grid, block_size: int = 128, seed: int = 0) -> Tensor:
+    """As `gpfq`, each step rounded up or down at random so that its mean is exact (Zhang & Saab 2023, 2309.10975)."""
+    generator = torch.Generator(gram.device).manual_seed(seed)
+
+    def decide(values: Tensor) -> Tensor:
+        draws = torch.rand(values.shape, generator=generator, dtype=values.dtype, device=values.device)
+        return values.add_(draws).floor_()
+
+    return _follow_path(weight, gram, cross, grid, block_size, decide)
+
+
+@torch.no_grad()
+def _follow_path(
+    weight: Tensor,
+    gram: Tensor,
+    cross: Tensor,
+    grid: Grid,
+    block_size: int,
+    decide: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """`gpfq` with `decide`, which turns the values of one step (N,), in units of the scales, to integers in place."""
     dtype = gram.dtype
     codes = grid.zero_point.to(code_dtype(grid.levels))[:, None].repeat(1, weight.shape[1])
     diagonal = gram.diagonal()
@@ -58,7 +103,7 @@ def gpfq(weight: Tensor, gram: Tensor, cross: Tensor, grid: Grid, block_size: in
         for step in range(stop - start):
             z = solved[start + step]
             torch.mul(block[step], reciprocal[start + step], out=z)
-            z.round_()
+            decide(z)
             torch.clamp(z, lowest, highest, out=z)
             if step + 1 < stop - start:
                 block[step + 1 :].addr_(inner[step, step + 1 :], z, alpha=-1)
@@ -85,6 +130,76 @@ def _numerators(weight: Tensor, cross: Tensor, live: Tensor | None, block_size: 
             part.addmm_(block[:, :first], weight[:first])
         out.append(part)
     return torch.cat(out)
+
+
+@torch.no_grad()
+def gptq(
+    weight: Tensor, gram: Tensor, cross: Tensor, grid: Grid, block_size: int = 128, damping: float = 0.01
+) -> Tensor:
+    """Codes (N, d): each column rounded, its error made up for by the later columns (Frantar 2022, 2210.17323).
+
+    Errors of earlier layers are not corrected: `cross` is not looked at. `damping` times the mean of diag(gram) is
+    added to the diagonal. Computed in float64.
+    """
+    return _diffuse(weight.double(), gram.double(), grid, block_size, damping)
+
+
+@torch.no_grad()
+def qronos(
+    weight: Tensor, gram: Tensor, cross: Tensor, grid: Grid, block_size: int = 128, damping: float = 1e-3
+) -> Tensor:
+    """Codes (N, d): each column the best for the layer's analog outputs, given the earlier codes (2505.11695).
+
+    After each column the later weights are solved again by least squares on the quantized inputs, which is what
+    `gptq` does from the second column on, once they have been solved for the first. `damping` as in `gptq`.
+    """
+    weight, gram, cross = weight.double(), gram.double(), cross.double()
+    scale, zero_point = grid.scale.double(), grid.zero_point.double()
+    target = weight @ cross.T  # (N, d): <x~_t, X w>
+    # A first column without inputs takes zero: nothing is left of it either way.
+    first = (target[:, 0] - weight[:, 1:] @ gram[1:, 0]) / gram[0, 0].clamp_min(torch.finfo(torch.float64).tiny)
+    first_code = ((first / scale).round() + zero_point).clamp_(0, grid.levels - 1)
+    if weight.shape[1] == 1:
+        return first_code[:, None].to(code_dtype(grid.levels))
+    rest = gram[1:, 1:]
+    left = target[:, 1:] - ((first_code - zero_point) * scale)[:, None] * gram[1:, 0]
+    # Damped towards the weights as they are, which a column without inputs keeps.
+    added = _damping(rest, damping)
+    solved = torch.cholesky_solve((left + added * weight[:, 1:]).T, torch.linalg.cholesky(rest + added.diag())).T
+    codes = _diffuse(solved, rest, grid, block_size, damping)
+    return torch.cat([first_code[:, None].to(codes.dtype), codes], dim=1)
+
+
+def _damping(gram: Tensor, damping: float) -> Tensor:
+    """(d,): what is added to the diagonal; 1 where all inputs are zero, so that the matrix has an inverse."""
+    mean = gram.diagonal().mean()
+    return (damping * mean if mean > 0 else torch.ones_like(mean)).expand(gram.shape[0])
+
+
+def _diffuse(weight: Tensor, gram: Tensor, grid: Grid, block_size: int, damping: float) -> Tensor:
+    """Codes of `weight` (N, d), column by column, the error spread by the Cholesky factor of the inverse of `gram`."""
+    scale, zero_point = grid.scale.double(), grid.zero_point.double()
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram + _damping(gram, damping).diag()))
+    factor = torch.linalg.cholesky(inverse, upper=True)
+    # Columns lie along dimension 0, which keeps the row of one step contiguous.
+    left = (weight / scale[:, None]).T.contiguous()
+    lowest, highest = -zero_point, grid.levels - 1 - zero_point
+    for start in range(0, left.shape[0], block_size):
+        stop = min(start + block_size, left.shape[0])
+        errors = torch.empty_like(left[start:stop])
+        for step in range(start, stop):
+            rounded = left[step].round().clamp_(lowest, highest)
+            errors[step - start] = (left[step] - rounded) / factor[step, step]
+            left[step] = rounded
+            if step + 1 < stop:
+                left[step + 1 : stop].addr_(factor[step, step + 1 : stop], errors[step - start], alpha=-1)
+        if stop < left.shape[0]:
+            left[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
+    codes = (left.T + zero_point[:, None]).to(code_dtype(grid.levels))
+    # What a column without inputs is rounded to changes nothing; zero packs and prunes best.
+    dead = gram.diagonal() <= 0
+    codes[:, dead] = grid.zero_point.to(codes.dtype)[:, None]
+    return codes.contiguous()
 
 
 def layer_error(weight: Tensor, codes: Tensor, gram: Tensor, cross: Tensor, grid: Grid) -> Tensor:

@@ -1,0 +1,173 @@
+"""SPFQ, thresholds, GPTQ, Qronos and the refinements against their definitions, over the samples in float64."""
+
+import pytest
+import torch
+
+from compress.quantization.grid import Grid, mse_grid
+from compress.quantization.refinement import coordinate_descent, refit_scales, search_scales
+from compress.quantization.solvers import gpfq, gptq, layer_error, qronos, rtn, spfq
+
+
+def problem(seed, rows=6, depth=30, samples=300, dead=()):
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(depth, depth, dtype=torch.float64, generator=generator) / depth**0.5
+    analog = (torch.randn(samples, depth, dtype=torch.float64, generator=generator) @ mixing).relu() + 0.1
+    quantized = analog + 0.1 * torch.randn(samples, depth, dtype=torch.float64, generator=generator)
+    quantized[:, list(dead)] = 0
+    weight = torch.randn(rows, depth, dtype=torch.float64, generator=generator)
+    return weight, quantized, analog, quantized.T @ quantized, quantized.T @ analog
+
+
+def nearest(value, grid, row):
+    code = round(value / grid.scale[row].item()) + grid.zero_point[row].item()
+    return min(max(code, 0), grid.levels - 1)
+
+
+def slow_qronos(weight, quantized, analog, grid):
+    """Each code by least squares over the samples: the best given the later weights, which are then solved again."""
+    rows, depth = weight.shape
+    codes = torch.empty(rows, depth, dtype=torch.int64)
+    for row in range(rows):
+        later, goal = weight[row].clone(), analog @ weight[row]
+        for t in range(depth):
+            left = goal - quantized[:, t + 1 :] @ later[t + 1 :]
+            column = quantized[:, t]
+            codes[row, t] = nearest((column @ left / (column @ column)).item(), grid, row)
+            value = (codes[row, t] - grid.zero_point[row]) * grid.scale[row]
+            goal = goal - value * column
+            if t + 1 < depth:
+                later[t + 1 :] = torch.linalg.lstsq(quantized[:, t + 1 :], goal[:, None]).solution[:, 0]
+    return codes
+
+
+def slow_gptq(weight, gram, grid):
+    """Optimal brain quantization in fixed order: each error spread over the later weights by what is left to invert."""
+    rows, depth = weight.shape
+    left, codes = weight.clone(), torch.empty(rows, depth, dtype=torch.int64)
+    for t in range(depth):
+        inverse = torch.linalg.inv(gram[t:, t:])
+        for row in range(rows):
+            codes[row, t] = nearest(left[row, t].item(), grid, row)
+            value = (codes[row, t] - grid.zero_point[row]) * grid.scale[row]
+            left[row, t:] -= (left[row, t] - value) / inverse[0, 0] * inverse[0]
+    return codes
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("block_size", [1, 7, 128])
+def test_gptq_and_qronos_are_their_definitions(bits, block_size):
+    weight, quantized, analog, gram, cross = problem(bits)
+    grid = mse_grid(weight, 2**bits, gram.diagonal())
+    codes = gptq(weight, gram, cross, grid, block_size=block_size, damping=0.0)
+    assert torch.equal(codes.long(), slow_gptq(weight, gram, grid))
+    codes = qronos(weight, gram, cross, grid, block_size=block_size, damping=0.0)
+    assert torch.equal(codes.long(), slow_qronos(weight, quantized, analog, grid))
+
+
+@pytest.mark.parametrize("solver", [gpfq, spfq, gptq, qronos])
+@pytest.mark.parametrize("dead", [(0,), (5, 29), tuple(range(30))])
+def test_columns_without_inputs_take_zero(solver, dead):
+    weight, *_, gram, cross = problem(1, dead=dead)
+    grid = mse_grid(weight, 4)
+    codes = solver(weight, gram, cross, grid)
+    assert codes.dtype == torch.uint8
+    assert (codes[:, list(dead)] == grid.zero_point[:, None]).all()
+    single = solver(weight.float(), gram.float(), cross.float(), mse_grid(weight.float(), 4))
+    assert (single[:, list(dead)] == grid.zero_point[:, None]).all()
+
+
+def test_every_solver_beats_rounding_and_qronos_sees_the_mismatch():
+    weight, *_, gram, cross = problem(2, rows=40, depth=60, samples=600)
+    grid = mse_grid(weight, 4, gram.diagonal())
+
+    def error(solver):
+        return layer_error(weight, solver(weight, gram, cross, grid), gram, cross, grid).sum().item()
+
+    errors = {solver.__name__: error(solver) for solver in (rtn, gpfq, gptq, qronos)}
+    assert max(errors, key=errors.get) == "rtn"
+    assert errors["qronos"] < errors["gptq"]
+
+
+def test_stochastic_rounding_is_seeded_and_right_on_average():
+    weight, *_, gram, cross = problem(3)
+    grid = mse_grid(weight, 16)
+    assert torch.equal(spfq(weight, gram, cross, grid, seed=4), spfq(weight, gram, cross, grid, seed=4))
+    assert not torch.equal(spfq(weight, gram, cross, grid, seed=4), spfq(weight, gram, cross, grid, seed=5))
+    one = torch.tensor([[0.3]], dtype=torch.float64).repeat(20_000, 1)
+    unit = Grid(torch.ones(20_000, dtype=torch.float64), torch.full((20_000,), 2), 4)
+    codes = spfq(one, torch.ones(1, 1, dtype=torch.float64), torch.ones(1, 1, dtype=torch.float64), unit)
+    assert set(codes.unique().tolist()) == {2, 3}
+    assert (codes.double().mean() - 2).item() == pytest.approx(0.3, abs=0.015)
+
+
+def slow_sparse(weight, quantized, analog, grid, soft, hard):
+    rows, depth = weight.shape
+    codes = torch.empty(rows, depth, dtype=torch.int64)
+    for row in range(rows):
+        u = torch.zeros(analog.shape[0], dtype=torch.float64)
+        for t in range(depth):
+            u = u + weight[row, t] * analog[:, t]
+            value = (quantized[:, t] @ u / (quantized[:, t] @ quantized[:, t])).item()
+            value = max(abs(value) - soft, 0.0) * (1 if value > 0 else -1)
+            value = 0.0 if abs(value) <= hard else value
+            codes[row, t] = nearest(value, grid, row)
+            u = u - (codes[row, t] - grid.zero_point[row]) * grid.scale[row] * quantized[:, t]
+    return codes
+
+
+@pytest.mark.parametrize(("soft", "hard"), [(0.3, 0.0), (0.0, 0.5), (0.2, 0.4)])
+def test_thresholds_are_those_of_the_sparse_algorithm(soft, hard):
+    weight, quantized, analog, gram, cross = problem(4)
+    grid = mse_grid(weight, 16)
+    codes = gpfq(weight, gram, cross, grid, soft_threshold=soft, hard_threshold=hard)
+    assert torch.equal(codes.long(), slow_sparse(weight, quantized, analog, grid, soft, hard))
+    zeros = (codes == grid.zero_point[:, None]).sum()
+    assert zeros > 1.3 * (gpfq(weight, gram, cross, grid) == grid.zero_point[:, None]).sum()
+
+
+@pytest.mark.parametrize("bits", [2, 3, 8])
+@pytest.mark.parametrize("start", [rtn, gpfq, qronos])
+def test_descent_never_raises_the_error_and_ends_where_no_single_code_helps(bits, start):
+    weight, *_, gram, cross = problem(5 + bits, dead=(3,))
+    grid = mse_grid(weight, 2**bits, gram.diagonal())
+    codes = start(weight, gram, cross, grid)
+    errors = [layer_error(weight, codes, gram, cross, grid)]
+    for _ in range(3):
+        codes = coordinate_descent(weight, codes, gram, cross, grid, sweeps=1, block_size=7)
+        errors.append(layer_error(weight, codes, gram, cross, grid))
+        assert (errors[-1] <= errors[-2] + 1e-9).all()
+    together = coordinate_descent(weight, start(weight, gram, cross, grid), gram, cross, grid, sweeps=3)
+    assert torch.equal(together, codes)
+
+    final = coordinate_descent(weight, codes, gram, cross, grid, sweeps=100)
+    least = layer_error(weight, final, gram, cross, grid)
+    for t in range(weight.shape[1]):
+        for code in {0, grid.levels - 1, *final[:, t].tolist()}:
+            other = final.clone()
+            other[:, t] = code
+            assert (layer_error(weight, other, gram, cross, grid) >= least - 1e-9).all()
+
+
+def test_search_finds_the_best_of_its_scales_row_by_row():
+    weight, *_, gram, cross = problem(20)
+    grid, factors = mse_grid(weight, 4), (0.6, 0.8, 1.0, 1.3)
+    codes, found = search_scales(weight, gram, cross, grid, gpfq, factors)
+    errors = []
+    for factor in factors:
+        own = Grid(grid.scale * factor, grid.zero_point, 4)
+        errors.append(layer_error(weight, gpfq(weight, gram, cross, own), gram, cross, own))
+    torch.testing.assert_close(layer_error(weight, codes, gram, cross, found), torch.stack(errors).amin(0))
+
+
+def test_refitted_scales_are_the_best_for_their_codes():
+    weight, *_, gram, cross = problem(21)
+    grid = mse_grid(weight, 4)
+    codes = gpfq(weight, gram, cross, grid)
+    codes[0] = grid.zero_point[0]  # a row of zeros has no best scale
+    fitted = refit_scales(weight, codes, gram, cross, grid)
+    assert fitted.scale[0] == grid.scale[0]
+    least = layer_error(weight, codes, gram, cross, fitted)
+    for factor in (0.9, 0.99, 1.01, 1.1):
+        other = Grid(fitted.scale * factor, grid.zero_point, 4)
+        assert (layer_error(weight, codes, gram, cross, other)[1:] > least[1:]).all()
+    assert (least <= layer_error(weight, codes, gram, cross, grid) + 1e-9).all()
