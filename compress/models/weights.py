@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from compress.errors import UserError
+from compress.models.timm_model import TimmModel
 
 TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
 ACCEPTED = f"accepted: a state dict in a .safetensors, {', '.join(TORCH_SUFFIXES[:-1])} or {TORCH_SUFFIXES[-1]} file"
@@ -27,11 +28,13 @@ def load_weights(model: nn.Module, path: str | Path, where: str = "checkpoint") 
     A plain state dict, or one under "state_dict", "model" or "model_state_dict"; its keys bare or behind `model.`,
     `module.`, `student.`, `network.` or `_orig_mod.`, also several of them. A file may hold several networks under
     different prefixes: the one whose keys are exactly the model's is taken. BatchNorm's `num_batches_tracked` may be
-    absent.
+    absent. A `TimmModel` takes timm's own files, too.
 
     Raises UserError, which names the key `where` and the file, if the file is missing, unreadable, holds code, or does
     not fit; the model is then as it was.
     """
+    if isinstance(model, TimmModel):
+        model = model.network
     path = Path(path).expanduser()
     weights = _state_dict(_read(path, where), path, where)
     expected = model.state_dict()

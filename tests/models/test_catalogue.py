@@ -2,10 +2,13 @@
 
 import pytest
 import torch
+import torchvision
 from torch import nn
 
 from compress.errors import UserError
-from compress.models import available, build, catalogue, check_options
+from compress.models import available, build, catalogue, check_options, described
+from compress.quantization import quantize
+from compress.quantization.solvers import rtn
 
 BATCH_NORM = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 SMALL, WIDE = (16, 16, 32, 64), (32, 64, 128, 256)
@@ -13,9 +16,14 @@ CIFAR = {f"resnet{depth}": (depth, SMALL) for depth in (8, 20, 32, 44, 56, 110)}
 CIFAR |= {"resnet8x4": (8, WIDE), "resnet32x4": (32, WIDE)}
 WRN = {"wrn_16_1": (16, 1), "wrn_16_2": (16, 2), "wrn_40_1": (40, 1), "wrn_40_2": (40, 2)}
 TORCHVISION = {"resnet18": (18, [2, 2, 2, 2]), "resnet34": (34, [3, 4, 6, 3]), "resnet50": (50, [3, 4, 6, 3])}
+VGG = {"vgg8": 1, "vgg13": 2}  # convolutions in each stage
+# Channels, blocks, and how many times as wide the blocks are inside.
+MOBILE = [(8, 1, 1), (12, 2, 6), (16, 3, 6), (32, 4, 6), (48, 3, 6), (80, 3, 6), (160, 1, 6)]
+FURTHER = [*VGG, "mobilenetv2", "shufflenetv1", "shufflenetv2", "densenet121", "mobilenetv3_small"]
+STEMS = [*CIFAR, *WRN, *TORCHVISION, *FURTHER]
 
 
-@pytest.fixture(params=[*CIFAR, *WRN, *TORCHVISION])
+@pytest.fixture(params=STEMS)
 def stem(request):
     return request.param
 
@@ -91,14 +99,102 @@ def torchvision_layout(depth, blocks, classes):
     return shapes
 
 
+def vgg_layout(convolutions, classes):
+    shapes, channels = {}, 3
+    for stage, out in enumerate((64, 128, 256, 512, 512)):
+        for index in range(convolutions):
+            name = f"block{stage}.{3 * index}"
+            conv(shapes, name, out, channels, 3)
+            shapes[f"{name}.bias"] = (out,)
+            norm(shapes, f"block{stage}.{3 * index + 1}", out)
+            channels = out
+    linear(shapes, "classifier", classes, 512)
+    return shapes
+
+
+def mobile_layout(classes):
+    shapes, channels = {}, 16
+    conv(shapes, "conv1.0", 16, 3, 3)
+    norm(shapes, "conv1.1", 16)
+    for stage, (out, blocks, expansion) in enumerate(MOBILE):
+        for block in range(blocks):
+            name, inner = f"blocks.{stage}.{block}.conv", expansion * channels
+            for index, layer in ((0, (inner, channels, 1)), (3, (inner, 1, 3)), (6, (out, inner, 1))):
+                conv(shapes, f"{name}.{index}", *layer)
+                norm(shapes, f"{name}.{index + 1}", layer[0])
+            channels = out
+    conv(shapes, "conv2.0", 1280, 160, 1)
+    norm(shapes, "conv2.1", 1280)
+    linear(shapes, "classifier.0", classes, 1280)
+    return shapes
+
+
+def shuffle_v1_layout(classes):
+    shapes, channels = {}, 24
+    conv(shapes, "conv1", 24, 3, 1)
+    norm(shapes, "bn1", 24)
+    for stage, (out, blocks) in enumerate(((240, 4), (480, 8), (960, 4)), start=1):
+        for block in range(blocks):
+            own = out if block else out - channels  # the pooled input makes up the rest
+            inner, groups = own // 4, 1 if channels == 24 else 3
+            layers = [(inner, channels // groups, 1), (inner, 1, 3), (own, inner // 3, 1)]
+            for index, layer in enumerate(layers, start=1):
+                conv(shapes, f"layer{stage}.{block}.conv{index}", *layer)
+                norm(shapes, f"layer{stage}.{block}.bn{index}", layer[0])
+            channels = out
+    linear(shapes, "linear", classes, 960)
+    return shapes
+
+
+def shuffle_v2_layout(classes):
+    shapes, channels = {}, 24
+    conv(shapes, "conv1", 24, 3, 1)
+    norm(shapes, "bn1", 24)
+    for stage, (out, blocks) in enumerate(((116, 4), (232, 8), (464, 4)), start=1):
+        half = out // 2
+        for block in range(blocks):
+            layers = [(half, half, 1), (half, 1, 3), (half, half, 1)]
+            if block == 0:
+                layers = [(channels, 1, 3), (half, channels, 1), (half, channels, 1), (half, 1, 3), (half, half, 1)]
+            for index, layer in enumerate(layers, start=1):
+                conv(shapes, f"layer{stage}.{block}.conv{index}", *layer)
+                norm(shapes, f"layer{stage}.{block}.bn{index}", layer[0])
+        channels = out
+    conv(shapes, "conv2", 1024, 464, 1)
+    norm(shapes, "bn2", 1024)
+    linear(shapes, "linear", classes, 1024)
+    return shapes
+
+
+def torchvision_own(name, classes, **other):
+    """The layout of torchvision's network, but for the shapes in `other`."""
+    with torch.device("meta"):
+        model = torchvision.models.get_model(name, num_classes=classes)
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()} | other
+
+
 def layout(stem, classes):
     if stem in CIFAR:
         return cifar_layout(*CIFAR[stem], classes)
-    return wide_layout(*WRN[stem], classes) if stem in WRN else torchvision_layout(*TORCHVISION[stem], classes)
+    if stem in WRN:
+        return wide_layout(*WRN[stem], classes)
+    if stem in TORCHVISION:
+        return torchvision_layout(*TORCHVISION[stem], classes)
+    if stem in VGG:
+        return vgg_layout(VGG[stem], classes)
+    if stem == "densenet121":
+        return torchvision_own("densenet121", classes, **{"features.conv0.weight": (64, 3, 3, 3)})
+    if stem == "mobilenetv3_small":
+        return torchvision_own("mobilenet_v3_small", classes)
+    return {"mobilenetv2": mobile_layout, "shufflenetv1": shuffle_v1_layout, "shufflenetv2": shuffle_v2_layout}[stem](
+        classes
+    )
 
 
 def test_every_architecture_has_a_file_and_every_file_is_tested():
-    assert available() == tuple(sorted({*CIFAR, *WRN, *TORCHVISION}))
+    # Those of timm are tested in a file of their own.
+    of_timm = {stem for stem in available() if described(stem, "student")["_target_"].endswith(".TimmModel")}
+    assert available() == tuple(sorted({*STEMS, *of_timm}))
 
 
 def test_keys_and_shapes_are_those_of_the_published_checkpoints(stem):
@@ -149,8 +245,75 @@ def test_one_block_is_computed_by_hand():
         torch.testing.assert_close(wide(x), y + convolve(activated, wide.convShortcut.weight, stride=2))
 
 
-@pytest.mark.parametrize("stem", ["resnet18", "resnet20", "wrn_16_1"])
-@pytest.mark.parametrize("option", ["dropout", "input_dropout"])
+@pytest.mark.parametrize("stem", FURTHER)
+def test_every_layer_of_a_network_can_be_quantized(stem):
+    torch.manual_seed(0)
+    model = build(stem, 5).eval()
+    images = torch.randn(8, 3, 8, 8)
+    found = quantize(model, [images], bits=8, solver=rtn)
+    assert set(found.layers) == {n for n, module in model.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)}
+    assert found.skipped == {}
+    with torch.no_grad():
+        torch.testing.assert_close(found.model(images), model(images), atol=0.05, rtol=0.1)
+
+
+@pytest.mark.parametrize(
+    ("stem", "names", "sides"),
+    [
+        ("vgg8", "block0 block1 block2 block3 block4", [32, 16, 8, 4, 4]),
+        ("vgg13", "block0 block1 block2 block3 block4", [32, 16, 8, 4, 4]),
+        (
+            "mobilenetv2",
+            "conv1 blocks.0 blocks.1 blocks.2 blocks.3 blocks.4 blocks.5 conv2",
+            [16, 16, 16, 8, 4, 4, 2, 2],
+        ),
+        ("shufflenetv1", "bn1 layer1 layer2 layer3", [32, 16, 8, 4]),
+        ("shufflenetv2", "bn1 layer1 layer2 conv2", [32, 16, 8, 4]),
+        ("densenet121", "features.conv0 features.transition1 features.transition2 features.norm5", [32, 16, 8, 4]),
+        ("mobilenetv3_small", "features.0 features.1 features.2 features.4 features.12", [32, 32, 16, 8, 4]),
+    ],
+)
+def test_an_image_of_32_pixels_shrinks_as_in_the_published_network(stem, names, sides):
+    model, seen = build(stem, 10).eval(), []
+    for name in names.split():
+        model.get_submodule(name).register_forward_hook(lambda *hooked: seen.append(hooked[2].shape[-1]))
+    model(torch.randn(1, 3, 32, 32))
+    assert seen == sides
+
+
+def test_channels_are_shuffled_one_from_each_group_in_turn():
+    first, second = build("shufflenetv1", 10).eval().layer2[:2]
+    with torch.no_grad():
+        x, seen = torch.randn(1, 480, 4, 4), []
+        second.conv2.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+        y = second(x)
+        inner = second.relu(second.bn1(second.conv1(x)))  # 3 groups of 40 channels
+        assert torch.equal(seen[0][:, [0, 1, 2, 3, 119]], inner[:, [0, 40, 80, 1, 119]])
+        residual = second.bn3(second.conv3(second.relu(second.bn2(second.conv2(seen[0])))))
+        torch.testing.assert_close(y, torch.relu(residual + x))
+
+        x = torch.randn(1, 240, 4, 4)
+        pooled = nn.functional.avg_pool2d(nn.functional.pad(x, (1, 1, 1, 1)), 3, 2)
+        torch.testing.assert_close(first(x)[:, 240:], torch.relu(pooled))
+
+        halving, split = build("shufflenetv2", 10).eval().layer1[:2]
+        x = torch.randn(1, 116, 4, 4)
+        y = split(x)
+        assert torch.equal(y[:, 0::2], x[:, :58])
+        kept = split.relu(split.bn3(split.conv3(split.bn2(split.conv2(split.relu(split.bn1(split.conv1(x[:, 58:]))))))))
+        torch.testing.assert_close(y[:, 1::2], kept)
+        x = torch.randn(1, 24, 8, 8)
+        short = torch.relu(halving.bn2(halving.conv2(halving.bn1(halving.conv1(x)))))
+        torch.testing.assert_close(halving(x)[:, 0::2], short)
+
+
+@pytest.mark.parametrize(
+    ("stem", "option"),
+    [
+        *((stem, option) for stem in ("resnet18", "resnet20", "wrn_16_1") for option in ("dropout", "input_dropout")),
+        *((stem, "dropout") for stem in ("vgg8", "mobilenetv2", "mobilenetv3_small")),
+    ],
+)
 def test_dropout_is_random_in_training_and_absent_in_evaluation(stem, option):
     torch.manual_seed(0)
     model, images = build(stem, 10, **{option: 0.5}), torch.randn(4, 3, 16, 16)
@@ -198,13 +361,17 @@ def test_options_replace_keys_of_the_file():
 @pytest.mark.parametrize(
     ("stem", "options", "message"),
     [
-        ("resnet99", {}, "student/model: found 'resnet99'; accepted: resnet110, resnet18, "),
-        ("../method/kd", {}, "student/model: found '../method/kd'; accepted: resnet110, "),
+        ("resnet99", {}, "student/model: found 'resnet99'; accepted: bit_r50x1, densenet121, "),
+        ("../method/kd", {}, "student/model: found '../method/kd'; accepted: bit_r50x1, "),
         ("resnet20", {"width": 3}, "resnet20.width: found an unknown key; accepted: depth, widths, dropout, input_d"),
         ("resnet20", {"depth": 21}, "resnet20.depth: found 21; accepted: 6n + 2, such as 8"),
         ("resnet20", {"widths": [16, 16, 32]}, "resnet20.widths: found [16, 16, 32]; accepted: a list of 4 elements"),
         ("wrn_16_2", {"depth": 17}, "wrn_16_2.depth: found 17; accepted: 6n + 4, such as 16"),
         ("resnet18", {"depth": 19}, "resnet18.depth: found 19; accepted: 18, 34, 50"),
+        ("vgg8", {"widths": [64]}, "vgg8.widths: found [64]; accepted: a list of 5 elements"),
+        ("mobilenetv2", {"width": 0}, "mobilenetv2.width: found 0; accepted: a number of at least 0.1"),
+        ("shufflenetv1", {"dropout": 0.5}, "shufflenetv1.dropout: found an unknown key; accepted: no keys"),
+        ("shufflenetv2", {"widths": [3, 2, 2, 2]}, "shufflenetv2.widths: found [3, 2, 2, 2]; accepted: a list of 4"),
         ("resnet18", {"dropout": 1.0}, "resnet18.dropout: found 1.0; accepted: a number of at least 0 and less than 1"),
     ],
 )

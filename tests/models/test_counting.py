@@ -16,6 +16,13 @@ from compress.models import build, count_macs, count_parameters
         ("wrn_40_2", 100, 2_255_156),
         ("resnet20", 100, 278_324),
         ("resnet56", 100, 861_620),
+        ("vgg8", 100, 3_965_028),
+        ("vgg13", 100, 9_462_180),
+        ("mobilenetv2", 100, 812_836),
+        ("shufflenetv1", 100, 949_258),
+        ("shufflenetv2", 100, 1_355_528),
+        ("densenet121", 1000, 7_978_856 - 64 * 3 * (49 - 9)),  # but for the stem
+        ("mobilenetv3_small", 1000, 2_542_856),
         ("resnet18", 10, 11_173_962),
         ("resnet50", 10, 23_520_842),
     ],
@@ -39,6 +46,14 @@ def test_macs_of_resnet18_equal_the_count_by_hand():
     by_hand = stem + first + later + 512 * 10
     assert by_hand == 555_422_720
     assert count_macs(build("resnet18", 10), (3, 32, 32)) == by_hand
+
+
+def test_attention_is_counted_as_its_two_products():
+    class Attention(nn.Module):
+        def forward(self, images):
+            return nn.functional.scaled_dot_product_attention(images, images, images)
+
+    assert count_macs(Attention(), (2, 16, 8)) == 2 * (2 * 16 * 16 * 8)
 
 
 def test_counting_leaves_the_model_as_it_was():

@@ -79,6 +79,16 @@ def test_a_layout_is_understood(wrap, suffix, weights, model, tmp_path):
     assert same(model, weights)
 
 
+@pytest.mark.parametrize(
+    "stem", ["resnet20", "resnet8x4", "wrn_16_1", "vgg8", "vgg13", "mobilenetv2", "shufflenetv1", "shufflenetv2"]
+)
+def test_an_mdistiller_file_of_every_family_is_read(stem, tmp_path):
+    model, source = build(stem, 100), build(stem, 100).state_dict()
+    torch.save({"epoch": 240, "model": behind("module.", source), "best_acc": 0.7}, tmp_path / "ckpt_epoch_240.pth")
+    load_weights(model, tmp_path / "ckpt_epoch_240.pth")
+    assert same(model, source)
+
+
 def test_a_safetensors_file_is_read(weights, model, tmp_path):
     save_file(behind("model.", weights), tmp_path / "weights.safetensors", {"format": "pt"})
     load_weights(model, str(tmp_path / "weights.safetensors"))
