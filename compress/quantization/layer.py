@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from compress.errors import UserError
 from compress.quantization.grid import Grid
 from compress.quantization.patches import Moments
+from compress.quantization.refinement import Refinement
 
 
 @torch.no_grad()
@@ -21,13 +22,14 @@ def solve_layer(
     solver: Callable[..., Tensor],
     reads_inputs: bool,
     bias_correction: bool,
+    refine: Refinement | None = None,
 ) -> tuple[Tensor, Grid, Tensor | None]:
     """(codes in the weight's shape, grid of its N channels, bias (N,) or None where there was none and none is needed).
 
     `choose(weight (N, d), levels, importance)` gives the grid, importance being the diagonal of the Gram. `solver` is
-    called once per group. With `bias_correction`, bias += W mu - Q mu~, with mu and mu~ the mean analog and quantized
-    inputs; the moments are centred then. `moments` may be None where nothing reads them. Raises UserError, naming the
-    layer, where its inputs are not finite.
+    called once per group; `refine` is what becomes of its answer. With `bias_correction`, bias += W mu - Q mu~, with mu
+    and mu~ the mean analog and quantized inputs; the moments are centred then. `moments` may be None where nothing
+    reads them. Raises UserError, naming the layer, where its inputs are not finite.
     """
     weight = layer.weight.detach().flatten(1)
     if moments is None:
@@ -48,9 +50,13 @@ def solve_layer(
     if reads_inputs:
         # Columns that only ever meet padding take zero, whatever the solver.
         codes = grid.quantize(torch.zeros_like(weight))
+        scales = grid.scale.clone()
+        refine = refine or Refinement()
         for group in range(groups):
             rows = slice(group * per_group, (group + 1) * per_group)
-            codes[rows, live] = solver(weight[rows, live], gram[group], cross[group], grid.rows(rows))
+            solved, own = refine(solver, weight[rows, live], gram[group], cross[group], grid.rows(rows))
+            codes[rows, live], scales[rows] = solved, own.scale
+        grid = Grid(scales, grid.zero_point, levels)
     else:
         codes = solver(weight, None, None, grid)
 

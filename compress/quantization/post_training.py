@@ -18,6 +18,7 @@ from compress.quantization.fold import bake_parametrizations, find_foldable, fol
 from compress.quantization.grid import Grid, max_abs_grid, mse_grid, percentile_grid
 from compress.quantization.layer import solve_layer
 from compress.quantization.patches import Moments
+from compress.quantization.refinement import Refinement
 from compress.quantization.solvers import gpfq
 
 SCALES = {"mse": mse_grid, "max_abs": max_abs_grid, "percentile": percentile_grid}
@@ -68,6 +69,7 @@ def quantize(
     gram_dtype: torch.dtype = torch.float32,
     block_size: int = 128,
     bias_correction: bool = True,
+    refine: Refinement | None = None,
     percentile: float = 1.0,
     alphabet_scalar: float = 1.16,
     progress: Callable[[int, int, str, int], None] | None = None,
@@ -81,6 +83,7 @@ def quantize(
     first_last_bits: bits of the first and last Conv2d or Linear in execution order (skipped or not); None: `bits`.
     skip: names or globs of layers that stay float.
     bias_correction: centre the Grams and move the mean output error into the bias.
+    refine: searched scales and coordinate descent, for a solver that reads inputs; None: neither.
     progress: called as progress(done, total, layer name, its bits) after each layer.
 
     Raises UserError for a value out of range, a pattern in `skip` that matches no layer, a model that cannot be traced
@@ -134,6 +137,7 @@ def quantize(
             solver=partial(solver, block_size=block_size),
             reads_inputs=reads_inputs,
             bias_correction=bias_correction,
+            refine=refine,
         )
         found[name] = codes, grid
         target.weight = nn.Parameter(grid.dequantize(codes), requires_grad=layer.weight.requires_grad)

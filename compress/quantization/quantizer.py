@@ -8,6 +8,7 @@ from pydantic import BeforeValidator, Field
 from torch import Tensor, nn
 
 from compress.quantization.post_training import QuantizedModel, quantize
+from compress.quantization.refinement import Refinement
 
 Bits = Annotated[int, Field(ge=2, le=16)]
 
@@ -20,9 +21,9 @@ class Quantizer:
     """Options of `compress.quantization.quantize`, bound; `bits` and `calibration_images` are for the caller to read.
 
     bits: bit widths to quantize to, one model each. alphabet: "exact" is 2^bits levels, "published" 2^bits + 1.
-    calibration_images: how many training images the caller should pass. `name` is the solver's. The other arguments are
-    those of `quantize`, which checks them too. In YAML `solver` is a mapping (`_target_`, `_partial_: true`) from which
-    Hydra makes the callable.
+    calibration_images: how many training images the caller should pass. scale_candidates, sweeps and refit are those of
+    `Refinement`, the other arguments those of `quantize`, which checks them too. `name` is the solver's. In YAML
+    `solver` is a mapping (`_target_`, `_partial_: true`) from which Hydra makes the callable.
     """
 
     def __init__(
@@ -37,6 +38,9 @@ class Quantizer:
         percentile: Annotated[float, Field(gt=0, le=1)] = 1.0,
         alphabet_scalar: Annotated[float, Field(gt=0)] = 1.16,
         bias_correction: bool = True,
+        scale_candidates: Annotated[int, Field(ge=1, le=64)] = 1,
+        sweeps: Annotated[int, Field(ge=0)] = 0,
+        refit: bool = False,
         block_size: Annotated[int, Field(ge=1)] = 128,
         gram_dtype: Literal["float32", "float64"] = "float32",
     ) -> None:
@@ -54,6 +58,7 @@ class Quantizer:
             "percentile": percentile,
             "alphabet_scalar": alphabet_scalar,
             "bias_correction": bias_correction,
+            "refine": Refinement(scale_candidates, sweeps, refit),
             "block_size": block_size,
             "gram_dtype": getattr(torch, gram_dtype),
         }

@@ -5,6 +5,7 @@ not depend on each other, so many scales can be tried as so many rows.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,6 +14,32 @@ from compress.quantization.grid import Grid
 from compress.quantization.solvers import layer_error
 
 Solver = Callable[[Tensor, Tensor, Tensor, Grid], Tensor]
+
+
+@dataclass(frozen=True)
+class Refinement:
+    """What becomes of a solver's answer: the best of `candidates` scales, then `sweeps` of coordinate descent.
+
+    Candidates are spread evenly from 0.7 to 1.2 times the scale that the grid came with. With `refit` the scales are
+    fitted to the codes after every sweep. One candidate and no sweep leave the answer as it is.
+    """
+
+    candidates: int = 1
+    sweeps: int = 0
+    refit: bool = False
+
+    def __call__(self, solver: Solver, weight: Tensor, gram: Tensor, cross: Tensor, grid: Grid) -> tuple[Tensor, Grid]:
+        """Codes (N, d) and grid of one group of a layer; shapes are those of `solver`."""
+        if self.candidates > 1:
+            factors = torch.linspace(0.7, 1.2, self.candidates).tolist()
+            codes, grid = search_scales(weight, gram, cross, grid, solver, factors)
+        else:
+            codes = solver(weight, gram, cross, grid)
+        for _ in range(self.sweeps):
+            codes = coordinate_descent(weight, codes, gram, cross, grid, sweeps=1)
+            if self.refit:
+                grid = refit_scales(weight, codes, gram, cross, grid)
+        return codes, grid
 
 
 @torch.no_grad()
