@@ -174,6 +174,11 @@ def check_values(config: DictConfig) -> None:
     for group in ("quantizer", "mixup"):
         if config[group]:
             _coerce_own(config, group)
+    if config.quantizer:
+        solver = _target(config, "quantizer.solver")
+        # The first four are the problem, and the columns worked on at once are the quantizer's.
+        own = [name for name in parameter_names(solver)[4:] if name != "block_size"]
+        _coerce(config, "quantizer.solver", solver, accepted=own)
     _coerce_optimizer(config, "optimizer")
     _check_model(config, "student")
     if config.peer:

@@ -5,11 +5,17 @@ d), and a grid of N channels, and give codes (N, d). They compute in the dtype o
 """
 
 from collections.abc import Callable
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from compress.quantization.grid import Grid, code_dtype
+
+NotNegative = Annotated[float, Field(ge=0)]
+Damping = Annotated[float, Field(gt=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 
 def rtn(weight: Tensor, gram: Tensor | None, cross: Tensor | None, grid: Grid, block_size: int = 128) -> Tensor:
@@ -27,8 +33,8 @@ def gpfq(
     cross: Tensor,
     grid: Grid,
     block_size: int = 128,
-    soft_threshold: float = 0.0,
-    hard_threshold: float = 0.0,
+    soft_threshold: NotNegative = 0.0,
+    hard_threshold: NotNegative = 0.0,
 ) -> Tensor:
     """Codes (N, d), uint8 where they fit and int32 otherwise, by greedy path following.
 
@@ -52,7 +58,7 @@ def gpfq(
     return _follow_path(weight, gram, cross, grid, block_size, decide)
 
 
-def spfq(weight: Tensor, gram: Tensor, cross: Tensor, grid: Grid, block_size: int = 128, seed: int = 0) -> Tensor:
+def spfq(weight: Tensor, gram: Tensor, cross: Tensor, grid: Grid, block_size: int = 128, seed: Seed = 0) -> Tensor:
     """As `gpfq`, each step rounded up or down at random so that its mean is exact (Zhang & Saab 2023, 2309.10975)."""
     generator = torch.Generator(gram.device).manual_seed(seed)
 
@@ -134,7 +140,7 @@ def _numerators(weight: Tensor, cross: Tensor, live: Tensor | None, block_size: 
 
 @torch.no_grad()
 def gptq(
-    weight: Tensor, gram: Tensor, cross: Tensor, grid: Grid, block_size: int = 128, damping: float = 0.01
+    weight: Tensor, gram: Tensor, cross: Tensor, grid: Grid, block_size: int = 128, damping: Damping = 0.01
 ) -> Tensor:
     """Codes (N, d): each column rounded, its error made up for by the later columns (Frantar 2022, 2210.17323).
 
@@ -146,7 +152,7 @@ def gptq(
 
 @torch.no_grad()
 def qronos(
-    weight: Tensor, gram: Tensor, cross: Tensor, grid: Grid, block_size: int = 128, damping: float = 1e-3
+    weight: Tensor, gram: Tensor, cross: Tensor, grid: Grid, block_size: int = 128, damping: Damping = 1e-3
 ) -> Tensor:
     """Codes (N, d): each column the best for the layer's analog outputs, given the earlier codes (2505.11695).
 

@@ -11,7 +11,8 @@ from torch import nn
 
 from compress.errors import UserError
 from compress.quantization import calibration, fold_batch_norm, quantize
-from compress.quantization.solvers import rtn
+from compress.quantization.refinement import Refinement
+from compress.quantization.solvers import gpfq, gptq, qronos, rtn, spfq
 
 
 class Network(nn.Module):
@@ -342,3 +343,18 @@ def test_a_weight_that_is_not_finite_is_named():
         model.conv2.weight[0, 0, 0, 0] = float("inf")
     with pytest.raises(UserError, match=r"^conv2: found a weight with values that are not finite"):
         quantize(model, [images(4)], 4)
+
+
+@pytest.mark.parametrize("solver", [gpfq, spfq, gptq, qronos])
+def test_a_refined_layer_has_no_more_error_than_the_solver_left(solver):
+    model, batches = make(), [images(64)]
+    plain = quantize(model, batches, 2, solver=solver, first_last_bits=None, gram_dtype=torch.float64)
+    refined = quantize(
+        model, batches, 2, solver=solver, first_last_bits=None, gram_dtype=torch.float64, refine=Refinement(7, 3, True)
+    )
+    # The first layer alone has the same inputs in both; the grouped one and the rest see what came before.
+    assert refined.layers["stem"].error < plain.layers["stem"].error
+    assert refined.layers["fc"].error < plain.layers["fc"].error
+    for name, layer in refined.layers.items():
+        weight = refined.model.get_submodule(name).weight
+        assert torch.equal(layer.grid.dequantize(layer.codes), weight)
