@@ -168,6 +168,10 @@ def check_values(config: DictConfig) -> None:
         # An experiment spreads over the other groups and leaves nothing of its own.
         if key != "experiment" and not isinstance(config.get(key), DictConfig):
             raise UserError(f"{key}: found {config.get(key)!r}; accepted: {key}=OPTION, see --help")
+    for group in ("quantizer", "mixup"):
+        # `none` on the command line leaves what an experiment says of the option that it chose itself.
+        if config[group] and "_target_" not in config[group]:
+            config[group] = {}
     _coerce(config, "", TOP_LEVEL, accepted=[*TOP_LEVEL, *GROUPS], required=TOP_LEVEL)
     for group in ("data", "method", "loss", "scheduler"):
         _coerce_own(config, group)

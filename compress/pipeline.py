@@ -19,7 +19,7 @@ from compress.check import check_arguments, parameter_names
 from compress.config import method_name
 from compress.files import write_json, write_text
 from compress.progress import console
-from compress.quantization.callback import Quantization
+from compress.quantization.callback import PostTrainingQuantization
 from compress.results.picture import draw_tradeoff
 from compress.results.record import surroundings
 from compress.results.tradeoff import Row, table, write_csv
@@ -85,7 +85,7 @@ def run(config: DictConfig, directory: Path, overrides: Sequence[str] = ()) -> R
     console.print(f"student {config.student.stem}: training for {config.trainer.max_epochs} epochs", style="bold")
 
     quantizer = instantiate(config.quantizer) if config.quantizer else None
-    quantization = Quantization(
+    quantization = PostTrainingQuantization(
         data,
         directory,
         architectures,

@@ -21,7 +21,7 @@ from compress.results.tradeoff import Row
 from compress.training import BEST
 
 
-class Quantization(pl.Callback):
+class PostTrainingQuantization(pl.Callback):
     """At the end of a fit: `rows`, the float32 student first, then one row per bit width of `quantizer` (or none).
 
     A network that was trained `on_grids` comes as the second row. The float32 student is then the one that it started
