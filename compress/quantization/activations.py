@@ -3,6 +3,9 @@
 The layer keeps its own class, so whatever reads a network (tracing, folding, counting) still knows it.
 """
 
+from collections.abc import Sequence
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 
@@ -37,6 +40,39 @@ class InputQuantizer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         zero_point = self.zero_point.to(x.dtype)
         return (x / self.scale).clamp(-zero_point, self.levels - 1 - zero_point).round() * self.scale
+
+
+Range = Literal["mse", "min_max", "percentile"]
+# Values that a range is chosen by, at most, spread evenly over the calibration images.
+SAMPLE = 1 << 20
+
+
+@torch.no_grad()
+def calibrated(inputs: Sequence[Tensor], bits: int, rule: Range = "mse", percentile: float = 0.9999) -> InputQuantizer:
+    """The grid of 2^bits levels for tensors like `inputs`, of any shapes; one-sided where no value is negative.
+
+    rule: "min_max" spans all values, "percentile" from the (1 - percentile) to the percentile quantile, and "mse" the
+    share of the whole range that has the least squared error. Raises ValueError for bits outside 2..8.
+    """
+    values = torch.cat([each.detach().flatten().float() for each in inputs])
+    lowest, highest = min(values.min().item(), 0.0), max(values.max().item(), 0.0)
+    sample = values[:: max(1, -(-len(values) // SAMPLE))]
+    if rule == "percentile":
+        # torch.quantile refuses more than 2^24 values, and the sample has fewer.
+        low, high = sample.quantile(torch.tensor([1 - percentile, percentile], device=sample.device)).tolist()
+        return _spanning(min(low, 0.0), max(high, 0.0), bits)
+    if rule == "min_max":
+        return _spanning(lowest, highest, bits)
+    candidates = [_spanning(share * lowest, share * highest, bits) for share in torch.linspace(0.1, 1, 91).tolist()]
+    coarse = sample[:: max(1, len(sample) // (1 << 16))]
+    return min(candidates, key=lambda grid: (grid(coarse) - coarse).square().mean().item())
+
+
+def _spanning(lowest: float, highest: float, bits: int) -> InputQuantizer:
+    scale = (highest - lowest) / (2**bits - 1)
+    if scale < torch.finfo(torch.float32).tiny:
+        return InputQuantizer(1.0, 0, 2**bits)
+    return InputQuantizer(scale, round(-lowest / scale), 2**bits)
 
 
 def attach_input_quantizer(layer: nn.Module, quantizer: nn.Module) -> None:

@@ -1,6 +1,7 @@
 """Quantizing one layer: its grid, its codes and its corrected bias, from the moments of its inputs."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +30,8 @@ def solve_layer(
     `choose(weight (N, d), levels, importance)` gives the grid, importance being the diagonal of the Gram. `solver` is
     called once per group; `refine` is what becomes of its answer. With `bias_correction`, bias += W mu - Q mu~, with mu
     and mu~ the mean analog and quantized inputs; the moments are centred then. `moments` may be None where nothing
-    reads them. Raises UserError, naming the layer, where its inputs are not finite.
+    reads them. A weight that is exactly zero was pruned and stays zero. Raises UserError, naming the layer, where its
+    inputs are not finite.
     """
     weight = layer.weight.detach().flatten(1)
     if moments is None:
@@ -52,9 +54,15 @@ def solve_layer(
         codes = grid.quantize(torch.zeros_like(weight))
         scales = grid.scale.clone()
         refine = refine or Refinement()
+        if refine.shared and groups > 1:
+            # Groups are solved one by one, and each would choose a scale of its own.
+            refine = replace(refine, candidates=1, refit=False)
+        kept = weight != 0
+        pruned = not bool(kept.all())
         for group in range(groups):
             rows = slice(group * per_group, (group + 1) * per_group)
-            solved, own = refine(solver, weight[rows, live], gram[group], cross[group], grid.rows(rows))
+            mask = kept[rows, live] if pruned else None
+            solved, own = refine(solver, weight[rows, live], gram[group], cross[group], grid.rows(rows), mask)
             codes[rows, live], scales[rows] = solved, own.scale
         grid = Grid(scales, grid.zero_point, levels)
     else:

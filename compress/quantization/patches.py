@@ -57,17 +57,29 @@ def live_columns(layer: nn.Conv2d | nn.Linear, inputs: Tensor) -> Tensor | None:
     return None if bool(live.all()) else live.repeat(layer.weight.shape[1]).nonzero()[:, 0]
 
 
+def row_count(layer: nn.Conv2d | nn.Linear, inputs: Tensor) -> int:
+    """How many columns `patches` would have for one group."""
+    if isinstance(layer, nn.Linear):
+        return inputs.numel() // max(1, inputs.shape[-1])
+    left, right, top, bottom = padding_of(layer)
+    sides = []
+    for dimension, padding in ((0, top + bottom), (1, left + right)):
+        reach = layer.dilation[dimension] * (layer.kernel_size[dimension] - 1) + 1
+        sides.append((inputs.shape[2 + dimension] + padding - reach) // layer.stride[dimension] + 1)
+    return inputs.shape[0] * sides[0] * sides[1]
+
+
 class Moments:
     """Sums over the patches of one layer, in `dtype`: Grams of the quantized inputs X~ with X~ and with X, and means.
 
     With `centre` the Grams are those of X~ - mu~ and X - mu. While no layer before has been quantized, `update` is
-    given the same tensor twice and does the work once. `live` holds the columns (of all d) the sums are about, or None
-    for all; see `live_columns`.
+    given the same tensor twice and does the work once. Of the patches, only one in `every` counts. `live` holds the
+    columns (of all d) the sums are about, or None for all; see `live_columns`.
     """
 
-    def __init__(self, layer: nn.Conv2d | nn.Linear, dtype: torch.dtype, centre: bool) -> None:
-        self.layer, self.dtype, self.centre = layer, dtype, centre
-        self.count = 0
+    def __init__(self, layer: nn.Conv2d | nn.Linear, dtype: torch.dtype, centre: bool, every: int = 1) -> None:
+        self.layer, self.dtype, self.centre, self.every = layer, dtype, centre, every
+        self.count = self.seen = 0
         self.live = None
         self.gram = self.cross = self.sum_quantized = self.sum_analog = None
         self.shift_quantized = self.shift_analog = None
@@ -94,6 +106,9 @@ class Moments:
             self.live = live_columns(self.layer, quantized)
         mine = self._columns(quantized)
         other = mine if same else self._columns(analog)
+        self.seen += row_count(self.layer, quantized)
+        if mine.shape[2] == 0:
+            return
         if self.count == 0:
             groups, depth, _ = mine.shape
             self.gram = mine.new_zeros(groups, depth, depth)
@@ -116,6 +131,9 @@ class Moments:
 
     def _columns(self, inputs: Tensor) -> Tensor:
         columns = patches(self.layer, inputs.to(self.dtype))
+        if self.every > 1:
+            # As if all batches were one, so that the choice does not depend on how they are cut.
+            columns = columns[:, :, -self.seen % self.every :: self.every]
         return columns if self.live is None else columns[:, self.live]
 
     def finish(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:

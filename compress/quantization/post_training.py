@@ -4,20 +4,21 @@ import copy
 import fnmatch
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.fx import Graph
 
 from compress.errors import UserError
+from compress.quantization.activations import Range, attach_input_quantizer, calibrated
 from compress.quantization.calibration import gather, walk
 from compress.quantization.fold import bake_parametrizations, find_foldable, fold_pairs, trace
-from compress.quantization.grid import Grid, max_abs_grid, mse_grid, percentile_grid
+from compress.quantization.grid import Grid, ZeroPoint, max_abs_grid, mse_grid, one_for_the_layer, percentile_grid
 from compress.quantization.layer import solve_layer
-from compress.quantization.patches import Moments
+from compress.quantization.patches import Moments, row_count
 from compress.quantization.refinement import Refinement
 from compress.quantization.solvers import gpfq
 
@@ -59,101 +60,207 @@ class QuantizedModel:
 def quantize(
     model: nn.Module,
     calibration_batches: Iterable,
-    bits: int,
+    bits: int | Mapping[str, int],
     *,
-    solver: Callable[..., Tensor] = gpfq,
-    scale: Literal["mse", "max_abs", "percentile"] = "mse",
-    levels: int | Literal["published"] | None = None,
-    first_last_bits: int | None = 8,
+    activation_bits: int | None = None,
     skip: Sequence[str] = (),
-    gram_dtype: torch.dtype = torch.float32,
-    block_size: int = 128,
-    bias_correction: bool = True,
-    refine: Refinement | None = None,
-    percentile: float = 1.0,
-    alphabet_scalar: float = 1.16,
     progress: Callable[[int, int, str, int], None] | None = None,
+    **options: Any,
 ) -> QuantizedModel:
     """Quantize the weight of every Conv2d and Linear of `model`, which is left untouched.
 
     calibration_batches: images as the model takes them, normalised: tensors (B, ...) or (images, labels) pairs.
-    bits: 1 to 16; 2^bits levels, or `levels` many; "published" is the 2^bits + 1 of the published GPFQ code.
-    solver: (weight (N, d), gram, cross, grid, block_size=) -> codes (N, d), as in compress.quantization.solvers.
-    scale: how each layer's grid is chosen; percentile and alphabet_scalar belong to "percentile".
-    first_last_bits: bits of the first and last Conv2d or Linear in execution order (skipped or not); None: `bits`.
+    bits: 1 to 16, or such a number for each layer that is quantized.
+    activation_bits: 2 to 8, of the inputs of the same layers, one scale a layer; None: float inputs.
     skip: names or globs of layers that stay float.
-    bias_correction: centre the Grams and move the mean output error into the bias.
-    refine: searched scales and coordinate descent, for a solver that reads inputs; None: neither.
     progress: called as progress(done, total, layer name, its bits) after each layer.
+    options: those of `Options`, which say how.
 
     Raises UserError for a value out of range, a pattern in `skip` that matches no layer, a model that cannot be traced
     or leaves nothing to quantize, and for weights or activations that are not finite.
     """
-    for key, value in (("bits", bits), ("first_last_bits", first_last_bits)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 16):
-            raise UserError(f"{key}: found {value!r}; accepted: a whole number from 1 to 16")
-    if levels not in (None, "published") and not (type(levels) is int and 2 <= levels <= 2**16 + 1):
-        raise UserError(f"levels: found {levels!r}; accepted: a whole number from 2 to {2**16 + 1}, or published")
-    if scale not in SCALES:
-        raise UserError(f"scale: found {scale!r}; accepted: {', '.join(SCALES)}")
-    choose = SCALES[scale]
-    if scale == "percentile":
-        choose = partial(choose, percentile=percentile, scalar=alphabet_scalar)
+    how = Options(**options)
+    prepared = prepare(model, skip)
+    bits_of = prepared.widths(bits, how.first_last_bits)
+    inputs_of = prepared.widths(activation_bits, how.first_last_bits and min(how.first_last_bits, 8))
+    analog, quantized = prepared.analog, copy.deepcopy(prepared.analog)
+    found: dict[str, tuple[Tensor, Grid]] = {}
 
+    def solve(name: str, quantized_inputs: list[Tensor], analog_inputs: list[Tensor]) -> None:
+        target = quantized.get_submodule(name)
+        if inputs_of[name] is not None:
+            grid = calibrated(quantized_inputs, inputs_of[name], how.activation_range, how.activation_percentile)
+            attach_input_quantizer(target, grid)
+            quantized_inputs = [grid(each) for each in quantized_inputs]
+        outer = how.first_last_bits is not None and name in (prepared.all_layers[0], prepared.all_layers[-1])
+        layer = analog.get_submodule(name)
+        moments = how.moments(layer, quantized_inputs, analog_inputs, name)
+        codes, grid, bias = how.answer(layer, moments, how.levels_of(bits_of[name], outer), name)
+        found[name] = codes, grid
+        put(target, codes, grid, bias)
+        if progress is not None:
+            progress(len(found), len(prepared.order), name, bits_of[name])
+
+    errors = walk(analog, quantized, prepared.graph, prepared.gather(calibration_batches), prepared.order, solve)
+    layers = {
+        name: QuantizedLayer(codes, grid, tuple(codes.shape), bits_of[name], errors[name])
+        for name, (codes, grid) in found.items()
+    }
+    return QuantizedModel(quantized, layers, state_beside(quantized, layers), prepared.folded, prepared.skipped)
+
+
+def put(layer: nn.Module, codes: Tensor, grid: Grid, bias: Tensor | None) -> None:
+    """Gives `layer` the weight that `codes` stand for, and its bias."""
+    trained = layer.weight.requires_grad
+    layer.weight = nn.Parameter(grid.dequantize(codes), requires_grad=trained)
+    if bias is not None:
+        layer.bias = nn.Parameter(bias, requires_grad=trained)
+
+
+@dataclass(frozen=True)
+class Options:
+    """How `quantize` answers one layer.
+
+    solver: (weight (N, d), gram, cross, grid, block_size=) -> codes (N, d), as in compress.quantization.solvers.
+    scale: how each layer's grid is chosen; percentile and alphabet_scalar belong to "percentile".
+    zero_point: of the grids that "mse" chooses, see `mse_grid`. granularity: a scale per output channel, or per layer.
+    levels: 2^bits where None, "published" 2^bits + 1, as in the authors' code, "narrow" 2^bits - 1; or a number.
+    first_last_bits: bits of the first and last Conv2d or Linear in execution order (skipped or not); None: as the rest.
+    activation_range, activation_percentile: see `compress.quantization.activations.calibrated`.
+    max_rows: patches of a layer that its Grams are made of, evenly spread; None: all.
+    bias_correction: centre the Grams and move the mean output error into the bias.
+    refine: searched scales and coordinate descent, for a solver that reads inputs; None: neither.
+    """
+
+    solver: Callable[..., Tensor] = gpfq
+    scale: Literal["mse", "max_abs", "percentile"] = "mse"
+    zero_point: ZeroPoint = "mirrored"
+    granularity: Literal["channel", "layer"] = "channel"
+    levels: int | Literal["published", "narrow"] | None = None
+    first_last_bits: int | None = 8
+    gram_dtype: torch.dtype = torch.float32
+    max_rows: int | None = None
+    block_size: int = 128
+    bias_correction: bool = True
+    refine: Refinement | None = None
+    percentile: float = 1.0
+    alphabet_scalar: float = 1.16
+    activation_range: Range = "mse"
+    activation_percentile: float = 0.9999
+
+    def __post_init__(self) -> None:
+        _check_bits("first_last_bits", self.first_last_bits, 1, 16)
+        levels = self.levels
+        if levels not in (None, "published", "narrow") and not (type(levels) is int and 2 <= levels <= 2**16 + 1):
+            raise UserError(
+                f"levels: found {levels!r}; accepted: a whole number from 2 to {2**16 + 1}, published or narrow"
+            )
+        if self.scale not in SCALES:
+            raise UserError(f"scale: found {self.scale!r}; accepted: {', '.join(SCALES)}")
+
+    def levels_of(self, bits: int, outer: bool = False) -> int:
+        """Levels of a layer's grid; `outer`: of one that has `first_last_bits`, which a number of levels is not for."""
+        if isinstance(self.levels, int):
+            return 2**bits if outer else self.levels
+        # One bit without its lowest code would be a single level.
+        return max(2, 2**bits + {None: 0, "published": 1, "narrow": -1}[self.levels])
+
+    def choose(self) -> Callable[..., Grid]:
+        """The rule (weight (N, d), levels, importance) -> grid."""
+        rule = SCALES[self.scale]
+        if self.scale == "percentile":
+            rule = partial(rule, percentile=self.percentile, scalar=self.alphabet_scalar)
+        if self.scale == "mse":
+            rule = partial(rule, zero_point=self.zero_point)
+        return one_for_the_layer(rule) if self.granularity == "layer" else rule
+
+    def moments(self, layer: nn.Module, quantized: list[Tensor], analog: list[Tensor], name: str) -> Moments | None:
+        """Those of a float `layer`, given its inputs in both networks, a tensor for each batch; None: not needed."""
+        if not bool(torch.isfinite(layer.weight).all()):
+            raise UserError(f"{name}: found a weight with values that are not finite")
+        if not (self._reads_inputs or self.bias_correction or self.scale == "mse"):
+            return None
+        rows = sum(row_count(layer, each) for each in quantized)
+        every = 1 if self.max_rows is None else -(-rows // self.max_rows)
+        moments = Moments(layer, self.gram_dtype, centre=self.bias_correction, every=every)
+        for mine, other in zip(quantized, analog, strict=True):
+            moments.update(mine, other)
+        return moments
+
+    def answer(
+        self, layer: nn.Module, moments: Moments | None, levels: int, name: str
+    ) -> tuple[Tensor, Grid, Tensor | None]:
+        """Codes, grid and bias of a float `layer` on a grid of so many levels, from the `moments` of its inputs."""
+        refine = self.refine
+        if refine is not None and self.granularity == "layer":
+            refine = replace(refine, shared=True)
+        return solve_layer(
+            layer,
+            moments,
+            levels=levels,
+            name=name,
+            choose=self.choose(),
+            solver=partial(self.solver, block_size=self.block_size),
+            reads_inputs=self._reads_inputs,
+            bias_correction=self.bias_correction,
+            refine=refine,
+        )
+
+    @property
+    def _reads_inputs(self) -> bool:
+        return getattr(getattr(self.solver, "func", self.solver), "reads_inputs", True)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A float copy of a network, folded and traced: `all_layers` and, without the `skipped`, `order`, as executed."""
+
+    analog: nn.Module
+    graph: Graph
+    all_layers: list[str]
+    order: list[str]
+    skipped: dict[str, str]
+    folded: list[tuple[str, str]]
+
+    def widths(self, bits: int | Mapping[str, int] | None, first_last: int | None) -> dict[str, int | None]:
+        """Bits of each layer: its own where `bits` is a mapping, else `bits` or what the first and last one have."""
+        if isinstance(bits, Mapping):
+            missing = next((name for name in self.order if name not in bits), None)
+            if missing:
+                raise UserError(f"bits: found none for {missing}; accepted: a width for each layer")
+            for name in self.order:
+                _check_bits(f"bits.{name}", bits[name], 1, 16)
+            return {name: bits[name] for name in self.order}
+        _check_bits("bits", bits, 1, 16)
+        widths = dict.fromkeys(self.all_layers, bits)
+        if first_last is not None and bits is not None:
+            widths |= dict.fromkeys((self.all_layers[0], self.all_layers[-1]), first_last)
+        return {name: widths[name] for name in self.order}
+
+    def gather(self, batches: Iterable) -> list[Tensor]:
+        """The calibration images on the network's device, in its type."""
+        reference = self.analog.get_submodule(self.order[0]).weight
+        return gather(batches, reference.device, reference.dtype)
+
+
+def prepare(model: nn.Module, skip: Sequence[str] = ()) -> Prepared:
+    """A copy of `model` ready for `walk`; raises UserError as `quantize` does."""
     analog = bake_parametrizations(copy.deepcopy(model).eval())
     if any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in analog.parameters()):
         analog = analog.float()
     folded = find_foldable(analog)
     fold_pairs(analog, folded)
     graph = trace(analog)
-    order, skipped = choose_layers(analog, graph, skip)
-    bits_of = dict.fromkeys(order, bits)
-    levels_of = dict.fromkeys(order, levels if isinstance(levels, int) else _levels(bits, levels))
-    if first_last_bits is not None:
-        for name in {order[0], order[-1]} if order else ():
-            bits_of[name], levels_of[name] = first_last_bits, _levels(first_last_bits, levels)
-    order = [name for name in order if name not in skipped]
+    all_layers, skipped = choose_layers(analog, graph, skip)
+    order = [name for name in all_layers if name not in skipped]
     check_any_left(analog, order, skipped)
+    return Prepared(analog, graph, all_layers, order, skipped, folded)
 
-    quantized = copy.deepcopy(analog)
-    reads_inputs = getattr(getattr(solver, "func", solver), "reads_inputs", True)
-    found: dict[str, tuple[Tensor, Grid]] = {}
 
-    def solve(name: str, quantized_inputs: list[Tensor], analog_inputs: list[Tensor]) -> None:
-        layer, target = analog.get_submodule(name), quantized.get_submodule(name)
-        if not bool(torch.isfinite(layer.weight).all()):
-            raise UserError(f"{name}: found a weight with values that are not finite")
-        moments = None
-        if reads_inputs or bias_correction or scale == "mse":
-            moments = Moments(layer, gram_dtype, centre=bias_correction)
-            for mine, other in zip(quantized_inputs, analog_inputs, strict=True):
-                moments.update(mine, other)
-        codes, grid, bias = solve_layer(
-            layer,
-            moments,
-            levels=levels_of[name],
-            name=name,
-            choose=choose,
-            solver=partial(solver, block_size=block_size),
-            reads_inputs=reads_inputs,
-            bias_correction=bias_correction,
-            refine=refine,
-        )
-        found[name] = codes, grid
-        target.weight = nn.Parameter(grid.dequantize(codes), requires_grad=layer.weight.requires_grad)
-        if bias is not None:
-            target.bias = nn.Parameter(bias, requires_grad=layer.weight.requires_grad)
-        if progress is not None:
-            progress(len(found), len(order), name, bits_of[name])
-
-    reference = analog.get_submodule(order[0]).weight
-    batches = gather(calibration_batches, reference.device, reference.dtype)
-    errors = walk(analog, quantized, graph, batches, order, solve)
-    layers = {
-        name: QuantizedLayer(codes, grid, tuple(codes.shape), bits_of[name], errors[name])
-        for name, (codes, grid) in found.items()
-    }
-    return QuantizedModel(quantized, layers, state_beside(quantized, layers), folded, skipped)
+def _check_bits(key: str, value: object, lowest: int, highest: int) -> None:
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if value is not None and not (whole and lowest <= value <= highest):
+        raise UserError(f"{key}: found {value!r}; accepted: a whole number from {lowest} to {highest}")
 
 
 def state_beside(model: nn.Module, layers: Iterable[str]) -> dict[str, Tensor]:
@@ -164,10 +271,6 @@ def state_beside(model: nn.Module, layers: Iterable[str]) -> dict[str, Tensor]:
         for name, value in model.state_dict().items()
         if name not in weights and not name.endswith("num_batches_tracked")
     }
-
-
-def _levels(bits: int, levels: int | str | None) -> int:
-    return 2**bits + (levels == "published")
 
 
 def check_layers(model: nn.Module, skip: Sequence[str]) -> None:

@@ -2,6 +2,7 @@
 
 All take weight (N, d), gram (d, d) = X~^T X~, cross (d, d) = X~^T X, with X analog and X~ quantized inputs (samples,
 d), and a grid of N channels, and give codes (N, d). They compute in the dtype of `gram` unless they say otherwise.
+With a mask (N, d), a weight where that is False is pruned: it takes zero, and the others make up for it.
 """
 
 from collections.abc import Callable
@@ -18,9 +19,16 @@ Damping = Annotated[float, Field(gt=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 
-def rtn(weight: Tensor, gram: Tensor | None, cross: Tensor | None, grid: Grid, block_size: int = 128) -> Tensor:
+def rtn(
+    weight: Tensor,
+    gram: Tensor | None,
+    cross: Tensor | None,
+    grid: Grid,
+    block_size: int = 128,
+    mask: Tensor | None = None,
+) -> Tensor:
     """Codes (N, d) of the grid points nearest to `weight` (N, d); the Grams are not looked at and may be None."""
-    return grid.quantize(weight)
+    return grid.quantize(weight if mask is None else weight * mask)
 
 
 # The walk over the network spares itself the Grams where neither the solver nor the scale reads them.
@@ -33,6 +41,7 @@ def gpfq(
     cross: Tensor,
     grid: Grid,
     block_size: int = 128,
+    mask: Tensor | None = None,
     soft_threshold: NotNegative = 0.0,
     hard_threshold: NotNegative = 0.0,
 ) -> Tensor:
@@ -45,7 +54,7 @@ def gpfq(
     corrected at once for all that went before them; it changes the speed only.
     """
     if not soft_threshold and not hard_threshold:
-        return _follow_path(weight, gram, cross, grid, block_size, Tensor.round_)
+        return _follow_path(weight, gram, cross, grid, block_size, mask, Tensor.round_)
     scale = grid.scale.to(gram.dtype)
 
     def decide(values: Tensor) -> Tensor:
@@ -55,10 +64,18 @@ def gpfq(
             values.masked_fill_((values * scale).abs() <= hard_threshold, 0)
         return values.round_()
 
-    return _follow_path(weight, gram, cross, grid, block_size, decide)
+    return _follow_path(weight, gram, cross, grid, block_size, mask, decide)
 
 
-def spfq(weight: Tensor, gram: Tensor, cross: Tensor, grid: Grid, block_size: int = 128, seed: Seed = 0) -> Tensor:
+def spfq(
+    weight: Tensor,
+    gram: Tensor,
+    cross: Tensor,
+    grid: Grid,
+    block_size: int = 128,
+    mask: Tensor | None = None,
+    seed: Seed = 0,
+) -> Tensor:
     """As `gpfq`, each step rounded up or down at random so that its mean is exact (Zhang & Saab 2023, 2309.10975)."""
     generator = torch.Generator(gram.device).manual_seed(seed)
 
@@ -66,7 +83,7 @@ def spfq(weight: Tensor, gram: Tensor, cross: Tensor, grid: Grid, block_size: in
         draws = torch.rand(values.shape, generator=generator, dtype=values.dtype, device=values.device)
         return values.add_(draws).floor_()
 
-    return _follow_path(weight, gram, cross, grid, block_size, decide)
+    return _follow_path(weight, gram, cross, grid, block_size, mask, decide)
 
 
 @torch.no_grad()
@@ -76,6 +93,7 @@ def _follow_path(
     cross: Tensor,
     grid: Grid,
     block_size: int,
+    mask: Tensor | None,
     decide: Callable[[Tensor], Tensor],
 ) -> Tensor:
     """`gpfq` with `decide`, which turns the values of one step (N,), in units of the scales, to integers in place."""
@@ -86,7 +104,9 @@ def _follow_path(
     if not bool(live.any()):
         return codes
     all_live = bool(live.all())
+    keep = None if mask is None else mask.T.to(dtype)
     if not all_live:
+        keep = None if keep is None else keep[live]
         # A dead column adds nothing to any numerator: <x~_t, .> = 0 in its own row and q_t = 0 elsewhere. It does add
         # C[t', t] w_t to later rows where only the quantized input died, so the analog side keeps all its columns.
         gram = gram[live][:, live]
@@ -111,6 +131,8 @@ def _follow_path(
             torch.mul(block[step], reciprocal[start + step], out=z)
             decide(z)
             torch.clamp(z, lowest, highest, out=z)
+            if keep is not None:
+                z.mul_(keep[start + step])
             if step + 1 < stop - start:
                 block[step + 1 :].addr_(inner[step, step + 1 :], z, alpha=-1)
     found = solved.T.add_(zero_point[:, None]).to(codes.dtype)
@@ -140,19 +162,31 @@ def _numerators(weight: Tensor, cross: Tensor, live: Tensor | None, block_size: 
 
 @torch.no_grad()
 def gptq(
-    weight: Tensor, gram: Tensor, cross: Tensor, grid: Grid, block_size: int = 128, damping: Damping = 0.01
+    weight: Tensor,
+    gram: Tensor,
+    cross: Tensor,
+    grid: Grid,
+    block_size: int = 128,
+    mask: Tensor | None = None,
+    damping: Damping = 0.01,
 ) -> Tensor:
     """Codes (N, d): each column rounded, its error made up for by the later columns (Frantar 2022, 2210.17323).
 
     Errors of earlier layers are not corrected: `cross` is not looked at. `damping` times the mean of diag(gram) is
     added to the diagonal. Computed in float64.
     """
-    return _diffuse(weight.double(), gram.double(), grid, block_size, damping)
+    return _diffuse(weight.double(), gram.double(), grid, block_size, mask, damping)
 
 
 @torch.no_grad()
 def qronos(
-    weight: Tensor, gram: Tensor, cross: Tensor, grid: Grid, block_size: int = 128, damping: Damping = 1e-3
+    weight: Tensor,
+    gram: Tensor,
+    cross: Tensor,
+    grid: Grid,
+    block_size: int = 128,
+    mask: Tensor | None = None,
+    damping: Damping = 1e-3,
 ) -> Tensor:
     """Codes (N, d): each column the best for the layer's analog outputs, given the earlier codes (2505.11695).
 
@@ -165,6 +199,8 @@ def qronos(
     # A first column without inputs takes zero: nothing is left of it either way.
     first = (target[:, 0] - weight[:, 1:] @ gram[1:, 0]) / gram[0, 0].clamp_min(torch.finfo(torch.float64).tiny)
     first_code = ((first / scale).round() + zero_point).clamp_(0, grid.levels - 1)
+    if mask is not None:
+        first_code = torch.where(mask[:, 0], first_code, zero_point)
     if weight.shape[1] == 1:
         return first_code[:, None].to(code_dtype(grid.levels))
     rest = gram[1:, 1:]
@@ -172,7 +208,7 @@ def qronos(
     # Damped towards the weights as they are, which a column without inputs keeps.
     added = _damping(rest, damping)
     solved = torch.cholesky_solve((left + added * weight[:, 1:]).T, torch.linalg.cholesky(rest + added.diag())).T
-    codes = _diffuse(solved, rest, grid, block_size, damping)
+    codes = _diffuse(solved, rest, grid, block_size, None if mask is None else mask[:, 1:], damping)
     return torch.cat([first_code[:, None].to(codes.dtype), codes], dim=1)
 
 
@@ -182,7 +218,7 @@ def _damping(gram: Tensor, damping: float) -> Tensor:
     return (damping * mean if mean > 0 else torch.ones_like(mean)).expand(gram.shape[0])
 
 
-def _diffuse(weight: Tensor, gram: Tensor, grid: Grid, block_size: int, damping: float) -> Tensor:
+def _diffuse(weight: Tensor, gram: Tensor, grid: Grid, block_size: int, mask: Tensor | None, damping: float) -> Tensor:
     """Codes of `weight` (N, d), column by column, the error spread by the Cholesky factor of the inverse of `gram`."""
     scale, zero_point = grid.scale.double(), grid.zero_point.double()
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram + _damping(gram, damping).diag()))
@@ -195,6 +231,8 @@ def _diffuse(weight: Tensor, gram: Tensor, grid: Grid, block_size: int, damping:
         errors = torch.empty_like(left[start:stop])
         for step in range(start, stop):
             rounded = left[step].round().clamp_(lowest, highest)
+            if mask is not None:
+                rounded *= mask[:, step]
             errors[step - start] = (left[step] - rounded) / factor[step, step]
             left[step] = rounded
             if step + 1 < stop:
