@@ -65,8 +65,11 @@ class OnnxModel:
         stated = metadata["sha256"]
         if len(stated) != len(UNSIGNED) or checksum(content.replace(stated.encode(), UNSIGNED)) != stated:
             raise UserError(f"{path}: found content that does not match its checksum, so it was altered; {accepted}")
-        description = {"format": FORMAT, **json.loads(metadata["description"])}
-        if not description["inputs"]:
+        try:
+            description = {"format": FORMAT, **json.loads(metadata["description"])}
+        except (TypeError, ValueError):
+            raise UserError(f"{path}: found a description that is not a JSON object; {accepted}") from None
+        if not description.get("inputs"):
             # Without integer kernels to gain, the weights are dequantized once instead of in every call.
             session = start(content, threads, dequantize_once=True)
         return cls(session, description)
@@ -97,7 +100,9 @@ def start(
         options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
     if save is not None:
         options.optimized_model_filepath = str(save)
-    return runtime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    # That pass rounds weights that were left float; what is to be integer is so in the file.
+    left_out = ["WeightBiasQuantization"]
+    return runtime.InferenceSession(content, options, ["CPUExecutionProvider"], disabled_optimizers=left_out)
 
 
 def _sums_hold() -> bool:
