@@ -73,10 +73,23 @@ class GraphEditor:
         return self.pairs[key]
 
     def finish(self) -> None:
-        """Puts the nodes, and the constants that any of them reads, into the graph."""
+        """Puts the nodes, producers before their readers, and the constants that any of them reads into the graph."""
+        producers = {output: node for node in self.nodes for output in node.output}
+        ordered: dict[int, NodeProto] = {}
+
+        def place(node: NodeProto) -> None:
+            # The nodes are almost in order, so this goes only a few calls deep.
+            for name in node.input:
+                if name in producers and id(producers[name]) not in ordered:
+                    place(producers[name])
+            ordered[id(node)] = node
+
+        for node in self.nodes:
+            if id(node) not in ordered:
+                place(node)
         used = {name for node in self.nodes for name in node.input}
         del self.graph.node[:], self.graph.initializer[:]
-        self.graph.node.extend(self.nodes)
+        self.graph.node.extend(ordered.values())
         self.graph.initializer.extend(self.constants[name] for name in sorted(self.constants) if name in used)
 
 

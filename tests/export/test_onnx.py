@@ -233,6 +233,28 @@ def test_all_convolutions_of_a_resnet_run_on_integer_kernels(small, bits, tmp_pa
     assert 0 < optimised(path, tmp_path)["QLinearConv"] < convolutions
 
 
+class LateReader(nn.Module):
+    """A tensor that is added first and read by a convolution later."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.other, self.last = nn.Conv2d(3, 8, 3), nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1)
+
+    def forward(self, images):
+        shared = torch.relu(self.stem(images))
+        total = self.other(images) + shared
+        return (torch.relu(total) + self.last(shared)).mean((2, 3))
+
+
+def test_a_sum_that_comes_before_the_reader_whose_grid_it_shares_is_computed_after_that_grid(tmp_path):
+    torch.manual_seed(0)
+    quantized = with_inputs(quantize(LateReader(), [IMAGES], 8))
+    path = tmp_path / "model.onnx"
+    write_onnx(path, quantized, **describe("late"), calibration_batches=[IMAGES])
+    onnx.checker.check_model(onnx.load(path), full_check=True)
+    assert distance(OnnxModel.read(path)(IMAGES), logits(quantized.model)) < 0.01
+
+
 def test_depth_wise_convolutions_run_on_integer_kernels_too(tmp_path):
     quantized = with_inputs(quantize(make("mobilenetv2"), [IMAGES], 8))
     path = tmp_path / "model.onnx"
