@@ -5,10 +5,10 @@ from typing import Annotated, Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 from pydantic import Field
 from torch import Tensor
 
+from compress.data.image_file import centred, read_rgb
 from compress.data.module import DataModule
 from compress.data.source import Source
 from compress.errors import UserError
@@ -78,17 +78,7 @@ class Folder(DataModule):
         return images, torch.tensor([label for _, label in files])
 
     def _image(self, path: Path) -> np.ndarray:
-        size = self.image_size
-        try:
-            with Image.open(path) as opened:
-                image = opened.convert("RGB")
-        except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as failure:
-            raise UserError(f"{path}: cannot be read ({failure}); accepted: {_endings()}") from None
-        factor = size / min(image.size)
-        width, height = (max(size, round(side * factor)) for side in image.size)
-        resized = image.resize((width, height), Image.Resampling.BILINEAR)
-        left, top = (width - size) // 2, (height - size) // 2
-        return np.asarray(resized.crop((left, top, left + size, top + size))).copy()
+        return np.asarray(centred(read_rgb(path, _endings()), self.image_size)).copy()
 
 
 def _endings() -> str:

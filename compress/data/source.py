@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torchvision.transforms.v2 import functional as images_functional
 
 CHUNK = 1024
 
@@ -39,6 +38,9 @@ def prepared(images: Tensor, image_size: int) -> Tensor:
     for start in range(0, len(images), CHUNK):
         chunk = images[start : start + CHUNK]
         if chunk.shape[-2:] != (image_size, image_size):
+            # Late: importing torchvision takes longer than loading a small network and classifying with it.
+            from torchvision.transforms.v2 import functional as images_functional
+
             chunk = images_functional.resize(chunk, [image_size, image_size], antialias=True)
         result[start : start + CHUNK] = chunk
     return result

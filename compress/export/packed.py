@@ -55,17 +55,8 @@ def write_packed(
         tensors[f"{name}.weight.scale"] = layer.grid.scale
         tensors[f"{name}.weight.zero_point"] = layer.grid.zero_point.to(torch.uint8 if small else torch.int32)
     tensors.update(quantized.float_state)
-    description = _description(architecture, class_names, mean, standard_deviation, input_shape, extra)
-    description["layers"] = [
-        {"name": name, "shape": list(layer.shape), "levels": layer.grid.levels, "bits": layer.bits}
-        for name, layer in quantized.layers.items()
-    ]
-    description["inputs"] = [
-        {"name": name, "levels": quantizer.levels} for name, quantizer in input_quantizers(quantized.model).items()
-    ]
-    description["folded"] = [list(pair) for pair in quantized.folded]
-    description["skipped"] = dict(quantized.skipped)
-    return container.write(Path(path), PACKED, description, tensors)
+    description = network_description(architecture, class_names, mean, standard_deviation, input_shape, extra)
+    return container.write(Path(path), PACKED, description | grids_description(quantized), tensors)
 
 
 def write_float(
@@ -89,7 +80,7 @@ def write_float(
         for name, value in plain.state_dict().items()
         if not name.endswith(COUNTER)
     }
-    description = _description(architecture, class_names, mean, standard_deviation, input_shape, extra)
+    description = network_description(architecture, class_names, mean, standard_deviation, input_shape, extra)
     return container.write(Path(path), FLOAT, description, tensors)
 
 
@@ -106,7 +97,7 @@ def read_model(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
     return _read(Path(path), (PACKED, FLOAT))
 
 
-def _description(
+def network_description(
     architecture: Mapping[str, Any],
     class_names: Sequence[str],
     mean: Sequence[float],
@@ -114,6 +105,7 @@ def _description(
     input_shape: Sequence[int],
     extra: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
+    """What a file says of its network; the arguments are those of `write_packed`."""
     return {
         "architecture": {
             "stem": architecture["stem"],
@@ -125,6 +117,21 @@ def _description(
         "standard_deviation": [float(value) for value in standard_deviation],
         "input_shape": [int(size) for size in input_shape],
         "extra": dict(extra or {}),
+    }
+
+
+def grids_description(quantized: QuantizedModel) -> dict[str, Any]:
+    """What a file says of the grids of `quantized`, beside the tensors that lie on them."""
+    return {
+        "layers": [
+            {"name": name, "shape": list(layer.shape), "levels": layer.grid.levels, "bits": layer.bits}
+            for name, layer in quantized.layers.items()
+        ],
+        "inputs": [
+            {"name": name, "levels": quantizer.levels} for name, quantizer in input_quantizers(quantized.model).items()
+        ],
+        "folded": [list(pair) for pair in quantized.folded],
+        "skipped": dict(quantized.skipped),
     }
 
 

@@ -1,9 +1,9 @@
 """Builds a network from the stem of its file in conf/model: adding an architecture is adding a file there."""
 
 from collections.abc import Callable, Mapping
+from importlib import import_module
 from typing import Any
 
-from hydra.utils import get_object
 from omegaconf import OmegaConf
 from torch import nn
 
@@ -56,7 +56,8 @@ def _description(
     stem: str, options: Mapping[str, Any], where_stem: str, where_options: str
 ) -> tuple[Callable[..., nn.Module], dict[str, Any]]:
     keys = described(stem, where_stem)
-    target = get_object(keys.pop("_target_"))
+    module, _, name = keys.pop("_target_").rpartition(".")
+    target = getattr(import_module(module), name)
     keys.pop("stem")
     options = {name: value for name, value in options.items() if name != "_target_"}
     return target, check_arguments(target, keys | options, where_options, accepted=tuple(keys))

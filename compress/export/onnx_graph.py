@@ -1,0 +1,240 @@
+"""Rewrites the ONNX graph of a float network into the integers of a quantized one.
+
+A weight is an INT2 (1 and 2 bits), INT4 (3 and 4 bits) or INT8 initializer and a DequantizeLinear per output channel;
+both its codes and its zero points are stored less `levels // 2`, so symmetric grids have zero points 0. A layer whose
+input is quantized as well gets QuantizeLinear and DequantizeLinear in front of it, which runtimes fuse with the layer
+into integer kernels. Operators: onnx.ai/onnx/operators; what ONNX Runtime fuses: onnxruntime.ai, "Quantize ONNX
+models".
+"""
+
+import ast
+from collections.abc import Callable, Mapping
+from itertools import count
+from typing import Any
+
+import numpy as np
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+
+from compress.errors import UserError
+from compress.quantization.activations import InputQuantizer, input_quantizers
+from compress.quantization.post_training import QuantizedLayer, QuantizedModel
+
+# Weights of at most so many levels: type of the initializer, and the first opset whose DequantizeLinear reads it.
+STORAGE = ((4, TensorProto.INT2, 25), (16, TensorProto.INT4, 21), (256, TensorProto.INT8, 18))
+LARGEST = 2**31 - 1
+SCOPES = "pkg.torch.onnx.name_scopes"  # where torch's exporter notes which module a node comes from
+
+
+def storage(levels: int) -> tuple[int, int]:
+    """(type of the initializer, opset) for weights on `levels` levels. Raises UserError for more than 256."""
+    for most, kind, opset in STORAGE:
+        if levels <= most:
+            return kind, opset
+    raise UserError(f"levels: found a weight on {levels}; accepted in an ONNX file: at most 256, or 8 bits")
+
+
+class GraphEditor:
+    """The nodes of a graph in a new order of execution, and constants beside them."""
+
+    def __init__(self, model: ModelProto) -> None:
+        self.graph = model.graph
+        self.constants = {each.name: each for each in self.graph.initializer}
+        self.nodes: list[NodeProto] = []
+        self.pairs: dict[tuple, str] = {}
+
+    def constant(self, name: str, array: np.ndarray, kind: int | None = None) -> str:
+        """Adds an initializer, of the ONNX type `kind` where numpy has none of its own; returns `name`."""
+        if kind is not None:
+            array = array.astype(helper.tensor_dtype_to_np_dtype(kind))
+        self.constants[name] = numpy_helper.from_array(array, name)
+        return name
+
+    def add(self, operator: str, inputs: list[str], output: str, **attributes: Any) -> str:
+        self.nodes.append(helper.make_node(operator, inputs, [output], name=f"node_{output}", **attributes))
+        return output
+
+    def quantized(self, tensor: str, scale: float, zero_point: int, levels: int = 256) -> str:
+        """The name of `tensor` on a grid of uint8 codes; readers that want the same grid share one pair of nodes."""
+        key = tensor, float(scale), int(zero_point), levels
+        if key not in self.pairs:
+            stem = next(
+                stem for stem in (f"{tensor}_grid{i}" for i in count()) if f"{stem}_scale" not in self.constants
+            )
+            grid = [
+                self.constant(f"{stem}_scale", np.float32(scale)),
+                self.constant(f"{stem}_zero_point", np.uint8(zero_point)),
+            ]
+            codes = self.add("QuantizeLinear", [tensor, *grid], f"{stem}_codes")
+            if levels < 256:
+                # Clipped as integers: a narrower type than uint8 would keep the layer out of the integer kernels.
+                top = self.constant(f"{stem}_top", np.uint8(levels - 1))
+                codes = self.add("Clip", [codes, "", top], f"{stem}_clipped")
+            self.pairs[key] = self.add("DequantizeLinear", [codes, *grid], f"{stem}_values")
+        return self.pairs[key]
+
+    def finish(self) -> None:
+        """Puts the nodes, producers before their readers, and the constants that any of them reads into the graph."""
+        producers = {output: node for node in self.nodes for output in node.output}
+        ordered: dict[int, NodeProto] = {}
+
+        def place(node: NodeProto) -> None:
+            # The nodes are almost in order, so this goes only a few calls deep.
+            for name in node.input:
+                if name in producers and id(producers[name]) not in ordered:
+                    place(producers[name])
+            ordered[id(node)] = node
+
+        for node in self.nodes:
+            if id(node) not in ordered:
+                place(node)
+        used = {name for node in self.nodes for name in node.input}
+        del self.graph.node[:], self.graph.initializer[:]
+        self.graph.node.extend(ordered.values())
+        self.graph.initializer.extend(self.constants[name] for name in sorted(self.constants) if name in used)
+
+
+def quantize_graph(model: ModelProto, quantized: QuantizedModel) -> None:
+    """Puts the codes of `quantized` in place of the float weights in `model`, and its input grids before their readers.
+
+    `model` is what torch exported of `quantized.model` without its input quantizers, node metadata included. Raises
+    UserError where the exporter changed a layer beyond recognition.
+    """
+    editor = GraphEditor(model)
+    inputs = input_quantizers(quantized.model)
+    waiting = set(quantized.layers) | set(inputs)
+    for node in list(model.graph.node):
+        name = _layer_of(node)
+        if node.op_type in ("Conv", "Gemm", "MatMul") and name in waiting:
+            waiting.remove(name)
+            weight = quantized.model.get_submodule(name).weight.detach().cpu().numpy()
+            turned = _check_weight(name, node, editor, weight)
+            if name in inputs:
+                quantizer = inputs[name]
+                grid = float(quantizer.scale), int(quantizer.zero_point), quantizer.levels
+                node.input[0] = editor.quantized(node.input[0], *grid)
+            if name in quantized.layers:
+                _quantize_weight(name, node, editor, quantized.layers[name], inputs.get(name), turned)
+        editor.nodes.append(node)
+    if waiting:
+        raise UserError(f"{min(waiting)}: torch.onnx exported no Conv, Gemm or MatMul for this layer")
+    editor.finish()
+
+
+def quantize_additions(model: ModelProto, ranges: Callable[[ModelProto, list[str]], Mapping[str, tuple]]) -> None:
+    """8-bit grids for both inputs of every addition that a convolution on quantized inputs flows into.
+
+    Without them the convolutions before a residual addition have float outputs, and no integer kernel is used for
+    them. ranges(model, tensors) gives the (lowest, highest) value of each; zero is put into the range. A tensor that
+    already has an 8-bit grid, as the input of the next layer, keeps that one.
+    """
+    producers = {output: node for node in model.graph.node for output in node.output}
+    constants = {each.name for each in model.graph.initializer}
+
+    def is_integer(tensor: str) -> bool:
+        node = producers.get(tensor)
+        source = producers.get(node.input[0]) if node is not None and node.op_type == "Conv" else None
+        return source is not None and source.op_type == "DequantizeLinear"
+
+    additions = [
+        node
+        for node in model.graph.node
+        if node.op_type == "Add" and not constants & set(node.input) and any(map(is_integer, node.input))
+    ]
+    # Behind a Clip there are fewer than 256 levels, too few for a sum.
+    grids = {
+        producers[node.input[0]].input[0]: node.output[0]
+        for node in model.graph.node
+        if node.op_type == "DequantizeLinear"
+        and node.input[0] in producers
+        and producers[node.input[0]].op_type == "QuantizeLinear"
+    }
+    missing = sorted({tensor for node in additions for tensor in node.input} - set(grids))
+    found = ranges(model, missing) if missing else {}
+    added = {id(node) for node in additions}
+    editor = GraphEditor(model)
+    for node in list(model.graph.node):
+        if id(node) in added:
+            for index, tensor in enumerate(node.input):
+                if tensor not in grids:
+                    low, high = min(0.0, found[tensor][0]), max(0.0, found[tensor][1])
+                    scale = (high - low) / 255 or 1.0
+                    node.input[index] = editor.quantized(tensor, scale, min(255, round(-low / scale)))
+                else:
+                    node.input[index] = grids[tensor]
+        editor.nodes.append(node)
+    editor.finish()
+
+
+def _layer_of(node: NodeProto) -> str | None:
+    """The name of the module whose forward became `node`."""
+    for entry in node.metadata_props:
+        if entry.key == SCOPES:
+            return ([None, *ast.literal_eval(entry.value)])[-2]
+    return None
+
+
+def _check_weight(name: str, node: NodeProto, editor: GraphEditor, weight: np.ndarray) -> bool:
+    """Whether `node` reads the (N, d) `weight` of its layer turned around, as (d, N); UserError for another weight."""
+    transposed = any(each.name == "transB" and each.i for each in node.attribute)
+    turned = node.op_type == "MatMul" or (node.op_type == "Gemm" and not transposed)
+    initializer = editor.constants.get(node.input[1])
+    expected = weight.T if turned else weight
+    if initializer is None or not np.array_equal(numpy_helper.to_array(initializer), expected):
+        raise UserError(f"{name}: torch.onnx exported another weight than that of this layer")
+    return turned
+
+
+def _quantize_weight(
+    name: str,
+    node: NodeProto,
+    editor: GraphEditor,
+    layer: QuantizedLayer,
+    quantizer: InputQuantizer | None,
+    turned: bool,
+) -> None:
+    kind, _ = storage(layer.grid.levels)
+    shift = layer.grid.levels // 2
+    codes = layer.codes.cpu().numpy().astype(np.int32) - shift
+    zero_point = layer.grid.zero_point.cpu().numpy().astype(np.int32) - shift
+    scale = layer.grid.scale.cpu().numpy().astype(np.float32)
+    if quantizer is not None and len(node.input) > 2:
+        bias = numpy_helper.to_array(editor.constants[node.input[2]]).astype(np.float32)
+        input_scale = np.float32(quantizer.scale.item())
+        codes, scale = _room_for_bias(codes, zero_point, scale, bias, input_scale)
+        bias_scale = input_scale * scale
+        bias_codes = np.clip(np.rint(bias.astype(np.float64) / bias_scale), -LARGEST, LARGEST).astype(np.int32)
+        parts = [
+            editor.constant(f"{name}.bias.codes", bias_codes),
+            editor.constant(f"{name}.bias.scale", bias_scale),
+            editor.constant(f"{name}.bias.zero_point", np.zeros_like(bias_codes)),
+        ]
+        node.input[2] = editor.add("DequantizeLinear", parts, f"{name}.bias.values", axis=0)
+    source = editor.constant(f"{name}.weight.codes", codes.T if turned else codes, kind)
+    if quantizer is not None and kind != TensorProto.INT8:
+        # The integer kernels take 8 bits; a runtime widens the constant once, when it loads the file.
+        kind = TensorProto.INT8
+        source = editor.add("Cast", [source], f"{name}.weight.wide", to=kind)
+    grid = [
+        editor.constant(f"{name}.weight.scale", scale),
+        editor.constant(f"{name}.weight.zero_point", zero_point, kind),
+    ]
+    node.input[1] = editor.add("DequantizeLinear", [source, *grid], f"{name}.weight.values", axis=int(turned))
+
+
+def _room_for_bias(
+    codes: np.ndarray, zero_point: np.ndarray, scale: np.ndarray, bias: np.ndarray, input_scale: np.float32
+) -> tuple[np.ndarray, np.ndarray]:
+    """(codes, scale), coarser in the channels whose bias has no int32 code at input_scale * scale.
+
+    These are channels that training has all but switched off: their weights add to the bias less than d * 2^-16 of it,
+    and rounding them anew moves the output by less than d * 2^-23 of it, d inputs.
+    """
+    least = np.abs(bias.astype(np.float64)) / (input_scale.astype(np.float64) * (LARGEST - 1024))
+    coarse = least > scale
+    if not coarse.any():
+        return codes, scale
+    wider = np.where(coarse, least * (1 + 1e-6), scale).astype(np.float32)
+    shape = (-1, *[1] * (codes.ndim - 1))
+    offsets = codes - zero_point.reshape(shape)
+    rounded = np.rint(offsets * (scale.astype(np.float64) / wider).reshape(shape)).astype(np.int32)
+    return np.where(coarse.reshape(shape), rounded + zero_point.reshape(shape), codes), wider

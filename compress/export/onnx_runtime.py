@@ -1,0 +1,153 @@
+"""ONNX files run by ONNX Runtime on the CPU: logits, latencies, and the ranges of tensors inside a graph.
+
+The package `onnxruntime` is the optional extra `onnx`.
+"""
+
+import hashlib
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from compress.errors import UserError
+
+FORMAT = "compress-onnx-1"
+INPUT, OUTPUT = "images", "logits"
+UNSIGNED = b"0" * 64  # stands for the checksum while it is computed
+
+
+def required(module: str) -> Any:
+    """The module of that name. Raises UserError, naming the extra, where it is not installed."""
+    try:
+        return __import__(module)
+    except ImportError:
+        raise UserError(f"{module} is not installed; pip install 'compress[onnx]'") from None
+
+
+def checksum(content: bytes) -> str:
+    """SHA-256 of a file whose own checksum reads 64 zeros, or of one that states it already."""
+    return hashlib.sha256(content).hexdigest()
+
+
+class OnnxModel:
+    """An ONNX file as a function: images `(B, 3, H, W)`, normalised float32, to logits `(B, classes)` on the CPU.
+
+    `description` is what the file says of its network, as `compress.export.read_model` gives it.
+    """
+
+    def __init__(self, session: Any, description: dict[str, Any]) -> None:
+        self._session = session
+        self.description = description
+
+    @classmethod
+    def read(cls, path: str | Path, threads: int = 1) -> "OnnxModel":
+        """Raises UserError, naming the file, where it is missing, damaged or not written by compress."""
+        path = Path(path)
+        accepted = "accepted: an .onnx file that compress wrote"
+        required("onnxruntime")
+        if not path.is_file():
+            raise UserError(f"{path}: found no such file; {accepted}")
+        content = path.read_bytes()
+        session = None
+        try:
+            session = start(content, threads)
+            metadata = session.get_modelmeta().custom_metadata_map
+        except Exception:  # ONNX Runtime has a class for each of its errors, without a common one
+            raise UserError(f"{path}: found a truncated file or none of the ONNX format; {accepted}") from None
+        if metadata.get("format") != FORMAT or not {"description", "sha256"} <= metadata.keys():
+            raise UserError(f"{path}: found an ONNX file without a description of its model; {accepted}")
+        stated = metadata["sha256"]
+        if len(stated) != len(UNSIGNED) or checksum(content.replace(stated.encode(), UNSIGNED)) != stated:
+            raise UserError(f"{path}: found content that does not match its checksum, so it was altered; {accepted}")
+        try:
+            description = {"format": FORMAT, **json.loads(metadata["description"])}
+        except (TypeError, ValueError):
+            raise UserError(f"{path}: found a description that is not a JSON object; {accepted}") from None
+        if not description.get("inputs"):
+            # Without integer kernels to gain, the weights are dequantized once instead of in every call.
+            session = start(content, threads, dequantize_once=True)
+        return cls(session, description)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        content = images.detach().to("cpu", torch.float32).contiguous().numpy()
+        return torch.from_numpy(self._session.run([OUTPUT], {INPUT: content})[0])
+
+
+def start(
+    content: bytes,
+    threads: int = 1,
+    *,
+    optimized: bool = True,
+    dequantize_once: bool = False,
+    save: str | Path | None = None,
+) -> Any:
+    """An `onnxruntime.InferenceSession` on the CPU; `save` is where to write the optimised graph."""
+    runtime = required("onnxruntime")
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    options.log_severity_level = 4
+    if not _sums_hold():
+        options.add_session_config_entry("session.x64quantprecision", "1")
+    if dequantize_once:
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
+    if not optimized:
+        options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    if save is not None:
+        options.optimized_model_filepath = str(save)
+    # That pass rounds weights that were left float; what is to be integer is so in the file.
+    left_out = ["WeightBiasQuantization"]
+    return runtime.InferenceSession(content, options, ["CPUExecutionProvider"], disabled_optimizers=left_out)
+
+
+def _sums_hold() -> bool:
+    """Whether the processor adds products of uint8 and int8 without saturating at int16, as x86 does before VNNI.
+
+    The kernels that avoid this are slower (measured: 3.8 against 2.2 ms for a ResNet-18), so they are asked for
+    only where they are needed; processors other than x86 ignore the request.
+    """
+    found = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(found.get("avx512_vnni") or found.get("avx_vnni"))
+
+
+def tensor_ranges(
+    content: bytes, outputs: Sequence[tuple[str, str]], batches: Iterable[Tensor]
+) -> dict[str, tuple[float, float]]:
+    """Lowest and highest value over all `batches` of the scalars named by (lowest, highest) output pairs."""
+    session = start(content, optimized=False)
+    names = [name for pair in outputs for name in pair]
+    found = np.stack(
+        [np.stack(session.run(names, {INPUT: batch.cpu().float().contiguous().numpy()})).ravel() for batch in batches]
+    )
+    low, high = found.min(0)[0::2], found.max(0)[1::2]
+    return {lowest: (float(a), float(b)) for (lowest, _), a, b in zip(outputs, low, high, strict=True)}
+
+
+def paired_latency_ms(
+    models: Sequence[Callable[[Tensor], Any]], input_shape: Sequence[int], batch: int = 1, repeats: int = 50
+) -> list[float]:
+    """Median milliseconds that each of `models` takes for `(batch, *input_shape)`, on one thread of this process.
+
+    The models take turns, so that whatever else the machine does falls on all of them alike. OnnxModel brings its own
+    number of threads.
+    """
+    images = torch.randn(batch, *input_shape, generator=torch.Generator().manual_seed(0))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    times: list[list[float]] = [[] for _ in models]
+    try:
+        with torch.inference_mode():
+            for turn in range(repeats + 3):  # the first three warm up
+                for model, own in zip(models, times, strict=True):
+                    started = time.perf_counter()
+                    model(images)
+                    if turn >= 3:
+                        own.append(1000 * (time.perf_counter() - started))
+    finally:
+        torch.set_num_threads(threads)
+    return [statistics.median(own) for own in times]

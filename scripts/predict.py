@@ -1,0 +1,37 @@
+"""Classifies images with a model file: `python scripts/predict.py model.safetensors cat.png dog.jpg --top 3`."""
+
+import argparse
+import json
+import sys
+
+from compress.errors import UserError
+from compress.predict import Predictor
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("file", help="a .safetensors or .onnx file from a run's models/")
+    parser.add_argument("images", nargs="+", help="image files of any size")
+    parser.add_argument("--top", type=int, default=1, metavar="K", help="print the K likeliest classes (default 1)")
+    parser.add_argument("--json", action="store_true", help="print a JSON list")
+    arguments = parser.parse_args()
+    try:
+        predictions = Predictor.read(arguments.file)(arguments.images, arguments.top)
+    except UserError as mistake:
+        print(f"error: {mistake}", file=sys.stderr)
+        return 2
+    ranked = [list(zip(each.classes, each.probabilities, strict=True)) for each in predictions]
+    if arguments.json:
+        content = [
+            {"path": each.path, "classes": [{"class": name, "probability": value} for name, value in pairs]}
+            for each, pairs in zip(predictions, ranked, strict=True)
+        ]
+        print(json.dumps(content, indent=2))
+    else:
+        for each, pairs in zip(predictions, ranked, strict=True):
+            print(f"{each.path}: " + ", ".join(f"{name} {100 * value:.1f} %" for name, value in pairs))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

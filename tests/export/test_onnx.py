@@ -1,0 +1,388 @@
+"""ONNX files: the integers that were evaluated, the logits of the network, integer kernels, and one file only."""
+
+import builtins
+import dataclasses
+import json
+import subprocess
+import sys
+from collections import Counter
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from onnx import TensorProto, numpy_helper
+from torch import nn
+from torch.nn import functional as F
+
+from compress import models
+from compress.errors import UserError
+from compress.export.onnx import OnnxModel, paired_latency_ms, write_onnx, write_onnx_float
+from compress.quantization import Grid, quantize
+from compress.quantization.activations import InputQuantizer, attach_input_quantizer
+from compress.quantization.post_training import QuantizedLayer, QuantizedModel, state_beside
+
+IMAGES = torch.randn(32, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+def describe(stem):
+    return {
+        "architecture": {"stem": stem, "options": {}, "num_classes": 10},
+        "class_names": [str(digit) for digit in range(10)],
+        "mean": [0.5],
+        "standard_deviation": [0.25],
+        "input_shape": (3, 8, 8),
+    }
+
+
+def make(stem):
+    torch.manual_seed(0)
+    model = models.build(stem, 10).train()
+    with torch.no_grad():
+        for _ in range(3):
+            model(IMAGES)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def small():
+    return make("resnet8")
+
+
+def with_inputs(quantized, levels=256):
+    """`quantized`, every layer reading its input on `levels` levels from the lowest to the highest value."""
+    for name in quantized.layers:
+        layer = quantized.model.get_submodule(name)
+        seen = []
+        hook = layer.register_forward_pre_hook(lambda _, arguments, seen=seen: seen.append(arguments[0]))
+        with torch.no_grad():
+            quantized.model(IMAGES)
+        hook.remove()
+        low, high = min(0.0, seen[0].min().item()), max(0.0, seen[0].max().item())
+        scale = (high - low) / (levels - 1)
+        attach_input_quantizer(layer, InputQuantizer(scale, round(-low / scale), levels))
+    return quantized
+
+
+def logits(model, images=IMAGES):
+    with torch.no_grad():
+        return model(images)
+
+
+def distance(found, expected):
+    return ((found - expected).norm() / expected.norm()).item()
+
+
+def initializers(path):
+    return {each.name: each for each in onnx.load(path).graph.initializer}
+
+
+def optimised(path, folder):
+    """How often each operator stands in the graph that ONNX Runtime makes of a file."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    options.optimized_model_filepath = str(folder / "optimised.onnx")
+    onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return Counter(node.op_type for node in onnx.load(folder / "optimised.onnx").graph.node)
+
+
+@pytest.mark.parametrize(
+    ("stem", "bits", "options", "kind", "opset"),
+    [
+        ("resnet8", 8, {}, TensorProto.INT8, 18),
+        ("resnet8", 4, {"first_last_bits": None}, TensorProto.INT4, 21),
+        ("resnet8", 3, {"first_last_bits": None}, TensorProto.INT4, 21),
+        ("resnet8", 2, {"first_last_bits": None}, TensorProto.INT2, 25),
+        ("resnet8", 1, {"first_last_bits": None}, TensorProto.INT2, 25),
+        ("resnet8", 2, {"levels": "published", "first_last_bits": None}, TensorProto.INT4, 21),
+        ("resnet8", 4, {"levels": "published", "first_last_bits": None}, TensorProto.INT8, 18),
+        ("mobilenetv2", 4, {"first_last_bits": None}, TensorProto.INT4, 21),
+        ("wrn_16_1", 8, {}, TensorProto.INT8, 18),
+    ],
+)
+def test_a_file_has_the_codes_and_the_logits_that_were_evaluated(stem, bits, options, kind, opset, tmp_path):
+    quantized = quantize(make(stem), [IMAGES[:8]], bits, **options)
+    path = tmp_path / "model.onnx"
+    size = write_onnx(path, quantized, **describe(stem), extra={"seed": 3})
+    assert size == path.stat().st_size
+    onnx.checker.check_model(onnx.load(path), full_check=True)
+    assert onnx.load(path).opset_import[0].version == opset
+
+    stored = initializers(path)
+    for name, layer in quantized.layers.items():
+        codes = stored[f"{name}.weight.codes"]
+        assert codes.data_type == kind
+        offset = layer.grid.levels // 2
+        assert np.array_equal(numpy_helper.to_array(codes).astype(int) + offset, layer.codes.numpy())
+        zero_point = numpy_helper.to_array(stored[f"{name}.weight.zero_point"]).astype(int) + offset
+        assert np.array_equal(zero_point, layer.grid.zero_point.numpy())
+        assert np.array_equal(numpy_helper.to_array(stored[f"{name}.weight.scale"]), layer.grid.scale.numpy())
+        assert f"{name}.weight" not in stored
+
+    read = OnnxModel.read(path)
+    for count in (1, 32):
+        assert distance(read(IMAGES[:count]), logits(quantized.model, IMAGES[:count])) < 1e-5
+    assert read.description["format"] == "compress-onnx-1"
+    assert read.description["architecture"] == {"stem": stem, "options": {}, "num_classes": 10}
+    assert read.description["extra"] == {"seed": 3}
+    assert [(each["name"], each["bits"]) for each in read.description["layers"]] == [
+        (name, layer.bits) for name, layer in quantized.layers.items()
+    ]
+
+
+def test_weights_of_2_bits_take_a_quarter_of_a_byte(small, tmp_path):
+    quantized = quantize(small, [IMAGES[:8]], 2, first_last_bits=None)
+    write_onnx(tmp_path / "model.onnx", quantized, **describe("resnet8"))
+    for name, layer in quantized.layers.items():
+        stored = initializers(tmp_path / "model.onnx")[f"{name}.weight.codes"]
+        assert len(stored.raw_data) == -(-layer.codes.numel() // 4)
+
+
+class TokenMixer(nn.Module):
+    """Linear layers on three dimensions, which become MatMuls of a turned weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.mix, self.head = nn.Linear(24, 12), nn.Linear(12, 12), nn.Linear(12, 10)
+
+    def forward(self, images):
+        tokens = torch.relu(self.embed(images.flatten(1).reshape(-1, 8, 24)))
+        return self.head(self.mix(tokens).mean(1))
+
+
+@pytest.mark.parametrize("inputs", [False, True])
+def test_linear_layers_on_tokens_have_their_codes_turned(inputs, tmp_path):
+    torch.manual_seed(0)
+    quantized = quantize(TokenMixer(), [IMAGES], 4, first_last_bits=None)
+    if inputs:
+        with_inputs(quantized)
+    path = tmp_path / "model.onnx"
+    write_onnx(path, quantized, **describe("mixer"))
+    stored = numpy_helper.to_array(initializers(path)["mix.weight.codes"]).astype(int)
+    assert np.array_equal(stored.T + 8, quantized.layers["mix"].codes.numpy())
+    assert distance(OnnxModel.read(path)(IMAGES), logits(quantized.model)) < (0.02 if inputs else 1e-5)
+
+
+def lone_convolution(weight_scale, bias):
+    """A Conv2d (3, 2 channels) on 8-bit weights and inputs, and its codes."""
+    torch.manual_seed(0)
+    codes = torch.randint(0, 256, (2, 3, 3, 3), dtype=torch.uint8)
+    grid = Grid(torch.tensor(weight_scale), torch.tensor([128, 127], dtype=torch.int32), 256)
+    model = nn.Sequential(nn.Conv2d(3, 2, 3))
+    model[0].weight = nn.Parameter(grid.dequantize(codes))
+    model[0].bias = nn.Parameter(torch.tensor(bias))
+    attach_input_quantizer(model[0], InputQuantizer(0.03, 120, 256))
+    layer = QuantizedLayer(codes, grid, tuple(codes.shape), 8, None)
+    return QuantizedModel(model.eval(), {"0": layer}, state_beside(model, ["0"]), [], {}), codes
+
+
+def test_a_convolution_on_quantized_inputs_computes_the_sum_of_its_codes(tmp_path):
+    """Against integers: scale_x scale_w sum (x - x0)(w - w0) + bias, the bias rounded to a step of that product."""
+    quantized, codes = lone_convolution([0.01, 0.02], [0.7, -0.4])
+    path = tmp_path / "model.onnx"
+    write_onnx(path, quantized, **describe("conv"))
+    x = ((IMAGES.double() / 0.03).round() + 120).clamp(0, 255) - 120
+    weight = codes.double() - torch.tensor([128.0, 127.0]).reshape(2, 1, 1, 1)
+    step = torch.tensor([0.0003, 0.0006], dtype=torch.float64)
+    bias = (torch.tensor([0.7, -0.4], dtype=torch.float64) / step).round()
+    expected = F.conv2d(x, weight, bias) * step.reshape(2, 1, 1)
+    assert (OnnxModel.read(path)(IMAGES) - expected).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("weight_scale", [1e-12, 1e-9])
+def test_the_bias_of_a_channel_that_is_almost_off_is_not_cut(weight_scale, tmp_path):
+    quantized, _ = lone_convolution([weight_scale, 0.01], [3.0, -2.0])
+    path = tmp_path / "model.onnx"
+    write_onnx(path, quantized, **describe("conv"))
+    found, expected = OnnxModel.read(path)(IMAGES), logits(quantized.model)
+    assert (found[:, 0] - expected[:, 0]).abs().max() < 1e-5
+    assert (found[:, 1] - expected[:, 1]).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize(("bits", "levels"), [(8, 256), (4, 256), (2, 256), (8, 64), (4, 16)])
+def test_quantized_inputs_give_the_classes_of_the_network(small, bits, levels, tmp_path):
+    quantized = quantize(small, [IMAGES], bits)
+    unrounded = logits(quantized.model)
+    expected = logits(with_inputs(quantized, levels).model)
+    path = tmp_path / "model.onnx"
+    write_onnx(path, quantized, **describe("resnet8"), calibration_batches=[IMAGES])
+    read = OnnxModel.read(path)
+    # One code that is rounded the other way moves codes of all later layers, so the error is compared with the one that
+    # quantizing the inputs makes; the test of a lone convolution has no such excuse.
+    assert distance(read(IMAGES), expected) < 2 * distance(unrounded, expected)
+    assert (read(IMAGES).argmax(1) == expected.argmax(1)).float().mean() >= 0.9
+    assert [each["levels"] for each in read.description["inputs"]] == [levels] * len(quantized.layers)
+    for name, layer in quantized.layers.items():
+        stored = numpy_helper.to_array(initializers(path)[f"{name}.weight.codes"]).astype(int)
+        assert np.array_equal(stored + layer.grid.levels // 2, layer.codes.numpy())
+
+
+@pytest.mark.parametrize("bits", [8, 2])
+def test_all_convolutions_of_a_resnet_run_on_integer_kernels(small, bits, tmp_path):
+    quantized = with_inputs(quantize(small, [IMAGES], bits))
+    convolutions = sum(isinstance(module, nn.Conv2d) for module in quantized.model.modules())
+    path = tmp_path / "model.onnx"
+    write_onnx(path, quantized, **describe("resnet8"), calibration_batches=[IMAGES])
+    operators = optimised(path, tmp_path)
+    assert operators["QLinearConv"] == convolutions
+    assert operators["QLinearAdd"] == 2  # of three: the last one's sum goes on as float
+    assert operators["QGemm"] == 1
+    assert not {"Conv", "FusedConv", "Gemm"} & set(operators)
+    write_onnx(path, quantized, **describe("resnet8"))
+    assert 0 < optimised(path, tmp_path)["QLinearConv"] < convolutions
+
+
+class LateReader(nn.Module):
+    """A tensor that is added first and read by a convolution later."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.other, self.last = nn.Conv2d(3, 8, 3), nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1)
+
+    def forward(self, images):
+        shared = torch.relu(self.stem(images))
+        total = self.other(images) + shared
+        return (torch.relu(total) + self.last(shared)).mean((2, 3))
+
+
+def test_a_sum_that_comes_before_the_reader_whose_grid_it_shares_is_computed_after_that_grid(tmp_path):
+    torch.manual_seed(0)
+    quantized = with_inputs(quantize(LateReader(), [IMAGES], 8))
+    path = tmp_path / "model.onnx"
+    write_onnx(path, quantized, **describe("late"), calibration_batches=[IMAGES])
+    onnx.checker.check_model(onnx.load(path), full_check=True)
+    assert distance(OnnxModel.read(path)(IMAGES), logits(quantized.model)) < 0.01
+
+
+def test_depth_wise_convolutions_run_on_integer_kernels_too(tmp_path):
+    quantized = with_inputs(quantize(make("mobilenetv2"), [IMAGES], 8))
+    path = tmp_path / "model.onnx"
+    write_onnx(path, quantized, **describe("mobilenetv2"), calibration_batches=[IMAGES])
+    assert optimised(path, tmp_path)["QLinearConv"] >= 52
+    assert distance(OnnxModel.read(path)(IMAGES), logits(quantized.model)) < 0.02
+
+
+def test_a_layer_of_float_weights_on_quantized_inputs_keeps_them(small, tmp_path):
+    quantized = with_inputs(quantize(small, [IMAGES], 8))
+    with torch.no_grad():
+        for name in quantized.layers:
+            layer = quantized.model.get_submodule(name)
+            layer.weight.copy_(layer.weight * 1.001 + 1e-4)  # off the grid
+    float_weights = dataclasses.replace(quantized, layers={})
+    write_onnx(tmp_path / "model.onnx", float_weights, **describe("resnet8"))
+    assert distance(OnnxModel.read(tmp_path / "model.onnx")(IMAGES), logits(quantized.model)) < 0.003
+
+
+def test_the_float_file_has_the_logits_of_the_network_and_no_batch_norm(small, tmp_path):
+    path = tmp_path / "float.onnx"
+    assert write_onnx_float(path, small, **describe("resnet8")) == path.stat().st_size
+    read = OnnxModel.read(path)
+    assert distance(read(IMAGES), logits(small)) < 1e-5
+    assert read.description["class_names"] == [str(digit) for digit in range(10)]
+    assert not {"BatchNormalization", "DequantizeLinear"} & {node.op_type for node in onnx.load(path).graph.node}
+    assert any(isinstance(module, nn.BatchNorm2d) for module in small.modules())
+
+
+def test_the_same_network_gives_the_same_bytes_in_another_process_and_nothing_is_printed(tmp_path):
+    script = """
+import sys, torch
+sys.path.insert(0, "tests/export")
+from test_onnx import IMAGES, describe, make, with_inputs
+from compress.export.onnx import write_onnx
+from compress.quantization import quantize
+quantized = with_inputs(quantize(make("resnet8"), [IMAGES], 4))
+write_onnx(sys.argv[1], quantized, **describe("resnet8"), calibration_batches=[IMAGES])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script, tmp_path / "a.onnx"], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    for _ in range(2):
+        quantized = with_inputs(quantize(make("resnet8"), [IMAGES], 4))
+        write_onnx(tmp_path / "b.onnx", quantized, **describe("resnet8"), calibration_batches=[IMAGES])
+        assert (tmp_path / "a.onnx").read_bytes() == (tmp_path / "b.onnx").read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.onnx", "b.onnx"]
+    assert str(tmp_path).encode() not in (tmp_path / "a.onnx").read_bytes()
+    assert b"compress/models" not in (tmp_path / "a.onnx").read_bytes()
+
+
+def test_writing_leaves_the_network_with_its_quantized_inputs(small, tmp_path):
+    quantized = with_inputs(quantize(small, [IMAGES], 4))
+    before = logits(quantized.model)
+    write_onnx(tmp_path / "model.onnx", quantized, **describe("resnet8"), calibration_batches=[IMAGES])
+    assert torch.equal(logits(quantized.model), before)
+
+
+@pytest.mark.parametrize(("bits", "options"), [(9, {}), (8, {"levels": "published"})])
+def test_more_than_256_levels_are_refused(small, bits, options, tmp_path):
+    quantized = quantize(small, [IMAGES[:4]], bits, **options)
+    with pytest.raises(UserError, match=r"found a weight on \d+; accepted in an ONNX file: at most 256"):
+        write_onnx(tmp_path / "model.onnx", quantized, **describe("resnet8"))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module")
+def file(small, tmp_path_factory):
+    path = tmp_path_factory.mktemp("onnx") / "model.onnx"
+    write_onnx(path, quantize(small, [IMAGES[:4]], 8), **describe("resnet8"))
+    return path
+
+
+def test_files_that_are_damaged_or_foreign_are_refused_by_name(file, tmp_path):
+    content = file.read_bytes()
+    path = tmp_path / "bad.onnx"
+    model = onnx.load(file)
+    weight = next(each for each in model.graph.initializer if each.data_type == TensorProto.INT8)
+    start = content.index(weight.raw_data)
+    del model.metadata_props[:]
+    for bad, message in [
+        (b"", "truncated"),
+        (b"not a network", "truncated"),
+        (content[: len(content) // 2], "truncated"),
+        (content[:start] + bytes([content[start] ^ 1]) + content[start + 1 :], "does not match its checksum"),
+        (model.SerializeToString(), "without a description"),
+    ]:
+        path.write_bytes(bad)
+        with pytest.raises(UserError, match=rf"bad\.onnx: found .*{message}.*; accepted: "):
+            OnnxModel.read(path)
+    with pytest.raises(UserError, match=r"none\.onnx: found no such file"):
+        OnnxModel.read(tmp_path / "none.onnx")
+
+
+@pytest.mark.parametrize("missing", ["onnx", "onnxscript", "onnxruntime"])
+def test_a_missing_package_is_named_with_the_extra(small, file, missing, monkeypatch, tmp_path):
+    imports = builtins.__import__
+
+    def without(name, *arguments, **options):
+        if name.partition(".")[0] == missing:
+            raise ImportError(name)
+        return imports(name, *arguments, **options)
+
+    quantized = quantize(small, [IMAGES[:4]], 8)
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(UserError, match=rf"{missing} is not installed; pip install 'compress\[onnx\]'"):
+        write_onnx(tmp_path / "model.onnx", quantized, **describe("resnet8"))
+    if missing == "onnxruntime":
+        with pytest.raises(UserError, match="onnxruntime is not installed"):
+            OnnxModel.read(file)
+    else:
+        assert OnnxModel.read(file)(IMAGES).shape == (32, 10)
+
+
+def test_latencies_are_one_per_model_and_the_models_take_turns():
+    calls = []
+    models_ = [lambda images, index=index: calls.append((index, tuple(images.shape))) for index in range(2)]
+    threads = torch.get_num_threads()
+    found = paired_latency_ms(models_, (3, 8, 8), batch=4, repeats=5)
+    assert len(found) == 2
+    assert all(value > 0 for value in found)
+    assert calls == [(0, (4, 3, 8, 8)), (1, (4, 3, 8, 8))] * (len(calls) // 2)
+    assert torch.get_num_threads() == threads
+
+
+def test_the_metadata_is_json_that_any_reader_of_onnx_finds(file):
+    metadata = {each.key: each.value for each in onnx.load(file).metadata_props}
+    assert set(metadata) == {"format", "description", "sha256"}
+    description = json.loads(metadata["description"])
+    assert (description["input_shape"], description["mean"], description["inputs"]) == ([3, 8, 8], [0.5], [])

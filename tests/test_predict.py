@@ -1,0 +1,179 @@
+"""Classifying image files: the logits of the network on the pixels of the data pipeline, from the file alone."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.nn import functional as F
+
+from compress import models
+from compress.data.folder import Folder
+from compress.data.normalisation import Normalisation
+from compress.data.source import prepared
+from compress.errors import UserError
+from compress.export import write_float, write_packed
+from compress.export.onnx import write_onnx
+from compress.predict import Predictor
+from compress.quantization import quantize
+
+NAMES = [f"class {index}" for index in range(10)]
+MEAN, DEVIATION = [0.5, 0.4, 0.3], [0.2, 0.25, 0.3]
+ABOUT = {
+    "architecture": {"stem": "resnet8", "options": {}, "num_classes": 10},
+    "class_names": NAMES,
+    "mean": MEAN,
+    "standard_deviation": DEVIATION,
+    "input_shape": (3, 16, 16),
+}
+
+
+@pytest.fixture(scope="module")
+def quantized():
+    torch.manual_seed(0)
+    model = models.build("resnet8", 10).train()
+    with torch.no_grad():
+        for _ in range(3):
+            model(torch.randn(32, 3, 16, 16))
+    return quantize(model, [torch.randn(8, 3, 16, 16)], 4)
+
+
+@pytest.fixture(scope="module")
+def folder(quantized, tmp_path_factory):
+    """A directory of the three kinds of model files and of images of several sizes and modes."""
+    directory = tmp_path_factory.mktemp("predict")
+    write_packed(directory / "packed.safetensors", quantized, **ABOUT)
+    write_float(directory / "float.safetensors", models.build("resnet8", 10), **ABOUT)
+    write_onnx(directory / "model.onnx", quantized, **ABOUT)
+    draw = np.random.default_rng(0)
+    Image.fromarray(draw.integers(0, 256, (16, 16, 3), np.uint8)).save(directory / "same.png")
+    Image.fromarray(draw.integers(0, 256, (40, 40, 3), np.uint8)).save(directory / "large.png")
+    Image.fromarray(draw.integers(0, 256, (16, 16), np.uint8)).save(directory / "grey.png")
+    Image.fromarray(draw.integers(0, 256, (30, 50, 3), np.uint8)).save(directory / "wide.jpg", quality=90)
+    Image.fromarray(draw.integers(0, 256, (9, 7, 4), np.uint8)).save(directory / "clear.webp", lossless=True)
+    return directory
+
+
+def pixels(path):
+    """uint8 (1, C, H, W) of an image file, in the mode that it has."""
+    content = torch.from_numpy(np.array(Image.open(path)))
+    return (content[None, None] if content.dim() == 2 else content.permute(2, 0, 1)[None]).contiguous()
+
+
+@pytest.mark.parametrize("name", ["same.png", "large.png", "grey.png"])
+def test_a_square_image_becomes_what_the_data_pipeline_makes_of_it(folder, name):
+    found = Predictor.read(folder / "packed.safetensors").image(folder / name)
+    assert torch.equal(found, Normalisation(MEAN, DEVIATION, 16)(prepared(pixels(folder / name), 16))[0])
+
+
+def test_pixels_are_scaled_and_normalised_per_channel(folder):
+    found = Predictor.read(folder / "packed.safetensors").image(folder / "same.png")
+    values = pixels(folder / "same.png")[0].double() / 255
+    mean, deviation = (torch.tensor(each, dtype=torch.float64).reshape(3, 1, 1) for each in (MEAN, DEVIATION))
+    assert torch.allclose(found.double(), (values - mean) / deviation, atol=1e-5)
+
+
+def test_a_wide_image_becomes_what_a_folder_of_images_makes_of_it(folder, tmp_path):
+    for split in ("train", "test"):
+        for label in ("a", "b"):
+            (tmp_path / split / label).mkdir(parents=True)
+            (tmp_path / split / label / "wide.jpg").write_bytes((folder / "wide.jpg").read_bytes())
+    source = Folder(str(tmp_path), image_size=16).read()
+    found = Predictor.read(folder / "packed.safetensors").image(folder / "wide.jpg")
+    assert torch.equal(found, Normalisation(MEAN, DEVIATION, 16)(source.test_images[:1])[0])
+
+
+@pytest.mark.parametrize("file", ["packed.safetensors", "model.onnx"])
+def test_classes_and_probabilities_are_those_of_the_network(folder, quantized, file):
+    predictor = Predictor.read(folder / file)
+    names = ["same.png", "large.png", "grey.png", "wide.jpg", "clear.webp"]
+    found = predictor([folder / name for name in names], top=3)
+    images = torch.stack([predictor.image(folder / name) for name in names])
+    with torch.no_grad():
+        expected = F.softmax(quantized.model(images).double(), 1)
+    for each, name, row in zip(found, names, expected, strict=True):
+        order = row.argsort(descending=True)[:3]
+        assert each.path == str(folder / name)
+        assert each.classes == tuple(NAMES[index] for index in order)
+        assert np.allclose(each.probabilities, row[order], atol=1e-4)
+
+
+def test_one_mean_stands_for_three_channels(folder, quantized, tmp_path):
+    about = ABOUT | {"mean": [0.5], "standard_deviation": [0.25]}
+    write_packed(tmp_path / "model.safetensors", quantized, **about)
+    found = Predictor.read(tmp_path / "model.safetensors").image(folder / "grey.png")
+    expected = (pixels(folder / "grey.png")[0].float() / 255 - 0.5) / 0.25
+    assert torch.allclose(found, expected.expand(3, 16, 16), atol=1e-5)
+
+
+def script(*arguments):
+    command = [sys.executable, "scripts/predict.py", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_the_script_prints_a_line_per_image(folder):
+    images = [folder / "same.png", folder / "wide.jpg"]
+    done = script(folder / "float.safetensors", *images, "--top", 2)
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
+    for line, image, found in zip(lines, images, Predictor.read(folder / "float.safetensors")(images, 2), strict=True):
+        (first, second), (most, less) = found.classes, found.probabilities
+        assert line == f"{image}: {first} {100 * most:.1f} %, {second} {100 * less:.1f} %"
+
+
+def test_the_script_prints_json(folder):
+    done = script(folder / "model.onnx", folder / "grey.png", "--json", "--top", 10)
+    [image] = json.loads(done.stdout)
+    assert image["path"] == str(folder / "grey.png")
+    assert sorted(each["class"] for each in image["classes"]) == NAMES
+    assert sum(each["probability"] for each in image["classes"]) == pytest.approx(1)
+
+
+MISTAKES = [
+    ("none.safetensors", ["same.png"], 1, "none.safetensors: found no such file"),
+    ("none.onnx", ["same.png"], 1, "none.onnx: found no such file"),
+    ("same.png", ["same.png"], 1, "same.png: found no model file"),
+    ("packed.safetensors", ["none.png"], 1, "none.png: found no such file"),
+    ("packed.safetensors", ["same.png", "model.onnx"], 1, "model.onnx: cannot be read"),
+    ("packed.safetensors", ["same.png"], 11, "top: found 11; accepted: 1 to 10"),
+    ("packed.safetensors", ["same.png"], 0, "top: found 0; accepted: 1 to 10"),
+]
+
+
+@pytest.mark.parametrize(("file", "images", "top", "message"), MISTAKES)
+def test_a_mistake_is_named_in_one_line(folder, file, images, top, message):
+    with pytest.raises(UserError) as mistake:
+        Predictor.read(folder / file)([folder / image for image in images], top)
+    assert message in str(mistake.value)
+    assert len(str(mistake.value).splitlines()) == 1
+
+
+def test_the_script_ends_with_status_2_and_one_line_on_a_mistake(folder):
+    done = script(folder / "packed.safetensors", folder / "same.png", folder / "model.onnx")
+    assert (done.returncode, done.stdout) == (2, "")
+    [line] = done.stderr.splitlines()
+    assert line.startswith(f"error: {folder / 'model.onnx'}: cannot be read")
+
+
+@pytest.mark.parametrize("name", ["foreign.safetensors", "foreign.onnx"])
+def test_foreign_files_are_refused(name, tmp_path):
+    (tmp_path / name).write_bytes(b"\x08\x00\x00\x00 something else")
+    with pytest.raises(UserError, match=rf"{name}: found a truncated file or none of the"):
+        Predictor.read(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["packed.safetensors", "model.onnx"])
+def test_images_are_classified_without_the_libraries_that_only_training_needs(folder, name):
+    code = """
+import sys
+from compress.predict import Predictor
+Predictor.read(sys.argv[1])([sys.argv[2]])
+heavy = {"pytorch_lightning", "hydra", "wandb", "torchvision", "torchmetrics", "sklearn", "matplotlib", "onnx"}
+print(sorted(heavy & set(sys.modules)))
+"""
+    command = [sys.executable, "-c", code, folder / name, folder / "same.png"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "[]\n", "")
