@@ -120,7 +120,8 @@ class PostTrainingQuantization(pl.Callback):
                     f"  {quantizer.name} {bits} bit: {len(quantized.layers)} layers on {count} images, {seconds:.1f} s"
                     + (f", left float: {', '.join(quantized.skipped)}" if quantized.skipped else "")
                 )
-                path = self.directory / "models" / f"student-{quantizer.name}-{bits}bit.safetensors"
+                inputs = f"-a{quantizer.activation_bits}" if quantizer.activation_bits else ""
+                path = self.directory / "models" / f"student-{quantizer.name}-{bits}bit{inputs}.safetensors"
                 self._write(
                     path,
                     quantized,
@@ -128,6 +129,7 @@ class PostTrainingQuantization(pl.Callback):
                     bits=bits,
                     levels=quantizer.levels(bits),
                     first_last_bits=quantizer.first_last_bits,
+                    activation_bits=quantizer.activation_bits or 32,
                 )
 
     def _write(self, path: Path, quantized: QuantizedModel, **columns: Any) -> None:

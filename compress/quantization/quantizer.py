@@ -20,7 +20,8 @@ def _as_list(value):
 class Quantizer:
     """Options of `compress.quantization.quantize`, bound; `bits` and `calibration_images` are for the caller to read.
 
-    bits: bit widths to quantize to, one model each. alphabet: "exact" is 2^bits levels, "published" 2^bits + 1.
+    bits: bit widths to quantize to, one model each. alphabet: "exact" is 2^bits levels, "published" 2^bits + 1,
+    "narrow" 2^bits - 1, as many on either side of zero. activation_bits: of the layers' inputs too; None: float.
     calibration_images: how many training images the caller should pass. scale_candidates, sweeps and refit are those of
     `Refinement`, the other arguments those of `quantize`, which checks them too. `name` is the solver's. In YAML
     `solver` is a mapping (`_target_`, `_partial_: true`) from which Hydra makes the callable.
@@ -30,10 +31,16 @@ class Quantizer:
         self,
         solver: Callable[..., Tensor] | dict[str, Any],
         bits: Annotated[list[Bits], BeforeValidator(_as_list), Field(min_length=1)],
-        alphabet: Literal["exact", "published"] = "exact",
+        alphabet: Literal["exact", "published", "narrow"] = "exact",
         first_last_bits: Bits | None = 8,
         skip: Sequence[str] = (),
         calibration_images: Annotated[int, Field(ge=1)] = 256,
+        max_rows: Annotated[int, Field(ge=1)] | None = None,
+        activation_bits: Annotated[int, Field(ge=2, le=8)] | None = None,
+        activation_range: Literal["mse", "min_max", "percentile"] = "mse",
+        activation_percentile: Annotated[float, Field(gt=0.5, le=1)] = 0.9999,
+        zero_point: Literal["symmetric", "mirrored", "affine"] = "mirrored",
+        granularity: Literal["channel", "layer"] = "channel",
         scale: Literal["mse", "max_abs", "percentile"] = "mse",
         percentile: Annotated[float, Field(gt=0, le=1)] = 1.0,
         alphabet_scalar: Annotated[float, Field(gt=0)] = 1.16,
@@ -49,9 +56,16 @@ class Quantizer:
         self.calibration_images = calibration_images
         self.first_last_bits = first_last_bits
         self.alphabet = alphabet
+        self.activation_bits = activation_bits
         self.options = {
             "solver": solver,
-            "levels": "published" if alphabet == "published" else None,
+            "levels": None if alphabet == "exact" else alphabet,
+            "max_rows": max_rows,
+            "activation_bits": activation_bits,
+            "activation_range": activation_range,
+            "activation_percentile": activation_percentile,
+            "zero_point": zero_point,
+            "granularity": granularity,
             "first_last_bits": first_last_bits,
             "skip": list(skip),
             "scale": scale,
@@ -64,8 +78,8 @@ class Quantizer:
         }
 
     def levels(self, bits: int) -> int:
-        """Levels of the grids of `bits` bits: 2^bits, one more in the published alphabet."""
-        return 2**bits + (self.alphabet == "published")
+        """Levels of the grids of `bits` bits: 2^bits, one more in the published alphabet and one less in the narrow."""
+        return 2**bits + {"exact": 0, "published": 1, "narrow": -1}[self.alphabet]
 
     def __call__(
         self,
