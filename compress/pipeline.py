@@ -90,6 +90,7 @@ def run(config: DictConfig, directory: Path, overrides: Sequence[str] = ()) -> R
         directory,
         architectures,
         quantizer,
+        plain["export"],
         on_grids=module.on_grids,
         start=module.start and module.start[0],
         before=clock.lap,
@@ -110,6 +111,7 @@ def run(config: DictConfig, directory: Path, overrides: Sequence[str] = ()) -> R
     teacher_record = teachers.test_record(teacher, data, updates_teacher) if teacher else None
     clock.lap("quantization")
 
+    variants = quantization.variants
     stem = architectures[quantization.network]["stem"]
     record = {
         "format": 1,
@@ -126,22 +128,22 @@ def run(config: DictConfig, directory: Path, overrides: Sequence[str] = ()) -> R
             "macs": models.count_macs(quantization.student, data.input_shape),
             "epochs": trainer.current_epoch,
             "best_epoch": epoch_of(directory / "checkpoints" / BEST),
-            "validation_accuracy": quantization.rows[0].validation_accuracy,
-            "test_accuracy": quantization.rows[0].test_accuracy,
-            "test_accuracy_per_class": dict(zip(data.class_names, quantization.test.per_class, strict=True)),
+            "validation_accuracy": variants.rows[0].validation_accuracy,
+            "test_accuracy": variants.rows[0].test_accuracy,
+            "test_accuracy_per_class": dict(zip(data.class_names, variants.test.per_class, strict=True)),
         },
-        "tradeoff": [asdict(row) for row in quantization.rows],
-        "layers": quantization.layers,
+        "tradeoff": [asdict(row) for row in variants.rows],
+        "layers": variants.layers,
     }
     title = f"{method_name(config)} {stem} on {config.data._target_.rpartition('.')[2]}"
     teacher_accuracy = teacher_record["test_accuracy"] if teacher_record else None
-    write_csv(directory / "tradeoff.csv", quantization.rows)
-    draw_tradeoff(directory / "tradeoff.png", quantization.rows, title, teacher_accuracy)
+    write_csv(directory / "tradeoff.csv", variants.rows)
+    draw_tradeoff(directory / "tradeoff.png", variants.rows, title, teacher_accuracy)
     # Last, because its presence says that the run is finished.
     write_json(directory / "result.json", record)
     (directory / STARTED).unlink()
-    _show(directory, quantization.rows, title)
-    return Result(directory, tuple(quantization.rows), record)
+    _show(directory, variants.rows, title)
+    return Result(directory, tuple(variants.rows), record)
 
 
 def _finished(directory: Path) -> Result:
