@@ -177,6 +177,8 @@ def check_values(config: DictConfig) -> None:
         # `none` on the command line leaves what an experiment says of the option that it chose itself.
         if config[group] and "_target_" not in config[group]:
             config[group] = {}
+    if config.teacher and not {"model", "members"} & config.teacher.keys():
+        config.teacher = {}
     _coerce(config, "", TOP_LEVEL, accepted=[*TOP_LEVEL, *GROUPS], required=TOP_LEVEL)
     for group in ("data", "method", "loss", "scheduler"):
         _coerce_own(config, group)

@@ -27,7 +27,8 @@ class Variants:
     Files go to `directory`/models; with export["packed"] false they are measured and removed, with export["onnx"] true
     an ONNX file is written, measured and kept beside each. architecture: {"stem", "options", "num_classes"}.
     `layers` says for each packed file which layers were quantized, to how many bits and with which relative output
-    error; `test` is the float32 network's evaluation on the test set.
+    error, and `quantized` has the networks by name; `test` is the evaluation of the float32 network, `student`, on the
+    test set.
     """
 
     def __init__(
@@ -41,12 +42,14 @@ class Variants:
         self.rows: list[Row] = []
         self.layers: dict[str, dict[str, Any]] = {}
         self.quantized: dict[str, QuantizedModel] = {}
+        self.student: nn.Module | None = None
         self.test: Evaluation | None = None
         self._runnable: list[Callable[[Tensor], Tensor]] = []
         self._description = describe(architecture, data)
 
     def add_float(self, student: nn.Module) -> None:
         """The reference of all others."""
+        self.student = student
         path = self._path("student-fp32")
         write_float(path, student, **self._description)
         columns = {"quantizer": "none", "bits": 32, "levels": None, "first_last_bits": None, "activation_bits": 32}

@@ -109,6 +109,15 @@ def read_model(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
     return _read(Path(path), (PACKED, FLOAT))
 
 
+def read_float_description(path: str | Path) -> dict[str, Any] | None:
+    """What a float32 file says of its network; None for a file of any other kind, a packed one or a state dict, say."""
+    try:
+        kind, description, _ = container.read(Path(path))
+    except UserError:
+        return None
+    return description if kind == FLOAT else None
+
+
 def network_description(
     architecture: Mapping[str, Any],
     class_names: Sequence[str],
