@@ -54,7 +54,7 @@ class Variant:
 class Group:
     """Runs that are equal in all but the seed, one for each, in order of the seeds.
 
-    `settings` is what was typed for them and not for all runs, beyond what has a column of its own. Where a seed ran
+    `settings` is what was typed for them and not for all runs on the same data, beyond what has a column of its own. Where a seed ran
     several times under the same configuration the latest counts; `repeated` are the others.
     """
 
@@ -129,11 +129,16 @@ def _frozen(value: Any) -> Any:
 
 
 def _settings(members: Sequence[Sequence[Run]]) -> list[str]:
-    """What was typed for each group and not for all; from the configuration where that tells two of them not apart."""
+    """What was typed for each group and not for all on the same data; from the configuration where that tells two of them not apart."""
     typed = [[each for each in own[0].overrides if not each.startswith(("hydra", "logger"))] for own in members]
     typed = [[each for each in own if each.lstrip("+").partition("=")[0] not in SHOWN_ELSEWHERE] for own in typed]
-    everywhere = set.intersection(*map(set, typed)) if typed else set()
-    texts = [" ".join(each for each in own if each not in everywhere) for own in typed]
+    everywhere: dict[str, set[str]] = {}
+    for own, overrides in zip(members, typed, strict=True):
+        everywhere[own[0].data] = everywhere.get(own[0].data, set(overrides)) & set(overrides)
+    texts = [
+        " ".join(each for each in overrides if each not in everywhere[own[0].data])
+        for own, overrides in zip(members, typed, strict=True)
+    ]
     shown = [(own[0].data, own[0].method, own[0].student, text) for own, text in zip(members, texts, strict=True)]
     for same, count in Counter(shown).items():
         if count > 1:
