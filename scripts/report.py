@@ -42,7 +42,8 @@ def main() -> int:
     if collection.unfinished:
         first = collection.unfinished[0]
         print(f"note: {len(collection.unfinished)} not finished and left out, such as {first}", file=sys.stderr)
-    print(f"{len(collection.runs)} runs in {', '.join(map(str, outputs))}")
+    count = len(collection.runs)
+    print(f"{count} run{'' if count == 1 else 's'} in {', '.join(map(str, outputs))}")
     return 0
 
 

@@ -54,8 +54,8 @@ class Variant:
 class Group:
     """Runs that are equal in all but the seed, one for each, in order of the seeds.
 
-    `settings` is what was typed for them and not for all runs on the same data, beyond what has a column of its own. Where a seed ran
-    several times under the same configuration the latest counts; `repeated` are the others.
+    `settings` is what was typed for them and not for all runs on the same data, beyond what has a column of its own.
+    Where a seed ran several times under the same configuration the latest counts; `repeated` are the others.
     """
 
     runs: tuple[Run, ...]
@@ -129,7 +129,10 @@ def _frozen(value: Any) -> Any:
 
 
 def _settings(members: Sequence[Sequence[Run]]) -> list[str]:
-    """What was typed for each group and not for all on the same data; from the configuration where that tells two of them not apart."""
+    """What was typed for each group and not for all on the same data.
+
+    Where that does not tell two of them apart, the keys of the configuration in which they differ.
+    """
     typed = [[each for each in own[0].overrides if not each.startswith(("hydra", "logger"))] for own in members]
     typed = [[each for each in own if each.lstrip("+").partition("=")[0] not in SHOWN_ELSEWHERE] for own in typed]
     everywhere: dict[str, set[str]] = {}

@@ -192,7 +192,7 @@ def _data_name(name: str, config: Mapping[str, Any]) -> str:
     data = config.get("data") or {}
     if name == "Folder":
         name = f"{name} {Path(str(data.get('root'))).name}"
-    return f"{name}, {data['limit']} images" if data.get("limit") else name
+    return f"{name} ({data['limit']:,} images)" if isinstance(data.get("limit"), int) else name
 
 
 def _layers(
@@ -224,7 +224,10 @@ def _curves(path: Path, problems: list[str]) -> dict[str, tuple[tuple[float, ...
     curves: dict[str, list[tuple[float, float]]] = {}
     try:
         with path.open(newline="", encoding="utf-8") as stream:
-            for row in csv.DictReader(stream, strict=True):
+            reader = csv.DictReader(stream, strict=True)
+            if "epoch" not in (reader.fieldnames or ()):
+                raise ValueError("no column of epochs")
+            for row in reader:
                 if not row["epoch"]:
                     continue
                 for name, value in row.items():

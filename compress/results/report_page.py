@@ -89,7 +89,7 @@ def plotly_script() -> str:
 
 def title(collection: Collection) -> str:
     names = sorted({run.data for run in collection.runs})
-    return "Accuracy per byte: " + (", ".join(names) if len(names) <= 2 else f"{len(names)} data sets")
+    return "Accuracy per byte: " + (" and ".join(names) if len(names) <= 2 else f"{len(names)} data sets")
 
 
 def subtitle(collection: Collection, written: str) -> str:

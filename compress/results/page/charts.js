@@ -3,7 +3,7 @@
 
 const PALETTE = ["#0b62a8", "#d9730d", "#21825a", "#b3378f", "#7a5195", "#c0392b", "#168aad", "#8a6d1d", "#4d5766", "#e0879a"];
 const FONT = {family: "system-ui, 'Segoe UI', Roboto, sans-serif", size: 12, color: "#1c2430"};
-const CONFIG = {displaylogo: false, responsive: true, modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"]};
+const CONFIG = {displaylogo: false, modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"]};
 const GRID = {gridcolor: "#e8ebf0", linecolor: "#c9d0d9", zeroline: false, ticks: "outside", tickcolor: "#c9d0d9"};
 
 function plain(text) {
@@ -20,7 +20,7 @@ function layout(changes) {
 
 function draw(place, traces, design) {
   place.querySelector(".empty")?.remove();
-  return Plotly.react(place, traces, layout(design), CONFIG);
+  return Plotly.react(place, traces, layout({...design, width: place.clientWidth, height: place.clientHeight}), CONFIG);
 }
 
 function clear(place, sentence) {
@@ -48,7 +48,7 @@ function hoverText(line, runs) {
     name ? `run ${plain(name)}, seed ${runs[line.runs[0]].seed}` : `${line.runs.length} seeds: ${plain(line.runs.map((each) => runs[each].name).slice(0, 4).join(", "))}`,
     line.settings ? plain(line.settings.length > 70 ? line.settings.slice(0, 69) + "…" : line.settings) : null,
     value("test"), value("validation"),
-    size(line.bytes) + (line.ratio === null ? "" : `, ${decimals(line.ratio, 1)}x smaller than fp32`),
+    size(line.bytes) + (line.ratio === null || line.quantizer === "none" ? "" : `, ${decimals(line.ratio, 1)}x smaller than fp32`),
   ].filter((part) => part).join("<br>");
 }
 
@@ -95,35 +95,46 @@ function sizeTicks(low, high) {
   return {tickvals: ticks, ticktext: ticks.map(unit), range: [Math.log10(low) - margin, Math.log10(high) + margin]};
 }
 
-// One trace per colour: its runs one after the other with gaps, so that hundreds of runs stay quick.
-function drawCurves(place, lines, metric, colours, key, runs) {
-  const traces = [];
-  for (const [category, colour] of colours) {
-    const [x, y, text] = [[], [], []];
-    const seen = new Set(lines.filter((line) => line[key] === category).flatMap((line) => line.runs));
-    for (const number of seen) {
-      const curve = runs[number].curves[metric];
-      if (!curve) continue;
-      const last = lines.find((line) => line.runs.includes(number));
-      for (let index = 0; index < curve[0].length; index += 1) {
-        x.push(curve[0][index] + 1);
-        y.push(curve[1][index]);
-        text.push(`<b>${plain(last.method)} ${plain(last.student)}</b>, seed ${runs[number].seed}<br>run ${plain(runs[number].name)}<br>epoch ${curve[0][index] + 1}: ${curve[1][index]}`);
-      }
+// The runs `numbers` as one trace, one after the other with gaps, so that hundreds of runs stay quick.
+function curve(numbers, metric, runs, about) {
+  const [x, y, hovertext] = [[], [], []];
+  for (const number of numbers) {
+    const [epochs, values] = runs[number].curves[metric] || [[], []];
+    const head = `<b>${plain(about(number))}</b>, seed ${runs[number].seed}<br>run ${plain(runs[number].name)}`;
+    for (let index = 0; index < epochs.length; index += 1) {
+      x.push(epochs[index] + 1);
+      y.push(values[index]);
+      hovertext.push(`${head}<br>epoch ${epochs[index] + 1}: ${values[index]}`);
+    }
+    if (epochs.length) {
       x.push(null);
       y.push(null);
-      text.push("");
-    }
-    if (x.length) {
-      traces.push({x, y, hovertext: text, hoverinfo: "text", mode: "lines+markers", marker: {size: x.length > 2000 ? 2 : 4},
-        line: {color: colour, width: 1.5}, opacity: 0.8, name: plain(category || "none"), connectgaps: false});
+      hovertext.push("");
     }
   }
-  if (!traces.length) return clear(place, lines.length ? "These runs kept no metrics.csv, so there is no course to draw." : "Nothing matches the filter.");
-  const whole = Math.max(...traces.flatMap((trace) => trace.x)) <= 15 ? {dtick: 1} : {};
-  return draw(place, traces, {
-    showlegend: true,
-    xaxis: {...GRID, title: {text: "epochs"}, ...whole}, yaxis: {...GRID, title: {text: plain(metric)}, automargin: true},
+  return {x, y, hovertext, hoverinfo: "text", mode: x.length > 1000 ? "lines" : "lines+markers", marker: {size: 4}, connectgaps: false};
+}
+
+function drawCurves(place, lines, metric, colours, state, runs) {
+  const owner = new Map();
+  for (const line of lines) for (const number of line.runs) owner.set(number, line);
+  const about = (number) => `${owner.get(number).method} ${owner.get(number).student}`;
+  const traces = [...colours].map(([category, colour]) => {
+    const own = [...owner.keys()].filter((number) => owner.get(number)[state.colour] === category);
+    return {...curve(own, metric, runs, about), line: {color: colour, width: 1.5}, opacity: 0.7, name: plain(category || "none")};
+  });
+  if (state.chosen) {
+    const own = state.chosen.runs;
+    traces.push({...curve(own, metric, runs, about), line: {color: "#1c2430", width: 2.5}, name: "chosen"});
+  }
+  const drawn = traces.filter((trace) => trace.x.length);
+  if (!drawn.length) {
+    return clear(place, lines.length ? "These runs kept no metrics.csv, so there is no course to draw." : "Nothing matches the filter.");
+  }
+  const last = drawn.flatMap((trace) => trace.x).reduce((a, b) => Math.max(a, b), 1);
+  return draw(place, drawn, {
+    showlegend: true, yaxis: {...GRID, title: {text: plain(metric)}, automargin: true},
+    xaxis: {...GRID, title: {text: "epochs"}, ...(last <= 15 ? {dtick: 1} : {})},
   });
 }
 
@@ -143,7 +154,7 @@ function drawLayers(place, layers) {
       hovertext: labels.map((label, index) => errors[index] === null ? label : `${label}: error ${(100 * errors[index]).toPrecision(3)} %`)});
     Object.assign(design, {
       yaxis: {...design.yaxis, domain: [0, 0.44]},
-      yaxis2: {...GRID, domain: [0.54, 1], title: {text: "output error, %"}, rangemode: "tozero", anchor: "x"},
+      yaxis2: {...GRID, domain: [0.54, 1], title: {text: "error, %"}, rangemode: "tozero", anchor: "x"},
     });
   }
   return draw(place, traces, design);

@@ -17,11 +17,20 @@
   const severalSeeds = lines.means.some((line) => line.runs.length > 1);
   const FILTERS = {data: "all data", method: "all methods", student: "all students", teacher: "all teachers",
     settings: "all settings", quantizer: "all quantizers", width: "all widths"};
-  const start = () => ({view: severalSeeds ? "means" : "each", accuracy: "test", colour: firstColour(), search: "", filters: {},
+  // Accuracies on different data do not compare, so the page begins with the data of the most runs.
+  const start = () => ({view: severalSeeds ? "means" : "each", accuracy: "test", colour: firstColour(), search: "",
+    filters: {data: commonest(lines.each, "data")},
     sort: {heading: "test %", descending: true}, everyLine: false, chosen: null, run: 0, metric: null});
   const place = (id) => document.getElementById(id);
   let state = start();
   let timer = null;
+  let again = null;  // draws the charts of what is shown already, for another choice
+
+  function commonest(of, key) {
+    const values = distinct(of, key);
+    const count = (value) => of.filter((line) => line[key] === value).length;
+    return values.length < 2 ? null : values.reduce((a, b) => count(b) > count(a) ? b : a);
+  }
 
   function firstColour() {
     return ["method", "student", "settings", "quantizer"].find((key) => distinct(lines.each, key).length > 1) || "method";
@@ -50,16 +59,21 @@
       state.run = 0;
     }
     drawCards(shown, picks);
-    drawTradeoff(place("tradeoff"), shown, fronts, state, colours(), runs, (index) => choose(lines[state.view][index]));
     drawTable(place("table"), shown, lines[state.view], state, {choose, sort});
-    drawMetrics(shown);
-    drawDetails();
+    drawCharts(shown, fronts);
     place("tradeoff-note").textContent = state.accuracy === "test"
       ? "To choose a model, switch to validation: the best of many on the test set is partly luck."
       : "Choose here, and report the test accuracy of what was chosen.";
     const all = lines[state.view].length;
     place("count").textContent = `${shown.length.toLocaleString("en")} of ${all.toLocaleString("en")} variants`;
     press();
+  }
+
+  function drawCharts(shown, fronts) {
+    drawDetails();  // first, because the chart beside it takes its height
+    drawTradeoff(place("tradeoff"), shown, fronts, state, colours(), runs, (index) => choose(lines[state.view][index]));
+    drawMetrics(shown);
+    again = () => drawCharts(shown, fronts);
   }
 
   // The most accurate, and the smallest within a point of it; of several data sets neither means anything.
@@ -93,7 +107,7 @@
     const names = [...new Set(shown.flatMap((line) => line.runs).flatMap((number) => Object.keys(runs[number].curves)))].sort();
     if (!names.includes(state.metric)) state.metric = names.includes("val/accuracy") ? "val/accuracy" : names[0] || null;
     fill(place("metric"), names.map((name) => [name, name]), state.metric);
-    drawCurves(place("curves"), shown, state.metric, colours(), state.colour, runs);
+    drawCurves(place("curves"), shown, state.metric, colours(), state, runs);
   }
 
   function drawDetails() {
@@ -109,7 +123,7 @@
     const own = lines.each.find((each) => each.runs[0] === line.runs[state.run] && each.file === line.file) || line;
     const facts = [["test accuracy", `${decimals(own.test, 2)} %`],
       ["validation accuracy", own.validation === null ? null : `${decimals(own.validation, 2)} %`], ["size", size(own.bytes)], ...run.facts];
-    details.replaceChildren(
+    details.replaceChildren(...[
       element("h2", {}, `${line.method} ${line.student}, ${line.variant}`),
       element("h3", {}, run.name),
       line.runs.length > 1 ? element("div", {class: "seeds", role: "group", "aria-label": "Seed"}, ...line.runs.map((number, index) =>
@@ -119,7 +133,8 @@
         [element("dt", {}, key), element("dd", {}, value)])),
       element("div", {class: "links"}, ...run.links.map(([name, target]) =>
         element("a", {href: target, title: name}, name.replace(/^models\//, "")))),
-      element("code", {title: "what was typed"}, run.command));
+      element("code", {title: "what was typed"}, run.command),
+    ].filter((part) => part));
     place("layers-note").textContent = `${line.method} ${line.student}, ${line.variant}, ${run.name}`;
     drawLayers(place("layers"), run.layers[line.file]);
   }
@@ -127,7 +142,8 @@
   function choose(line) {
     state.chosen = line;
     state.run = 0;
-    redraw();
+    markChosen(place("table"), line);
+    again();
   }
 
   function sort(column) {
@@ -159,7 +175,7 @@
       const values = distinct(lines.each, key).sort((a, b) => a.localeCompare(b, "en", {numeric: true}));
       if (values.length < 2) return null;
       const select = element("select", {"data-key": key, "aria-label": key});
-      fill(select, [[null, all], ...values.map((value) => [value, value || "none"])], null);
+      fill(select, [[null, all], ...values.map((value) => [value, value || "none"])], state.filters[key] ?? null);
       select.addEventListener("change", () => { state.filters[key] = select.selectedIndex ? values[select.selectedIndex - 1] : null; redraw(); });
       return select;
     });
@@ -174,6 +190,10 @@
       timer = setTimeout(() => { state.search = place("search").value; redraw(); }, 120);
     };
     place("more").onclick = () => { state.everyLine = true; redraw(); };
+    window.onresize = () => {
+      clearTimeout(timer);
+      timer = setTimeout(() => again(), 120);
+    };
     place("reset").onclick = () => { state = start(); build(); redraw(); };
   }
 

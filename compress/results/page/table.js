@@ -9,7 +9,6 @@ const COLUMNS = [
   {key: "data", heading: "data", text: true, optional: true},
   {key: "method", heading: "method", text: true},
   {key: "student", heading: "student", text: true},
-  {key: "teacher", heading: "teacher", text: true, optional: true},
   {key: "settings", heading: "settings", text: true, optional: true},
   {key: "seed", heading: "seed", only: "each", show: (line) => String(line.seed)},
   {key: "seed", heading: "seeds", only: "means", show: (line) => String(line.seed)},
@@ -94,6 +93,7 @@ function drawTable(table, lines, all, state, act) {
     onclick: () => act.choose(line),
     onkeydown: (event) => { if (event.key === "Enter") act.choose(line); },
   }, ...columns.map((column) => cell(column, line))));
+  body.forEach((row, index) => { row.line = shown[index]; });
   if (!lines.length) {
     body.push(element("tr", {}, element("td", {colspan: columns.length, class: "empty"}, "No variant matches the filter.")));
   }
@@ -101,4 +101,8 @@ function drawTable(table, lines, all, state, act) {
   const more = document.getElementById("more");
   more.hidden = shown.length === ordered.length;
   more.textContent = `Show all ${ordered.length.toLocaleString("en")} lines`;
+}
+
+function markChosen(table, chosen) {
+  for (const row of table.tBodies[0].rows) row.setAttribute("aria-selected", String(row.line === chosen));
 }
