@@ -10,7 +10,8 @@
   for (const view of Object.values(lines)) {
     for (const line of view) {
       const names = line.runs.map((number) => runs[number].name);
-      line.words = [line.data, line.method, line.student, line.teacher, line.settings, line.variant, ...names].join(" ").toLowerCase();
+      const text = [line.data, line.method, line.student, line.teacher, line.settings, line.variant, ...names];
+      line.words = `${text.join(" ").toLowerCase()} ${line.bits}-bit-wide`;
       line.width = line.bits === 32 ? "float" : `${line.bits} bit`;
     }
   }
@@ -37,10 +38,11 @@
   }
 
   function matching() {
-    const words = state.search.toLowerCase().split(/\s+/).filter((word) => word);
+    // "2 bit" is one word, which not every name with a 2 in it has.
+    const words = state.search.toLowerCase().replace(/(^|\s)(\d+)\s*bits?(?=\s|$)/g, " $2-bit-wide ").split(/\s+/).filter((word) => word);
     return lines[state.view].filter((line) =>
       Object.entries(state.filters).every(([key, value]) => value === null || line[key] === value) &&
-      words.every((word) => line.words.includes(word)));
+      words.every((word) => line.words.includes(word.endsWith("-bit-wide") ? ` ${word}` : word)));
   }
 
   function colours() {
