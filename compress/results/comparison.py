@@ -100,10 +100,10 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
 
 def _variants(runs: Sequence[Run]) -> tuple[Variant, ...]:
     """The variants that any of the runs has, in the order of the rows."""
-    rows: dict[str, list[Row]] = defaultdict(list)
+    rows: dict[Any, list[Row]] = defaultdict(list)
     for run in runs:
         for row in run.rows:
-            rows[row.file].append(row)
+            rows[row.file, row.quantizer, row.bits, row.activation_bits].append(row)
     return tuple(
         Variant(
             row=own[0],

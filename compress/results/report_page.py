@@ -72,7 +72,7 @@ def page(collection: Collection, path: Path, written: str) -> str:
         "content": text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e"),
         "script": "\n".join((PAGE / f"{name}.js").read_text(encoding="utf-8") for name in ("table", "charts", "page")),
         "reference": _reference(found),
-        "left_out": _left_out(collection, path),
+        "left_out": _left_out(collection),
     }
     template = (PAGE / "page.html").read_text(encoding="utf-8")
     return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], template)
@@ -106,7 +106,9 @@ def subtitle(collection: Collection, written: str) -> str:
 
 def _run(run: Run, path: Path) -> dict[str, Any]:
     directory = relative(run.directory, path)
-    files = [name for name in (*FILES, *(row.file for row in run.rows)) if (run.directory / name).is_file()]
+    files = [
+        name for name in dict.fromkeys((*FILES, *(row.file for row in run.rows))) if (run.directory / name).is_file()
+    ]
     facts = {
         "data": run.data,
         "training images": run.train_images,
@@ -237,8 +239,8 @@ def _reference(found: Sequence[Group]) -> str:
     return "".join(parts)
 
 
-def _left_out(collection: Collection, path: Path) -> str:
-    lines = left_out(collection, path)
+def _left_out(collection: Collection) -> str:
+    lines = left_out(collection)
     if not lines:
         return ""
     items = "".join(f"<li>{html.escape(line)}</li>" for line in lines)

@@ -1,7 +1,7 @@
 """The report as Markdown, and the tables that it shares with the page."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
@@ -9,12 +9,14 @@ from urllib.parse import quote
 from compress.results.collect import Collection, relative
 from compress.results.comparison import Group, groups, pareto_front, statistic
 from compress.results.replaced_project import FIGURES
+from compress.results.tradeoff import Row
 
 WIDTHS = (32, 8, 7, 6, 5, 4, 3, 2)
 REFERENCE_NOTE = (
     "Test accuracy in %, ours as mean ± deviation over the seeds, beside it in brackets what the replaced project "
     "reported. It chose checkpoints and scales on the test set, and its KD, DML and DKD had mistakes."
 )
+NO_FIGURES = "Of this experiment no figures of the replaced project are known; ours, test accuracy in %."
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ def markdown(collection: Collection, path: Path, written: str) -> str:
         ]
         lines.append(f"- {_text(run.name)} ({_text(' '.join(run.overrides))}): {', '.join(links)}")
     parts.append("## Runs\n\n" + "\n".join(lines))
-    missing = left_out(collection, path)
+    missing = left_out(collection)
     if missing:
         parts.append("## Not in this report\n\n" + "\n".join(f"- {_text(line)}" for line in missing))
     return "\n\n".join(parts) + "\n"
@@ -89,45 +91,49 @@ def means_table(data: str, found: Sequence[Group]) -> Table:
 
 
 def reference_tables(found: Sequence[Group]) -> list[Table]:
-    """Where runs are of an experiment of the replaced project: its figures beside ours, a line per method."""
+    """Where runs are of an experiment of the replaced project: its figures beside ours.
+
+    A line for each method and, in `ours`, the network, the data and the settings; methods that have no run come last.
+    """
     tables = []
     for experiment, figures in FIGURES.items():
-        runs = [run for group in found for run in group.runs if run.experiment == experiment]
-        if not runs:
+        rows: dict[tuple[str, str], list[Row]] = {}
+        for group in (group for group in found if group.runs[0].experiment == experiment):
+            run = group.runs[0]
+            # qat is trained anew for each width, which makes one line all the same.
+            settings = [each for each in group.settings.split() if not each.startswith("method.weight_bits=")]
+            ours = rows.setdefault((run.method, ", ".join([run.student, run.data, *settings])), [])
+            ours += [row for each in group.runs for row in each.rows if _counts(row, run.method)]
+        if not rows:
             continue
-        methods = dict.fromkeys([*(run.method for run in runs), *figures])
-        lines = []
-        for method in methods:
-            cells = []
-            for bits in WIDTHS:
-                own = [
-                    100 * row.test_accuracy
-                    for run in runs
-                    for row in run.rows
-                    if _counts(run.method, row, method, bits)
-                ]
-                theirs = " to ".join(f"{value:.2f}" for value in figures.get(method, {}).get(bits, ()))
-                cells.append(f"{statistic(own) or ''} {f'({theirs})' if theirs else ''}".strip())
-            lines.append((method, *cells))
-        head = ("method", *("fp32" if bits == 32 else f"{bits} bit" for bits in WIDTHS))
-        images = sorted({f"{run.train_images:,}" for run in runs if run.train_images})
-        note = f"{REFERENCE_NOTE} Ours trained on {' or '.join(images) or 'an unknown number of'} images."
-        if not figures:
-            note = "Of this experiment no figures of the replaced project are known; ours, test accuracy in %."
-        tables.append(Table(f"The replaced project: {experiment}", note, head, tuple(lines)))
+        present = {method for method, _ in rows}
+        rows |= {(method, ""): [] for method in figures if method not in present}
+        lines = [
+            (method, ours, *(_beside(own, figures.get(method, {}), bits) for bits in WIDTHS))
+            for (method, ours), own in rows.items()
+        ]
+        head = ("method", "ours", *("fp32" if bits == 32 else f"{bits} bit" for bits in WIDTHS))
+        title = f"The replaced project: {experiment}"
+        tables.append(Table(title, REFERENCE_NOTE if figures else NO_FIGURES, head, tuple(lines)))
     return tables
 
 
-def left_out(collection: Collection, path: Path) -> list[str]:
+def left_out(collection: Collection) -> list[str]:
     """A line for each directory or file that was found and could not be used."""
-    unfinished = [f"{relative(each, path)}: not finished" for each in collection.unfinished]
-    return [*collection.problems, *unfinished]
+    return [*collection.problems, *(f"{each}: not finished" for each in collection.unfinished)]
 
 
-def _counts(own: str, row, method: str, bits: int) -> bool:
+def _counts(row: Row, method: str) -> bool:
     # The float weights behind the grids of qat were never meant to be used without them.
-    solved = row.quantizer == "lsq" if method == "qat" else row.quantizer != "lsq"
-    return own == method and solved and row.bits == bits and row.activation_bits in (None, 32)
+    own = row.quantizer == "lsq" if method == "qat" else row.quantizer != "lsq"
+    return own and row.activation_bits in (None, 32)
+
+
+def _beside(rows: Sequence[Row], figures: Mapping[int, Sequence[float]], bits: int) -> str:
+    """Our accuracy at that width, then theirs in brackets."""
+    ours = statistic(100 * row.test_accuracy for row in rows if row.bits == bits)
+    theirs = " to ".join(f"{value:.2f}" for value in figures.get(bits, ()))
+    return " ".join(([str(ours)] if ours else []) + ([f"({theirs})"] if theirs else []))
 
 
 def _table(table: Table) -> str:

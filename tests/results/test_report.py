@@ -249,36 +249,51 @@ print(sorted({"torch", "hydra", "pytorch_lightning", "matplotlib", "wandb"} & se
     assert (done.returncode, done.stdout, done.stderr) == (0, "[]\n", "")
 
 
-def capstone(folder, method, seed, accuracies, quantizer="gpfq"):
+def capstone(folder, method, seed, accuracies, *typed, quantizer="gpfq", data="CIFAR10", experiment="capstone_cifar10"):
     """A run of the replaced project's experiment, with those accuracies in % by width."""
-    [directory] = write_runs(folder / f"{method}-{seed}-{min(accuracies)}", 1, epochs=1, layers=3)
+    [directory] = write_runs(folder / f"{method}-{seed}-{min(accuracies)}-{len(typed)}", 1, epochs=1, layers=3)
     record = json.loads((directory / "result.json").read_text())
     [row] = record["tradeoff"][:1]
-    record["seed"] = seed
-    record["overrides"] = ["experiment=capstone_cifar10", f"method={method}", f"seed={seed}"]
+    record |= {"seed": seed, "overrides": [f"experiment={experiment}", f"method={method}", *typed, f"seed={seed}"]}
+    record["data"]["name"], record["student"]["model"] = data, "resnet18"
     record["tradeoff"] = [
-        row | {"quantizer": "none" if bits == 32 else quantizer, "bits": bits, "test_accuracy": value / 100}
+        row
+        | {"quantizer": "none" if bits == 32 else quantizer, "bits": bits, "test_accuracy": value / 100}
+        | {"file": f"models/{bits}.safetensors"}
         for bits, value in accuracies.items()
     ]
     (directory / "result.json").write_text(json.dumps(record))
     config = yaml.safe_load((directory / "config.yaml").read_text())
-    config |= {"seed": seed, "method": {"_target_": f"compress.methods.{method}.X", "bits": sorted(accuracies)}}
+    config |= {"seed": seed, "method": {"_target_": f"compress.methods.{method}.X", "typed": list(typed)}}
     (directory / "config.yaml").write_text(yaml.safe_dump(config))
 
 
 def test_the_replaced_projects_figures_stand_beside_ours(tmp_path):
+    runs = tmp_path / "runs"
     for seed, offset in ((0, 0.0), (1, 2.0)):
-        capstone(tmp_path / "runs", "kd", seed, {32: 90 + offset, 2: 70 + offset})
-    capstone(tmp_path / "runs", "qat", 0, {32: 10, 2: 88}, quantizer="lsq")
-    capstone(tmp_path / "runs", "qat", 0, {32: 10, 3: 89}, quantizer="lsq")
-    write_reports([tmp_path / "runs"], [tmp_path / "report.md", tmp_path / "report.html"])
+        capstone(runs, "kd", seed, {32: 90 + offset, 2: 70 + offset})
+    capstone(runs, "kd", 0, {32: 80, 2: 60}, "optimizer.lr=1")
+    capstone(runs, "qat", 0, {32: 10, 2: 88}, "method.weight_bits=2", quantizer="lsq")
+    capstone(runs, "qat", 0, {32: 10, 3: 89}, "method.weight_bits=3", quantizer="lsq")
+    write_reports([runs], [tmp_path / "report.md", tmp_path / "report.html"])
     text = (tmp_path / "report.md").read_text()
-    section = text[text.index("## The replaced project: capstone") :]
-    assert "| kd | 91.00 ± 1.41 (90.77) | (89.69) |  |  |  | (86.47) | (82.40) | 71.00 ± 1.41 (71.87) |" in section
-    assert "| qat |  |  |  |  |  |  | 89.00 | 88.00 |" in section
-    assert "| kd\\_mixup | (95.77) | (95.45) |  |  |  | (94.20 to 94.66) |" in section
-    assert "chose checkpoints and scales on the test set" in section
-    assert "71.00 ± 1.41 (71.87)" in (tmp_path / "report.html").read_text()
+    section = text[text.index("## The replaced project: capstone") :].splitlines()
+    same = "(89.69) |  |  |  | (86.47) | (82.40)"
+    assert f"| kd | resnet18, CIFAR10 | 91.00 ± 1.41 (90.77) | {same} | 71.00 ± 1.41 (71.87) |" in section
+    assert f"| kd | resnet18, CIFAR10, optimizer.lr=1 | 80.00 (90.77) | {same} | 60.00 (71.87) |" in section
+    assert "| qat | resnet18, CIFAR10 |  |  |  |  |  |  | 89.00 | 88.00 |" in section
+    [line] = [line for line in section if line.startswith("| kd\\_mixup |")]
+    assert line.startswith("| kd\\_mixup |  | (95.77) | (95.45) |  |  |  | (94.20 to 94.66) |")
+    assert any("chose checkpoints and scales on the test set" in line for line in section)
+    assert "71.00 ± 1.41 (71.87)" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def test_without_known_figures_ours_stand_alone(tmp_path):
+    capstone(tmp_path / "runs", "kd", 0, {32: 70, 8: 69}, data="CIFAR100", experiment="capstone_cifar100")
+    write_reports([tmp_path / "runs"], [tmp_path / "report.md"])
+    text = (tmp_path / "report.md").read_text()
+    assert "no figures of the replaced project are known" in text
+    assert "| kd | resnet18, CIFAR100 | 70.00 | 69.00 |  |  |  |  |  |  |" in text
 
 
 def test_other_experiments_have_no_such_table(runs):

@@ -126,6 +126,14 @@ def test_every_point_shows_its_run_under_the_mouse(opened, two):
             assert accuracy == pytest.approx(100 * row["test_accuracy"], abs=0.0051)
 
 
+def test_no_chart_offers_to_upload_itself(opened, two):
+    page = opened(two)
+    buttons = page.evaluate("[...document.querySelectorAll('.modebar-btn')].map(b => b.dataset.title)")
+    offered = {"Download plot as a PNG", "Zoom", "Pan", "Zoom in", "Zoom out", "Reset axes"}
+    assert set(buttons) == offered
+    assert len(buttons) == 3 * len(offered)
+
+
 def test_the_table_and_the_chart_have_every_variant(opened, two):
     page = opened(two)
     assert page.locator("#table tbody tr").count() == 10
@@ -160,6 +168,22 @@ def test_means_and_deviations_are_those_of_the_seeds(opened, many):
     page.mouse.move(mark["x"] + mark["width"] / 2, mark["y"] + mark["height"] / 2)
     page.wait_for_selector("#tradeoff .hovertext")
     assert "5 seeds" in page.locator("#tradeoff .hovertext").first.text_content()
+
+
+def test_the_cards_name_the_most_accurate_and_the_smallest_close_to_it(opened, many):
+    page = opened(many)
+    page.get_by_role("button", name="Every run").click()
+    rows = [row for record in records(many).values() for row in record["tradeoff"]]
+    best = max(row["test_accuracy"] for row in rows)
+    smallest = min(row["bytes"] for row in rows if row["test_accuracy"] >= best - 0.01)
+    accuracy = max(row["test_accuracy"] for row in rows if row["bytes"] == smallest)
+    cards = page.locator("#cards strong").all_text_contents()
+    assert cards[0] == "60 runs"
+    assert cards[1].startswith(f"{100 * best:.2f} % at ")
+    assert cards[2] == f"{100 * accuracy:.2f} % at {smallest / 1e3:.1f} kB"
+    page.locator("#cards button").nth(1).click()
+    assert f"{100 * accuracy:.2f} %" in page.locator("#details dl").text_content()
+    assert page.locator("#table tr[aria-selected=true]").count() == 1
 
 
 def test_filters_and_search_narrow_the_table_and_the_charts(opened, many):
@@ -334,7 +358,7 @@ def test_of_several_data_sets_each_has_its_own_front(opened, tmp_path):
 
 
 def test_a_page_of_500_runs_opens_and_filters(opened, tmp_path):
-    write_runs(tmp_path / "runs", 500, epochs=30, layers=12)
+    write_runs(tmp_path / "runs", 500, epochs=10, layers=6)
     write_reports([tmp_path / "runs"], [tmp_path / "report.html"])
     assert (tmp_path / "report.html").read_text(encoding="utf-8").count("plotly.js v") == 1
     page = opened(tmp_path / "report.html")

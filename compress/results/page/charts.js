@@ -3,7 +3,8 @@
 
 const PALETTE = ["#0b62a8", "#d9730d", "#21825a", "#b3378f", "#7a5195", "#c0392b", "#168aad", "#8a6d1d", "#4d5766", "#e0879a"];
 const FONT = {family: "system-ui, 'Segoe UI', Roboto, sans-serif", size: 12, color: "#1c2430"};
-const CONFIG = {displaylogo: false, modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"]};
+// By name, because plotly.js would add one that uploads the chart.
+const CONFIG = {displaylogo: false, modeBarButtons: [["toImage", "zoom2d", "pan2d", "zoomIn2d", "zoomOut2d", "resetScale2d"]]};
 const GRID = {gridcolor: "#e8ebf0", linecolor: "#c9d0d9", zeroline: false, ticks: "outside", tickcolor: "#c9d0d9"};
 
 function plain(text) {
@@ -13,7 +14,7 @@ function plain(text) {
 function layout(changes) {
   return Object.assign({
     font: FONT, margin: {l: 58, r: 12, t: 10, b: 48}, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
-    hovermode: "closest", hoverlabel: {bgcolor: "#fff", bordercolor: "#8b95a3", font: FONT, align: "left"},
+    modebar: {bgcolor: "rgba(0,0,0,0)", color: "#9aa3af", activecolor: "#0b62a8"}, hovermode: "closest", hoverlabel: {bgcolor: "#fff", bordercolor: "#8b95a3", font: FONT, align: "left"},
     legend: {orientation: "h", x: 0, y: 1.02, yanchor: "bottom", itemsizing: "constant"},
   }, changes);
 }
@@ -91,7 +92,7 @@ function sizeTicks(low, high) {
   }
   const unit = (value) => value < 1e3 ? `${+value.toPrecision(1)} B` : value < 1e6 ? `${+(value / 1e3).toPrecision(1)} kB`
     : value < 1e9 ? `${+(value / 1e6).toPrecision(1)} MB` : `${+(value / 1e9).toPrecision(1)} GB`;
-  const margin = Math.max(0.06, 0.05 * Math.log10(high / low));
+  const margin = Math.max(low === high ? 0.3 : 0.06, 0.05 * Math.log10(high / low));
   return {tickvals: ticks, ticktext: ticks.map(unit), range: [Math.log10(low) - margin, Math.log10(high) + margin]};
 }
 

@@ -82,9 +82,10 @@
   function choices(shown) {
     const known = shown.filter((line) => line[state.accuracy] !== null);
     if (!known.length || distinct(known, "data").length > 1) return {best: null, smallest: null};
-    const best = known.reduce((a, b) => b[state.accuracy] > a[state.accuracy] ? b : a);
+    const better = (a, b) => b[state.accuracy] > a[state.accuracy] || (b[state.accuracy] === a[state.accuracy] && b.bytes < a.bytes);
+    const best = known.reduce((a, b) => better(a, b) ? b : a);
     const near = known.filter((line) => line[state.accuracy] >= best[state.accuracy] - 1);
-    const smallest = near.reduce((a, b) => b.bytes < a.bytes || (b.bytes === a.bytes && b[state.accuracy] > a[state.accuracy]) ? b : a);
+    const smallest = near.reduce((a, b) => b.bytes < a.bytes || (b.bytes === a.bytes && better(a, b)) ? b : a);
     return {best, smallest};
   }
 
