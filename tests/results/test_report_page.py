@@ -303,7 +303,7 @@ def test_text_from_runs_stays_text(opened, tmp_path):
     drawn.rename(directory)
     harmless.rename(tmp_path / "runs" / "z")
     record = json.loads((directory / "result.json").read_text())
-    record["overrides"] = [f"method={HOSTILE}", "a=</script><script>alert(2)</script>", "b={{content}}"]
+    record["overrides"] = [f"method={HOSTILE}", "a=</script x><script>alert(2)</script>", "b={{content}}"]
     record["data"]["name"] = record["student"]["model"] = HOSTILE
     layers = record["layers"]["student-gpfq-2bit.safetensors"]["quantized"]
     layers[HOSTILE] = layers.pop("conv1")
