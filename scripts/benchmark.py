@@ -1,9 +1,11 @@
-"""Speed, as ratios of two ways measured in turn in one process: `python scripts/benchmark.py data`."""
+"""Speed: `python scripts/benchmark.py data` (a ratio of two ways measured in turn in one process) and `report`."""
 
 import argparse
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,6 +15,8 @@ from torchvision import transforms
 
 from compress.data.augmentation import Augmentation, Normalisation
 from compress.data.dataset import EpochSampler, ImageBatches, as_it_is
+from compress.results.report import write_reports
+from compress.results.synthetic import write_runs
 
 MEAN, DEVIATION = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 
@@ -74,6 +78,18 @@ def data(arguments: argparse.Namespace) -> None:
     paired("batched against per-sample augmentation", epoch(ours), epoch(theirs), arguments.images, arguments.repeats)
 
 
+def report(arguments: argparse.Namespace) -> None:
+    """The report of many runs with invented figures, in each format."""
+    with tempfile.TemporaryDirectory() as folder:
+        runs = Path(folder)
+        write_runs(runs / "runs", arguments.runs, arguments.epochs)
+        for name in ("report.html", "report.md", "report.csv"):
+            started = time.perf_counter()
+            write_reports([runs / "runs"], [runs / name])
+            seconds, size = time.perf_counter() - started, (runs / name).stat().st_size
+            print(f"{name} of {arguments.runs} runs of {arguments.epochs} epochs: {seconds:.1f} s, {size / 1e6:.1f} MB")
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="BENCHMARK")
@@ -81,5 +97,9 @@ if __name__ == "__main__":
     data_parser.add_argument("--images", type=int, default=10_000)
     data_parser.add_argument("--repeats", type=int, default=5)
     data_parser.set_defaults(run=data)
+    report_parser = commands.add_parser("report", help="scripts/report.py on runs with invented figures")
+    report_parser.add_argument("--runs", type=int, default=500)
+    report_parser.add_argument("--epochs", type=int, default=60)
+    report_parser.set_defaults(run=report)
     chosen = parser.parse_args()
     chosen.run(chosen)

@@ -1,0 +1,113 @@
+"""Run directories with invented figures, in the form of real ones: to time the report on, and to test it at scale."""
+
+import json
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from compress.results.tradeoff import Row, write_csv
+
+METHODS = ("supervised", "kd", "dkd", "at", "dml")
+STUDENTS = {"resnet8": 78_042, "resnet20": 272_474, "resnet56": 855_770, "resnet18": 11_173_962}
+TARGETS = {"supervised": "Supervised", "kd": "KD", "dkd": "DKD", "at": "AT", "dml": "DML"}
+LEARNING_RATES = (0.001, 0.003, 0.01, 0.03, 0.1)
+
+
+def write_runs(folder: Path, count: int, epochs: int = 60, layers: int = 20) -> list[Path]:
+    """Writes `count` run directories below `folder`: all methods and students, five learning rates, seeds 0 to 4.
+
+    The same arguments give the same figures. A model file holds a few bytes only.
+    """
+    return [_write_run(folder / str(index), index, epochs, layers) for index in range(count)]
+
+
+def _write_run(directory: Path, index: int, epochs: int, layers: int) -> Path:
+    draw = random.Random(index)
+    seed, rest = index % 5, index // 5
+    method, rest = METHODS[rest % 5], rest // 5
+    student, rest = list(STUDENTS)[rest % 4], rest // 4
+    rate = LEARNING_RATES[rest % 5]
+    best = 0.8 + 0.03 * list(STUDENTS).index(student) + draw.gauss(0, 0.004)
+    rows = [_row("none", 32, STUDENTS[student], best)]
+    rows += [
+        _row("gpfq", bits, STUDENTS[student], best - draw.uniform(0.5, 1) * 2.0 ** (-bits)) for bits in (8, 4, 3, 2)
+    ]
+    names = ["conv1", *(f"layer{1 + number // 6}.{number % 6}.conv1" for number in range(layers - 2)), "fc"]
+    overrides = ["experiment=fashion_mnist_study", f"method={method}", f"student={student}"]
+    overrides += [f"seed={seed}", f"optimizer.lr={rate}"]
+    record: dict[str, Any] = {
+        "format": 1,
+        "overrides": overrides,
+        "started": f"2026-01-{1 + index // 24 % 28:02}T{index % 24:02}:00:00+00:00",
+        "seed": seed,
+        "seconds": {"data": 0.5, "teacher": 1.0, "student": draw.uniform(60, 600), "quantization": 8.0},
+        "data": {"name": "FashionMNIST", "images": {"train": 51_000, "validation": 9_000, "test": 10_000}},
+        "teacher": None,
+        "student": {"model": student, "parameters": STUDENTS[student], "epochs": epochs, "best_epoch": epochs - 1},
+        "tradeoff": [row.__dict__ for row in rows],
+        "layers": {
+            Path(row.file).name: {
+                "quantized": {
+                    name: {
+                        "bits": 8 if name in ("conv1", "fc") else row.bits,
+                        "error": draw.uniform(0.5, 1) / 2**row.bits,
+                    }
+                    for name in names
+                },
+                "skipped": {},
+            }
+            for row in rows[1:]
+        },
+    }
+    (directory / "models").mkdir(parents=True)
+    for row in rows:
+        (directory / row.file).write_bytes(b"invented")
+    (directory / "result.json").write_text(json.dumps(record, indent=2))
+    (directory / "config.yaml").write_text(
+        yaml.safe_dump(_config(method, student, rate, seed, epochs), sort_keys=False)
+    )
+    write_csv(directory / "tradeoff.csv", rows)
+    lines = ["step,epoch,train/accuracy,train/learning_rate,train/loss,val/accuracy,val/loss"]
+    for epoch in range(epochs):
+        accuracy = best * (1 - math.exp(-4 * (epoch + 1) / epochs)) + draw.gauss(0, 0.003)
+        loss = 2.3 * math.exp(-3 * (epoch + 1) / epochs)
+        lines.append(f"{100 * epoch + 99},{epoch},{accuracy},{rate},{loss},{accuracy - 0.02},{1.1 * loss}")
+    (directory / "metrics.csv").write_text("\n".join(lines) + "\n")
+    return directory
+
+
+def _row(quantizer: str, bits: int, parameters: int, accuracy: float) -> Row:
+    size = parameters * bits // 8 + 7_000
+    return Row(
+        quantizer=quantizer,
+        bits=bits,
+        levels=None if bits == 32 else 2**bits,
+        first_last_bits=None if bits == 32 else 8,
+        activation_bits=32,
+        sparsity=0.0,
+        validation_accuracy=accuracy - 0.01,
+        test_accuracy=accuracy,
+        agreement=1.0 if bits == 32 else 1 - 0.3 * 2.0 ** (-bits),
+        bytes=size,
+        ratio=(parameters * 4 + 7_000) / size,
+        latency_ms=0.5,
+        file=f"models/student-{'fp32' if bits == 32 else f'{quantizer}-{bits}bit'}.safetensors",
+    )
+
+
+def _config(method: str, student: str, rate: float, seed: int, epochs: int) -> dict[str, Any]:
+    """As long as a real one: of the keys only those that differ and those that are shown are real."""
+    return {
+        "seed": seed,
+        "output_directory": "outputs",
+        "data": {"_target_": "compress.data.fashion_mnist.FashionMNIST", "root": "data", "limit": None},
+        "student": {"_target_": "compress.models.cifar_resnet.CifarResNet", "stem": student},
+        "method": {"_target_": f"compress.methods.{method}.{TARGETS[method]}"},
+        "optimizer": {"_target_": "torch.optim.AdamW", "lr": rate, "betas": [0.9, 0.999]},
+        "trainer": {"max_epochs": epochs, "log_every": 0},
+        "logger": {"csv": {"_target_": "compress.results.metrics_csv.MetricsCSV"}},
+        "others": {f"key_{number}": {"value": number, "list": [0.1, 0.2]} for number in range(30)},
+    }

@@ -1,0 +1,51 @@
+"""All runs on one page: `python scripts/report.py outputs -o report.html`."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from compress.errors import UserError
+from compress.results.report import write_reports
+
+EPILOG = """\
+The page works without a network: a table to filter and sort, means and deviations over seeds, accuracy against bytes
+with the Pareto front, training curves, bits and errors of the layers. Runs that differ in nothing but the seed are
+averaged. What cannot be read is named and left out.
+
+  python scripts/report.py outputs -o report.html -o report.csv
+  python scripts/report.py outputs/sweeps/2026-07-01_09-00-00 -o sweep.md
+"""
+
+
+def main() -> int:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog=EPILOG, formatter_class=raw)
+    parser.add_argument("directories", nargs="+", type=Path, help="run directories, or folders of them at any depth")
+    parser.add_argument(
+        "-o",
+        "--output",
+        action="append",
+        type=Path,
+        metavar="FILE",
+        help="what to write: .html, .md (means over seeds) or .csv (a line per variant of each run); may be repeated "
+        "(default: report.html)",
+    )
+    arguments = parser.parse_args()
+    outputs = arguments.output or [Path("report.html")]
+    try:
+        collection = write_reports(arguments.directories, outputs)
+    except UserError as mistake:
+        print(f"error: {mistake}", file=sys.stderr)
+        return 2
+    for problem in collection.problems:
+        print(f"warning: {problem}", file=sys.stderr)
+    if collection.unfinished:
+        first = collection.unfinished[0]
+        print(f"note: {len(collection.unfinished)} not finished and left out, such as {first}", file=sys.stderr)
+    count = len(collection.runs)
+    print(f"{count} run{'' if count == 1 else 's'} in {', '.join(map(str, outputs))}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
