@@ -103,7 +103,9 @@ def _variants(runs: Sequence[Run]) -> tuple[Variant, ...]:
     rows: dict[Any, list[Row]] = defaultdict(list)
     for run in runs:
         for row in run.rows:
-            rows[row.file, row.quantizer, row.bits, row.activation_bits].append(row)
+            # The mean width of mixed precision differs a little from seed to seed.
+            width = row.bits if row.levels is not None or row.bits == 32 else "mixed"
+            rows[row.file, row.quantizer, width, row.activation_bits, row.runtime].append(row)
     return tuple(
         Variant(
             row=own[0],

@@ -71,7 +71,8 @@ class _Part(BaseModel):
 
 _Share = Annotated[float, Field(ge=0, le=1)]
 _Size = Annotated[int, Field(gt=0)]
-_NEEDED = {"quantizer": str, "bits": _Size, "test_accuracy": _Share, "bytes": _Size, "file": str}
+_Bits = Annotated[float, Field(gt=0)]
+_NEEDED = {"quantizer": str, "bits": _Bits, "test_accuracy": _Share, "bytes": _Size, "file": str}
 # Columns that later versions add or that earlier ones did not have are no damage.
 _Row = create_model(
     "_Row",

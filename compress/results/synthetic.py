@@ -87,13 +87,17 @@ def _row(quantizer: str, bits: int, parameters: int, accuracy: float) -> Row:
         levels=None if bits == 32 else 2**bits,
         first_last_bits=None if bits == 32 else 8,
         activation_bits=32,
+        runtime="torch",
         sparsity=0.0,
         validation_accuracy=accuracy - 0.01,
         test_accuracy=accuracy,
         agreement=1.0 if bits == 32 else 1 - 0.3 * 2.0 ** (-bits),
+        runtime_agreement=None,
+        logit_difference=None,
         bytes=size,
         ratio=(parameters * 4 + 7_000) / size,
         latency_ms=0.5,
+        latency_32_ms=9.0,
         file=f"models/student-{'fp32' if bits == 32 else f'{quantizer}-{bits}bit'}.safetensors",
     )
 

@@ -10,7 +10,25 @@ from compress.results.comparison import groups, pareto_front, statistic
 from compress.results.finished import Run
 from compress.results.tradeoff import Row
 
-ROW = Row("none", 32, None, None, 32, 0.0, 0.8, 0.9, 1.0, 1000, 1.0, 0.5, "models/student-fp32.safetensors")
+ROW = Row(
+    quantizer="none",
+    bits=32,
+    levels=None,
+    first_last_bits=None,
+    activation_bits=32,
+    runtime="torch",
+    sparsity=0.0,
+    validation_accuracy=0.8,
+    test_accuracy=0.9,
+    agreement=1.0,
+    runtime_agreement=None,
+    logit_difference=None,
+    bytes=1000,
+    ratio=1.0,
+    latency_ms=0.5,
+    latency_32_ms=9.0,
+    file="models/student-fp32.safetensors",
+)
 
 
 def run(name, seed=0, accuracy=0.9, size=1000, overrides=(), settings=None, **changes):
