@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 from torch import Tensor, nn
 
 from compress.quantization.post_training import QuantizedModel, quantize
@@ -15,6 +15,12 @@ Bits = Annotated[int, Field(ge=2, le=16)]
 
 def _as_list(value):
     return [value] if isinstance(value, int) else value
+
+
+def _each_once(widths):
+    if len(set(widths)) < len(widths):
+        raise ValueError("every width once")
+    return widths
 
 
 class Quantizer:
@@ -30,7 +36,7 @@ class Quantizer:
     def __init__(
         self,
         solver: Callable[..., Tensor] | dict[str, Any],
-        bits: Annotated[list[Bits], BeforeValidator(_as_list), Field(min_length=1)],
+        bits: Annotated[list[Bits], BeforeValidator(_as_list), Field(min_length=1), AfterValidator(_each_once)],
         alphabet: Literal["exact", "published", "narrow"] = "exact",
         first_last_bits: Bits | None = 8,
         skip: Sequence[str] = (),
