@@ -3,12 +3,13 @@
 Constructors of this project say in their annotations what they accept; the tables here say it for those of libraries.
 """
 
-import importlib.util
 import inspect
 import os
 import re
+import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from netrc import NetrcParseError, netrc
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -21,11 +22,17 @@ from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
 from pydantic import Field
 from pytorch_lightning.loggers import WandbLogger
+from torch import nn
 
 from compress import ensemble, models, teachers
 from compress.check import check_arguments, parameter_names
 from compress.errors import UserError
-from compress.quantization import check_layers
+from compress.export.packed import file_bytes, write_float
+from compress.quantization import Quantizer, check_layers
+from compress.quantization.mixed_precision import sensitivities
+from compress.quantization.quantizer import too_small
+from compress.quantization.solvers import rtn
+from compress.variants import describe
 
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
@@ -47,10 +54,12 @@ GROUPS = (
     "optimizer",
     "scheduler",
     "quantizer",
+    "export",
     "trainer",
     "logger",
     "experiment",
 )
+EXPORT = {"packed": bool, "onnx": bool}
 OPTIMIZER = {
     "lr": Positive,
     "momentum": BelowOne,
@@ -150,16 +159,12 @@ def check(config: DictConfig, overrides: Sequence[str] = ()) -> None:
         teacher = models.build(num_classes=data.num_classes, **node)
     options = OmegaConf.to_container(config.method, resolve=True)
     get_object(config.method._target_).check_networks(options, student, teacher, data.input_shape)
-    if config.quantizer:
-        with _construction("quantizer"):
-            quantizer = instantiate(config.quantizer)
-        try:
-            check_layers(student, quantizer.options["skip"])
-        except UserError as mistake:
-            raise UserError(f"quantizer.skip: {str(mistake).removeprefix('skip: ')}") from None
     taught_by = [f"{key}.model" for key in ensemble.keys(config)] if teachers.is_used(config) else []
     for role in ("student", *(["peer"] if config.peer else []), *taught_by):
         _check_image_size(config, role, data)
+    quantizer = _check_quantizer(config, student, data) if config.quantizer else None
+    if config.export.onnx:
+        _check_onnx(quantizer)
 
 
 def _check_image_size(config: DictConfig, role: str, data: pl.LightningDataModule) -> None:
@@ -193,6 +198,8 @@ def check_values(config: DictConfig) -> None:
         # `none` on the command line leaves what an experiment says of the option that it chose itself.
         if config[group] and "_target_" not in config[group]:
             config[group] = {}
+    if config.teacher and not {"model", "members"} & config.teacher.keys():
+        config.teacher = {}
     _coerce(config, "", TOP_LEVEL, accepted=[*TOP_LEVEL, *GROUPS], required=TOP_LEVEL)
     for group in ("data", "method", "loss", "scheduler"):
         _coerce_own(config, group)
@@ -204,6 +211,7 @@ def check_values(config: DictConfig) -> None:
         # The first four are the problem, and the columns worked on at once are the quantizer's.
         own = [name for name in parameter_names(solver)[4:] if name != "block_size"]
         _coerce(config, "quantizer.solver", solver, accepted=own)
+    _coerce(config, "export", EXPORT, required=EXPORT)
     _coerce_optimizer(config, "optimizer")
     _check_model(config, "student")
     if config.peer:
@@ -367,7 +375,7 @@ def _check_teacher(config: DictConfig, where: str) -> None:
 
 def _check_loggers(node: DictConfig) -> None:
     for name in node:
-        if name == "tensorboard" and importlib.util.find_spec("tensorboard") is None:
+        if name == "tensorboard" and find_spec("tensorboard") is None:
             raise UserError("logger: found tensorboard, which is not installed; pip install 'compress[tensorboard]'")
         target = _target(node, name)
         # W&B hands whatever else it is given on to `wandb.init`.
@@ -408,6 +416,43 @@ def _check_data(config: DictConfig) -> pl.LightningDataModule:
             teacher = models.build(num_classes=data.num_classes, **node["model"])
             models.load_weights(teacher, Path(node["checkpoint"]), where=f"{where}.checkpoint")
     return data
+
+
+def _check_quantizer(config: DictConfig, student: nn.Module, data: pl.LightningDataModule) -> Quantizer:
+    with _construction("quantizer"):
+        quantizer = instantiate(config.quantizer)
+    try:
+        check_layers(student, quantizer.options["skip"])
+    except UserError as mistake:
+        raise UserError(f"quantizer.skip: {str(mistake).removeprefix('skip: ')}") from None
+    if quantizer.budget is not None:
+        node = OmegaConf.to_container(config.student, resolve=True)
+        description = describe(models.architecture(node, data.num_classes), data)
+        # A width takes as many bytes whatever the weights are, so that fresh ones will do.
+        options = quantizer.options | {"solver": rtn, "scale": "max_abs", "bias_correction": True}
+        rounded = sensitivities(student, data.calibration_batches(2), [min(quantizer.bits)], images=1, **options)
+        smallest = file_bytes(rounded.model(rounded.smallest()), **description)
+        with tempfile.TemporaryDirectory() as folder:
+            float_bytes = write_float(Path(folder) / "model.safetensors", student, **description)
+        budget = quantizer.budget.bytes(float_bytes)
+        if budget < smallest:
+            raise UserError(too_small(budget, smallest))
+    return quantizer
+
+
+def _check_onnx(quantizer: Quantizer | None) -> None:
+    missing = next((name for name in ("onnx", "onnxruntime", "onnxscript") if find_spec(name) is None), None)
+    if missing:
+        raise UserError(f"export: found onnx, but {missing} is not installed; pip install 'compress[onnx]'")
+    if quantizer is None:
+        return
+    widths = [*quantizer.bits, *([quantizer.first_last_bits] if quantizer.first_last_bits else [])]
+    wide = next((bits for bits in widths if quantizer.levels(bits) > 256), None)
+    if wide is not None:
+        raise UserError(
+            f"export: found onnx with {quantizer.levels(wide)} levels at {wide} bits; accepted: up to 256 levels, "
+            "which is 8 bits, or export=packed"
+        )
 
 
 @contextmanager

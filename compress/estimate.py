@@ -1,13 +1,9 @@
 """`--dry-run`: models, sizes and an estimate of the time, from two timed steps and without training anything."""
 
-import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
-from typing import Any
 
-import pytorch_lightning as pl
 import torch
 from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
@@ -17,11 +13,12 @@ from rich.table import Table
 from torch import nn
 
 from compress import ensemble, models, teachers
-from compress.export.packed import write_packed
+from compress.export.packed import file_bytes
 from compress.progress import console
-from compress.quantization import QuantizedModel, quantize
+from compress.quantization import quantize
 from compress.quantization.solvers import rtn
 from compress.training import device
+from compress.variants import describe
 
 
 def show(config: DictConfig, overrides: list[str]) -> None:
@@ -62,36 +59,22 @@ def show(config: DictConfig, overrides: list[str]) -> None:
     minutes["student"] = plain["trainer"]["max_epochs"] * images["train"] / batch * step / 60
     sizes = {}
     grids = get_class(plain["method"]["_target_"]).grids(plain["method"])
-    architecture = models.architecture(plain["student"], data.num_classes)
+    description = describe(models.architecture(plain["student"], data.num_classes), data)
     if grids is not None:
         # Steps and codes of an untrained network take as many bytes.
-        sizes["lsq"] = written_bytes(grids.bake(grids.prepare(student)), architecture, data)
+        sizes["lsq"] = file_bytes(grids.bake(grids.prepare(student)), **description)
     if plain["quantizer"]:
         quantizer = instantiate(config.quantizer)
         # The size does not depend on the values of the codes, so the weights are only rounded, on a few images.
         options = quantizer.options | {"solver": rtn, "scale": "max_abs"}
         for bits in quantizer.bits:
             rounded = quantize(student, data.calibration_batches(data.num_classes), bits, **options)
-            sizes[f"{bits} bit"] = written_bytes(rounded, architecture, data)
+            sizes[f"{bits} bit"] = file_bytes(rounded, **description)
     if sizes:
         console.print("packed files: " + ", ".join(f"{name} {size / 1000:,.1f} kB" for name, size in sizes.items()))
     total = sum(minutes.values())
     parts = ", ".join(f"{part} {value:.1f}" for part, value in minutes.items())
     console.print(f"training, about {total:.1f} minutes on this machine ({parts}), and the quantization after it")
-
-
-def written_bytes(quantized: QuantizedModel, architecture: dict[str, Any], data: pl.LightningDataModule) -> int:
-    """The size of a packed file, which is written and thrown away."""
-    with tempfile.TemporaryDirectory() as folder:
-        return write_packed(
-            Path(folder) / "model.safetensors",
-            quantized,
-            architecture=architecture,
-            class_names=data.class_names,
-            mean=data.mean,
-            standard_deviation=data.standard_deviation,
-            input_shape=data.input_shape,
-        )
 
 
 def _add(printed: Table, role: str, stem: str, network: nn.Module, input_shape: tuple[int, int, int]) -> None:

@@ -2,21 +2,27 @@
 
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torchmetrics.functional.classification import multiclass_accuracy
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """`accuracy` in 0..1, `per_class` accuracies `(C,)`, and the predicted classes `(n,)` in the loader's order."""
+    """`accuracy` in 0..1, `per_class` accuracies `(C,)`, and the `logits` `(n, C)` in the loader's order."""
 
     accuracy: float
     per_class: tuple[float, ...]
-    predictions: Tensor
+    logits: Tensor
+
+    @property
+    def predictions(self) -> Tensor:
+        """The predicted classes `(n,)`."""
+        return self.logits.argmax(dim=1)
 
     def agreement(self, other: "Evaluation") -> float:
         """The share of images, 0..1, that both give the same class."""
@@ -33,27 +39,34 @@ def evaluate(
     """
     if getattr(model, "training", False):
         raise ValueError("a model must be in eval mode to be evaluated")
-    batches = [(model(images).argmax(dim=1).cpu(), target.cpu()) for images, target in loader]
-    predictions = torch.cat([prediction for prediction, _ in batches])
+    batches = [(model(images).cpu(), target.cpu()) for images, target in loader]
+    logits = torch.cat([each for each, _ in batches])
     target = torch.cat([labels for _, labels in batches])
+    predictions = logits.argmax(dim=1)
     per_class = multiclass_accuracy(predictions, target, num_classes, average="none")
-    return Evaluation((predictions == target).double().mean().item(), tuple(per_class.tolist()), predictions)
+    return Evaluation((predictions == target).double().mean().item(), tuple(per_class.tolist()), logits)
 
 
-@torch.no_grad()
-def latency_ms(model: nn.Module, input_shape: tuple[int, int, int], repeats: int = 20) -> float:
-    """Median time of one image `(C, H, W)` in milliseconds, eval mode, on one thread where it runs on the CPU."""
-    device = next(model.parameters()).device
-    image = torch.zeros(1, *input_shape, device=device)
+def paired_latency_ms(
+    models: Sequence[Callable[[Tensor], Any]], input_shape: Sequence[int], batch: int = 1, repeats: int = 50
+) -> list[float]:
+    """Median milliseconds that each of `models` takes for `(batch, *input_shape)`, on one thread of this process.
+
+    The models take turns, so that whatever else the machine does falls on all of them alike. An OnnxModel brings its
+    own number of threads.
+    """
+    images = torch.randn(batch, *input_shape, generator=torch.Generator().manual_seed(0))
     threads = torch.get_num_threads()
-    times = []
-    model.eval()
     torch.set_num_threads(1)
+    times: list[list[float]] = [[] for _ in models]
     try:
-        for _ in range(repeats + 3):
-            start = time.perf_counter()
-            model(image).cpu()
-            times.append(time.perf_counter() - start)
+        with torch.inference_mode():
+            for turn in range(repeats + 3):  # the first three warm up
+                for model, own in zip(models, times, strict=True):
+                    started = time.perf_counter()
+                    model(images)
+                    if turn >= 3:
+                        own.append(1000 * (time.perf_counter() - started))
     finally:
         torch.set_num_threads(threads)
-    return 1000 * statistics.median(times[3:])
+    return [statistics.median(own) for own in times]

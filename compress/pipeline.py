@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,9 @@ from compress.config import method_name
 from compress.files import write_json, write_text
 from compress.progress import console
 from compress.quantization.callback import PostTrainingQuantization
-from compress.results.picture import draw_tradeoff
 from compress.results.record import surroundings
-from compress.results.tradeoff import Row, table, write_csv
+from compress.results.tradeoff import Row
+from compress.results.writing import show, write_results
 from compress.training import BEST, device, epoch_of, fit
 
 STARTED = "started.json"
@@ -90,6 +90,7 @@ def run(config: DictConfig, directory: Path, overrides: Sequence[str] = ()) -> R
         directory,
         architectures,
         quantizer,
+        plain["export"],
         on_grids=module.on_grids,
         start=module.start and module.start[0],
         before=clock.lap,
@@ -110,6 +111,7 @@ def run(config: DictConfig, directory: Path, overrides: Sequence[str] = ()) -> R
     teacher_record = teachers.test_record(teacher, data, updates_teacher) if teacher else None
     clock.lap("quantization")
 
+    variants = quantization.variants
     stem = architectures[quantization.network]["stem"]
     record = {
         "format": 1,
@@ -126,37 +128,24 @@ def run(config: DictConfig, directory: Path, overrides: Sequence[str] = ()) -> R
             "macs": models.count_macs(quantization.student, data.input_shape),
             "epochs": trainer.current_epoch,
             "best_epoch": epoch_of(directory / "checkpoints" / BEST),
-            "validation_accuracy": quantization.rows[0].validation_accuracy,
-            "test_accuracy": quantization.rows[0].test_accuracy,
-            "test_accuracy_per_class": dict(zip(data.class_names, quantization.test.per_class, strict=True)),
+            "validation_accuracy": variants.rows[0].validation_accuracy,
+            "test_accuracy": variants.rows[0].test_accuracy,
+            "test_accuracy_per_class": dict(zip(data.class_names, variants.test.per_class, strict=True)),
         },
-        "tradeoff": [asdict(row) for row in quantization.rows],
-        "layers": quantization.layers,
     }
     title = f"{method_name(config)} {stem} on {config.data._target_.rpartition('.')[2]}"
     teacher_accuracy = teacher_record["test_accuracy"] if teacher_record else None
-    write_csv(directory / "tradeoff.csv", quantization.rows)
-    draw_tradeoff(directory / "tradeoff.png", quantization.rows, title, teacher_accuracy)
-    # Last, because its presence says that the run is finished.
-    write_json(directory / "result.json", record)
+    record = write_results(directory, variants, record, title, teacher_accuracy)
     (directory / STARTED).unlink()
-    _show(directory, quantization.rows, title)
-    return Result(directory, tuple(quantization.rows), record)
+    show(directory, variants.rows, title)
+    return Result(directory, tuple(variants.rows), record)
 
 
 def _finished(directory: Path) -> Result:
     record = json.loads((directory / "result.json").read_text(encoding="utf-8"))
     rows = [Row(**row) for row in record["tradeoff"]]
-    _show(directory, rows, f"{record['student']['model']}: this run was finished before")
+    show(directory, rows, f"{record['student']['model']}: this run was finished before")
     return Result(directory, tuple(rows), record)
-
-
-def _show(directory: Path, rows: Sequence[Row], title: str) -> None:
-    console.print()
-    console.print(table(rows, title))
-    console.print(
-        f"results in {directory}/: tradeoff.csv, tradeoff.png, result.json, config.yaml, models/, checkpoints/"
-    )
 
 
 def _started(directory: Path, overrides: Sequence[str]) -> dict[str, Any]:

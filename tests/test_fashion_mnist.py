@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
+from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
@@ -32,7 +33,8 @@ def test_gpfq_keeps_the_accuracy_that_rounding_loses(tmp_path, monkeypatch):
     data = instantiate(config.data)
     data.setup()
     student, _ = read_model(result.directory / reference.file)
-    rounding = instantiate(OmegaConf.load(CONF / "quantizer" / "rtn.yaml"))
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        rounding = instantiate(compose("quantizer/rtn").quantizer)
     rounded = rounding(student, data.calibration_batches(128), 2).model
     accuracy = evaluate(rounded, data.test_dataloader(), data.num_classes).accuracy
     assert 100 * (variants[-1].test_accuracy - accuracy) >= 10

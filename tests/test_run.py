@@ -56,6 +56,8 @@ def test_a_run_leaves_everything_it_promises(finished):
         "result.json",
         "tradeoff.csv",
         "tradeoff.png",
+        "layers.png",
+        "weights.png",
         "checkpoints/best.ckpt",
         "checkpoints/last.ckpt",
         "models/student-fp32.safetensors",

@@ -25,7 +25,6 @@ from compress.export.onnx_runtime import (
     UNSIGNED,
     OnnxModel,
     checksum,
-    paired_latency_ms,
     required,
     tensor_ranges,
 )
@@ -35,7 +34,7 @@ from compress.quantization.activations import detach_input_quantizer, input_quan
 from compress.quantization.fold import fold_batch_norm
 from compress.quantization.post_training import QuantizedModel
 
-__all__ = ["OnnxModel", "paired_latency_ms", "write_onnx", "write_onnx_float"]
+__all__ = ["OnnxModel", "write_onnx", "write_onnx_float"]
 
 OPSET = 18  # the oldest that torch's exporter writes, and so the one that most runtimes read
 

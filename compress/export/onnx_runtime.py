@@ -5,9 +5,7 @@ The package `onnxruntime` is the optional extra `onnx`.
 
 import hashlib
 import json
-import statistics
-import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -126,28 +124,3 @@ def tensor_ranges(
     )
     low, high = found.min(0)[0::2], found.max(0)[1::2]
     return {lowest: (float(a), float(b)) for (lowest, _), a, b in zip(outputs, low, high, strict=True)}
-
-
-def paired_latency_ms(
-    models: Sequence[Callable[[Tensor], Any]], input_shape: Sequence[int], batch: int = 1, repeats: int = 50
-) -> list[float]:
-    """Median milliseconds that each of `models` takes for `(batch, *input_shape)`, on one thread of this process.
-
-    The models take turns, so that whatever else the machine does falls on all of them alike. OnnxModel brings its own
-    number of threads.
-    """
-    images = torch.randn(batch, *input_shape, generator=torch.Generator().manual_seed(0))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    times: list[list[float]] = [[] for _ in models]
-    try:
-        with torch.inference_mode():
-            for turn in range(repeats + 3):  # the first three warm up
-                for model, own in zip(models, times, strict=True):
-                    started = time.perf_counter()
-                    model(images)
-                    if turn >= 3:
-                        own.append(1000 * (time.perf_counter() - started))
-    finally:
-        torch.set_num_threads(threads)
-    return [statistics.median(own) for own in times]

@@ -8,6 +8,7 @@ and `.zero_point` (N,): weight = scale * (code - zero_point). Where its input is
 
 import copy
 import math
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from compress.export.bits import pack, unpack
 from compress.quantization.activations import InputQuantizer, attach_input_quantizer, input_quantizers
 from compress.quantization.fold import bake_parametrizations, fold_pairs
 from compress.quantization.grid import Grid
-from compress.quantization.post_training import QuantizedModel
+from compress.quantization.post_training import QuantizedLayer, QuantizedModel
 
 PACKED, FLOAT = "compress-packed-1", "compress-float-1"
 COUNTER = "num_batches_tracked"
@@ -57,6 +58,17 @@ def write_packed(
     tensors.update(quantized.float_state)
     description = network_description(architecture, class_names, mean, standard_deviation, input_shape, extra)
     return container.write(Path(path), PACKED, description | grids_description(quantized), tensors)
+
+
+def file_bytes(quantized: QuantizedModel, **description: Any) -> int:
+    """The size of the file that `write_packed` would write with this `description`; it is written and thrown away."""
+    with tempfile.TemporaryDirectory() as folder:
+        return write_packed(Path(folder) / "model.safetensors", quantized, **description)
+
+
+def layer_bytes(layer: QuantizedLayer) -> int:
+    """What the codes of one layer take in the file."""
+    return -(-layer.codes.numel() * layer.grid.bits // 8)
 
 
 def write_float(
@@ -95,6 +107,15 @@ def read_packed(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
 def read_model(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
     """As `read_packed`, for a packed or a float32 file; description["format"] says which."""
     return _read(Path(path), (PACKED, FLOAT))
+
+
+def read_float_description(path: str | Path) -> dict[str, Any] | None:
+    """What a float32 file says of its network; None for a file of any other kind, a packed one or a state dict, say."""
+    try:
+        kind, description, _ = container.read(Path(path))
+    except UserError:
+        return None
+    return description if kind == FLOAT else None
 
 
 def network_description(

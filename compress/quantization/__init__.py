@@ -1,8 +1,17 @@
-"""Post-training quantization of weights: `quantize` one network to one bit width, `Quantizer` the same from YAML."""
+"""Post-training quantization of weights: `quantize` one network once, `Quantizer` does what YAML says."""
 
 from compress.quantization.fold import fold_batch_norm
 from compress.quantization.grid import Grid
 from compress.quantization.post_training import QuantizedLayer, QuantizedModel, check_layers, quantize
-from compress.quantization.quantizer import Quantizer
+from compress.quantization.quantizer import Measures, Quantizer
 
-__all__ = ["Grid", "QuantizedLayer", "QuantizedModel", "Quantizer", "check_layers", "fold_batch_norm", "quantize"]
+__all__ = [
+    "Grid",
+    "Measures",
+    "QuantizedLayer",
+    "QuantizedModel",
+    "Quantizer",
+    "check_layers",
+    "fold_batch_norm",
+    "quantize",
+]

@@ -45,10 +45,11 @@ def walk(
 ) -> dict[str, float]:
     """Relative output error of each of `layers`, having called `solve` for each in execution order.
 
-    `graph` is that of `analog` and of its copy `quantized`, both in eval mode. `solve(name, quantized_inputs,
-    analog_inputs)` gives the layer of `quantized` its new weight and bias; the inputs are lists of one tensor per
-    batch, and the same list while nothing has been quantized. The error is |Y~ - Y| / |Y - b| over all outputs of the
-    layer. The walk ends after the last layer. Raises UserError, naming the operation, where one fails.
+    `layers` may have others than convolutions and linear ones, which have no error. `graph` is that of `analog` and of
+    its copy `quantized`, both in eval mode. `solve(name,
+    quantized_inputs, analog_inputs)` gives the layer of `quantized` its new weight and bias; the inputs are lists of
+    one tensor per batch, and the same list while nothing has been quantized. The error is |Y~ - Y| / |Y - b| over all
+    outputs of the layer. The walk ends after the last layer. Raises UserError, naming the operation, where one fails.
     """
     last_reader = _last_readers(graph)
     remaining = set(layers)
@@ -66,7 +67,9 @@ def walk(
                 outputs = [_evaluate(node, analog, left, index, batches) for index in range(len(batches))]
                 solve(node.target, right[source], left[source])
                 changed = [_evaluate(node, quantized, right, index, batches) for index in range(len(batches))]
-                errors[node.target] = _relative_error(analog.get_submodule(node.target), changed, outputs)
+                layer = analog.get_submodule(node.target)
+                if isinstance(layer, nn.Conv2d | nn.Linear):
+                    errors[node.target] = _relative_error(layer, changed, outputs)
                 _free(last_reader.get(node, ()), left, right)
                 if right is left:
                     # From here on an in-place operation must not reach the other network's values. Copied in one go,

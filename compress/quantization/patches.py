@@ -83,6 +83,7 @@ class Moments:
         self.live = None
         self.gram = self.cross = self.sum_quantized = self.sum_analog = None
         self.shift_quantized = self.shift_analog = None
+        self._finished: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
 
     def update(self, quantized: Tensor, analog: Tensor) -> None:
         """Add one batch of the layer's inputs, quantized X~ and analog X: (B, C, H, W), or (..., d) for a Linear."""
@@ -137,11 +138,16 @@ class Moments:
         return columns if self.live is None else columns[:, self.live]
 
     def finish(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(gram, cross, mean_quantized, mean_analog): (groups, d, d) twice and (groups, d) twice; call it once.
+        """(gram, cross, mean_quantized, mean_analog): (groups, d, d) twice and (groups, d) twice; nothing can follow.
 
         d is the number of columns in `live`, all of them where that is None. With `centre`, a quantized input that
         varies by less than the rounding of its mean counts as dead: its row in both, and its column in gram, are zero.
         """
+        if self._finished is None:
+            self._finished = self._finish()
+        return self._finished
+
+    def _finish(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         gram = _mirror_lower(self.gram)
         cross = gram if self.cross is None else self.cross
         mean_quantized = self.sum_quantized / self.count

@@ -14,6 +14,7 @@ from torch.fx import Graph
 
 from compress.errors import UserError
 from compress.quantization.activations import Range, attach_input_quantizer, calibrated
+from compress.quantization.batch_norm import matched, move_statistics
 from compress.quantization.calibration import gather, walk
 from compress.quantization.fold import bake_parametrizations, find_foldable, fold_pairs, trace
 from compress.quantization.grid import Grid, ZeroPoint, max_abs_grid, mse_grid, one_for_the_layer, percentile_grid
@@ -86,8 +87,14 @@ def quantize(
     analog, quantized = prepared.analog, copy.deepcopy(prepared.analog)
     found: dict[str, tuple[Tensor, Grid]] = {}
 
+    norms = prepared.norms() if how.batch_norm_reestimation else []
+    matching = {name for name, _ in prepared.folded} if how.batch_norm_reestimation else set()
+
     def solve(name: str, quantized_inputs: list[Tensor], analog_inputs: list[Tensor]) -> None:
         target = quantized.get_submodule(name)
+        if name in norms:
+            move_statistics(target, quantized_inputs, analog_inputs)
+            return
         if inputs_of[name] is not None:
             grid = calibrated(quantized_inputs, inputs_of[name], how.activation_range, how.activation_percentile)
             attach_input_quantizer(target, grid)
@@ -96,12 +103,17 @@ def quantize(
         layer = analog.get_submodule(name)
         moments = how.moments(layer, quantized_inputs, analog_inputs, name)
         codes, grid, bias = how.answer(layer, moments, how.levels_of(bits_of[name], outer), name)
-        found[name] = codes, grid
         put(target, codes, grid, bias)
+        if name in matching:
+            outputs = [layer(each) for each in analog_inputs]
+            grid, bias = matched(target, grid, [target(each) for each in quantized_inputs], outputs)
+            put(target, codes, grid, bias)
+        found[name] = codes, grid
         if progress is not None:
             progress(len(found), len(prepared.order), name, bits_of[name])
 
-    errors = walk(analog, quantized, prepared.graph, prepared.gather(calibration_batches), prepared.order, solve)
+    batches = prepared.gather(calibration_batches)
+    errors = walk(analog, quantized, prepared.graph, batches, [*prepared.order, *norms], solve)
     layers = {
         name: QuantizedLayer(codes, grid, tuple(codes.shape), bits_of[name], errors[name])
         for name, (codes, grid) in found.items()
@@ -129,6 +141,7 @@ class Options:
     activation_range, activation_percentile: see `compress.quantization.activations.calibrated`.
     max_rows: patches of a layer that its Grams are made of, evenly spread; None: all.
     bias_correction: centre the Grams and move the mean output error into the bias.
+    batch_norm_reestimation: see `compress.quantization.batch_norm`; it needs a scale per channel.
     refine: searched scales and coordinate descent, for a solver that reads inputs; None: neither.
     """
 
@@ -142,6 +155,7 @@ class Options:
     max_rows: int | None = None
     block_size: int = 128
     bias_correction: bool = True
+    batch_norm_reestimation: bool = False
     refine: Refinement | None = None
     percentile: float = 1.0
     alphabet_scalar: float = 1.16
@@ -154,6 +168,13 @@ class Options:
         if levels not in (None, "published", "narrow") and not (type(levels) is int and 2 <= levels <= 2**16 + 1):
             raise UserError(
                 f"levels: found {levels!r}; accepted: a whole number from 2 to {2**16 + 1}, published or narrow"
+            )
+        if self.batch_norm_reestimation and self.granularity == "layer":
+            raise UserError("batch_norm_reestimation: found true with one scale a layer; accepted: granularity channel")
+        if self.refine not in (None, Refinement()) and not self._reads_inputs:
+            raise UserError(
+                "quantizer.sweeps: found sweeps, scale_candidates or refit for a solver that reads no inputs; "
+                "accepted: 0, 1 and false, or another quantizer"
             )
         if self.scale not in SCALES:
             raise UserError(f"scale: found {self.scale!r}; accepted: {', '.join(SCALES)}")
@@ -236,6 +257,10 @@ class Prepared:
         if first_last is not None and bits is not None:
             widths |= dict.fromkeys((self.all_layers[0], self.all_layers[-1]), first_last)
         return {name: widths[name] for name in self.order}
+
+    def norms(self) -> list[str]:
+        """The batch norms that could not be folded."""
+        return [name for name, module in self.analog.named_modules() if isinstance(module, nn.BatchNorm2d)]
 
     def gather(self, batches: Iterable) -> list[Tensor]:
         """The calibration images on the network's device, in its type."""

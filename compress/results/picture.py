@@ -18,13 +18,13 @@ def draw_tradeoff(path: Path, rows: Sequence[Row], title: str, teacher_accuracy:
     axes.axhline(100 * reference.test_accuracy, color="0.6", linewidth=1, linestyle="--", label="student, fp32")
     if teacher_accuracy is not None:
         axes.axhline(100 * teacher_accuracy, color="tab:orange", linewidth=1, linestyle=":", label="teacher, fp32")
-    for quantizer in dict.fromkeys(row.quantizer for row in variants):
-        own = sorted((row for row in variants if row.quantizer == quantizer), key=lambda row: row.bytes)
-        axes.plot([r.bytes / 1e6 for r in own], [100 * r.test_accuracy for r in own], marker="o", label=quantizer)
+    for family in dict.fromkeys(map(_family, variants)):
+        own = sorted((row for row in variants if _family(row) == family), key=lambda row: row.bytes)
+        axes.plot([r.bytes / 1e6 for r in own], [100 * r.test_accuracy for r in own], marker="o", label=family)
     axes.plot(reference.bytes / 1e6, 100 * reference.test_accuracy, marker="s", color="0.35", linestyle="none")
     for row in rows:
         axes.annotate(
-            "fp32" if row is reference else f"{row.bits} bit",
+            "fp32" if row.quantizer == "none" else f"{row.bits:.3g} bit",
             (row.bytes / 1e6, 100 * row.test_accuracy),
             textcoords="offset points",
             xytext=(0, -14),
@@ -42,3 +42,10 @@ def draw_tradeoff(path: Path, rows: Sequence[Row], title: str, teacher_accuracy:
     axes.grid(alpha=0.25)
     axes.legend(loc="lower right", fontsize=8, framealpha=0.9)
     write_atomically(path, lambda temporary: figure.savefig(temporary))
+
+
+def _family(row: Row) -> str:
+    """What the rows of one line have in common."""
+    name = "fp32" if row.quantizer == "none" else row.quantizer
+    inputs = f", inputs {row.activation_bits} bit" if row.activation_bits < 32 else ""
+    return f"{name}{inputs}" + (", ONNX" if row.runtime == "onnxruntime" else "")

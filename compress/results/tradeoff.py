@@ -3,17 +3,20 @@
 | column | meaning |
 |---|---|
 | quantizer | `none` for the float32 student, `lsq` for one trained on its grids, otherwise the solver |
-| bits | width of the codes of the layers that are neither first nor last; 32 for floats |
-| levels | values that a weight of those layers can take; empty for floats |
+| bits | width of the codes of the layers that are neither first nor last, or their mean; 32 for floats |
+| levels | values that a weight of those layers can take; empty for floats and mixed precision |
 | first_last_bits | width of the first and the last layer |
 | activation_bits | width of the activations; 32: not quantized |
+| runtime | what ran the file: torch or onnxruntime |
 | sparsity | share of exact zeros among the weights of convolutions and linear layers, 0..1 |
-| validation_accuracy, test_accuracy | 0..1, of the model read back from `file`, in float32 |
+| validation_accuracy, test_accuracy | 0..1, of the model read back from `file`, in float32 by torch |
 | agreement | share of test images that get the same class as from the float32 student, 0..1 |
+| runtime_agreement | share of test images that get the same class from torch, 0..1; empty for torch itself |
+| logit_difference | largest difference of a logit from torch's on the test set; empty for torch itself |
 | bytes | size of `file` |
 | ratio | bytes of the float32 student over bytes |
-| latency_ms | median time of one image through PyTorch, one thread, in milliseconds |
-| file | relative to the run directory |
+| latency_ms, latency_32_ms | median time of 1 and of 32 images on one thread of the CPU, in milliseconds |
+| file | relative to the run directory; empty where it was not kept |
 """
 
 import csv
@@ -32,24 +35,31 @@ class Row:
     """One variant; the module's docstring says what the columns mean."""
 
     quantizer: str
-    bits: int
+    bits: float
     levels: int | None
     first_last_bits: int | None
     activation_bits: int
+    runtime: str
     sparsity: float
     validation_accuracy: float
     test_accuracy: float
     agreement: float
+    runtime_agreement: float | None
+    logit_difference: float | None
     bytes: int
     ratio: float
     latency_ms: float
+    latency_32_ms: float
     file: str
 
     @property
     def name(self) -> str:
-        if self.quantizer == "none":
-            return "fp32"
-        return f"{self.quantizer} {self.bits} bit" + (f" a{self.activation_bits}" if self.activation_bits < 32 else "")
+        name = "fp32"
+        if self.quantizer != "none":
+            mixed = "mixed " if self.levels is None and self.bits < 32 else ""
+            inputs = f" a{self.activation_bits}" if self.activation_bits < 32 else ""
+            name = f"{self.quantizer} {mixed}{self.bits:.3g} bit{inputs}"
+        return name + (" onnx" if self.runtime == "onnxruntime" else "")
 
 
 def write_csv(path: Path, rows: Sequence[Row]) -> None:
@@ -64,14 +74,22 @@ def write_csv(path: Path, rows: Sequence[Row]) -> None:
 
 
 def _rounded(value: object) -> object:
-    return round(value, 6) if isinstance(value, float) else value
+    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def table(rows: Sequence[Row], title: str) -> Table:
     """The rows for a terminal: accuracies in percent, the change from float32 in points, sizes in kilobytes."""
     reference = rows[0]
     caption = "change: points of test accuracy against fp32; same: test images classified as by fp32; ms: one image"
-    printed = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, title_justify="left", caption_justify="left")
+    printed = Table(
+        title=title,
+        caption=caption,
+        box=box.SIMPLE_HEAD,
+        title_justify="left",
+        caption_justify="left",
+        collapse_padding=True,
+        pad_edge=False,
+    )
     printed.add_column("variant", no_wrap=True)
     for heading in ("val %", "test %", "change", "same %", "size kB", "smaller", "ms"):
         printed.add_column(heading, justify="right", no_wrap=True)
@@ -86,6 +104,6 @@ def table(rows: Sequence[Row], title: str) -> Table:
             "" if row is reference else f"{100 * row.agreement:.2f}",
             f"{row.bytes / 1000:,.1f}",
             f"{row.ratio:.1f}x",
-            f"{row.latency_ms:.1f}",
+            f"{row.latency_ms:.2f}",
         )
     return printed

@@ -18,7 +18,8 @@ from torch.nn import functional as F
 
 from compress import models
 from compress.errors import UserError
-from compress.export.onnx import OnnxModel, paired_latency_ms, write_onnx, write_onnx_float
+from compress.evaluation import paired_latency_ms
+from compress.export.onnx import OnnxModel, write_onnx, write_onnx_float
 from compress.quantization import Grid, quantize
 from compress.quantization.activations import InputQuantizer, attach_input_quantizer
 from compress.quantization.post_training import QuantizedLayer, QuantizedModel, state_beside

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from torch import nn
@@ -14,7 +15,8 @@ from compress.quantization.solvers import gpfq, rtn
 
 
 def load(name, **changes):
-    return OmegaConf.merge(OmegaConf.load(CONF / "quantizer" / f"{name}.yaml"), changes)
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return OmegaConf.create(OmegaConf.to_container(compose("quantizer/" + name).quantizer) | changes)
 
 
 @pytest.mark.parametrize("name", ["gpfq", "rtn"])

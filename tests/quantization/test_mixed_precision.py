@@ -1,0 +1,175 @@
+"""Widths by layer: the program is optimal, a budget holds for the file, a drop for the validation accuracy."""
+
+import itertools
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from torch import nn
+from torch.nn import functional as F
+
+from compress import models
+from compress.errors import UserError
+from compress.export.packed import file_bytes, layer_bytes, read_packed, write_packed
+from compress.paths import CONF
+from compress.quantization import Measures
+from compress.quantization.allocation import allocate
+from compress.quantization.mixed_precision import sensitivities
+from compress.quantization.quantizer import Budget
+
+DESCRIPTION = {
+    "architecture": {"stem": "resnet8", "options": {}, "num_classes": 10},
+    "class_names": list("0123456789"),
+    "mean": [0.5] * 3,
+    "standard_deviation": [0.25] * 3,
+    "input_shape": [3, 8, 8],
+}
+
+
+@pytest.fixture(scope="module")
+def network():
+    torch.manual_seed(0)
+    return models.build("resnet8", 10).eval()
+
+
+@pytest.fixture(scope="module")
+def images():
+    return [torch.randn(32, 3, 8, 8, generator=torch.Generator().manual_seed(1))]
+
+
+def quantizer(**options):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        node = compose("quantizer/gpfq").quantizer
+    node.update(options)
+    return instantiate(node)
+
+
+def measures(accuracy=lambda model: 1.0):
+    return Measures(lambda each: file_bytes(each, **DESCRIPTION), layer_bytes, accuracy, 319_288)
+
+
+def only(quantizer, network, images, measured):
+    [variant] = quantizer.variants(network, images, measured, lambda *done: None)
+    return variant
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_allocation_is_the_best_of_all(seed):
+    draws = torch.Generator().manual_seed(seed)
+    costs = [torch.rand(3, generator=draws).tolist() for _ in range(5)]
+    sizes = [torch.randint(1, 9000, (3,), generator=draws).tolist() for _ in range(5)]
+    for budget in range(sum(map(min, sizes)), sum(map(max, sizes)), 3000):
+        chosen = allocate(costs, sizes, budget)
+        assert sum(own[index] for own, index in zip(sizes, chosen, strict=True)) <= budget
+        best = min(
+            sum(own[index] for own, index in zip(costs, choice, strict=True))
+            for choice in itertools.product(range(3), repeat=5)
+            if sum(own[index] for own, index in zip(sizes, choice, strict=True)) <= budget
+        )
+        assert sum(own[index] for own, index in zip(costs, chosen, strict=True)) == pytest.approx(best, abs=1e-9)
+
+
+def test_a_budget_below_the_smallest_choices_has_no_allocation():
+    assert allocate([[1.0, 0.0], [0.0]], [[10, 20], [5]], 14) is None
+    assert allocate([[1.0, 0.0], [0.0]], [[10, 20], [5]], 15) == [0, 0]
+
+
+def test_the_sensitivity_is_the_divergence_with_one_layer_quantized(network, images):
+    choices = sensitivities(network, images, [2, 4], images=32, bias_correction=False)
+    assert list(choices.answers["conv1"]) == list(choices.answers["fc"]) == [8]
+    name = "layer2.0.conv1"
+    analog = choices.prepared.analog
+    with torch.no_grad():
+        reference = analog(images[0]).double().log_softmax(1)
+        answer, _ = choices.answers[name][2]
+        layer = analog.get_submodule(name)
+        kept = layer.weight.clone()
+        layer.weight.copy_(answer.grid.dequantize(answer.codes))
+        changed = analog(images[0]).double().log_softmax(1)
+        layer.weight.copy_(kept)
+    expected = (reference.exp() * (reference - changed)).sum(1).mean().item()
+    assert choices.divergence[name][2] == pytest.approx(expected, rel=1e-4)
+    assert choices.divergence[name][2] > choices.divergence[name][4] > 0
+    with torch.no_grad():
+        assert torch.equal(analog(images[0]).double().log_softmax(1), reference), "the layers are put back"
+
+
+@pytest.mark.parametrize("budget", [33_000, 40_001, "7.3x"])
+@pytest.mark.parametrize("activation_bits", [None, 8])
+def test_the_written_file_is_within_the_budget_and_close_to_it(network, images, tmp_path, budget, activation_bits):
+    chosen = quantizer(bits=[2, 3, 4, 8], budget=budget, activation_bits=activation_bits)
+    variant = only(chosen, network, images, measures())
+    path = tmp_path / "mixed.safetensors"
+    write_packed(path, variant.model, **DESCRIPTION)
+    allowed = Budget.parse(budget).bytes(319_288)
+    assert 0.93 * allowed < path.stat().st_size <= allowed
+    widths = {name: layer.bits for name, layer in variant.model.layers.items()}
+    assert widths["conv1"] == widths["fc"] == 8
+    assert len(set(widths.values())) > 2
+    model, about = read_packed(path)
+    assert {layer["name"]: layer["bits"] for layer in about["layers"]} == widths
+    with torch.no_grad():
+        assert torch.equal(model(images[0]), variant.model.model(images[0]))
+    inner = {name: layer for name, layer in variant.model.layers.items() if name not in ("conv1", "fc")}
+    weights = sum(layer.codes.numel() for layer in inner.values())
+    mean = sum(layer.bits * layer.codes.numel() for layer in inner.values()) / weights
+    assert variant.bits == pytest.approx(mean)
+
+
+def test_mixed_precision_is_closer_to_the_float_network_than_one_width_of_the_same_size(network, images):
+    [uniform] = quantizer(bits=[3]).variants(network, images, measures(), lambda *done: None)
+    size = file_bytes(uniform.model, **DESCRIPTION)
+    mixed = only(quantizer(bits=[2, 3, 4, 5, 6], budget=size), network, images, measures())
+    assert file_bytes(mixed.model, **DESCRIPTION) <= size
+
+    def distance(model):
+        with torch.no_grad():
+            pair = [each(images[0]).log_softmax(1) for each in (model, network)]
+        return F.kl_div(*pair, reduction="batchmean", log_target=True).item()
+
+    assert distance(mixed.model.model) < distance(uniform.model.model)
+
+
+def test_a_budget_that_nothing_meets_names_the_smallest_file(network, images):
+    with pytest.raises(UserError, match=r"quantizer.budget: found 20,000 bytes, .* has 28,\d\d\d; accepted"):
+        only(quantizer(bits=[2, 4], budget="20kB"), network, images, measures())
+
+
+def test_the_smallest_file_within_the_drop_is_found(network, images):
+    def accuracy(model: nn.Module) -> float:
+        # Falls with the distance from the float network, so that more bytes are better.
+        with torch.no_grad():
+            logits = network(images[0])
+            return 1 - ((model(images[0]) - logits).norm() / logits.norm()).item()
+
+    exact = only(quantizer(bits=[2, 3, 4, 8], max_drop=100), network, images, measures(accuracy))
+    assert {layer.bits for layer in exact.model.layers.values()} == {2, 8}
+    strict = only(quantizer(bits=[2, 3, 4, 8], max_drop=2), network, images, measures(accuracy))
+    assert accuracy(strict.model.model) >= 0.98
+    size = file_bytes(strict.model, **DESCRIPTION)
+    assert file_bytes(exact.model, **DESCRIPTION) < size
+    # What has a twentieth fewer bytes loses more.
+    smaller = only(quantizer(bits=[2, 3, 4, 8], budget=int(0.95 * size)), network, images, measures(accuracy))
+    assert accuracy(smaller.model.model) < 0.98
+    with pytest.raises(UserError, match=r"max_drop: found 0.1, but the largest widths .* lose \d+\.\d\d points"):
+        only(quantizer(bits=[2, 3], max_drop=0.1), network, images, measures(accuracy))
+
+
+@pytest.mark.parametrize(
+    ("text", "bytes_"),
+    [("500000", 500_000), (1200, 1200), ("500kB", 500_000), (".5MB", 500_000), ("1 KiB", 1024), ("8x", 12_500)],
+)
+def test_budgets_are_read(text, bytes_):
+    assert Budget.parse(text).bytes(100_000) == bytes_
+
+
+@pytest.mark.parametrize("text", ["", "half", "-3", "0", "0.5x", "3 qB", "1e6", "0.1B"])
+def test_what_is_no_budget_is_said(text):
+    with pytest.raises(UserError, match=r"quantizer.budget: found .*; accepted: a size such as"):
+        Budget.parse(text)
+
+
+def test_a_budget_and_a_drop_exclude_each_other():
+    with pytest.raises(Exception, match=r"beside quantizer[.]budget; accepted"):
+        quantizer(budget="8x", max_drop=1)
