@@ -34,8 +34,8 @@ def _number(value: Any) -> Any:
     if isinstance(value, str):
         with contextlib.suppress(ValueError):
             value = float(value)
-    # Not-a-number compares false with every bound, so it would pass some of them.
-    return "nan" if isinstance(value, float) and math.isnan(value) else value
+    # Not-a-number compares false with every bound, so it would pass some of them; infinity passes them by right.
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _whole_number(value: Any) -> Any:

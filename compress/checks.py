@@ -159,9 +159,30 @@ def check(config: DictConfig, overrides: Sequence[str] = ()) -> None:
         teacher = models.build(num_classes=data.num_classes, **node)
     options = OmegaConf.to_container(config.method, resolve=True)
     get_object(config.method._target_).check_networks(options, student, teacher, data.input_shape)
+    taught_by = [f"{key}.model" for key in ensemble.keys(config)] if teachers.is_used(config) else []
+    for role in ("student", *(["peer"] if config.peer else []), *taught_by):
+        _check_image_size(config, role, data)
     quantizer = _check_quantizer(config, student, data) if config.quantizer else None
     if config.export.onnx:
         _check_onnx(quantizer)
+
+
+def _check_image_size(config: DictConfig, role: str, data: pl.LightningDataModule) -> None:
+    """An image has to go through the network: one that shrinks images may have nothing left of them."""
+    node = OmegaConf.to_container(OmegaConf.select(config, role), resolve=True)
+    # Shapes alone are quick; a network that needs values shows on the CPU whether it works.
+    for device in ("meta", "cpu"):
+        try:
+            with torch.device(device), torch.no_grad():
+                network = models.build(num_classes=data.num_classes, **node).eval()
+                network(torch.zeros(1, *data.input_shape))
+            return
+        except RuntimeError as failure:
+            mistake = failure
+    raise UserError(
+        f"data.image_size: found {data.image_size}, which {role} {node['stem']} cannot take "
+        f"({str(mistake).splitlines()[0]}); accepted: a larger size, or another network"
+    )
 
 
 def check_values(config: DictConfig) -> None:

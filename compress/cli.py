@@ -10,6 +10,8 @@ import hydra
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from compress.errors import UserError
 from compress.files import make_directory
@@ -45,7 +47,9 @@ def _main(arguments: list[str]) -> int:
 
     dry_run = "--dry-run" in arguments
     arguments = [argument for argument in arguments if argument != "--dry-run"]
-    parsed, unknown = get_args_parser().parse_known_args(arguments)
+    parser = get_args_parser()
+    parser.error = _refuse  # argparse prints a page and exits
+    parsed, unknown = parser.parse_known_args(arguments)
     overrides = parsed.overrides
     if unknown:
         raise UserError(f"{unknown[0]}: unknown option; accepted: --help, --dry-run, -m, --cfg job, --info, key=value")
@@ -68,7 +72,9 @@ def _main(arguments: list[str]) -> int:
             return 0
         arguments += _own_directory(jobs[0][1], overrides, multirun)
     else:
-        configuration.register()
+        if multirun:
+            raise UserError("-m: found it beside an option that only prints; accepted: one of them")
+        configuration.compose_jobs(overrides, checked=False)
     sys.argv = [sys.argv[0], *arguments]
     _job()
     return 0
@@ -91,6 +97,10 @@ def run_directory(config: DictConfig) -> Path:
     return make_directory(Path(config.output_directory) / "runs", name)
 
 
+def _refuse(message: str) -> None:
+    raise UserError(f"command line: {message}")
+
+
 def _own_directory(config: DictConfig, overrides: list[str], multirun: bool) -> list[str]:
     """The override that gives Hydra a directory made just now; a directory the user names has to be new."""
     key = "hydra.sweep.dir" if multirun else "hydra.run.dir"
@@ -101,6 +111,12 @@ def _own_directory(config: DictConfig, overrides: list[str], multirun: bool) -> 
             raise UserError(
                 f"{key}: found {directory}, which is not empty; accepted: a new directory, or resume={directory}"
             )
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+        except OSError as failure:
+            raise UserError(
+                f"{key}: found {directory}, which cannot be made ({failure.strerror}); accepted: a new directory"
+            ) from None
         return []
     if multirun:
         directory = make_directory(Path(config.output_directory) / "sweeps", f"{datetime.now():%Y-%m-%d_%H-%M-%S}")
@@ -124,7 +140,14 @@ def _resume(directory: Path, overrides: list[str]) -> int:
                 f"{override}: a resumed run keeps its configuration; accepted: trainer.*=... and logger.*=..."
             )
     configuration.register()
-    config = OmegaConf.load(path)
+    try:
+        config = OmegaConf.load(path)
+    except (YAMLError, UnicodeDecodeError, OSError, OmegaConfBaseException):
+        raise UserError(
+            f"resume: found {path}, which cannot be read as YAML; accepted: the directory of a run"
+        ) from None
+    if not isinstance(config, DictConfig):
+        raise UserError(f"resume: found {path}, which holds no keys; accepted: the directory of a run")
     OmegaConf.set_struct(config, True)
     for override in overrides:
         configuration.apply_override(config, override)

@@ -54,8 +54,10 @@ def _warmup(epochs: object) -> int:
     return min(20, max(1, int(epochs) // 12)) if isinstance(epochs, int | float) else 1
 
 
-def compose_jobs(overrides: Sequence[str], multirun: bool = False) -> list[tuple[list[str], DictConfig]]:
-    """The overrides and the composed, checked configuration of every job of a command line.
+def compose_jobs(
+    overrides: Sequence[str], multirun: bool = False, checked: bool = True
+) -> list[tuple[list[str], DictConfig]]:
+    """The overrides and the composed configuration of every job of a command line; `checked`: its values too.
 
     Raises UserError with one line for the first thing that is wrong.
     """
@@ -71,7 +73,8 @@ def compose_jobs(overrides: Sequence[str], multirun: bool = False) -> list[tuple
     with _hydra():
         for job in _expand(overrides) if multirun else [list(overrides)]:
             config = _compose(job)
-            check(config, job)
+            if checked:
+                check(config, job)
             jobs.append((job, config))
     return jobs
 

@@ -12,6 +12,7 @@ from lightning_fabric.plugins.io.torch_io import TorchCheckpointIO
 from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
 from pytorch_lightning.loggers import Logger
 
+from compress.errors import UserError
 from compress.files import write_atomically
 from compress.progress import EpochLines, console
 
@@ -31,12 +32,16 @@ def fit(
     """Trains `module`, from `directory/last.ckpt` on if there is one, and returns the Trainer.
 
     `directory` receives `best.ckpt` (highest validation accuracy, the earliest of equals) and `last.ckpt`, written
-    at the end of every epoch. `trainer_options` are Lightning's, and `early_stopping` and `log_every`.
+    at the end of every epoch. Training that diverges ends, with the best epoch before that. `trainer_options` are
+    Lightning's, and `early_stopping` and `log_every`.
+
+    Raises UserError where training diverges in the first epoch.
     """
     options = {key: value for key, value in trainer_options.items() if key != "_target_"}
     patience, log_every = options.pop("early_stopping"), options.pop("log_every")
     own = [
         EpochLines(label, log_every),
+        Divergence(label, directory / BEST),
         # The best comes before the last: a run killed between the two repeats an epoch rather than losing its best.
         Checkpoint(directory, filename=_stem(BEST), monitor="val/accuracy", mode="max"),
         Checkpoint(directory, filename=_stem(LAST)),
@@ -84,6 +89,24 @@ class Checkpoint(ModelCheckpoint):
             str(Path(self.dirpath, Path(path).name)): score for path, score in state_dict["best_k_models"].items()
         }
         super().load_state_dict(state_dict | paths | {"dirpath": self.dirpath, "best_k_models": scores})
+
+
+class Divergence(pl.Callback):
+    """Ends a training whose weights are no numbers any more, which they would stay; `best` may be from before that."""
+
+    def __init__(self, label: str, best: Path) -> None:
+        self.label = label
+        self.best = best
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if all(bool(parameter.isfinite().all()) for parameter in pl_module.parameters()):
+            return
+        said = f"{self.label}: training diverged in epoch {trainer.current_epoch + 1}, its weights are not finite"
+        if not self.best.exists():
+            key = "teacher.training.optimizer.lr" if self.label == "teacher" else "optimizer.lr"
+            raise UserError(f"{said}; accepted: a smaller {key}")
+        console.print(f"  {said}; going on with the best epoch before", style="bold")
+        trainer.should_stop = True
 
 
 class Patience(EarlyStopping):

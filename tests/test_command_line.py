@@ -82,6 +82,20 @@ MISTAKES = {
     "resume=nowhere --dry-run": ["resume:", "option"],
     "resume=nowhere": ["resume:", "nowhere"],
     "-m method=kd,dkd optimizer.lr=0.1,abc": ["optimizer.lr:", "'abc'"],
+    "quantizer.bits=[2,2]": ["quantizer.bits:", "once"],
+    "loss.temperature=inf": ["loss.temperature:", "inf"],
+    "optimizer.lr=1e400": ["optimizer.lr:", "inf"],
+    "student=densenet121 data.image_size=4": ["data.image_size:", "4", "student densenet121"],
+    "teacher=vgg8 student=resnet8 data.image_size=4": ["data.image_size:", "4", "teacher.model vgg8"],
+    "method=dml peer=vgg8 student=resnet8 data.image_size=4": ["data.image_size:", "4", "peer vgg8"],
+    "method=dml teacher=resnet8": ["teacher:", "'teacher=resnet8'", "none"],
+    "method=at method.layers=[nosuch]": ["method.layers:", "'nosuch'", "layer1"],
+    "hydra.run.dir=/proc/x": ["hydra.run.dir:", "/proc/x"],
+    "-m hydra.sweep.dir=/proc/x": ["hydra.sweep.dir:", "/proc/x"],
+    "--cfg foo": ["--cfg", "'foo'", "'job'"],
+    "--cfg job student=resnet99": ["student:", "'resnet99'"],
+    "--cfg job loss.foo=1": ["loss.foo:", "temperature"],
+    "--cfg job -m student=resnet8": ["-m:"],
     "--frobnicate": ["--frobnicate", "--help"],
 }
 
@@ -107,6 +121,15 @@ def test_a_mistake_in_a_real_process_has_no_traceback(tmp_path):
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert done.stderr.startswith("error: student: found 'resnet99'")
+
+
+@pytest.mark.parametrize("content", [b"a: [1\n", bytes(range(256)), b"", b"- 1\n", b"text", b"a: ${b"])
+def test_a_directory_whose_configuration_is_damaged_cannot_be_resumed(content, tmp_path, capsys):
+    (tmp_path / "config.yaml").write_bytes(content)
+    assert main([f"resume={tmp_path}"]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
 
 
 def test_values_that_mean_the_same_reach_the_run_as_what_they_mean():

@@ -16,8 +16,10 @@ from pytorch_lightning import Trainer
 
 import compress
 from compress.cli import main
+from compress.errors import UserError
 from compress.evaluation import evaluate
 from compress.export.packed import read_model
+from compress.methods.supervised import Supervised
 from compress.quantization.post_training import quantize
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "run.py"
@@ -153,7 +155,9 @@ def test_resuming_a_finished_run_shows_it_and_computes_nothing(finished, capsys,
     before = {path: path.stat().st_mtime_ns for path in (folder / result.directory).rglob("*")}
     monkeypatch.setattr(Trainer, "fit", None)
     assert main([f"resume={result.directory}"]) == 0
-    assert "gpfq 2 bit" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "gpfq 2 bit" in said
+    assert f"results in {result.directory}" in said.replace("\n", "")
     assert before == {path: path.stat().st_mtime_ns for path in (folder / result.directory).rglob("*")}
 
 
@@ -223,6 +227,35 @@ def test_a_failure_while_quantizing_fails_the_run(finished, monkeypatch, tmp_pat
     with pytest.raises(RuntimeError, match="broken solver"):
         compress.run([*SMALL, "trainer.max_epochs=1", f"output_directory={tmp_path}"])
     assert list(tmp_path.rglob("result.json")) == []
+
+
+def test_a_training_that_diverges_at_once_says_so_and_keeps_nothing(finished, tmp_path):
+    options = [*SMALL, f"output_directory={tmp_path}", "quantizer=none"]
+    options = [option for option in options if not option.startswith("quantizer.")]
+    with pytest.raises(UserError, match=r"^teacher: .*diverged in epoch 1.*teacher\.training\.optimizer\.lr"):
+        compress.run([*options, "teacher.training.optimizer.lr=1e30"])
+    assert list(tmp_path.rglob("*.safetensors")) == []
+    supervised = [option for option in options if not option.startswith("teacher")]
+    with pytest.raises(UserError, match=r"^student: .*diverged in epoch 1.*smaller optimizer\.lr"):
+        compress.run([*supervised, "method=supervised", "optimizer.lr=1e30"])
+    assert list(tmp_path.rglob("result.json")) == list(tmp_path.rglob("best.ckpt")) == []
+
+
+def test_a_training_that_diverges_later_goes_on_with_the_best_epoch_before(finished, tmp_path, capsys, monkeypatch):
+    started = Supervised.on_train_epoch_start
+
+    def diverge(module):
+        started(module)
+        if module.current_epoch == 2:
+            next(module.model.parameters()).data.fill_(float("nan"))
+
+    monkeypatch.setattr(Supervised, "on_train_epoch_start", diverge)
+    options = [option for option in SMALL if not option.startswith(("teacher", "trainer"))]
+    options += ["method=supervised", "trainer.max_epochs=5", f"output_directory={tmp_path}"]
+    result = compress.run(options)
+    assert "diverged in epoch 3" in capsys.readouterr().out.replace("\n", " ")
+    assert result.record["student"]["best_epoch"] < result.record["student"]["epochs"] == 3
+    assert [row.bits for row in result.rows] == [32, 4, 2]
 
 
 def test_the_dry_run_knows_the_size_of_the_packed_files(finished, capsys):

@@ -1,6 +1,7 @@
 """Loads weights from the files people bring: our checkpoints, plain state dicts, published teachers; never code."""
 
 import pickle
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,9 @@ def _read(path: Path, where: str) -> Any:
     try:
         with path.open("rb") as file:
             mappable = file.read(4) == b"PK\x03\x04"  # files from before torch 1.6 are no zip archives
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mappable)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what a file looks like that is then refused, or loaded
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mappable)
     except OSError as error:
         raise UserError(f"{where}: found {path}, which cannot be read ({error.strerror}); {ACCEPTED}") from None
     except Exception as error:  # a damaged file can fail anywhere in the decoder, with any exception
@@ -143,6 +146,11 @@ def _check_tensors(
     empty = [name for name in weights if weights[name].is_meta]
     if empty:
         raise UserError(f"{where}: found {_listed(empty)} without values in {path}; {ACCEPTED}")
+    broken = [name for name in weights if not weights[name].isfinite().all()]
+    if broken:
+        raise UserError(
+            f"{where}: found values that are no numbers in {path}: {_listed(broken)}; accepted: finite ones"
+        )
 
 
 def _classifier(model: nn.Module) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 from torch import Tensor, nn
 
 from compress.errors import UserError
@@ -23,6 +23,12 @@ HALVINGS = 6
 
 def _as_list(value):
     return [value] if isinstance(value, int) else value
+
+
+def _each_once(widths):
+    if len(set(widths)) < len(widths):
+        raise ValueError("every width once")
+    return widths
 
 
 @dataclass(frozen=True)
@@ -91,7 +97,7 @@ class Quantizer:
     def __init__(
         self,
         solver: Callable[..., Tensor] | dict[str, Any],
-        bits: Annotated[list[Bits], BeforeValidator(_as_list), Field(min_length=1)],
+        bits: Annotated[list[Bits], BeforeValidator(_as_list), Field(min_length=1), AfterValidator(_each_once)],
         budget: str | float | None = None,
         max_drop: Annotated[float, Field(ge=0, le=100)] | None = None,
         sensitivity_images: Annotated[int, Field(ge=1)] = 128,

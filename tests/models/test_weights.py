@@ -195,6 +195,13 @@ def test_integer_weights_are_refused(weights, model, tmp_path):
     assert "fc.weight int8" in refusal(model, path)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_refused(value, weights, model, tmp_path):
+    path = tmp_path / "diverged.pt"
+    torch.save(weights | {"fc.bias": torch.full((10,), value)}, path)
+    assert re.search("no numbers in .*diverged.pt: fc.bias", refusal(model, path))
+
+
 def test_tensors_without_values_are_refused(weights, model, tmp_path):
     path = tmp_path / "meta.pt"
     torch.save(weights | {"fc.weight": weights["fc.weight"].to("meta")}, path)
@@ -262,11 +269,12 @@ def test_code_in_a_pickle_is_refused_and_not_run(zipped, weights, model, tmp_pat
     assert mark.exists(), "the payload is harmless, so the test proves nothing"
 
 
-def test_code_in_a_bare_pickle_is_not_run(model, tmp_path):
+def test_code_in_a_bare_pickle_is_not_run_and_nothing_but_the_line_is_said(model, tmp_path, recwarn):
     mark, path = tmp_path / "payload_ran", tmp_path / "bare.bin"
     path.write_bytes(pickle.dumps(Payload(mark)))
     refusal(model, path)
     assert not mark.exists()
+    assert list(recwarn) == []
 
 
 def test_python_objects_are_named_as_the_reason(weights, model, tmp_path):

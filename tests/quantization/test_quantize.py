@@ -296,6 +296,20 @@ def test_a_one_pixel_map_quantizes_as_if_all_columns_were_summed():
     assert torch.equal(corners, torch.zeros_like(corners))
 
 
+def test_a_layer_costs_no_pass_from_the_input(monkeypatch):
+    calls = []
+    forward = nn.Conv2d.forward
+    monkeypatch.setattr(nn.Conv2d, "forward", lambda self, batch: calls.append(self) or forward(self, batch))
+    counts = []
+    for depth in (4, 12):
+        model = nn.Sequential(*(nn.Conv2d(2, 2, 3, padding=1) for _ in range(depth)), nn.Flatten(), nn.Linear(84, 3))
+        calls.clear()
+        quantize(model, [images(4, torch.float32), images(4, torch.float32)], 4)
+        counts.append(len(calls))
+    assert counts[0] >= 2 * 4  # both networks were seen at work here, or nothing was measured
+    assert counts[1] <= 3 * counts[0]  # in proportion to the layers; passes from the input would give nine times
+
+
 def test_progress_is_told_every_layer_in_order():
     told = []
     quantize(make(), [images(4)], 2, progress=lambda *report: told.append(report))
