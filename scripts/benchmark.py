@@ -1,105 +1,28 @@
-"""Speed: `python scripts/benchmark.py data` (a ratio of two ways measured in turn in one process) and `report`."""
+"""Speed, as ratios of two ways measured in turn in one process: `python scripts/benchmark.py data`."""
 
 import argparse
-import statistics
-import tempfile
-import time
-from collections.abc import Callable
-from pathlib import Path
+import sys
 
-import numpy as np
-import torch
-from PIL import Image
-from torch.utils.data import DataLoader, Dataset
-from torchvision import transforms
-
-from compress.data.augmentation import Augmentation, Normalisation
-from compress.data.dataset import EpochSampler, ImageBatches, as_it_is
-from compress.results.report import write_reports
-from compress.results.synthetic import write_runs
-
-MEAN, DEVIATION = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
+from compress.benchmarks import data, quantization, report, solver
+from compress.errors import UserError
 
 
-def paired(name: str, ours: Callable[[], None], theirs: Callable[[], None], images: int, repeats: int) -> None:
-    """Runs both in turn, after one warm-up of each, and prints the medians and the median of the ratios."""
-    pairs = []
-    for index in range(repeats + 1):
-        times = []
-        for work in (ours, theirs):
-            started = time.perf_counter()
-            work()
-            times.append(time.perf_counter() - started)
-        pairs += [times] if index else []
-    speeds = [images / statistics.median(times) for times in zip(*pairs, strict=True)]
-    ratios = sorted(slow / fast for fast, slow in pairs)
-    print(f"{name}: {speeds[0]:,.0f} against {speeds[1]:,.0f} images/s")
-    print(f"ratio: median {statistics.median(ratios):.1f}, from {ratios[0]:.1f} to {ratios[-1]:.1f}, {repeats} pairs")
-
-
-class PerSample(Dataset):
-    """torchvision's v1 pipeline: one PIL image at a time."""
-
-    def __init__(self, pixels: np.ndarray) -> None:
-        self.pixels = pixels
-        self.transform = transforms.Compose(
-            [
-                transforms.RandomCrop(32, padding=4),
-                transforms.RandomHorizontalFlip(),
-                transforms.ToTensor(),
-                transforms.Normalize(MEAN, DEVIATION),
-            ]
-        )
-
-    def __len__(self) -> int:
-        return len(self.pixels)
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        return self.transform(Image.fromarray(self.pixels[index])), 0
-
-
-def data(arguments: argparse.Namespace) -> None:
-    """One epoch of crop, flip and normalisation of 32x32 images, on one core."""
-    torch.set_num_threads(1)
-    pixels = np.random.default_rng(0).integers(0, 256, (arguments.images, 32, 32, 3), np.uint8)
-    labels = torch.zeros(arguments.images, dtype=torch.int64)
-    augmentation, normalisation = Augmentation(crop_padding=4, horizontal_flip=True), Normalisation(MEAN, DEVIATION, 32)
-    images = ImageBatches(torch.from_numpy(pixels).permute(0, 3, 1, 2), labels, normalisation, augmentation)
-    ours = DataLoader(images, 128, sampler=EpochSampler(images, 0), collate_fn=as_it_is)
-    theirs = DataLoader(PerSample(pixels), 128, shuffle=True)
-
-    def epoch(loader: DataLoader) -> Callable[[], None]:
-        def work() -> None:
-            for _ in loader:
-                pass
-
-        return work
-
-    paired("batched against per-sample augmentation", epoch(ours), epoch(theirs), arguments.images, arguments.repeats)
-
-
-def report(arguments: argparse.Namespace) -> None:
-    """The report of many runs with invented figures, in each format."""
-    with tempfile.TemporaryDirectory() as folder:
-        runs = Path(folder)
-        write_runs(runs / "runs", arguments.runs, arguments.epochs)
-        for name in ("report.html", "report.md", "report.csv"):
-            started = time.perf_counter()
-            write_reports([runs / "runs"], [runs / name])
-            seconds, size = time.perf_counter() - started, (runs / name).stat().st_size
-            print(f"{name} of {arguments.runs} runs of {arguments.epochs} epochs: {seconds:.1f} s, {size / 1e6:.1f} MB")
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="BENCHMARK")
+    for module in (data, quantization, report, solver):
+        name = module.__name__.rpartition(".")[2]
+        own = commands.add_parser(name, help=module.__doc__.partition(":")[0], description=module.__doc__)
+        module.add_arguments(own)
+        own.set_defaults(run=module.run)
+    chosen = parser.parse_args()
+    try:
+        chosen.run(chosen)
+    except UserError as mistake:
+        print(f"error: {mistake}", file=sys.stderr)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    commands = parser.add_subparsers(required=True, metavar="BENCHMARK")
-    data_parser = commands.add_parser("data", help="the batched augmentation against torchvision's, image by image")
-    data_parser.add_argument("--images", type=int, default=10_000)
-    data_parser.add_argument("--repeats", type=int, default=5)
-    data_parser.set_defaults(run=data)
-    report_parser = commands.add_parser("report", help="scripts/report.py on runs with invented figures")
-    report_parser.add_argument("--runs", type=int, default=500)
-    report_parser.add_argument("--epochs", type=int, default=60)
-    report_parser.set_defaults(run=report)
-    chosen = parser.parse_args()
-    chosen.run(chosen)
+    sys.exit(main())

@@ -1,0 +1,111 @@
+"""A whole pass of post-training quantization against what it cannot do without: `scripts/benchmark.py quantization`.
+
+The floor is two forward passes over the calibration images, and the multiplications and additions of the Grams, of the
+path following and of its refinement at the rate of a large product of two matrices on this machine.
+"""
+
+import argparse
+import copy
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from compress import models
+from compress.quantization import quantize
+from compress.quantization.calibration import walk
+from compress.quantization.patches import live_columns, row_count
+from compress.quantization.post_training import Prepared, prepare
+from compress.quantization.refinement import Refinement
+
+SIDE = 3000  # of the matrices that the rate is measured with
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", default="resnet18", choices=models.available())
+    parser.add_argument("--images", type=int, nargs="+", default=[64, 256, 512])
+    parser.add_argument("--image-size", type=int, default=32)
+    parser.add_argument("--bits", type=int, default=4)
+    parser.add_argument("--candidates", type=int, default=1, help="scales that are tried for each channel")
+    parser.add_argument("--sweeps", type=int, default=0, help="of coordinate descent")
+    parser.add_argument("--pairs", type=int, default=3)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    torch.manual_seed(0)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    network = models.build(arguments.model, 10).eval().to(device)
+    refine = Refinement(arguments.candidates, arguments.sweeps, refit=arguments.sweeps > 0)
+    for count in arguments.images:
+        shape = (count, 3, arguments.image_size, arguments.image_size)
+        images = list(torch.randn(shape, device=device).split(128))
+        prepared = prepare(network)
+        operations = floor_operations(prepared, images, refine)
+        pairs = []
+        for index in range(arguments.pairs + 1):
+            whole = _seconds(lambda images=images: quantize(network, images, arguments.bits, refine=refine), device)
+            rate = gemm_rate(device)
+            passes = 2 * _seconds(lambda images=images, analog=prepared.analog: _forward(analog, images), device)
+            pairs += [(whole, passes, operations / rate)] if index else []
+        ratios = sorted(whole / (passes + products) for whole, passes, products in pairs)
+        whole, passes, products = (statistics.median(column) for column in zip(*pairs, strict=True))
+        print(
+            f"{arguments.model}, {count} images of {arguments.image_size}x{arguments.image_size}, {device}, "
+            f"{torch.get_num_threads()} threads: {whole:.2f} s; floor {passes:.2f} s of forward passes and "
+            f"{products:.2f} s of products"
+        )
+        print(f"ratio: median {statistics.median(ratios):.2f}, from {ratios[0]:.2f} to {ratios[-1]:.2f}")
+
+
+def floor_operations(prepared: Prepared, images: list[Tensor], refine: Refinement) -> float:
+    """Multiplications and additions of all layers' Grams, path following and refinement.
+
+    With d columns that see an input, n patches and N rows in a group, the symmetric Gram takes d^2 n and the cross Gram
+    2 d^2 n. Path following takes d^2 N for what earlier weights did and as much for what their codes undo; of several
+    candidate scales each takes that and 4 d^2 N for its error. A sweep takes 4 d^2 N for its gradient and 2 d^2 N for
+    what it changes, and to refit the scales 4 d^2 N.
+    """
+    total, first = 0.0, True
+
+    def add(name: str, inputs: list[Tensor], _: list[Tensor]) -> None:
+        nonlocal total, first
+        layer = prepared.analog.get_submodule(name)
+        groups = getattr(layer, "groups", 1)
+        live = live_columns(layer, inputs[0])
+        depth = layer.weight[0].numel() if live is None else len(live)
+        patches = sum(row_count(layer, each) for each in inputs)
+        rows = layer.weight.shape[0] // groups
+        grams = depth**2 * patches * (1 if first else 3)
+        # To compare candidates takes the error of each, two more products.
+        solve = (6 if refine.candidates > 1 else 2) * refine.candidates * depth**2 * rows
+        sweeps = refine.sweeps * (2 + 4 + 4 * refine.refit) * depth**2 * rows
+        total += groups * (grams + solve + sweeps)
+        first = False
+
+    walk(prepared.analog, copy.deepcopy(prepared.analog), prepared.graph, images, prepared.order, add)
+    return total
+
+
+def gemm_rate(device: torch.device) -> float:
+    """Operations per second of a product of two square float32 matrices, the median of five."""
+    left, right = torch.randn(2, SIDE, SIDE, device=device)
+    times = [_seconds(lambda: left @ right, device) for _ in range(5)]
+    return 2 * SIDE**3 / statistics.median(times)
+
+
+@torch.no_grad()
+def _forward(network: nn.Module, images: list[Tensor]) -> None:
+    for batch in images:
+        network(batch)
+
+
+def _seconds(work: Callable[[], object], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
