@@ -20,6 +20,7 @@ NotNegative = Annotated[float, Field(ge=0)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
 Steps = Annotated[int, Field(ge=1)]
+CACHED = 2**20  # weights
 SIDES = ("left", "right")
 
 
@@ -117,7 +118,8 @@ class Shampoo(Optimizer):
                     state["step"] += 1
                     alike[int(state["step"])].append(parameter)
             for count, parameters in alike.items():
-                self._move(parameters, group, count)
+                for portion in _portions(parameters):
+                    self._move(portion, group, count)
         return loss
 
     def _start(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
@@ -143,8 +145,9 @@ class Shampoo(Optimizer):
         steps = gradients
         if group["grafting"] == "adam":
             moments = [state["second_moment"] for state in states]
-            squares = torch._foreach_mul(gradients, gradients)
-            torch._foreach_lerp_(moments, squares, _weight(group["grafting_beta2"], count))
+            weight = _weight(group["grafting_beta2"], count)
+            torch._foreach_mul_(moments, 1 - weight)
+            torch._foreach_addcmul_(moments, gradients, gradients, value=weight)
             deviations = torch._foreach_sqrt(moments)
             torch._foreach_add_(deviations, group["grafting_epsilon"])
             steps = torch._foreach_div(gradients, deviations)
@@ -201,6 +204,19 @@ class Shampoo(Optimizer):
             join(blocks, rows, columns, size).view(gradient.shape)
             for blocks, (rows, columns, _), gradient in zip(pieces, folded, gradients, strict=True)
         ]
+
+
+def _portions(parameters: list[Tensor]) -> list[list[Tensor]]:
+    """What is moved at once: on a CPU about as much as its cache holds, otherwise everything."""
+    portions: list[list[Tensor]] = []
+    room = 0
+    for parameter in parameters:
+        if not portions or (parameter.device.type == "cpu" and parameter.numel() > room):
+            portions.append([])
+            room = CACHED
+        portions[-1].append(parameter)
+        room -= parameter.numel()
+    return portions
 
 
 def _precision(parameter: Tensor) -> torch.dtype:

@@ -26,7 +26,7 @@ OPTIMIZERS = {
     "summed": ["optimizer=shampoo", "optimizer.beta2=1", "optimizer.grafting=none", "optimizer.root_interval=3"],
     "soap": ["optimizer=soap", "optimizer.precondition_frequency=3", NO_DECAY],
     "muon": ["optimizer=muon", NO_DECAY],
-    "bf16": ["optimizer=shampoo", "optimizer.root_interval=4", "trainer.precision=bf16-true"],
+    "bf16": ["optimizer=shampoo", "optimizer.root_interval=2", "trainer.precision=bf16-true", "data.limit=150"],
     "peers": ["optimizer=shampoo", "method=dml", "optimizer.root_interval=4"],
     **{f"{stem}_qat": [f"optimizer={stem}", "method=qat", "method.activation_bits=4"] for stem in ("shampoo", "soap")},
     "muon_qat": ["optimizer=muon", "method=qat"],

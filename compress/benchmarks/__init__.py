@@ -1,0 +1,1 @@
+"""What `scripts/benchmark.py` measures; a module has `add_arguments(parser)` and `run(arguments)`."""
