@@ -1,4 +1,4 @@
-"""Speed, as ratios of two ways measured in turn in one process: `python scripts/benchmark.py data`."""
+"""Two ways of doing the same, compared in one process: `python scripts/benchmark.py data`."""
 
 import argparse
 import statistics
@@ -11,6 +11,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
+from compress.benchmarks import convergence, optimizers
 from compress.data.augmentation import Augmentation, Normalisation
 from compress.data.dataset import EpochSampler, ImageBatches, as_it_is
 
@@ -81,5 +82,10 @@ if __name__ == "__main__":
     data_parser.add_argument("--images", type=int, default=10_000)
     data_parser.add_argument("--repeats", type=int, default=5)
     data_parser.set_defaults(run=data)
+    for module in (optimizers, convergence):
+        name = module.__name__.rpartition(".")[2]
+        own_parser = commands.add_parser(name, help=module.__doc__.partition(":")[0], description=module.__doc__)
+        module.add_arguments(own_parser)
+        own_parser.set_defaults(run=module.run)
     chosen = parser.parse_args()
     chosen.run(chosen)
