@@ -2,6 +2,7 @@
 
 import argparse
 import statistics
+import sys
 import time
 from collections.abc import Callable
 
@@ -14,6 +15,7 @@ from torchvision import transforms
 from compress.benchmarks import convergence, optimizers
 from compress.data.augmentation import Augmentation, Normalisation
 from compress.data.dataset import EpochSampler, ImageBatches, as_it_is
+from compress.errors import UserError
 
 MEAN, DEVIATION = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 
@@ -88,4 +90,8 @@ if __name__ == "__main__":
         module.add_arguments(own_parser)
         own_parser.set_defaults(run=module.run)
     chosen = parser.parse_args()
-    chosen.run(chosen)
+    try:
+        chosen.run(chosen)
+    except UserError as mistake:
+        print(f"error: {mistake}", file=sys.stderr)
+        sys.exit(2)

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 
 from compress import models
 from compress.data.fashion_mnist import FashionMNIST
+from compress.errors import UserError
 from compress.files import write_atomically, write_text
 from compress.optim.schedules import Cosine
 from compress.optim.shampoo import Shampoo
@@ -69,6 +70,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    if len(arguments.shares) != len(arguments.intervals):
+        raise UserError(f"--shares: found {len(arguments.shares)} values; accepted: {len(arguments.intervals)}")
     data = FashionMNIST(
         arguments.root,
         image_size=arguments.image_size,

@@ -205,8 +205,8 @@ def test_the_closure_computes_the_gradients_and_its_loss_is_returned():
         calls.append(loss.item())
         return loss
 
-    assert float(optimizer.step(closure)) == 12
-    assert float(optimizer.step(closure)) < 12
+    assert optimizer.step(closure).item() == 12
+    assert optimizer.step(closure).item() < 12
     assert len(calls) == 2
 
 
