@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from compress.errors import UserError
+from compress.optim import shampoo
 from compress.optim.kronecker import fold, inverse_root, join, split
 from compress.optim.shampoo import Shampoo
 
@@ -181,6 +182,17 @@ def test_a_saved_state_loads_without_pickle_in_its_own_precision_and_goes_on_bit
     for one, two in zip(model.parameters(), again.parameters(), strict=True):
         assert one.dtype == dtype
         assert torch.equal(one, two)
+
+
+def test_the_size_of_the_cache_does_not_matter(monkeypatch):
+    ends = []
+    for cached in (1, 250, 2**20):
+        monkeypatch.setattr(shampoo, "CACHED", cached)
+        model = network(torch.float64)
+        train(model, Shampoo(model.parameters(), block_size=16, root_interval=3), 5)
+        ends.append(list(model.parameters()))
+    torch.testing.assert_close(ends[0], ends[2], rtol=0, atol=1e-12)
+    torch.testing.assert_close(ends[1], ends[2], rtol=0, atol=1e-12)
 
 
 def test_an_optimizer_can_be_copied():
