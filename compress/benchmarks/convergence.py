@@ -12,21 +12,23 @@ import statistics
 from collections.abc import Callable
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from matplotlib.figure import Figure
+from omegaconf import OmegaConf
 from torch import nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from compress import models
 from compress.data.fashion_mnist import FashionMNIST
 from compress.errors import UserError
 from compress.files import write_atomically, write_text
+from compress.optim.groups import optimizer_factory
 from compress.optim.schedules import Cosine
-from compress.optim.shampoo import Shampoo
+from compress.paths import CONF
 
-WEIGHT_DECAY = 0.01
 WARM_UP = 0.1  # of the steps
 
 
@@ -101,16 +103,17 @@ def contestants(arguments: argparse.Namespace) -> list[Contestant]:
     def spaced(lowest: float, highest: float) -> tuple[float, ...]:
         return tuple(torch.logspace(math.log10(lowest), math.log10(highest), arguments.rates).tolist())
 
-    found = [Contestant("AdamW", AdamW, spaced(*arguments.adamw_rates), arguments.steps)]
+    found = [Contestant("AdamW", _builder("adamw"), spaced(*arguments.adamw_rates), arguments.steps)]
     for interval, share in zip(arguments.intervals, arguments.shares, strict=True):
-        name = f"Shampoo, interval {interval}"
-
-        def shampoo(parameters: list[nn.Parameter], interval: int = interval, **options: float) -> Optimizer:
-            return Shampoo(parameters, root_interval=interval, **options)
-
-        steps = max(1, math.floor(share * arguments.steps))
-        found.append(Contestant(name, shampoo, spaced(*arguments.shampoo_rates), steps))
+        build, steps = _builder("shampoo", root_interval=interval), max(1, math.floor(share * arguments.steps))
+        found.append(Contestant(f"Shampoo, interval {interval}", build, spaced(*arguments.shampoo_rates), steps))
     return found
+
+
+def _builder(stem: str, **options: Any) -> Callable[..., Optimizer]:
+    """Of the optimizer in `conf/optimizer` with that name, all options but these and the learning rate as there."""
+    node = OmegaConf.to_container(OmegaConf.load(CONF / "optimizer" / f"{stem}.yaml"))
+    return lambda parameters, lr: optimizer_factory(node | options | {"lr": lr})(parameters)
 
 
 def train(
@@ -119,7 +122,7 @@ def train(
     """The validation losses of one training."""
     torch.manual_seed(seed)
     network = models.build(arguments.model, data.num_classes).to(data.device, memory_format=torch.channels_last)
-    optimizer = contestant.build(network.parameters(), lr=rate, weight_decay=WEIGHT_DECAY)
+    optimizer = contestant.build(network.parameters(), rate)
     schedule = Cosine(warmup_epochs=WARM_UP * contestant.steps)(optimizer, 1, contestant.steps)
     data.seed = seed
     loader = data.train_dataloader()

@@ -22,7 +22,7 @@ def root(factor, power, damping):
 class Reference:
     """One parameter, its blocks one after the other."""
 
-    def __init__(self, start, block, beta2=0.9, damping=1e-5, grafting="adam", interval=1, every=1):
+    def __init__(self, start, block, beta2=0.9, damping=1e-4, grafting="adam", interval=1, every=1):
         self.weights = start.astype(np.float64)
         matrix = self.weights.reshape(len(start), -1)
         self.order = 2 if min(matrix.shape) > 1 else 1
@@ -71,7 +71,7 @@ class Reference:
 
 def compare(dtype, block, tolerance, **settings):
     generator = torch.Generator().manual_seed(0)
-    options = {"grafting": "adam", "beta2": 0.9, "damping": 1e-5, "interval": 1, "every": 1} | settings
+    options = {"grafting": "adam", "beta2": 0.9, "damping": 1e-4, "interval": 1, "every": 1} | settings
     parameters = [torch.nn.Parameter(torch.randn(shape, generator=generator, dtype=dtype)) for shape in SHAPES.values()]
     references = [Reference(each.detach().numpy(), block, **options) for each in parameters]
     optimizer = Shampoo(
