@@ -5,7 +5,7 @@ import csv
 import math
 import os
 import re
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -19,17 +19,28 @@ ROOT = Path(__file__).parent.parent
 FASHION_MNIST = Path(os.environ.get("FASHION_MNIST", "/usr/share/datasets/fashion-mnist"))
 
 
-def benchmark(folder, *arguments):
-    command = [sys.executable, ROOT / "scripts" / "benchmark.py", *map(str, arguments)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+@pytest.fixture
+def benchmark(tmp_path, monkeypatch, capsys):
+    """Runs the script with some arguments, in an empty folder, and gives its exit code, output and errors."""
+
+    def run(*arguments):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["benchmark.py", *map(str, arguments)])
+        code = 0
+        try:
+            runpy.run_path(str(ROOT / "scripts" / "benchmark.py"), run_name="__main__")
+        except SystemExit as ended:
+            code = ended.code
+        return code, *capsys.readouterr()
+
+    return run
 
 
-def test_steps_of_shampoo_and_sgd_are_compared(tmp_path):
+def test_steps_of_shampoo_and_sgd_are_compared(benchmark):
     sizes = ["--batch-size", 8, "--image-size", 8, "--pairs", 2, "--root-interval", 4, "--statistics-interval", 2]
-    done = benchmark(tmp_path, "optimizers", "--models", "resnet8", *sizes)
-    assert done.returncode == 0, done.stderr
-    head, *kinds = done.stdout.splitlines()
+    code, output, _ = benchmark("optimizers", "--models", "resnet8", *sizes)
+    assert code == 0
+    head, *kinds = output.splitlines()
     ratio = float(re.search(r"^resnet8, batch 8, .* Shampoo ([\d.]+) times that$", head)[1])
     # Steps 5 to 8: statistics, nothing, statistics, roots.
     weighted = [re.fullmatch(r"  (\d) of 4 steps \((.*)\): ([\d.]+) \(.*\)", line).groups() for line in kinds]
@@ -43,11 +54,11 @@ def test_steps_of_shampoo_and_sgd_are_compared(tmp_path):
 
 @pytest.mark.fashion_mnist
 @pytest.mark.skipif(not FASHION_MNIST.exists(), reason=f"no Fashion-MNIST in {FASHION_MNIST}")
-def test_convergence_is_drawn_and_written_down(tmp_path):
+def test_convergence_is_drawn_and_written_down(benchmark, tmp_path):
     sizes = ["--model", "resnet8", "--image-size", 8, "--limit", 600, "--batch-size", 32, "--steps", 10, "--every", 3]
     chosen = ["--rates", 2, "--seeds", 0, 1, "--intervals", 4, "--shares", 0.8, "--output", "curves"]
-    done = benchmark(tmp_path, "convergence", "--root", FASHION_MNIST, *sizes, *chosen)
-    assert done.returncode == 0, done.stderr
+    code, output, _ = benchmark("convergence", "--root", FASHION_MNIST, *sizes, *chosen)
+    assert code == 0
     with (tmp_path / "curves" / "convergence.csv").open() as stream:
         points = list(csv.DictReader(stream))
     trainings = {}
@@ -58,10 +69,24 @@ def test_convergence_is_drawn_and_written_down(tmp_path):
     assert len(trainings) == 6
     with Image.open(tmp_path / "curves" / "convergence.png") as picture:
         assert picture.width > 500
-    assert re.search(r"^Shampoo, interval 4, rate \S+: AdamW's final loss", done.stdout, re.MULTILINE)
-    bad = benchmark(tmp_path, "convergence", "--root", FASHION_MNIST, "--shares", 0.8)
-    assert bad.returncode == 2
-    assert bad.stderr == "error: --shares: found 1 values; accepted: 2\n"
+    assert re.search(r"^Shampoo, interval 4, rate \S+: AdamW's final loss", output, re.MULTILINE)
+
+
+@pytest.mark.fashion_mnist
+@pytest.mark.skipif(not FASHION_MNIST.exists(), reason=f"no Fashion-MNIST in {FASHION_MNIST}")
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--shares", 0.8], "--shares: found 1 values; accepted: 2"),
+        (["--root", FASHION_MNIST, "--limit", 5], "data.limit: found 5"),
+    ],
+)
+def test_a_mistake_is_one_line(benchmark, tmp_path, arguments, words):
+    code, _, errors = benchmark("convergence", *arguments)
+    assert code == 2
+    assert errors.count("\n") == 1
+    assert errors.startswith(f"error: {words}")
+    assert not list(tmp_path.iterdir())
 
 
 def curve(losses, steps=4, seed=0, name="AdamW"):
