@@ -28,6 +28,7 @@ from compress import ensemble, models, teachers
 from compress.check import check_arguments, parameter_names
 from compress.errors import UserError
 from compress.export.packed import file_bytes, write_float
+from compress.optim.groups import DECAY
 from compress.quantization import Quantizer, check_layers
 from compress.quantization.mixed_precision import sensitivities
 from compress.quantization.quantizer import too_small
@@ -282,11 +283,15 @@ def _settable(target: Any) -> tuple[str, ...]:
 
 def _coerce_optimizer(config: DictConfig, where: str) -> None:
     target = _target(config, where)
-    accepted = [name for name in parameter_names(target) if name != "params"]
-    values = _coerce(config, where, OPTIMIZER, accepted=accepted)
+    accepted = [name for name in parameter_names(target) if name not in ("params", "defaults")] + [DECAY]
+    own = getattr(target, "__module__", "").startswith("compress.")
+    values = _coerce(config, where, target if own else OPTIMIZER, accepted=accepted)
+    decays = values.pop(DECAY, True)
+    if not isinstance(decays, bool):
+        raise UserError(f"{where}.{DECAY}: found {decays!r}; accepted: true or false")
     try:
         target([torch.nn.Parameter(torch.zeros(1))], **values)
-    except (TypeError, ValueError, RuntimeError) as failure:
+    except (ImportError, TypeError, ValueError, RuntimeError) as failure:
         raise UserError(f"{where}: {failure}".splitlines()[0]) from None
 
 

@@ -18,6 +18,7 @@ from compress import models, teachers
 from compress.check import check_arguments, parameter_names
 from compress.config import method_name
 from compress.files import write_json, write_text
+from compress.optim.groups import optimizer_factory
 from compress.progress import console
 from compress.quantization.callback import PostTrainingQuantization
 from compress.results.record import surroundings
@@ -69,7 +70,8 @@ def run(config: DictConfig, directory: Path, overrides: Sequence[str] = ()) -> R
     pl.seed_everything(config.seed, verbose=False)
     student = models.build(num_classes=data.num_classes, **plain["student"])
     parts["student"] = student.to(memory_format=torch.channels_last)
-    parts |= {part: instantiate(config[part]) for part in ("loss", "optimizer", "scheduler")}
+    parts |= {part: instantiate(config[part]) for part in ("loss", "scheduler")}
+    parts["optimizer"] = optimizer_factory(plain["optimizer"])
     parts["mixup"] = instantiate(config.mixup) if config.mixup else None
     architectures = {"model": models.architecture(plain["student"], data.num_classes)}
     if "peers" in parameter_names(method):

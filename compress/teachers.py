@@ -25,6 +25,7 @@ from compress.losses.cross_entropy import CrossEntropy
 from compress.methods.frozen_teacher import FrozenEnsemble, FrozenTeacher
 from compress.methods.learning_teacher import LearningTeacher
 from compress.methods.supervised import Supervised
+from compress.optim.groups import optimizer_factory
 from compress.progress import console
 from compress.training import BEST, fit
 
@@ -180,7 +181,7 @@ def _train(
     module = Supervised(
         student=network,
         loss=CrossEntropy(training["label_smoothing"]),
-        optimizer=instantiate(training["optimizer"]),
+        optimizer=optimizer_factory(training["optimizer"]),
         scheduler=instantiate(training["scheduler"]),
         num_classes=own_data.num_classes,
         seed=training["seed"],

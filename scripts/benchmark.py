@@ -3,14 +3,14 @@
 import argparse
 import sys
 
-from compress.benchmarks import data, quantization, report, solver
+from compress.benchmarks import convergence, data, optimizers, quantization, report, solver
 from compress.errors import UserError
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="BENCHMARK")
-    for module in (data, quantization, report, solver):
+    for module in (convergence, data, optimizers, quantization, report, solver):
         name = module.__name__.rpartition(".")[2]
         own = commands.add_parser(name, help=module.__doc__.partition(":")[0], description=module.__doc__)
         module.add_arguments(own)

@@ -1,0 +1,60 @@
+"""What an optimizer is given: parameters in groups, some of them without weight decay."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from hydra.utils import instantiate
+from torch import Tensor
+from torch.optim import Optimizer
+
+# The key that every optimizer has beside the arguments of its constructor.
+DECAY = "decay_norm_and_bias"
+
+
+@dataclass(frozen=True)
+class OptimizerFactory:
+    """`make(parameters)`, an optimizer; unless `decay_norm_and_bias`, with groups for what is not to decay."""
+
+    make: Callable[..., Optimizer]
+    decay_norm_and_bias: bool = True
+
+    def __call__(self, parameters: Iterable[Any]) -> Optimizer:
+        """`parameters` are tensors, or groups of them."""
+        return self.make(parameters if self.decay_norm_and_bias else without_decay(parameters))
+
+
+def optimizer_factory(node: Mapping[str, Any]) -> OptimizerFactory:
+    """That of a plain `optimizer` node of the configuration, such as those in `conf/optimizer`."""
+    options = {key: value for key, value in node.items() if key != DECAY}
+    return OptimizerFactory(instantiate(options), node.get(DECAY, True))
+
+
+def as_groups(parameters: Iterable[Any]) -> list[dict[str, Any]]:
+    """Parameters, or groups of them, as groups."""
+    given = list(parameters)
+    groups = [each for each in given if isinstance(each, dict)] or [{"params": given}]
+    return [group | {"params": list(group["params"])} for group in groups]
+
+
+def divided(
+    groups: Iterable[dict[str, Any]],
+    belongs: Callable[[Tensor], bool],
+    first: Mapping[str, Any],
+    second: Mapping[str, Any],
+) -> list[dict[str, Any]]:
+    """Every group cut in two: the parameters that `belongs` accepts, with the options `first`, then the others.
+
+    The first parts come before all second parts, and parts without parameters are left out.
+    """
+    parts = []
+    for wanted, options in ((True, first), (False, second)):
+        for group in groups:
+            own = [parameter for parameter in group["params"] if belongs(parameter) == wanted]
+            parts += [group | options | {"params": own}] if own else []
+    return parts
+
+
+def without_decay(parameters: Iterable[Any]) -> list[dict[str, Any]]:
+    """Groups in which what has at most one dimension, biases and the weights of norms, has a weight decay of 0."""
+    return divided(as_groups(parameters), lambda parameter: parameter.ndim > 1, {}, {"weight_decay": 0.0})

@@ -1,0 +1,109 @@
+"""The benchmarks run on tiny slices; what they say of speed is not tested."""
+
+import argparse
+import csv
+import math
+import os
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from compress.benchmarks import convergence
+from compress.benchmarks.convergence import Point, verdict
+
+ROOT = Path(__file__).parent.parent
+FASHION_MNIST = Path(os.environ.get("FASHION_MNIST", "/usr/share/datasets/fashion-mnist"))
+
+
+@pytest.fixture
+def benchmark(tmp_path, monkeypatch, capsys):
+    """Runs the script with some arguments, in an empty folder, and gives its exit code, output and errors."""
+
+    def run(*arguments):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["benchmark.py", *map(str, arguments)])
+        code = 0
+        try:
+            runpy.run_path(str(ROOT / "scripts" / "benchmark.py"), run_name="__main__")
+        except SystemExit as ended:
+            code = ended.code
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def test_steps_of_shampoo_and_sgd_are_compared(benchmark):
+    sizes = ["--batch-size", 8, "--image-size", 8, "--pairs", 2, "--root-interval", 4, "--statistics-interval", 2]
+    code, output, _ = benchmark("optimizers", "--models", "resnet8", *sizes)
+    assert code == 0
+    head, *kinds = output.splitlines()
+    ratio = float(re.search(r"^resnet8, batch 8, .* Shampoo ([\d.]+) times that$", head)[1])
+    # Steps 5 to 8: statistics, nothing, statistics, roots.
+    weighted = [re.fullmatch(r"  (\d) of 4 steps \((.*)\): ([\d.]+) \(.*\)", line).groups() for line in kinds]
+    assert [(count, kind) for count, kind, _ in weighted] == [
+        ("2", "statistics, no roots"),
+        ("1", "no statistics, no roots"),
+        ("1", "no statistics, roots"),
+    ]
+    assert ratio == pytest.approx(sum(int(count) * float(median) for count, _, median in weighted) / 4, abs=2e-3)
+
+
+@pytest.mark.fashion_mnist
+@pytest.mark.skipif(not FASHION_MNIST.exists(), reason=f"no Fashion-MNIST in {FASHION_MNIST}")
+def test_convergence_is_drawn_and_written_down(benchmark, tmp_path):
+    sizes = ["--model", "resnet8", "--image-size", 8, "--limit", 600, "--batch-size", 32, "--steps", 10, "--every", 3]
+    chosen = ["--rates", 2, "--seeds", 0, 1, "--intervals", 4, "--shares", 0.8, "--output", "curves"]
+    code, output, _ = benchmark("convergence", "--root", FASHION_MNIST, *sizes, *chosen)
+    assert code == 0
+    with (tmp_path / "curves" / "convergence.csv").open() as stream:
+        points = list(csv.DictReader(stream))
+    trainings = {}
+    for point in points:
+        trainings.setdefault((point["optimizer"], point["seed"], point["rate"]), []).append(int(point["step"]))
+    assert [steps for (name, *_), steps in trainings.items() if name == "AdamW"] == [[3, 6, 9, 10]] * 3
+    assert [steps for (name, *_), steps in trainings.items() if name != "AdamW"] == [[3, 6, 8]] * 3
+    assert len(trainings) == 6
+    with Image.open(tmp_path / "curves" / "convergence.png") as picture:
+        assert picture.width > 500
+    assert re.search(r"^Shampoo, interval 4, rate \S+: AdamW's final loss", output, re.MULTILINE)
+
+
+@pytest.mark.fashion_mnist
+@pytest.mark.skipif(not FASHION_MNIST.exists(), reason=f"no Fashion-MNIST in {FASHION_MNIST}")
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--shares", 0.8], "--shares: found 1 values; accepted: 2"),
+        (["--root", FASHION_MNIST, "--limit", 5], "data.limit: found 5"),
+    ],
+)
+def test_a_mistake_is_one_line(benchmark, tmp_path, arguments, words):
+    code, _, errors = benchmark("convergence", *arguments)
+    assert code == 2
+    assert errors.count("\n") == 1
+    assert errors.startswith(f"error: {words}")
+    assert not list(tmp_path.iterdir())
+
+
+def curve(losses, steps=4, seed=0, name="AdamW"):
+    return [Point(name, 0.1, seed, steps, step, loss) for step, loss in enumerate(losses, 1)]
+
+
+def test_the_share_is_that_of_the_first_step_with_the_final_loss_of_the_same_seed():
+    reference = [curve([4, 3, 2, 1.0]), curve([4, 3, 2, 0.5])]
+    said = verdict("Shampoo", reference, [curve([2, 1, 0.9], 3), curve([2, 1, 0.5], 3)])
+    assert "after 62 % of the steps on average (50 %, 75 %)" in said
+    said = verdict("Shampoo", reference, [curve([2, 1, 0.9], 3), curve([2, math.nan, 0.6], 3)])
+    assert "not in every seed (50 %, not reached)" in said
+
+
+def test_rates_are_spaced_evenly_on_a_logarithmic_scale():
+    parser = argparse.ArgumentParser()
+    convergence.add_arguments(parser)
+    first, *others = convergence.contestants(parser.parse_args(["--adamw-rates", "1e-4", "1", "--steps", "100"]))
+    assert first.rates == pytest.approx([1e-4, 1e-3, 1e-2, 1e-1, 1])
+    assert [(each.name, each.steps) for each in others] == [("Shampoo, interval 50", 80), ("Shampoo, interval 20", 75)]
