@@ -4,7 +4,7 @@ BIN := .venv/bin
 
 FASHION_MNIST ?= /usr/share/datasets/fashion-mnist
 
-.PHONY: demo test study lint format clean
+.PHONY: demo test study quantizer-study lint format clean
 demo: .venv/installed
 	$(BIN)/python scripts/run.py method=dkd student=resnet18
 
@@ -14,6 +14,15 @@ test: .venv/installed-dev lint
 # Every method at every width, three seeds: under an hour and a half on two cores. Interrupted, it goes on where it was.
 study: .venv/installed
 	$(BIN)/python scripts/study.py outputs/study data.root=$(FASHION_MNIST)
+
+# Every quantizer on trained networks, three seeds: about an hour on two cores. What is measured is not measured again.
+STUDIED := outputs/quantizer-study
+SWEEP := scripts/run.py -m experiment=fashion_mnist_resnet20 seed=0,1,2 quantizer=none data.root=$(FASHION_MNIST)
+quantizer-study: .venv/installed
+	test -d $(STUDIED)/narrow || $(BIN)/python $(SWEEP) hydra.sweep.dir=$(STUDIED)/narrow
+	test -d $(STUDIED)/wide || $(BIN)/python $(SWEEP) student=resnet8x4 trainer.max_epochs=3 \
+		trainer.precision=bf16-mixed hydra.sweep.dir=$(STUDIED)/wide
+	$(BIN)/python scripts/quantizer_study.py $(STUDIED) $(STUDIED)/narrow/[012] $(STUDIED)/wide/[012]
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

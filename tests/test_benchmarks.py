@@ -10,10 +10,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
+from torch import nn
 
-from compress.benchmarks import convergence
+from compress.benchmarks import convergence, quantization
 from compress.benchmarks.convergence import Point, verdict
+from compress.quantization.post_training import prepare
+from compress.quantization.refinement import Refinement
 
 ROOT = Path(__file__).parent.parent
 FASHION_MNIST = Path(os.environ.get("FASHION_MNIST", "/usr/share/datasets/fashion-mnist"))
@@ -107,3 +111,29 @@ def test_rates_are_spaced_evenly_on_a_logarithmic_scale():
     first, *others = convergence.contestants(parser.parse_args(["--adamw-rates", "1e-4", "1", "--steps", "100"]))
     assert first.rates == pytest.approx([1e-4, 1e-3, 1e-2, 1e-1, 1])
     assert [(each.name, each.steps) for each in others] == [("Shampoo, interval 50", 80), ("Shampoo, interval 20", 75)]
+
+
+def test_the_solver_in_grams_gives_the_codes_of_the_definition(benchmark):
+    code, output, _ = benchmark("solver", "--columns", 700, "--rows", 8, "--samples", 900, "--pairs", 2)
+    assert code == 0
+    sizes, speeds, ratio = output.splitlines()
+    assert sizes == "d 700, N 8, m 900, 3 bit, one thread"
+    # Both compute in float32, where a value between two codes may fall to either side.
+    assert float(re.search(r"equal codes ([\d.]+) %", speeds)[1]) > 99
+    assert re.fullmatch(r"ratio: median [\d.]+, from [\d.]+ to [\d.]+, 2 pairs", ratio)
+
+
+def test_the_floor_of_a_pass_counts_the_products_of_every_layer(benchmark):
+    network = nn.Sequential(
+        nn.Conv2d(3, 4, 3, bias=False), nn.Conv2d(4, 6, 1, groups=2), nn.Flatten(), nn.Linear(24, 5)
+    )
+    prepared, images = prepare(network), [torch.zeros(2, 3, 4, 4)]
+    # (groups, columns, patches, rows of a group), and the first layer's inputs are the same in both networks.
+    shapes = [(1, 27, 8, 4), (2, 2, 8, 3), (1, 24, 2, 5)]
+    plain = sum(g * d * d * (n * (1 if d == 27 else 3) + 2 * rows) for g, d, n, rows in shapes)
+    assert quantization.floor_operations(prepared, images, Refinement()) == plain
+    refined = quantization.floor_operations(prepared, images, Refinement(12, 4, refit=True))
+    assert refined - plain == sum(g * d * d * rows * (6 * 12 - 2 + 4 * 10) for g, d, _, rows in shapes)
+    code, output, _ = benchmark("quantization", "--model", "resnet8", "--images", 8, "--image-size", 8, "--pairs", 1)
+    assert code == 0
+    assert re.match(r"resnet8, 8 images of 8x8, \w+, \d+ threads: [\d.]+ s; floor [\d.]+ s of forward", output)

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -152,3 +153,33 @@ def test_the_script_says_what_it_takes_and_exits_with_2(tmp_path):
     assert (wrong.returncode, wrong.stdout) == (2, "")
     assert wrong.stderr == "error: checkpoint: found no file at x.pt; accepted: a checkpoint or model file\n"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_study_measures_the_networks_of_runs_and_goes_on_where_it_was(run, tmp_path, monkeypatch, capsys):
+    def study(*arguments):
+        monkeypatch.setattr(sys, "argv", ["quantizer_study.py", str(tmp_path / "study"), *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(SCRIPT.with_name("quantizer_study.py")), run_name="__main__")
+        return ended.value.code, *capsys.readouterr()
+
+    assert study(run.directory)[0] == 0
+    path = tmp_path / "study" / "quantizers.json"
+    measured = json.loads(path.read_text())
+    [known] = measured["resnet8"].values()
+    assert set(known) == {"gpfq", "gpfq, all layers", "gpfq, inputs 8 bit", "gpfq, mixed"}
+    assert [row["bits"] for row in known["gpfq"]["rows"]] == [8, 4, 3, 2]
+    uniform, mixed = known["gpfq"]["rows"][2], known["gpfq, mixed"]["rows"][0]
+    assert mixed["bytes"] <= uniform["bytes"]
+    assert known["gpfq"]["float"]["test_accuracy"] == run.rows[0].test_accuracy
+    # Another seed's figures, so that there is a mean and a deviation.
+    measured["resnet8"]["1"] = json.loads(
+        json.dumps(known).replace('"test_accuracy": ', '"test_accuracy": 0.5, "was": ')
+    )
+    path.write_text(json.dumps(measured))
+    code, output, _ = study(run.directory)
+    assert (code, output) == (0, (tmp_path / "study" / "quantizers.md").read_text() + "\n")
+    change = 100 * (uniform["test_accuracy"] - run.rows[0].test_accuracy) / 2
+    [line] = [line for line in output.splitlines() if line.startswith("| gpfq | 3 |")]
+    assert f"| {change:+.2f} ± {abs(change) * 2**0.5:.2f} |" in line
+    code, _, said = study(tmp_path)
+    assert (code, said) == (2, f"error: {tmp_path}: found no finished run; accepted: directories with a result.json\n")
