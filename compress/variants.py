@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.evaluation import Evaluation, evaluate, paired_latency_ms
-from compress.export.packed import file_bytes, layer_bytes, read_model, write_float, write_packed
+from compress.export.packed import encoding, file_bytes, layer_bytes, read_model, write_float, write_packed
 from compress.progress import bar, console
 from compress.quantization import Measures, QuantizedModel, Quantizer
 from compress.quantization.activations import input_quantizers
@@ -68,7 +68,7 @@ class Variants:
         inputs = {layer: grid.bits for layer, grid in input_quantizers(quantized.model).items()}
         self.layers[path.name] = {
             "quantized": {
-                layer: {"bits": each.bits, "levels": each.grid.levels, "error": each.error}
+                layer: {"bits": each.bits, "levels": each.grid.levels, "error": each.error, "encoding": encoding(each)}
                 for layer, each in quantized.layers.items()
             },
             "skipped": dict(quantized.skipped),
