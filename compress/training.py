@@ -121,7 +121,7 @@ class Divergence(pl.Callback):
 
 
 class Patience(EarlyStopping):
-    """Early stopping that is not forgotten when a run that had already stopped is resumed; it counts from epoch `first` on."""
+    """Early stopping from epoch `first` on, not forgotten when a run that had already stopped is resumed."""
 
     def __init__(self, monitor: str, first: int, **options: Any) -> None:
         super().__init__(monitor, **options)

@@ -31,8 +31,6 @@ def build(stem: str, num_classes: int, **options: Any) -> nn.Module:
     return target(num_classes=num_classes, **values)
 
 
-
-
 def check_options(stem: str, options: Mapping[str, Any], where: str) -> dict[str, Any]:
     """All arguments that `build` would pass beside `num_classes`; raises the same errors, naming `where`."""
     return _description(stem, options, where, where)[1]

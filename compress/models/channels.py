@@ -78,7 +78,7 @@ def rebuild(architecture: Mapping[str, Any]) -> nn.Module:
 
 
 def _attributes(module: nn.Module | None) -> tuple[str, ...] | None:
-    if module is None or parametrize.is_parametrized(module) and isinstance(module, _BatchNorm):
+    if module is None or (parametrize.is_parametrized(module) and isinstance(module, _BatchNorm)):
         return None
     return next((attributes for kind, attributes in WIDTHS.items() if isinstance(module, kind)), None)
 

@@ -20,8 +20,12 @@ class Pruning(pl.Callback):
     run reads them and prunes on from there. So are the channels of the `architectures` of networks that were shrunk.
     """
 
-    def __init__(self, networks: Mapping[str, nn.Module], recipe: MaskRecipe | None = None,
-        architectures: Mapping[str, Mapping[str, Any]] | None = None) -> None:
+    def __init__(
+        self,
+        networks: Mapping[str, nn.Module],
+        recipe: MaskRecipe | None = None,
+        architectures: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> None:
         self.networks = networks
         self.recipe = recipe
         self.architectures = architectures or {}
@@ -44,7 +48,9 @@ class Pruning(pl.Callback):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        checkpoint[CHANNELS] = {name: each["channels"] for name, each in self.architectures.items() if "channels" in each}
+        checkpoint[CHANNELS] = {
+            name: each["channels"] for name, each in self.architectures.items() if "channels" in each
+        }
 
     def _prune(self, trainer: pl.Trainer, batches: int) -> None:
         if self.recipe is None:

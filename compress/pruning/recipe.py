@@ -62,7 +62,9 @@ class Recipe(ABC):
         for pattern in self.skip:
             matches = fnmatch.filter(names, pattern)
             if not matches:
-                raise UserError(f"pruning.skip: found {pattern!r}, which matches no layer; accepted: {', '.join(names)}")
+                raise UserError(
+                    f"pruning.skip: found {pattern!r}, which matches no layer; accepted: {', '.join(names)}"
+                )
             left.update(matches)
         return {name: layer for name, layer in known.items() if name not in left}
 
@@ -132,8 +134,8 @@ class MaskRecipe(Recipe):
         if len(dense) == len(layers(network)):
             why = next(iter(dense.values()), "it has neither a convolution nor a linear layer")
             raise UserError(
-                f"pruning: found {self.name}, which has nothing to prune in this {role} ({why}); accepted: pruning=none, "
-                "or a recipe that fits"
+                f"pruning: found {self.name}, which has nothing to prune in this {role} ({why}); accepted: "
+                "pruning=none, or a recipe that fits"
             )
         first, last = self.window(max_epochs)
         if self.when == "after" and first < 1:

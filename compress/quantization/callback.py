@@ -10,8 +10,8 @@ from torch import nn
 
 from compress import models
 from compress.methods.classifier import BEST_NETWORK
-from compress.pruning import masks
 from compress.progress import console
+from compress.pruning import masks
 from compress.quantization import Quantizer
 from compress.quantization.lsq import FakeQuantization, float_network
 from compress.training import BEST
