@@ -48,18 +48,21 @@ def write_packed(
     standard_deviation: Sequence[float],
     input_shape: Sequence[int],
     extra: Mapping[str, Any] | None = None,
+    bitmaps: bool = True,
 ) -> int:
     """Write `quantized`; returns the size of the file in bytes. The same content gives the same bytes.
 
     architecture: {"stem", "options", "num_classes"}, what `compress.models.build` takes. mean and standard_deviation
     normalise images in 0..1, per channel; input_shape (C, H, W). extra: more JSON to keep.
+    bitmaps: keep a layer as a bitmap where that is smaller; without, the size does not depend on the codes.
     Raises UserError for a network that is not in float32, whose values a file of float32 scales could not keep.
     """
     tensors: dict[str, Tensor] = {}
+    encodings = {name: encoding(layer) if bitmaps else "dense" for name, layer in quantized.layers.items()}
     for name, layer in quantized.layers.items():
         if layer.grid.scale.dtype != torch.float32:
             raise UserError(f"{path}: found {layer.grid.scale.dtype} weights in {name}; accepted: torch.float32")
-        stream = _stream(layer)
+        stream = _stream(layer, encodings[name])
         small = layer.grid.levels <= 256
         tensors[f"{name}.weight.codes"] = torch.from_numpy(stream)
         tensors[f"{name}.weight.scale"] = layer.grid.scale
@@ -68,7 +71,7 @@ def write_packed(
     description = network_description(architecture, class_names, mean, standard_deviation, input_shape, extra)
     description |= grids_description(quantized)
     for each in description["layers"]:
-        if encoding(quantized.layers[each["name"]]) == "bitmap":
+        if encodings[each["name"]] == "bitmap":
             each["encoding"] = "bitmap"
     new = "channels" in architecture or any("encoding" in each for each in description["layers"])
     return container.write(Path(path), PACKED_2 if new else PACKED, description, tensors)
@@ -237,9 +240,9 @@ def _encoded_bytes(layer: QuantizedLayer) -> dict[str, int]:
     return {"dense": packed_length(count, width), "bitmap": bitmap}
 
 
-def _stream(layer: QuantizedLayer) -> np.ndarray:
+def _stream(layer: QuantizedLayer, encoding: str) -> np.ndarray:
     codes = layer.codes.flatten().cpu().numpy()
-    if encoding(layer) == "dense":
+    if encoding == "dense":
         return pack(codes, layer.grid.bits)
     kept = _kept(layer)
     return np.concatenate([pack(kept.astype(np.uint8), 1), pack(codes[kept], layer.grid.bits)])

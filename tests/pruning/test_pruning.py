@@ -102,11 +102,11 @@ def test_a_resumed_run_prunes_as_the_undisturbed_one_bit_for_bit(tmp_path, monke
 
     from compress import training
 
-    class Stop(Exception):
+    class CutOffError(Exception):
         pass
 
     def stop(self, trainer, pl_module):
-        raise Stop
+        raise CutOffError
 
     with monkeypatch.context() as patched:
         # The second epoch is cut off before its end.
@@ -116,7 +116,7 @@ def test_a_resumed_run_prunes_as_the_undisturbed_one_bit_for_bit(tmp_path, monke
             "on_train_epoch_end",
             lambda self, trainer, module: (stop if trainer.current_epoch else end)(self, trainer, module),
         )
-        with pytest.raises(Stop):
+        with pytest.raises(CutOffError):
             compress.run(long)
     [cut] = [path for path in (tmp_path / "outputs" / "runs").iterdir() if path != whole]
     assert main([f"resume={cut}"]) == 0
