@@ -29,6 +29,7 @@ from compress.check import check_arguments, parameter_names
 from compress.errors import UserError
 from compress.export.packed import file_bytes, write_float
 from compress.optim.groups import DECAY
+from compress.pruning.structured import Structured
 from compress.quantization import Quantizer, check_layers
 from compress.quantization.mixed_precision import sensitivities
 from compress.quantization.quantizer import too_small
@@ -50,6 +51,7 @@ GROUPS = (
     "teacher",
     "peer",
     "mixup",
+    "pruning",
     "method",
     "loss",
     "optimizer",
@@ -82,6 +84,7 @@ TRAINER = {
     "accumulate_grad_batches": Count,
     "early_stopping": Count | None,
     "log_every": Annotated[int, Field(ge=0)],
+    "ema_decay": Annotated[float, Field(gt=0, lt=1)] | None,
 }
 TRAINER_REQUIRED = (
     "max_epochs",
@@ -163,6 +166,8 @@ def check(config: DictConfig, overrides: Sequence[str] = ()) -> None:
     taught_by = [f"{key}.model" for key in ensemble.keys(config)] if teachers.is_used(config) else []
     for role in ("student", *(["peer"] if config.peer else []), *taught_by):
         _check_image_size(config, role, data)
+    if config.pruning:
+        student = _check_pruning(config, student, data)
     quantizer = _check_quantizer(config, student, data) if config.quantizer else None
     if config.export.onnx:
         _check_onnx(quantizer)
@@ -195,7 +200,10 @@ def check_values(config: DictConfig) -> None:
         # An experiment spreads over the other groups and leaves nothing of its own.
         if key != "experiment" and not isinstance(config.get(key), DictConfig):
             raise UserError(f"{key}: found {config.get(key)!r}; accepted: {key}=OPTION, see --help")
-    for group in ("quantizer", "mixup"):
+    if "pruning" not in config:  # of a run from before there was pruning
+        with open_dict(config):
+            config.pruning = {}
+    for group in ("quantizer", "mixup", "pruning"):
         # `none` on the command line leaves what an experiment says of the option that it chose itself.
         if config[group] and "_target_" not in config[group]:
             config[group] = {}
@@ -204,7 +212,7 @@ def check_values(config: DictConfig) -> None:
     _coerce(config, "", TOP_LEVEL, accepted=[*TOP_LEVEL, *GROUPS], required=TOP_LEVEL)
     for group in ("data", "method", "loss", "scheduler"):
         _coerce_own(config, group)
-    for group in ("quantizer", "mixup"):
+    for group in ("quantizer", "mixup", "pruning"):
         if config[group]:
             _coerce_own(config, group)
     if config.quantizer:
@@ -217,7 +225,7 @@ def check_values(config: DictConfig) -> None:
     _check_model(config, "student")
     if config.peer:
         _check_model(config, "peer")
-    accepted = sorted({*parameter_names(pl.Trainer), "early_stopping", "log_every"} - TRAINER_OWN)
+    accepted = sorted({*parameter_names(pl.Trainer), "early_stopping", "ema_decay", "log_every"} - TRAINER_OWN)
     _coerce(config, "trainer", TRAINER, accepted=accepted, required=TRAINER_REQUIRED)
     if config.teacher and ensemble.is_ensemble(config):
         _coerce(config, "teacher", ENSEMBLE, required=ENSEMBLE)
@@ -423,6 +431,24 @@ def _check_data(config: DictConfig) -> pl.LightningDataModule:
     return data
 
 
+def _check_pruning(config: DictConfig, student: nn.Module, data: pl.LightningDataModule) -> nn.Module:
+    """The fresh `student` as pruning will leave it, but for the values of its weights."""
+    with _construction("pruning"):
+        recipe = instantiate(config.pruning)
+    if isinstance(recipe, Structured) and config.method.get("checkpoint"):
+        raise UserError(
+            "method.checkpoint: found one with pruning=structured, which leaves other layers than it has; accepted: "
+            "null, or pruning=none with the checkpoint of a run that was pruned"
+        )
+    networks = {"student": student}
+    if config.peer:
+        node = OmegaConf.to_container(config.peer, resolve=True)
+        networks["peer"] = models.build(num_classes=data.num_classes, **node)
+    for role, network in networks.items():
+        recipe.check(network, config.trainer.max_epochs, data.input_shape, role)
+    return recipe.pruned(student, data.input_shape)
+
+
 def _check_quantizer(config: DictConfig, student: nn.Module, data: pl.LightningDataModule) -> Quantizer:
     with _construction("quantizer"):
         quantizer = instantiate(config.quantizer)
@@ -432,7 +458,7 @@ def _check_quantizer(config: DictConfig, student: nn.Module, data: pl.LightningD
         raise UserError(f"quantizer.skip: {str(mistake).removeprefix('skip: ')}") from None
     if quantizer.budget is not None:
         node = OmegaConf.to_container(config.student, resolve=True)
-        description = describe(models.architecture(node, data.num_classes), data)
+        description = describe(models.architecture(node, data.num_classes, student), data)
         # A width takes as many bytes whatever the weights are, so that fresh ones will do.
         options = quantizer.options | {"solver": rtn, "scale": "max_abs", "bias_correction": True}
         rounded = sensitivities(student, data.calibration_batches(2), [min(quantizer.bits)], images=1, **options)

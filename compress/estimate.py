@@ -29,7 +29,10 @@ def show(config: DictConfig, overrides: list[str]) -> None:
     data.prepare_data()
     data.setup()
     images = data.record()["images"]
-    student = models.build(num_classes=data.num_classes, **plain["student"]).to(where)
+    student = models.build(num_classes=data.num_classes, **plain["student"])
+    if config.pruning:
+        student = instantiate(config.pruning).pruned(student, data.input_shape)
+    student = student.to(where)
     title = escape(f"dry run: {' '.join(overrides) or 'defaults'}")
     printed = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
     for heading in ("", "network", "parameters", "MACs/image", "fp32 kB"):
@@ -59,17 +62,17 @@ def show(config: DictConfig, overrides: list[str]) -> None:
     minutes["student"] = plain["trainer"]["max_epochs"] * images["train"] / batch * step / 60
     sizes = {}
     grids = get_class(plain["method"]["_target_"]).grids(plain["method"])
-    description = describe(models.architecture(plain["student"], data.num_classes), data)
+    description = describe(models.architecture(plain["student"], data.num_classes, student), data)
     if grids is not None:
         # Steps and codes of an untrained network take as many bytes.
-        sizes["lsq"] = file_bytes(grids.bake(grids.prepare(student)), **description)
+        sizes["lsq"] = file_bytes(grids.bake(grids.prepare(student)), **description, bitmaps=bool(plain["pruning"]))
     if plain["quantizer"]:
         quantizer = instantiate(config.quantizer)
         # The size does not depend on the values of the codes, so the weights are only rounded, on a few images.
-        options = quantizer.options | {"solver": rtn, "scale": "max_abs"}
+        options = quantizer.options | {"solver": rtn}
         for bits in quantizer.bits:
             rounded = quantize(student, data.calibration_batches(data.num_classes), bits, **options)
-            sizes[f"{bits} bit"] = file_bytes(rounded, **description)
+            sizes[f"{bits} bit"] = file_bytes(rounded, **description, bitmaps=bool(plain["pruning"]))
     if sizes:
         console.print("packed files: " + ", ".join(f"{name} {size / 1000:,.1f} kB" for name, size in sizes.items()))
     total = sum(minutes.values())

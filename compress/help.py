@@ -6,6 +6,7 @@ GROUPS = {
     "data": "images and their augmentation",
     "method": "how the student is trained",
     "mixup": "blends pairs of training images",
+    "pruning": "weights or channels that the student does without",
     "loss": "what training minimises (the method chooses a default)",
     "optimizer": "also optimizer@teacher.training.optimizer=...",
     "scheduler": "learning rate over the run; also scheduler@teacher.training.scheduler=...",

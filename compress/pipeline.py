@@ -20,6 +20,8 @@ from compress.config import method_name
 from compress.files import write_json, write_text
 from compress.optim.groups import optimizer_factory
 from compress.progress import console
+from compress.pruning.callback import Pruning
+from compress.pruning.recipe import MaskRecipe
 from compress.quantization.callback import PostTrainingQuantization
 from compress.results.record import surroundings
 from compress.results.tradeoff import Row
@@ -69,19 +71,22 @@ def run(config: DictConfig, directory: Path, overrides: Sequence[str] = ()) -> R
     # The teacher's training may have drawn random numbers; the student's first weights depend on the seed alone.
     pl.seed_everything(config.seed, verbose=False)
     student = models.build(num_classes=data.num_classes, **plain["student"])
+    recipe = instantiate(config.pruning) if config.pruning else None
+    if recipe is not None:
+        student = recipe.shrink(student, data.input_shape)
     parts["student"] = student.to(memory_format=torch.channels_last)
     parts |= {part: instantiate(config[part]) for part in ("loss", "scheduler")}
     parts["optimizer"] = optimizer_factory(plain["optimizer"])
     parts["mixup"] = instantiate(config.mixup) if config.mixup else None
-    architectures = {"model": models.architecture(plain["student"], data.num_classes)}
+    architectures = {"model": models.architecture(plain["student"], data.num_classes, student)}
     if "peers" in parameter_names(method):
         peer = plain["peer"] or plain["student"]
-        parts["others"] = [
-            models.build(num_classes=data.num_classes, **peer).to(memory_format=torch.channels_last)
-            for _ in range(config.method.peers - 1)
-        ]
-        for index in range(config.method.peers - 1):
-            architectures[f"others.{index}"] = models.architecture(peer, data.num_classes)
+        others = [models.build(num_classes=data.num_classes, **peer) for _ in range(config.method.peers - 1)]
+        if recipe is not None:
+            others = [recipe.shrink(other, data.input_shape) for other in others]
+        parts["others"] = [other.to(memory_format=torch.channels_last) for other in others]
+        for index, other in enumerate(others):
+            architectures[f"others.{index}"] = models.architecture(peer, data.num_classes, other)
     # Not by `instantiate`, which would turn the frozen dataclasses among the parts into configurations.
     module = method(**check_arguments(method, plain["method"], "method"), **parts)
     console.print(f"student {config.student.stem}: training for {config.trainer.max_epochs} epochs", style="bold")
@@ -97,6 +102,8 @@ def run(config: DictConfig, directory: Path, overrides: Sequence[str] = ()) -> R
         start=module.start and module.start[0],
         before=clock.lap,
     )
+    masked = isinstance(recipe, MaskRecipe)
+    pruning = Pruning(module.networks, recipe if masked else None, architectures)
     loggers = [instantiate(logger, save_dir=str(directory)) for logger in config.logger.values()]
     try:
         trainer = fit(
@@ -106,7 +113,8 @@ def run(config: DictConfig, directory: Path, overrides: Sequence[str] = ()) -> R
             directory / "checkpoints",
             label="student",
             loggers=loggers,
-            callbacks=[quantization],
+            callbacks=[pruning, quantization],
+            first_best=max(recipe.window(config.trainer.max_epochs)[1] - 1, 0) if masked else 0,
         )
     finally:
         _finish(loggers)
@@ -123,6 +131,7 @@ def run(config: DictConfig, directory: Path, overrides: Sequence[str] = ()) -> R
         "seconds": clock.laps,
         "data": data.record(),
         "teacher": teacher_record,
+        "pruning": recipe.record(quantization.trained) if recipe is not None else None,
         "student": {
             "model": stem,
             "network": quantization.network,

@@ -12,6 +12,7 @@ from lightning_fabric.plugins.io.torch_io import TorchCheckpointIO
 from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
 from pytorch_lightning.loggers import Logger
 
+from compress.averaging import MovingAverage
 from compress.errors import UserError
 from compress.files import write_atomically
 from compress.progress import EpochLines, console
@@ -28,32 +29,37 @@ def fit(
     label: str,
     loggers: Sequence[Logger] = (),
     callbacks: Sequence[pl.Callback] = (),
+    first_best: int = 0,
 ) -> pl.Trainer:
     """Trains `module`, from `directory/last.ckpt` on if there is one, and returns the Trainer.
 
     `directory` receives `best.ckpt` (highest validation accuracy, the earliest of equals) and `last.ckpt`, written
     at the end of every epoch. Training that diverges ends, with the best epoch before that. `trainer_options` are
-    Lightning's, and `early_stopping` and `log_every`.
+    Lightning's, and `early_stopping`, `log_every` and `ema_decay`. Epochs before `first_best`, counted from 0, are not
+    yet what is wanted: none of them can be the best, and none counts for early stopping.
 
     Raises UserError where training diverges in the first epoch.
     """
     options = {key: value for key, value in trainer_options.items() if key != "_target_"}
     patience, log_every = options.pop("early_stopping"), options.pop("log_every")
+    decay = options.pop("ema_decay", None)
     own = [
         EpochLines(label, log_every),
         Divergence(label, directory / BEST),
         # The best comes before the last: a run killed between the two repeats an epoch rather than losing its best.
-        Checkpoint(directory, filename=_stem(BEST), monitor="val/accuracy", mode="max"),
+        Checkpoint(directory, first_best, filename=_stem(BEST), monitor="val/accuracy", mode="max"),
         Checkpoint(directory, filename=_stem(LAST)),
     ]
     if patience is not None:
         # Before the checkpoints, which are to hold how long it has waited.
-        own.insert(0, Patience("val/accuracy", mode="max", patience=patience))
+        own.insert(0, Patience("val/accuracy", first_best, mode="max", patience=patience))
+    # After whatever else changes the weights after a batch.
+    averaging = [] if decay is None else [MovingAverage(decay)]
     _quieten()
     trainer = pl.Trainer(
         **options,
         logger=list(loggers) or False,
-        callbacks=[*own, *callbacks],
+        callbacks=[*own, *callbacks, *averaging],
         default_root_dir=directory,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -74,10 +80,15 @@ def epoch_of(path: Path) -> int:
 
 
 class Checkpoint(ModelCheckpoint):
-    """Writes one file at the end of an epoch, when the training metrics are known too."""
+    """Writes one file at the end of an epoch, from epoch `first` on, when the training metrics are known too."""
 
-    def __init__(self, directory: Path, **options: Any) -> None:
+    def __init__(self, directory: Path, first: int = 0, **options: Any) -> None:
+        self.first = first
         super().__init__(directory, save_on_train_epoch_end=True, enable_version_counter=False, **options)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.current_epoch >= self.first:
+            super().on_train_epoch_end(trainer, pl_module)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Lightning forgets the best score when the directory was moved; the files have moved with it."""
@@ -110,7 +121,19 @@ class Divergence(pl.Callback):
 
 
 class Patience(EarlyStopping):
-    """Early stopping that is not forgotten when a run that had already stopped is resumed."""
+    """Early stopping from epoch `first` on, not forgotten when a run that had already stopped is resumed."""
+
+    def __init__(self, monitor: str, first: int, **options: Any) -> None:
+        super().__init__(monitor, **options)
+        self.first = first
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.current_epoch >= self.first:
+            super().on_validation_end(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.current_epoch >= self.first:
+            super().on_train_epoch_end(trainer, pl_module)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.wait_count >= self.patience:

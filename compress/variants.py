@@ -10,8 +10,9 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
+from compress import models
 from compress.evaluation import Evaluation, evaluate, paired_latency_ms
-from compress.export.packed import file_bytes, layer_bytes, read_model, write_float, write_packed
+from compress.export.packed import encoding, file_bytes, layer_bytes, read_model, write_float, write_packed
 from compress.progress import bar, console
 from compress.quantization import Measures, QuantizedModel, Quantizer
 from compress.quantization.activations import input_quantizers
@@ -68,7 +69,7 @@ class Variants:
         inputs = {layer: grid.bits for layer, grid in input_quantizers(quantized.model).items()}
         self.layers[path.name] = {
             "quantized": {
-                layer: {"bits": each.bits, "levels": each.grid.levels, "error": each.error}
+                layer: {"bits": each.bits, "levels": each.grid.levels, "error": each.error, "encoding": encoding(each)}
                 for layer, each in quantized.layers.items()
             },
             "skipped": dict(quantized.skipped),
@@ -122,9 +123,9 @@ class Variants:
             pairs = zip(self.rows, found, strict=True)
             self.rows = [replace(row, **{column: milliseconds}) for row, milliseconds in pairs]
         self._runnable.clear()
-        models = self.directory / "models"
-        if not any(models.iterdir()):
-            models.rmdir()
+        folder = self.directory / "models"
+        if not any(folder.iterdir()):
+            folder.rmdir()
 
     def _path(self, name: str) -> Path:
         return self.directory / "models" / f"{name}.safetensors"
@@ -140,7 +141,8 @@ class Variants:
         size = path.stat().st_size
         if not self.export["packed"]:
             path.unlink()
-        test = self._measure(path, size, model.to(self.data.device), columns, sparsity(model), runtime="torch")
+        macs = models.count_macs(model, self.data.input_shape)
+        test = self._measure(path, size, model.to(self.data.device), columns, sparsity(model), macs, "torch")
         self._runnable.append(model.cpu())
         return test
 
@@ -148,8 +150,8 @@ class Variants:
         from compress.export.onnx import OnnxModel
 
         model = OnnxModel.read(path, threads=torch.get_num_threads())
-        zeros = self.rows[-1].sparsity
-        self._measure(path, path.stat().st_size, model, columns, zeros, "onnxruntime", torch_test)
+        last, size = self.rows[-1], path.stat().st_size
+        self._measure(path, size, model, columns, last.sparsity, last.macs, "onnxruntime", torch_test)
         self._runnable.append(OnnxModel.read(path, threads=1))
 
     def _measure(
@@ -159,6 +161,7 @@ class Variants:
         model: Callable[[Tensor], Tensor],
         columns: Mapping[str, Any],
         zeros: float,
+        macs: int | None,
         runtime: str,
         torch_test: Evaluation | None = None,
     ) -> Evaluation:
@@ -172,6 +175,7 @@ class Variants:
                 **columns,
                 runtime=runtime,
                 sparsity=zeros,
+                macs=macs,
                 validation_accuracy=validation.accuracy,
                 test_accuracy=test.accuracy,
                 agreement=test.agreement(self.test),

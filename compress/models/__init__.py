@@ -1,6 +1,7 @@
 """Networks by name, their weights and their size."""
 
-from compress.models.catalogue import architecture, available, build, check_options, described
+from compress.models.catalogue import available, build, check_options, described
+from compress.models.channels import architecture, changed_channels, rebuild, with_channels
 from compress.models.counting import count_macs, count_parameters
 from compress.models.inference import frozen_for_inference, low_precision_dtype
 from compress.models.weights import load_weights
@@ -9,6 +10,7 @@ __all__ = [
     "architecture",
     "available",
     "build",
+    "changed_channels",
     "check_options",
     "count_macs",
     "count_parameters",
@@ -16,4 +18,6 @@ __all__ = [
     "frozen_for_inference",
     "load_weights",
     "low_precision_dtype",
+    "rebuild",
+    "with_channels",
 ]

@@ -31,12 +31,6 @@ def build(stem: str, num_classes: int, **options: Any) -> nn.Module:
     return target(num_classes=num_classes, **values)
 
 
-def architecture(node: Mapping[str, Any], num_classes: int) -> dict[str, Any]:
-    """What a model file says so that `build(stem, num_classes, **options)` gives the network of a config `node`."""
-    options = {name: value for name, value in node.items() if name not in ("stem", "_target_")}
-    return {"stem": node["stem"], "options": options, "num_classes": num_classes}
-
-
 def check_options(stem: str, options: Mapping[str, Any], where: str) -> dict[str, Any]:
     """All arguments that `build` would pass beside `num_classes`; raises the same errors, naming `where`."""
     return _description(stem, options, where, where)[1]

@@ -1,5 +1,7 @@
 """Loads weights from the files people bring: our checkpoints, plain state dicts, published teachers; never code."""
 
+import copy
+import json
 import pickle
 import warnings
 from collections.abc import Mapping
@@ -11,7 +13,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from compress.errors import UserError
+from compress.models.channels import with_channels
 from compress.models.timm_model import TimmModel
+from compress.pruning import masks
 
 TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
 ACCEPTED = f"accepted: a state dict in a .safetensors, {', '.join(TORCH_SUFFIXES[:-1])} or {TORCH_SUFFIXES[-1]} file"
@@ -20,6 +24,8 @@ CONTAINERS = ("state_dict", "model", "model_state_dict")
 # What wrappers put before the name of a parameter: LightningModules, DataParallel, torch.compile.
 WRAPPERS = ("model", "module", "student", "network", "_orig_mod")
 COUNTER = "num_batches_tracked"
+# Under which a checkpoint says, by network, which layers of it have fewer channels than their architecture.
+CHANNELS = "channels"
 NAMED = 3  # keys that a message lists before it only counts
 
 
@@ -29,7 +35,8 @@ def load_weights(model: nn.Module, path: str | Path, where: str = "checkpoint") 
     A plain state dict, or one under "state_dict", "model" or "model_state_dict"; its keys bare or behind `model.`,
     `module.`, `student.`, `network.` or `_orig_mod.`, also several of them. A file may hold several networks under
     different prefixes: the one whose keys are exactly the model's is taken. BatchNorm's `num_batches_tracked` may be
-    absent. A `TimmModel` takes timm's own files, too.
+    absent. A `TimmModel` takes timm's own files, too. A pruned network is loaded as it is: `model` gets its masks, or
+    fewer channels.
 
     Raises UserError, which names the key `where` and the file, if the file is missing, unreadable, holds code, or does
     not fit; the model is then as it was.
@@ -37,12 +44,40 @@ def load_weights(model: nn.Module, path: str | Path, where: str = "checkpoint") 
     if isinstance(model, TimmModel):
         model = model.network
     path = Path(path).expanduser()
-    weights = _state_dict(_read(path, where), path, where)
+    content = _read(path, where)
+    weights = _state_dict(content, path, where)
+    about = _about(content, path)
+    if about["channels"]:
+        copied = with_channels(copy.deepcopy(model), about["channels"])
+        if model.state_dict().keys() != copied.state_dict().keys():
+            raise UserError(f"{where}: found channels in {path} that do not fit; {ACCEPTED}")
+        with_channels(model, about["channels"])
     expected = model.state_dict()
     weights = _without_prefix(weights, expected)
+    own = {name: weights.pop(name) for name in [*weights] if masks.is_mask(name) and name not in expected}
     _check_keys(weights, expected, path, where)
     _check_tensors(weights, expected, _classifier(model), path, where)
     model.load_state_dict(weights, strict=False)  # strict about all but the counters, which were allowed above
+    masks.restore(model, own, where)
+    masks.mask_zeros(model, [name for name in about["masked"] if name in masks.layers(model)])
+
+
+def _about(content: Any, path: Path) -> dict[str, Any]:
+    """What a file of ours says of pruning: the channels of shrunken layers, and the layers whose zeros are masked."""
+    if path.suffix != ".safetensors":
+        by_network = content.get(CHANNELS) if isinstance(content, Mapping) else None
+        found = by_network.get("model") if isinstance(by_network, Mapping) else None
+        return {"channels": found if isinstance(found, Mapping) else {}, "masked": []}
+    with safe_open(path, framework="pt", device="cpu") as file:
+        text = (file.metadata() or {}).get("description", "{}")
+    try:
+        described = json.loads(text)
+        return {
+            "channels": described.get("architecture", {}).get("channels", {}),
+            "masked": described.get("masked", []),
+        }
+    except (ValueError, AttributeError):
+        return {"channels": {}, "masked": []}
 
 
 def _read(path: Path, where: str) -> Any:
@@ -159,7 +194,7 @@ def _classifier(model: nn.Module) -> str:
 
 
 def _countless(names: Mapping[str, Tensor]) -> set[str]:
-    return {name for name in names if not name.endswith(COUNTER)}
+    return {name for name in names if not name.endswith(COUNTER) and not masks.is_mask(name)}
 
 
 def _listed(items: Any) -> str:

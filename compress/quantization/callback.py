@@ -11,6 +11,7 @@ from torch import nn
 from compress import models
 from compress.methods.classifier import BEST_NETWORK
 from compress.progress import console
+from compress.pruning import masks
 from compress.quantization import Quantizer
 from compress.quantization.lsq import FakeQuantization, float_network
 from compress.training import BEST
@@ -24,7 +25,8 @@ class PostTrainingQuantization(pl.Callback):
     from, `start`, or where there was none, its weights before they are rounded.
 
     `architectures` has, for each network of the method, the mapping {stem, options, num_classes} that goes into the
-    files; the one that the checkpoint calls its best is taken: `network` is its name and `student` itself in float32.
+    files; the one that the checkpoint calls its best is taken: `network` is its name, `student` itself in float32
+    and `trained` as it was trained, on its grids perhaps.
     Metrics go to every logger as `tradeoff/<variant>/<name>`. `before` is called with "student" when training is over.
     `data`, `directory` and `export` are those of `compress.variants.Variants`. A failure here fails the fit.
     """
@@ -49,6 +51,7 @@ class PostTrainingQuantization(pl.Callback):
         self.architectures = architectures
         self.network = ""
         self.student: nn.Module | None = None
+        self.trained: nn.Module | None = None
         self.before = before
         self.variants: Variants | None = None
 
@@ -64,7 +67,7 @@ class PostTrainingQuantization(pl.Callback):
     def _measure(self) -> None:
         quantizes = self.quantizer or self.on_grids
         console.print("quantizing the best checkpoint" if quantizes else "measuring the best checkpoint", style="bold")
-        best = self._best()
+        best = self.trained = self._best()
         if self.on_grids is None:
             self.student = best
         else:
@@ -99,13 +102,14 @@ class PostTrainingQuantization(pl.Callback):
         saved = torch.load(self.directory / "checkpoints" / BEST, map_location="cpu", weights_only=True)
         self.network = saved[BEST_NETWORK]
         architecture = self.architectures[self.network]
-        student = models.build(architecture["stem"], architecture["num_classes"], **architecture["options"])
+        student = models.rebuild(architecture)
         if self.on_grids is not None:
             student = self.on_grids.prepare(student)
         prefix = f"{self.network}."
         state = {
             name.removeprefix(prefix): value for name, value in saved["state_dict"].items() if name.startswith(prefix)
         }
+        masks.restore(student, state, BEST)
         student.load_state_dict(state)
         return student.eval().to(self.data.device)
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.fx import Graph
 
 from compress.errors import UserError
+from compress.pruning.masks import is_mask
 from compress.quantization.activations import Range, attach_input_quantizer, calibrated
 from compress.quantization.batch_norm import matched, move_statistics
 from compress.quantization.calibration import gather, walk
@@ -289,12 +290,12 @@ def _check_bits(key: str, value: object, lowest: int, highest: int) -> None:
 
 
 def state_beside(model: nn.Module, layers: Iterable[str]) -> dict[str, Tensor]:
-    """The state dict of `model` without the weights of `layers` and without BatchNorm's step counters."""
+    """The state dict of `model` without the weights of `layers`, BatchNorm's step counters and masks."""
     weights = {f"{name}.weight" for name in layers}
     return {
         name: value.detach().clone()
         for name, value in model.state_dict().items()
-        if name not in weights and not name.endswith("num_batches_tracked")
+        if name not in weights and not name.endswith("num_batches_tracked") and not is_mask(name)
     }
 
 

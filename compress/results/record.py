@@ -11,10 +11,13 @@
 | data | name, class names, number of images in train, validation and test, input shape |
 | teacher | null, or model, file, parameters, MACs, accuracies (0..1), per-class accuracy on test, as it was found; |
 |  | of one that learned on, `validation_accuracy_after`; of an ensemble, `members`: such records without test |
+| pruning | null, or `recipe` and: of masks, numbers of weights and of pruned ones, also per layer, and why other |
+|  | layers are dense; of structured pruning, the channels of each layer |
 | student | model, network (`others.0` for the first other peer of dml), parameters, MACs, epochs, best epoch,
 |  | accuracies (0..1), per-class accuracy on test |
 | tradeoff | the rows of tradeoff.csv |
-| layers | for each packed file: bits, levels and relative output error of each quantized layer; the layers left float |
+| layers | for each packed file: bits, levels, relative output error and encoding (dense or bitmap) of each quantized |
+|  | layer; the layers left float |
 """
 
 import os

@@ -9,6 +9,7 @@
 | activation_bits | width of the activations; 32: not quantized |
 | runtime | what ran the file: torch or onnxruntime |
 | sparsity | share of exact zeros among the weights of convolutions and linear layers, 0..1 |
+| macs | multiply-accumulates of one image, zeros counted like other weights |
 | validation_accuracy, test_accuracy | 0..1, of the model read back from `file`, in float32 by torch |
 | agreement | share of test images that get the same class as from the float32 student, 0..1 |
 | runtime_agreement | share of test images that get the same class from torch, 0..1; empty for torch itself |
@@ -21,7 +22,7 @@
 
 import csv
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 from rich import box
@@ -41,6 +42,7 @@ class Row:
     activation_bits: int
     runtime: str
     sparsity: float
+    macs: int | None = field(default=None, kw_only=True)
     validation_accuracy: float
     test_accuracy: float
     agreement: float
@@ -65,7 +67,7 @@ class Row:
 def write_csv(path: Path, rows: Sequence[Row]) -> None:
     def write(temporary: Path) -> None:
         with temporary.open("w", newline="", encoding="utf-8") as stream:
-            writer = csv.DictWriter(stream, [field.name for field in fields(Row)], lineterminator="\n")
+            writer = csv.DictWriter(stream, [each.name for each in fields(Row)], lineterminator="\n")
             writer.writeheader()
             for row in rows:
                 writer.writerow({key: _rounded(value) for key, value in asdict(row).items()})

@@ -11,6 +11,7 @@ from compress.check import check_arguments
 from compress.errors import UserError
 from compress.paths import CONF
 from compress.quantization import Quantizer, quantize
+from compress.quantization.refinement import Refinement
 from compress.quantization.solvers import gpfq, rtn
 
 
@@ -36,7 +37,10 @@ def test_none_is_no_quantizer():
 
 @pytest.mark.parametrize(
     ("name", "options"),
-    [("gpfq", {"solver": gpfq}), ("rtn", {"solver": rtn, "scale": "max_abs", "bias_correction": False})],
+    [
+        ("gpfq", {"solver": gpfq, "refine": Refinement(12, 4, refit=True)}),
+        ("rtn", {"solver": rtn, "scale": "max_abs", "bias_correction": False}),
+    ],
 )
 def test_a_call_is_quantize_with_the_options_of_the_file(name, options):
     torch.manual_seed(0)

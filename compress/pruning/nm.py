@@ -1,0 +1,61 @@
+"""N:M sparsity: of every M weights that follow each other along the input channels, the N largest are kept.
+
+2:4 is what the sparse tensor cores of GPUs multiply (Mishra et al. 2021, 2104.08378).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated
+
+from pydantic import Field
+from torch import Tensor, nn
+
+from compress.errors import UserError
+from compress.pruning.masks import weight_of
+from compress.pruning.recipe import MaskRecipe, left_dense
+
+
+def nm_mask(weight: Tensor, n: int, m: int, kept: Tensor | None = None) -> Tensor:
+    """A boolean mask of `weight` (O, I, ...), True for the `n` largest of every `m` along the I input channels.
+
+    I is divisible by m. Of equal weights those of lower index stay. What the mask so far, `kept`, does not keep goes
+    first.
+    """
+    scores = weight.detach().abs().float()
+    if kept is not None:
+        scores = scores.masked_fill(~kept, -1.0)
+    grouped = scores.movedim(1, -1)
+    shape = grouped.shape
+    grouped = grouped.reshape(-1, m)
+    best = grouped.sort(dim=1, descending=True, stable=True).indices[:, :n]
+    mask = grouped.new_zeros(grouped.shape).scatter_(1, best, 1.0)
+    return mask.bool().reshape(shape).movedim(-1, 1).contiguous()
+
+
+@dataclass(frozen=True)
+class NM(MaskRecipe):
+    """`pruning=nm`: `n` of every `m`. Layers whose input channels `m` does not divide, the stem often, stay dense.
+
+    Within a schedule, m of m become n of m by one at a time, as the cubic share reaches it.
+    """
+
+    n: Annotated[int, Field(ge=1)] = 2
+    m: Annotated[int, Field(ge=2)] = 4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.n > self.m:
+            raise UserError(f"pruning.n: found {self.n} of every {self.m}; accepted: 1 to pruning.m, {self.m}")
+
+    def masks(self, weights: Mapping[str, Tensor], kept: Mapping[str, Tensor], share: float) -> dict[str, Tensor]:
+        # Rounded, because 1 - (1 - 1)^3 need not be reached in floating point.
+        n = self.m - int(share * (self.m - self.n) + 1e-9)
+        return {name: nm_mask(weight, n, self.m, kept.get(name)) for name, weight in weights.items()}
+
+    def dense(self, network: nn.Module) -> dict[str, str]:
+        unfit = {}
+        for name, layer in self.chosen(network).items():
+            channels = weight_of(layer).shape[1]
+            if channels % self.m:
+                unfit[name] = f"{channels} input channels, not divisible by {self.m}"
+        return left_dense(self, network, unfit)
