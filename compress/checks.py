@@ -460,7 +460,7 @@ def _check_quantizer(config: DictConfig, student: nn.Module, data: pl.LightningD
         node = OmegaConf.to_container(config.student, resolve=True)
         description = describe(models.architecture(node, data.num_classes, student), data)
         # A width takes as many bytes whatever the weights are, so that fresh ones will do.
-        options = quantizer.options | {"solver": rtn, "scale": "max_abs", "bias_correction": True}
+        options = quantizer.options | {"solver": rtn, "scale": "max_abs", "bias_correction": True, "refine": None}
         rounded = sensitivities(student, data.calibration_batches(2), [min(quantizer.bits)], images=1, **options)
         smallest = file_bytes(rounded.model(rounded.smallest()), **description)
         with tempfile.TemporaryDirectory() as folder:

@@ -69,7 +69,7 @@ def show(config: DictConfig, overrides: list[str]) -> None:
     if plain["quantizer"]:
         quantizer = instantiate(config.quantizer)
         # The size does not depend on the values of the codes, so the weights are only rounded, on a few images.
-        options = quantizer.options | {"solver": rtn}
+        options = quantizer.options | {"solver": rtn, "scale": "max_abs", "refine": None}
         for bits in quantizer.bits:
             rounded = quantize(student, data.calibration_batches(data.num_classes), bits, **options)
             sizes[f"{bits} bit"] = file_bytes(rounded, **description, bitmaps=bool(plain["pruning"]))
