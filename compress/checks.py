@@ -6,7 +6,6 @@ Constructors of this project say in their annotations what they accept; the tabl
 import inspect
 import os
 import re
-import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -27,7 +26,7 @@ from torch import nn
 from compress import ensemble, models, teachers
 from compress.check import check_arguments, parameter_names
 from compress.errors import UserError
-from compress.export.packed import file_bytes, write_float
+from compress.export.packed import file_bytes
 from compress.optim.groups import DECAY
 from compress.pruning.structured import Structured
 from compress.quantization import Quantizer, check_layers
@@ -168,7 +167,10 @@ def check(config: DictConfig, overrides: Sequence[str] = ()) -> None:
         _check_image_size(config, role, data)
     if config.pruning:
         student = _check_pruning(config, student, data)
-    quantizer = _check_quantizer(config, student, data) if config.quantizer else None
+    quantizer = check_quantizer(config, student) if config.quantizer else None
+    if quantizer is not None:
+        node = OmegaConf.to_container(config.student, resolve=True)
+        check_budget(quantizer, student, models.architecture(node, data.num_classes, student), data)
     if config.export.onnx:
         _check_onnx(quantizer)
 
@@ -200,9 +202,10 @@ def check_values(config: DictConfig) -> None:
         # An experiment spreads over the other groups and leaves nothing of its own.
         if key != "experiment" and not isinstance(config.get(key), DictConfig):
             raise UserError(f"{key}: found {config.get(key)!r}; accepted: {key}=OPTION, see --help")
-    if "pruning" not in config:  # of a run from before there was pruning
-        with open_dict(config):
-            config.pruning = {}
+    for group, before in (("pruning", {}), ("export", {"packed": True, "onnx": False})):
+        if group not in config:  # a run from before there was a choice
+            with open_dict(config):
+                config[group] = before
     for group in ("quantizer", "mixup", "pruning"):
         # `none` on the command line leaves what an experiment says of the option that it chose itself.
         if config[group] and "_target_" not in config[group]:
@@ -449,32 +452,37 @@ def _check_pruning(config: DictConfig, student: nn.Module, data: pl.LightningDat
     return recipe.pruned(student, data.input_shape)
 
 
-def _check_quantizer(config: DictConfig, student: nn.Module, data: pl.LightningDataModule) -> Quantizer:
+def check_quantizer(config: DictConfig, student: nn.Module) -> Quantizer:
+    """The quantizer of `config`; raises UserError for options that do not go together or do not fit `student`."""
     with _construction("quantizer"):
         quantizer = instantiate(config.quantizer)
     try:
         check_layers(student, quantizer.options["skip"])
     except UserError as mistake:
         raise UserError(f"quantizer.skip: {str(mistake).removeprefix('skip: ')}") from None
-    if quantizer.budget is not None:
-        node = OmegaConf.to_container(config.student, resolve=True)
-        description = describe(models.architecture(node, data.num_classes, student), data)
-        # A width takes as many bytes whatever the weights are, so that fresh ones will do.
-        options = quantizer.options | {"solver": rtn, "scale": "max_abs", "bias_correction": True, "refine": None}
-        rounded = sensitivities(student, data.calibration_batches(2), [min(quantizer.bits)], images=1, **options)
-        smallest = file_bytes(rounded.model(rounded.smallest()), **description)
-        with tempfile.TemporaryDirectory() as folder:
-            float_bytes = write_float(Path(folder) / "model.safetensors", student, **description)
-        budget = quantizer.budget.bytes(float_bytes)
-        if budget < smallest:
-            raise UserError(too_small(budget, smallest))
     return quantizer
 
 
+def check_budget(
+    quantizer: Quantizer, student: nn.Module, architecture: Mapping[str, Any], data: pl.LightningDataModule
+) -> None:
+    """Raises UserError, naming the smallest possible file, for a budget that no widths of `student` can meet."""
+    if quantizer.budget is None:
+        return
+    description = describe(architecture, data)
+    # A width takes about as many bytes whatever the weights are, so that fresh ones will do.
+    options = quantizer.options | {"solver": rtn, "scale": "max_abs", "bias_correction": True, "refine": None}
+    rounded = sensitivities(student, data.calibration_batches(2), [min(quantizer.bits)], images=1, **options)
+    smallest = file_bytes(rounded.model(rounded.smallest()), **description)
+    budget = quantizer.budget.bytes(file_bytes(student, **description))
+    if budget < smallest:
+        raise UserError(too_small(budget, smallest))
+
+
 def _check_onnx(quantizer: Quantizer | None) -> None:
-    missing = next((name for name in ("onnx", "onnxruntime", "onnxscript") if find_spec(name) is None), None)
-    if missing:
-        raise UserError(f"export: found onnx, but {missing} is not installed; pip install 'compress[onnx]'")
+    from compress.export.onnx import require_all
+
+    require_all()
     if quantizer is None:
         return
     widths = [*quantizer.bits, *([quantizer.first_last_bits] if quantizer.first_last_bits else [])]

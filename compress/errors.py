@@ -1,8 +1,21 @@
 """The one exception for a mistake that the user can mend."""
 
+import sys
+from collections.abc import Callable
+
 
 class UserError(Exception):
     """One line that names the key or file, what was found and what is accepted.
 
     The command line prints it and exits with 2, without a traceback.
     """
+
+
+def exit_code(work: Callable[[], object]) -> int:
+    """What a script ends with after `work`: 0, or 2 for a mistake of the user, which is said in one line on stderr."""
+    try:
+        work()
+    except UserError as mistake:
+        print(f"error: {mistake}", file=sys.stderr)
+        return 2
+    return 0

@@ -16,7 +16,6 @@ from compress import ensemble, models, teachers
 from compress.export.packed import file_bytes
 from compress.progress import console
 from compress.quantization import quantize
-from compress.quantization.solvers import rtn
 from compress.training import device
 from compress.variants import describe
 
@@ -64,15 +63,15 @@ def show(config: DictConfig, overrides: list[str]) -> None:
     grids = get_class(plain["method"]["_target_"]).grids(plain["method"])
     description = describe(models.architecture(plain["student"], data.num_classes, student), data)
     if grids is not None:
-        # Steps and codes of an untrained network take as many bytes.
+        # Steps and codes of an untrained network take as many bytes, but its zeros are none that training would leave.
         sizes["lsq"] = file_bytes(grids.bake(grids.prepare(student)), **description, bitmaps=bool(plain["pruning"]))
     if plain["quantizer"]:
         quantizer = instantiate(config.quantizer)
-        # The size does not depend on the values of the codes, so the weights are only rounded, on a few images.
-        options = quantizer.options | {"solver": rtn, "scale": "max_abs", "refine": None}
+        # The size depends on the zeros alone, so a few images will do, and whatever the options do for the accuracy.
+        options = quantizer.options | {"refine": None}
         for bits in quantizer.bits:
-            rounded = quantize(student, data.calibration_batches(data.num_classes), bits, **options)
-            sizes[f"{bits} bit"] = file_bytes(rounded, **description, bitmaps=bool(plain["pruning"]))
+            solved = quantize(student, data.calibration_batches(data.num_classes), bits, **options)
+            sizes[f"{bits} bit"] = file_bytes(solved, **description)
     if sizes:
         console.print("packed files: " + ", ".join(f"{name} {size / 1000:,.1f} kB" for name, size in sizes.items()))
     total = sum(minutes.values())

@@ -11,8 +11,8 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from compress import checks, models
 from compress import config as configuration
-from compress import models
 from compress.errors import UserError
 from compress.export.packed import read_float_description
 from compress.files import make_directory, write_text
@@ -38,9 +38,14 @@ def quantize_checkpoint(overrides: Sequence[str]) -> Path:
     path = Path(typed["checkpoint"]).expanduser()
     if not path.is_file():
         raise UserError(f"checkpoint: found no file at {path}; accepted: a checkpoint or model file")
-    rest = [each for each in overrides if each.partition("=")[0] not in ("checkpoint", "model")]
+    budgets = [each for each in overrides if each.lstrip("+").startswith("quantizer.budget=")]
+    rest = [each for each in overrides if each.partition("=")[0] not in ("checkpoint", "model") and each not in budgets]
     about = read_float_description(path)
     config = _composed([*_model(path, typed, about), *_data(path, typed, about), *rest])
+    # What its file takes depends on the network that is loaded below, which may be pruned.
+    for override in budgets:
+        configuration.apply_override(config, override)
+    checks.check_values(config)
 
     plain = OmegaConf.to_container(config, resolve=True)
     pl.seed_everything(config.seed, verbose=False)
@@ -52,19 +57,20 @@ def quantize_checkpoint(overrides: Sequence[str]) -> Path:
     student = models.build(num_classes=data.num_classes, **plain["student"])
     models.load_weights(student, path)
     student = student.eval().to(data.device)
+    architecture = models.architecture(plain["student"], data.num_classes, student)
+    quantizer = checks.check_quantizer(config, student)
+    checks.check_budget(quantizer, student, architecture, data)
 
     stem = plain["student"]["stem"]
     name = f"{datetime.now():%Y-%m-%d_%H-%M-%S}-{stem}"
     directory = make_directory(Path(config.output_directory) / "quantized", name)
     kept = {key: plain[key] for key in ("seed", "data", "student", "quantizer", "export")}
     write_text(directory / "config.yaml", OmegaConf.to_yaml({"checkpoint": str(path), **kept}))
-    variants = Variants(
-        data, directory, models.architecture(plain["student"], data.num_classes, student), plain["export"]
-    )
+    variants = Variants(data, directory, architecture, plain["export"])
     # Convolutions on recent GPUs would otherwise round to TF32, and the table promises float32.
     with torch.backends.cudnn.flags(allow_tf32=False):
         variants.add_float(student)
-        variants.quantize(student, instantiate(config.quantizer))
+        variants.quantize(student, quantizer)
         variants.finish()
     record = {
         "format": 1,

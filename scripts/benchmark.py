@@ -4,7 +4,7 @@ import argparse
 import sys
 
 from compress.benchmarks import convergence, data, optimizers, quantization, report, solver
-from compress.errors import UserError
+from compress.errors import exit_code
 
 
 def main() -> int:
@@ -16,12 +16,7 @@ def main() -> int:
         module.add_arguments(own)
         own.set_defaults(run=module.run)
     chosen = parser.parse_args()
-    try:
-        chosen.run(chosen)
-    except UserError as mistake:
-        print(f"error: {mistake}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code(lambda: chosen.run(chosen))
 
 
 if __name__ == "__main__":

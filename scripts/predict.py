@@ -4,7 +4,7 @@ import argparse
 import json
 import sys
 
-from compress.errors import UserError
+from compress.errors import exit_code
 from compress.predict import Predictor
 
 
@@ -15,11 +15,12 @@ def main() -> int:
     parser.add_argument("--top", type=int, default=1, metavar="K", help="print the K likeliest classes (default 1)")
     parser.add_argument("--json", action="store_true", help="print a JSON list")
     arguments = parser.parse_args()
-    try:
-        predictions = Predictor.read(arguments.file)(arguments.images, arguments.top)
-    except UserError as mistake:
-        print(f"error: {mistake}", file=sys.stderr)
-        return 2
+    return exit_code(lambda: predict(arguments))
+
+
+def predict(arguments: argparse.Namespace) -> None:
+    """Prints the classes of the images, as lines or as JSON."""
+    predictions = Predictor.read(arguments.file)(arguments.images, arguments.top)
     ranked = [list(zip(each.classes, each.probabilities, strict=True)) for each in predictions]
     if arguments.json:
         content = [
@@ -30,7 +31,6 @@ def main() -> int:
     else:
         for each, pairs in zip(predictions, ranked, strict=True):
             print(f"{each.path}: " + ", ".join(f"{name} {100 * value:.1f} %" for name, value in pairs))
-    return 0
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ Groups: data, quantizer, export; see `python scripts/run.py --help` for their op
 
 import sys
 
-from compress.errors import UserError
+from compress.errors import exit_code
 
 
 def main() -> int:
@@ -17,12 +17,7 @@ def main() -> int:
     # Not at the top: PyTorch takes seconds to import, and help needs none of it.
     from compress.standalone import quantize_checkpoint
 
-    try:
-        quantize_checkpoint(arguments)
-    except UserError as mistake:
-        print(f"error: {mistake}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code(lambda: quantize_checkpoint(arguments))
 
 
 if __name__ == "__main__":

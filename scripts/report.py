@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from compress.errors import UserError
+from compress.errors import exit_code
 from compress.results.report import write_reports
 
 EPILOG = """\
@@ -32,11 +32,12 @@ def main() -> int:
     )
     arguments = parser.parse_args()
     outputs = arguments.output or [Path("report.html")]
-    try:
-        collection = write_reports(arguments.directories, outputs)
-    except UserError as mistake:
-        print(f"error: {mistake}", file=sys.stderr)
-        return 2
+    return exit_code(lambda: report(arguments.directories, outputs))
+
+
+def report(directories: list[Path], outputs: list[Path]) -> None:
+    """Writes the `outputs`, and says on stderr what was left out of them."""
+    collection = write_reports(directories, outputs)
     for problem in collection.problems:
         print(f"warning: {problem}", file=sys.stderr)
     if collection.unfinished:
@@ -44,7 +45,6 @@ def main() -> int:
         print(f"note: {len(collection.unfinished)} not finished and left out, such as {first}", file=sys.stderr)
     count = len(collection.runs)
     print(f"{count} run{'' if count == 1 else 's'} in {', '.join(map(str, outputs))}")
-    return 0
 
 
 if __name__ == "__main__":

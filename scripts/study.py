@@ -9,7 +9,7 @@ from pathlib import Path
 
 from compress import config as configuration
 from compress import pipeline
-from compress.errors import UserError
+from compress.errors import exit_code
 from compress.files import write_text
 from compress.results.study import study_table
 from compress.results.tradeoff import Row
@@ -50,15 +50,13 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", help="KEY=VALUE for every run, such as data.limit=1000")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     arguments = parser.parse_args()
-    output = arguments.output
-    try:
-        table = study(output, arguments.overrides, arguments.seeds)
-    except UserError as mistake:
-        print(f"error: {mistake}", file=sys.stderr)
-        return 2
-    write_text(output / "study.md", table)
-    print(table)
-    return 0
+
+    def work() -> None:
+        table = study(arguments.output, arguments.overrides, arguments.seeds)
+        write_text(arguments.output / "study.md", table)
+        print(table)
+
+    return exit_code(work)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
+from compress.benchmarks import spread
 from compress.data.augmentation import Augmentation, Normalisation
 from compress.data.dataset import EpochSampler, ImageBatches, as_it_is
 
@@ -33,9 +34,8 @@ def paired(name: str, ours: Callable[[], None], theirs: Callable[[], None], imag
             times.append(time.perf_counter() - started)
         pairs += [times] if index else []
     speeds = [images / statistics.median(times) for times in zip(*pairs, strict=True)]
-    ratios = sorted(slow / fast for fast, slow in pairs)
     print(f"{name}: {speeds[0]:,.0f} against {speeds[1]:,.0f} images/s")
-    print(f"ratio: median {statistics.median(ratios):.1f}, from {ratios[0]:.1f} to {ratios[-1]:.1f}, {repeats} pairs")
+    print(spread([slow / fast for fast, slow in pairs]))
 
 
 class PerSample(Dataset):

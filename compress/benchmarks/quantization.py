@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from compress import models
+from compress.benchmarks import spread
 from compress.quantization import quantize
 from compress.quantization.calibration import walk
 from compress.quantization.patches import live_columns, row_count
@@ -49,14 +50,14 @@ def run(arguments: argparse.Namespace) -> None:
             rate = gemm_rate(device)
             passes = 2 * _seconds(lambda images=images, analog=prepared.analog: _forward(analog, images), device)
             pairs += [(whole, passes, operations / rate)] if index else []
-        ratios = sorted(whole / (passes + products) for whole, passes, products in pairs)
+        ratios = [whole / (passes + products) for whole, passes, products in pairs]
         whole, passes, products = (statistics.median(column) for column in zip(*pairs, strict=True))
         print(
             f"{arguments.model}, {count} images of {arguments.image_size}x{arguments.image_size}, {device}, "
             f"{torch.get_num_threads()} threads: {whole:.2f} s; floor {passes:.2f} s of forward passes and "
             f"{products:.2f} s of products"
         )
-        print(f"ratio: median {statistics.median(ratios):.2f}, from {ratios[0]:.2f} to {ratios[-1]:.2f}")
+        print(spread(ratios))
 
 
 def floor_operations(prepared: Prepared, images: list[Tensor], refine: Refinement) -> float:

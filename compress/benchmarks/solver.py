@@ -7,6 +7,7 @@ import time
 import torch
 from torch import Tensor
 
+from compress.benchmarks import spread
 from compress.quantization.grid import Grid, max_abs_grid
 from compress.quantization.patches import add_lower, mirror_lower
 from compress.quantization.solvers import gpfq
@@ -36,13 +37,10 @@ def run(arguments: argparse.Namespace) -> None:
             times.append(time.perf_counter() - started)
         pairs.append(times)
         same = (answers[0] == answers[1]).double().mean().item()
-    ratios = sorted(slow / fast for fast, slow in pairs)
     ours, theirs = (statistics.median(times) for times in zip(*pairs, strict=True))
     print(f"d {arguments.columns}, N {arguments.rows}, m {arguments.samples}, {arguments.bits} bit, one thread")
     print(f"Grams and their solve {ours:.2f} s, step by step {theirs:.2f} s, equal codes {100 * same:.2f} %")
-    print(
-        f"ratio: median {statistics.median(ratios):.1f}, from {ratios[0]:.1f} to {ratios[-1]:.1f}, {len(pairs)} pairs"
-    )
+    print(spread([slow / fast for fast, slow in pairs]))
 
 
 def in_grams(weight: Tensor, quantized: Tensor, analog: Tensor, grid: Grid) -> Tensor:

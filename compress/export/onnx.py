@@ -60,7 +60,7 @@ def write_onnx(
     Raises UserError for weights on more than 256 levels, for a network that is not in float32 or that torch cannot
     export, and where the extra `onnx` is not installed.
     """
-    _require_all()
+    require_all()
     from compress.export.onnx_graph import quantize_additions, quantize_graph, storage
 
     path = Path(path)
@@ -93,13 +93,14 @@ def write_onnx_float(
     extra: Mapping[str, Any] | None = None,
 ) -> int:
     """Write `model` in float32, its BatchNorm folded; returns the size in bytes. See `write_onnx`."""
-    _require_all()
+    require_all()
     graph = _exported(Path(path), fold_batch_norm(model), input_shape, OPSET)
     description = network_description(architecture, class_names, mean, standard_deviation, input_shape, extra)
     return _write(Path(path), graph, description | {"layers": [], "inputs": [], "folded": [], "skipped": {}})
 
 
-def _require_all() -> None:
+def require_all() -> None:
+    """Raises UserError, naming the extra, where a package of it is not installed."""
     for module in ("onnx", "onnxruntime", "onnxscript"):
         required(module)
 

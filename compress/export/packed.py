@@ -3,10 +3,10 @@
 Both are safetensors files that say how to build the network, so a reader needs nothing else and runs no code from them.
 In a packed file the layer `name` is `name.weight.codes` (a stream of bits, see `compress.export.bits`), `.scale` (N,)
 and `.zero_point` (N,): weight = scale * (code - zero_point). Where its input is quantized too, there are one
-`name.input_quantizer.scale` and `.zero_point`. All other tensors
-stand under their state dict's names. Where that is smaller, the stream of a layer, which then is said to have the
-encoding "bitmap", is a bit for each weight that says whether it is other than zero, filled up to a byte, and the codes
-of these weights alone; a file with such a layer, or of a network that lost channels, has the number 2 for 1.
+`name.input_quantizer.scale` and `.zero_point`. All other tensors stand under their state dict's names.
+Where that is smaller, the stream of a layer, which then is said to have the encoding "bitmap", is a bit for each weight
+that says whether it is other than zero, filled up to a byte, and the codes of these weights alone; a file with such a
+layer, or of a network that lost channels, has the number 2 for 1.
 """
 
 import copy
@@ -77,10 +77,11 @@ def write_packed(
     return container.write(Path(path), PACKED_2 if new else PACKED, description, tensors)
 
 
-def file_bytes(quantized: QuantizedModel, **description: Any) -> int:
-    """The size of the file that `write_packed` would write with this `description`; it is written and thrown away."""
+def file_bytes(network: QuantizedModel | nn.Module, **description: Any) -> int:
+    """The size of the file that `write_packed`, or `write_float`, would write; it is written and thrown away."""
+    write = write_packed if isinstance(network, QuantizedModel) else write_float
     with tempfile.TemporaryDirectory() as folder:
-        return write_packed(Path(folder) / "model.safetensors", quantized, **description)
+        return write(Path(folder) / "model.safetensors", network, **description)
 
 
 def layer_bytes(layer: QuantizedLayer) -> int:

@@ -47,16 +47,13 @@ def load_weights(model: nn.Module, path: str | Path, where: str = "checkpoint") 
     content = _read(path, where)
     weights = _state_dict(content, path, where)
     about = _about(content, path)
-    if about["channels"]:
-        copied = with_channels(copy.deepcopy(model), about["channels"])
-        if model.state_dict().keys() != copied.state_dict().keys():
-            raise UserError(f"{where}: found channels in {path} that do not fit; {ACCEPTED}")
-        with_channels(model, about["channels"])
-    expected = model.state_dict()
+    fitting = with_channels(copy.deepcopy(model), about["channels"]) if about["channels"] else model
+    expected = fitting.state_dict()
     weights = _without_prefix(weights, expected)
     own = {name: weights.pop(name) for name in [*weights] if masks.is_mask(name) and name not in expected}
     _check_keys(weights, expected, path, where)
-    _check_tensors(weights, expected, _classifier(model), path, where)
+    _check_tensors(weights, expected, _classifier(fitting), path, where)
+    with_channels(model, about["channels"])
     model.load_state_dict(weights, strict=False)  # strict about all but the counters, which were allowed above
     masks.restore(model, own, where)
     masks.mask_zeros(model, [name for name in about["masked"] if name in masks.layers(model)])

@@ -193,7 +193,7 @@ class Quantizer:
             )
         else:
             quantized = self._least(model, batches, choices, measures, progress)
-        yield Variant("mixed", quantized, self._mean_width(choices, quantized), None)
+        yield Variant("mixed", quantized, _mean_width(choices, quantized), None)
 
     def choices(
         self, model: nn.Module, batches: Iterable, progress: Progress = lambda done, total, what: None
@@ -265,10 +265,11 @@ class Quantizer:
             budget = math.isqrt(low * high)
         return found
 
-    def _mean_width(self, choices: Choices, quantized: QuantizedModel) -> float:
-        free = [layer for name, layer in quantized.layers.items() if len(choices.answers[name]) > 1]
-        counted = free or list(quantized.layers.values())
-        return sum(each.bits * each.codes.numel() for each in counted) / sum(each.codes.numel() for each in counted)
+
+def _mean_width(choices: Choices, quantized: QuantizedModel) -> float:
+    free = [layer for name, layer in quantized.layers.items() if len(choices.answers[name]) > 1]
+    counted = free or list(quantized.layers.values())
+    return sum(each.bits * each.codes.numel() for each in counted) / sum(each.codes.numel() for each in counted)
 
 
 def too_small(budget: int, smallest: int) -> str:

@@ -1,6 +1,6 @@
 """The files that say what came out of a run: table, pictures and, last, the record."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from compress.files import write_json
 from compress.progress import console
 from compress.results.layer_pictures import draw_layers, draw_weights, panels
 from compress.results.picture import draw_tradeoff
-from compress.results.tradeoff import table, write_csv
+from compress.results.tradeoff import Row, table, write_csv
 from compress.variants import Variants
 
 
@@ -40,7 +40,7 @@ def write_results(
     return whole
 
 
-def show(directory: Path, rows: Any, title: str) -> None:
+def show(directory: Path, rows: Sequence[Row], title: str) -> None:
     """Prints the table, and what lies in `directory`."""
     console.print()
     console.print(table(rows, escape(title)))
