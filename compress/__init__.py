@@ -13,8 +13,8 @@ def run(overrides: Sequence[str] = ()) -> "Result":
     Paths such as `output_directory` are relative to the working directory. Raises `compress.errors.UserError` for a
     mistake in `overrides` before anything is written.
     """
-    from compress import config, pipeline
+    from compress import config, stages
     from compress.cli import run_directory
 
     [(typed, composed)] = config.compose_jobs(overrides)
-    return pipeline.run(composed, run_directory(composed), typed)
+    return stages.run(composed, run_directory(composed), typed)

@@ -28,7 +28,7 @@ from compress.check import check_arguments, parameter_names
 from compress.errors import UserError
 from compress.export.packed import file_bytes
 from compress.optim.groups import DECAY
-from compress.pruning.structured import Structured
+from compress.pruning import masks
 from compress.quantization import Quantizer, check_layers
 from compress.quantization.mixed_precision import sensitivities
 from compress.quantization.quantizer import too_small
@@ -43,7 +43,12 @@ BatchSize = Annotated[int, Field(ge=2)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Text = Annotated[str, Field(min_length=1)]
 
-TOP_LEVEL = {"seed": Seed, "output_directory": Text}
+TOP_LEVEL = {"seed": Seed, "output_directory": Text, "stages": list[dict]}
+STAGE = {
+    "name": Annotated[str, Field(pattern=r"^\w[\w-]*$")],
+    "share": Annotated[float, Field(gt=0, le=1)] | None,
+    "overrides": list[str],
+}
 GROUPS = (
     "data",
     "student",
@@ -109,6 +114,7 @@ TRAINER_OWN = {
     "num_sanity_val_steps",
     "plugins",
 }
+STARTED_FROM = {"checkpoint": Text | None}
 TEACHER = {
     "model": dict,
     "checkpoint": Text | None,
@@ -142,24 +148,33 @@ SUPPLIED = {
 }
 
 
-def check(config: DictConfig, overrides: Sequence[str] = ()) -> None:
+def check(config: DictConfig, overrides: Sequence[str] = (), student: nn.Module | None = None) -> nn.Module:
     """Raises UserError for the first thing in `config` that could not work; `overrides` are those that were typed.
 
     It looks at every value, at what the parts need of each other, at the files that the run reads and at what has
-    to be installed; data that are missing are downloaded here where that is possible.
+    to be installed; data that are missing are downloaded here where that is possible. `student` is what a stage before
+    will leave, but for the values of its weights; what this run will leave is returned.
     """
     check_values(config)
+    assert not config.stages, "stages are checked one by one"
     _check_roles(config, overrides)
     _check_training(config)
     for where in ensemble.keys(config):
         _check_teacher(config, where)
     _check_loggers(config.logger)
     data = _check_data(config)
-    student = models.build(num_classes=data.num_classes, **OmegaConf.to_container(config.student, resolve=True))
+    node = OmegaConf.to_container(config.student, resolve=True)
+    if student is None:
+        student = models.build_network(node, data.num_classes)
     teacher = None
     if teachers.is_used(config) and not ensemble.is_ensemble(config):
         node = OmegaConf.to_container(config.teacher.model, resolve=True)
         teacher = models.build(num_classes=data.num_classes, **node)
+    if "peers" in parameter_names(get_object(config.method._target_)) and _is_pruned(node, student, data):
+        raise UserError(
+            "student.checkpoint: found a pruned network for a method whose peers would not be pruned; accepted: null, "
+            "or a method without peers"
+        )
     options = OmegaConf.to_container(config.method, resolve=True)
     get_object(config.method._target_).check_networks(options, student, teacher, data.input_shape)
     taught_by = [f"{key}.model" for key in ensemble.keys(config)] if teachers.is_used(config) else []
@@ -169,10 +184,14 @@ def check(config: DictConfig, overrides: Sequence[str] = ()) -> None:
         student = _check_pruning(config, student, data)
     quantizer = check_quantizer(config, student) if config.quantizer else None
     if quantizer is not None:
-        node = OmegaConf.to_container(config.student, resolve=True)
         check_budget(quantizer, student, models.architecture(node, data.num_classes, student), data)
     if config.export.onnx:
         _check_onnx(quantizer)
+    return student
+
+
+def _is_pruned(node: Mapping[str, Any], student: nn.Module, data: pl.LightningDataModule) -> bool:
+    return bool(masks.found(student)) or "channels" in models.architecture(node, data.num_classes, student)
 
 
 def _check_image_size(config: DictConfig, role: str, data: pl.LightningDataModule) -> None:
@@ -182,7 +201,7 @@ def _check_image_size(config: DictConfig, role: str, data: pl.LightningDataModul
     for device in ("meta", "cpu"):
         try:
             with torch.device(device), torch.no_grad():
-                network = models.build(num_classes=data.num_classes, **node).eval()
+                network = models.build_network(node | {"checkpoint": None}, data.num_classes).eval()
                 network(torch.zeros(1, *data.input_shape))
             return
         except RuntimeError as failure:
@@ -202,7 +221,7 @@ def check_values(config: DictConfig) -> None:
         # An experiment spreads over the other groups and leaves nothing of its own.
         if key != "experiment" and not isinstance(config.get(key), DictConfig):
             raise UserError(f"{key}: found {config.get(key)!r}; accepted: {key}=OPTION, see --help")
-    for group, before in (("pruning", {}), ("export", {"packed": True, "onnx": False})):
+    for group, before in (("pruning", {}), ("export", {"packed": True, "onnx": False}), ("stages", [])):
         if group not in config:  # a run from before there was a choice
             with open_dict(config):
                 config[group] = before
@@ -213,6 +232,7 @@ def check_values(config: DictConfig) -> None:
     if config.teacher and not {"model", "members"} & config.teacher.keys():
         config.teacher = {}
     _coerce(config, "", TOP_LEVEL, accepted=[*TOP_LEVEL, *GROUPS], required=TOP_LEVEL)
+    _check_stages(config)
     for group in ("data", "method", "loss", "scheduler"):
         _coerce_own(config, group)
     for group in ("quantizer", "mixup", "pruning"):
@@ -238,6 +258,27 @@ def check_values(config: DictConfig) -> None:
         _coerce(config, where, TEACHER, required=TEACHER)
         _coerce_training(config, f"{where}.training")
         _check_model(config, f"{where}.model")
+
+
+def _check_stages(config: DictConfig) -> None:
+    stages = OmegaConf.to_container(config.stages, resolve=True)
+    for index, stage in enumerate(stages):
+        check_arguments(STAGE, stage, f"stages.{index}")
+        missing = [key for key in ("name", "overrides") if key not in stage]
+        if missing:
+            raise UserError(f"stages.{index}: found no {missing[0]}; accepted: {', '.join(STAGE)}")
+    names = [stage["name"] for stage in stages]
+    if len({*names}) < len(names):
+        raise UserError(f"stages: found {', '.join(names)}; accepted: names that differ")
+    shares = [stage.get("share") for stage in stages]
+    if any(shares) and (None in shares or abs(sum(shares) - 1) > 1e-6):
+        found = ", ".join(map(str, shares))
+        raise UserError(f"stages: found the shares {found}; accepted: shares that sum to 1, or none at all")
+    epochs = config.trainer.get("max_epochs")
+    if any(shares) and isinstance(epochs, int) and epochs < len(stages):
+        raise UserError(
+            f"trainer.max_epochs: found {epochs} for {len(stages)} stages; accepted: at least {len(stages)}"
+        )
 
 
 def _coerce(
@@ -312,6 +353,8 @@ def _check_model(config: DictConfig, where: str) -> None:
         raise UserError(f"{where}: found {node!r}; accepted: {', '.join(models.available())}")
     options = OmegaConf.to_container(node, resolve=True)
     stem = options.pop("stem")
+    if "checkpoint" in options:
+        check_arguments(STARTED_FROM, {"checkpoint": options.pop("checkpoint")}, where)
     values = models.check_options(stem, options, where)
     with open_dict(config):
         for key in options.keys() & values.keys():
@@ -438,11 +481,6 @@ def _check_pruning(config: DictConfig, student: nn.Module, data: pl.LightningDat
     """The fresh `student` as pruning will leave it, but for the values of its weights."""
     with _construction("pruning"):
         recipe = instantiate(config.pruning)
-    if isinstance(recipe, Structured) and config.method.get("checkpoint"):
-        raise UserError(
-            "method.checkpoint: found one with pruning=structured, which leaves other layers than it has; accepted: "
-            "null, or pruning=none with the checkpoint of a run that was pruned"
-        )
     networks = {"student": student}
     if config.peer:
         node = OmegaConf.to_container(config.peer, resolve=True)

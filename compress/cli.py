@@ -9,9 +9,7 @@ from pathlib import Path
 import hydra
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
+from omegaconf import DictConfig
 
 from compress.errors import UserError
 from compress.files import make_directory
@@ -82,11 +80,11 @@ def _main(arguments: list[str]) -> int:
 
 @hydra.main(config_path=str(CONF), config_name="run", version_base="1.3")
 def _job(config: DictConfig) -> None:
-    from compress import checks, pipeline
+    from compress import checks, stages
 
     checks.check_values(config)
     hydra_config = HydraConfig.get()
-    pipeline.run(config, Path(hydra_config.runtime.output_dir), list(hydra_config.overrides.task))
+    stages.run(config, Path(hydra_config.runtime.output_dir), list(hydra_config.overrides.task))
 
 
 def run_directory(config: DictConfig) -> Path:
@@ -128,29 +126,21 @@ def _own_directory(config: DictConfig, overrides: list[str], multirun: bool) -> 
 
 def _resume(directory: Path, overrides: list[str]) -> int:
     """Continues the run in `directory` under its own configuration, but for overrides of trainer.* and logger.*"""
-    from compress import checks, pipeline
+    from compress import checks, stages
     from compress import config as configuration
 
-    path = directory / "config.yaml"
-    if not path.is_file():
-        raise UserError(f"resume: found no {path}; accepted: the directory of a run")
+    config = configuration.read_config(directory)
     for override in overrides:
         if not override.startswith(("trainer.", "logger.")) or "=" not in override:
             raise UserError(
                 f"{override}: a resumed run keeps its configuration; accepted: trainer.*=... and logger.*=..."
             )
-    configuration.register()
-    try:
-        config = OmegaConf.load(path)
-    except (YAMLError, UnicodeDecodeError, OSError, OmegaConfBaseException):
-        raise UserError(
-            f"resume: found {path}, which cannot be read as YAML; accepted: the directory of a run"
-        ) from None
-    if not isinstance(config, DictConfig):
-        raise UserError(f"resume: found {path}, which holds no keys; accepted: the directory of a run")
-    OmegaConf.set_struct(config, True)
-    for override in overrides:
+        if config.get("stages") and override.startswith("trainer.max_epochs="):
+            raise UserError(f"{override}: the stages of a resumed run keep their epochs; accepted: other trainer.*=...")
         configuration.apply_override(config, override)
-    checks.check(config)
-    pipeline.run(config, directory, overrides)
+    if config.get("stages"):
+        checks.check_values(config)
+    else:
+        checks.check(config)
+    stages.run(config, directory, overrides)
     return 0

@@ -2,6 +2,8 @@
 
 import re
 from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
@@ -12,12 +14,15 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from compress import models
-from compress.checks import GROUPS, check
+from compress.checks import GROUPS, check, check_values
 from compress.errors import UserError
 from compress.paths import CONF
 
+# What is typed about all stages together.
+OF_THE_WHOLE = ("stages", "trainer.max_epochs")
 # How a teacher is trained where none has been yet.
 TRAINING = {"epochs": 8, "batch_size": 64, "seed": 0, "precision": "32-true", "label_smoothing": 0.0}
 
@@ -27,8 +32,9 @@ def register() -> None:
     store = ConfigStore.instance()
     trained = [{"/optimizer@training.optimizer": "adamw"}, {"/scheduler@training.scheduler": "onecycle"}, "_self_"]
     for stem in models.available():
-        for role in ("student", "peer"):
-            store.store(group=role, name=stem, node={"defaults": [f"/model/{stem}@_here_", "_self_"], "stem": stem})
+        for role, own in (("student", {"checkpoint": None}), ("peer", {})):
+            defaults = [f"/model/{stem}@_here_", "_self_"]
+            store.store(group=role, name=stem, node={"defaults": defaults, "stem": stem, **own})
         store.store(
             group="teacher",
             name=stem,
@@ -70,17 +76,88 @@ def compose_jobs(
         if parsed.key_or_group in GROUPS and not parsed.is_delete() and parsed.value() is None:
             raise UserError(f"{parsed.key_or_group}: found null; accepted: one of its options, see --help")
     jobs = []
+    GlobalHydra.instance().clear()
     with _hydra():
         for job in _expand(overrides) if multirun else [list(overrides)]:
             config = _compose(job)
             if checked:
-                check(config, job)
+                check_job(config, job)
             jobs.append((job, config))
     return jobs
 
 
+def check_job(config: DictConfig, overrides: Sequence[str]) -> None:
+    """Checks a composed configuration, or those of its stages, each with the student that the one before leaves."""
+    if not config.stages:
+        check(config, overrides)
+        return
+    check_values(config)
+    student = None
+    for name, stage in compose_stages(config, overrides):
+        try:
+            student = check(stage, student=student)
+        except UserError as mistake:
+            raise UserError(f"stage {name}: {mistake}") from None
+
+
+def stage_directories(config: DictConfig) -> list[str]:
+    """The sub-directories of the stages, in order."""
+    return [f"{number}-{stage.name}" for number, stage in enumerate(config.stages, 1)]
+
+
+def compose_stages(config: DictConfig, overrides: Sequence[str]) -> list[tuple[str, DictConfig]]:
+    """The sub-directory and the configuration of every stage of a `config` that was composed from `overrides`.
+
+    A stage is composed from these and its own, which come first where both choose the same: what was typed about an
+    option that the stage chooses itself is not heeded there. Raises UserError for one that no stage heeds.
+    """
+    parse = OverridesParser.create().parse_override
+    keys = {override: parse(override).key_or_group for override in overrides}
+    heeded: set[str] = set()
+    composed = []
+    with _hydra():
+        for name, stage, epochs in zip(stage_directories(config), config.stages, _epochs(config), strict=True):
+            own = [*stage.overrides, "stages=[]"]
+            if epochs is not None:
+                own.append(f"trainer.max_epochs={epochs}")
+            chosen = tuple(f"{_parsed_key(override, name)}." for override in own)
+            typed = [override for override, key in keys.items() if not f"{key}.".startswith(chosen)]
+            heeded.update(typed)
+            try:
+                composed.append((name, _compose([*typed, *own])))
+            except UserError as mistake:
+                raise UserError(f"stage {name}: {mistake}") from None
+    ignored = [override for override, key in keys.items() if override not in heeded and key not in OF_THE_WHOLE]
+    if ignored:
+        raise UserError(f"{ignored[0]}: found it where every stage chooses this itself; accepted: to leave it out")
+    return composed
+
+
+def _parsed_key(override: str, stage: str) -> str:
+    try:
+        return OverridesParser.create().parse_override(override).key_or_group
+    except HydraException:
+        raise UserError(f"stage {stage}: found {override!r}; accepted: key=value") from None
+
+
+def _epochs(config: DictConfig) -> list[int | None]:
+    """The epochs of each stage: its share of all, by the largest remainders, and at least one; None without shares."""
+    shares = [stage.get("share") for stage in config.stages]
+    if not any(shares):
+        return shares
+    spare = config.trainer.max_epochs - len(shares)
+    exact = [max(share * config.trainer.max_epochs - 1, 0) for share in shares]
+    exact = [each * spare / max(sum(exact), 1e-9) for each in exact]
+    epochs = [1 + int(each) for each in exact]
+    order = sorted(range(len(shares)), key=lambda index: (int(exact[index]) - exact[index], index))
+    for index in order[: config.trainer.max_epochs - sum(epochs)]:
+        epochs[index] += 1
+    return epochs
+
+
 def _hydra() -> Any:
-    GlobalHydra.instance().clear()
+    if GlobalHydra.instance().is_initialized():  # within a job, or for a stage of one that is being composed
+        return nullcontext()
     return initialize_config_dir(str(CONF), version_base="1.3")
 
 
@@ -148,3 +225,20 @@ def apply_override(config: DictConfig, override: str) -> None:
         OmegaConf.update(config, parsed.key_or_group, parsed.value())
     except (HydraException, OmegaConfBaseException) as failure:
         raise UserError(f"{override}: {_first_line(failure)}") from None
+
+
+def read_config(directory: Path, where: str = "resume") -> DictConfig:
+    """The configuration of the run in `directory`. Raises UserError where there is none or it cannot be read."""
+    path = directory / "config.yaml"
+    accepted = "accepted: the directory of a run"
+    if not path.is_file():
+        raise UserError(f"{where}: found no {path}; {accepted}")
+    register()
+    try:
+        config = OmegaConf.load(path)
+    except (YAMLError, UnicodeDecodeError, OSError, OmegaConfBaseException):
+        raise UserError(f"{where}: found {path}, which cannot be read as YAML; {accepted}") from None
+    if not isinstance(config, DictConfig):
+        raise UserError(f"{where}: found {path}, which holds no keys; {accepted}")
+    OmegaConf.set_struct(config, True)
+    return config

@@ -28,7 +28,7 @@ def show(config: DictConfig, overrides: list[str]) -> None:
     data.prepare_data()
     data.setup()
     images = data.record()["images"]
-    student = models.build(num_classes=data.num_classes, **plain["student"])
+    student = models.build_network(plain["student"], data.num_classes)
     if config.pruning:
         student = instantiate(config.pruning).pruned(student, data.input_shape)
     student = student.to(where)

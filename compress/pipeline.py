@@ -13,6 +13,7 @@ import torch
 from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.loggers import Logger, WandbLogger
+from torch import nn
 
 from compress import models, teachers
 from compress.check import check_arguments, parameter_names
@@ -40,15 +41,18 @@ class Result:
     record: dict[str, Any]
 
 
-def run(config: DictConfig, directory: Path, overrides: Sequence[str] = ()) -> Result:
+def run(config: DictConfig, directory: Path, overrides: Sequence[str] = (), reference: Path | None = None) -> Result:
     """Does what a checked `config` says and leaves the results in `directory`; a run found there is continued.
+
+    reference: the checkpoint of the float network that one trained on grids is compared with, if it is not
+    `student.checkpoint`, which may have been trained on grids itself.
 
     Everything a run leaves is described in `compress.results`. The result of a finished run is read and returned.
     """
     if (directory / "result.json").exists():
-        return _finished(directory)
+        return finished(directory)
     clock = _Clock()
-    started = _started(directory, overrides)
+    started = record_start(directory, overrides)
     plain = OmegaConf.to_container(config, resolve=True)
     write_text(directory / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
     pl.seed_everything(config.seed, verbose=False)
@@ -70,7 +74,7 @@ def run(config: DictConfig, directory: Path, overrides: Sequence[str] = ()) -> R
 
     # The teacher's training may have drawn random numbers; the student's first weights depend on the seed alone.
     pl.seed_everything(config.seed, verbose=False)
-    student = models.build(num_classes=data.num_classes, **plain["student"])
+    student = models.build_network(plain["student"], data.num_classes)
     recipe = instantiate(config.pruning) if config.pruning else None
     if recipe is not None:
         student = recipe.shrink(student, data.input_shape)
@@ -99,7 +103,7 @@ def run(config: DictConfig, directory: Path, overrides: Sequence[str] = ()) -> R
         quantizer,
         plain["export"],
         on_grids=module.on_grids,
-        start=module.start and module.start[0],
+        start=_start(plain["student"], data.num_classes, architectures["model"], reference),
         before=clock.lap,
     )
     masked = isinstance(recipe, MaskRecipe)
@@ -152,14 +156,27 @@ def run(config: DictConfig, directory: Path, overrides: Sequence[str] = ()) -> R
     return Result(directory, tuple(variants.rows), record)
 
 
-def _finished(directory: Path) -> Result:
+def _start(
+    node: dict[str, Any], num_classes: int, architecture: dict[str, Any], reference: Path | None
+) -> nn.Module | None:
+    """The float network that training started from, unless there is none or it has lost channels since."""
+    checkpoint = reference or node.get("checkpoint")
+    if checkpoint is None:
+        return None
+    with torch.random.fork_rng(devices=[]):
+        start = models.build_network(node | {"checkpoint": str(checkpoint)}, num_classes)
+    return start if models.architecture(node, num_classes, start) == architecture else None
+
+
+def finished(directory: Path) -> Result:
+    """The result of a run that was finished before, which is printed again."""
     record = json.loads((directory / "result.json").read_text(encoding="utf-8"))
     rows = [Row(**row) for row in record["tradeoff"]]
     show(directory, rows, f"{record['student']['model']}: this run was finished before")
     return Result(directory, tuple(rows), record)
 
 
-def _started(directory: Path, overrides: Sequence[str]) -> dict[str, Any]:
+def record_start(directory: Path, overrides: Sequence[str]) -> dict[str, Any]:
     """What was typed and when, kept until the run is finished so that a resumed run can still say it."""
     path = directory / STARTED
     if not path.exists():

@@ -54,7 +54,7 @@ def quantize_checkpoint(overrides: Sequence[str]) -> Path:
     if about and about["class_names"] != list(data.class_names):
         found = ", ".join(about["class_names"][:3])
         raise UserError(f"data: found other classes than those of {path} ({found}, ...); accepted: its own data")
-    student = models.build(num_classes=data.num_classes, **plain["student"])
+    student = models.build_network(plain["student"], data.num_classes)
     models.load_weights(student, path)
     student = student.eval().to(data.device)
     architecture = models.architecture(plain["student"], data.num_classes, student)
@@ -122,7 +122,8 @@ def _model(path: Path, typed: Mapping[str, str], about: Mapping[str, Any] | None
         raise UserError(f"model: found none, and {path} does not say it; accepted: {', '.join(models.available())}")
     node = OmegaConf.to_container(run.student)
     stem = node.pop("stem")
-    node.pop("_target_", None)
+    for key in ("_target_", "checkpoint"):
+        node.pop(key, None)
     return _overrides("student", stem, node) + keys
 
 

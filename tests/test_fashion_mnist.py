@@ -40,7 +40,7 @@ def test_gpfq_keeps_the_accuracy_that_rounding_loses(tmp_path, monkeypatch):
     assert 100 * (variants[-1].test_accuracy - accuracy) >= 10
 
     # Training on two-bit grids from there; the README has what a longer training gives.
-    start = f"method.checkpoint={result.directory / reference.file}"
+    start = f"student.checkpoint={result.directory / reference.file}"
     options = ["method=qat", "method.weight_bits=2", start, "trainer.max_epochs=1", "optimizer.lr=0.02"]
     options += ["data.limit=10000", "quantizer=gpfq", "quantizer.bits=[2]"]
     trained = compress.run(["experiment=fashion_mnist_resnet20", f"data.root={ROOT}", *options])

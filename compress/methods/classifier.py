@@ -12,11 +12,11 @@ from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics.classification import MulticlassAccuracy
 
 from compress.methods.mixup import Blend, Mixup
+from compress.models.weights import BEST_NETWORK
 from compress.optim.schedules import Schedule
 from compress.quantization.lsq import FakeQuantization
 
 OptimizerFactory = Callable[..., Optimizer]
-BEST_NETWORK = "best_network"
 
 
 class Classifier(pl.LightningModule, ABC):
@@ -26,14 +26,12 @@ class Classifier(pl.LightningModule, ABC):
     each as `train/<name>`, because a call of `self.log` in every step costs more than a small network's step.
     `val/accuracy` is that of the best network; a checkpoint says under `best_network` which it was.
 
-    A method that trains `model` on quantization grids says so in `on_grids`, and in `start`, a list so that it is no
-    part of this module, which float network it started from.
+    A method that trains `model` on quantization grids says so in `on_grids`.
     """
 
     # What a loss may compare with to fit the method: nothing but the labels, "teacher" or "peers".
     loss_compares_with: ClassVar[frozenset[str | None]] = frozenset({None})
     on_grids: FakeQuantization | None = None
-    start: list[nn.Module] | None = None
 
     def __init__(
         self,

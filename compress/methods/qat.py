@@ -5,13 +5,11 @@ What is minimised is whatever loss is chosen, with a teacher if that compares wi
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field
 from torch import Tensor, nn
 
-from compress import models
 from compress.errors import UserError
 from compress.methods.classifier import Classifier
 from compress.methods.frozen_teacher import FrozenTeacher
@@ -25,10 +23,9 @@ from compress.quantization.lsq import FakeQuantization, Width, steps
 class QAT(Classifier):
     """`method=qat`: `model` is the student with fake-quantized weights and inputs of its layers.
 
-    `weight_bits`, `activation_bits`, `first_last_bits` and `skip` are those of `FakeQuantization`. The student starts
-    from the float weights in the file `checkpoint`, and `start` keeps it as it was then; without one it starts from
-    scratch and `start` is None. From epoch `freeze_bn_epoch` on (the first is 0) BatchNorm keeps its running statistics
-    and normalises with them, as the folded network does.
+    `weight_bits`, `activation_bits`, `first_last_bits` and `skip` are those of `FakeQuantization`; `student` itself
+    stays as it is. From epoch `freeze_bn_epoch` on (the first is 0) BatchNorm keeps its running statistics and
+    normalises with them, as the folded network does.
     """
 
     loss_compares_with = frozenset({None, "teacher"})
@@ -41,16 +38,12 @@ class QAT(Classifier):
         first_last_bits: Width | None = 8,
         skip: Sequence[str] = (),
         freeze_bn_epoch: Annotated[int, Field(ge=0)] | None = None,
-        checkpoint: Annotated[str, Field(min_length=1)] | None = None,
         teacher: FrozenTeacher | None = None,
         **classifier: Any,
     ) -> None:
-        if checkpoint is not None:
-            models.load_weights(student, Path(checkpoint), where="method.checkpoint")
         grids = FakeQuantization(weight_bits, activation_bits, first_last_bits, tuple(skip))
         super().__init__(student=grids.prepare(student), **classifier)
         self.on_grids = grids
-        self.start = None if checkpoint is None else [student]
         self.freeze_bn_epoch = freeze_bn_epoch
         self.teacher = teacher
 
@@ -73,8 +66,6 @@ class QAT(Classifier):
             check_layers(student, options["skip"])
         except UserError as mistake:
             raise UserError(f"method.skip: {str(mistake).removeprefix('skip: ')}") from None
-        if options["checkpoint"] is not None:
-            models.load_weights(student, Path(options["checkpoint"]), where="method.checkpoint")
 
     def on_fit_start(self) -> None:
         if self.teacher is not None:

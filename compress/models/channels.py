@@ -62,7 +62,7 @@ def with_channels(model: nn.Module, wanted: Channels) -> nn.Module:
 
 def architecture(node: Mapping[str, Any], num_classes: int, network: nn.Module | None = None) -> dict[str, Any]:
     """What a model file says so that `rebuild` gives the network of a config `node`, or `network`, a pruned one."""
-    options = {name: value for name, value in node.items() if name not in ("stem", "_target_")}
+    options = {name: value for name, value in node.items() if name not in ("stem", "_target_", "checkpoint")}
     described = {"stem": node["stem"], "options": options, "num_classes": num_classes}
     if network is None:
         return described

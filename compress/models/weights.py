@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from compress.errors import UserError
+from compress.models.catalogue import build
 from compress.models.channels import with_channels
 from compress.models.timm_model import TimmModel
 from compress.pruning import masks
@@ -24,7 +25,9 @@ CONTAINERS = ("state_dict", "model", "model_state_dict")
 # What wrappers put before the name of a parameter: LightningModules, DataParallel, torch.compile.
 WRAPPERS = ("model", "module", "student", "network", "_orig_mod")
 COUNTER = "num_batches_tracked"
-# Under which a checkpoint says, by network, which layers of it have fewer channels than their architecture.
+# Under which a checkpoint of ours says which of its networks is its best, and, by network, which layers of it have
+# fewer channels than their architecture.
+BEST_NETWORK = "best_network"
 CHANNELS = "channels"
 NAMED = 3  # keys that a message lists before it only counts
 
@@ -36,7 +39,8 @@ def load_weights(model: nn.Module, path: str | Path, where: str = "checkpoint") 
     `module.`, `student.`, `network.` or `_orig_mod.`, also several of them. A file may hold several networks under
     different prefixes: the one whose keys are exactly the model's is taken. BatchNorm's `num_batches_tracked` may be
     absent. A `TimmModel` takes timm's own files, too. A pruned network is loaded as it is: `model` gets its masks, or
-    fewer channels.
+    fewer channels. Of a checkpoint of ours it is the best network, and of one that was trained on grids the weights
+    before they are rounded.
 
     Raises UserError, which names the key `where` and the file, if the file is missing, unreadable, holds code, or does
     not fit; the model is then as it was.
@@ -50,7 +54,9 @@ def load_weights(model: nn.Module, path: str | Path, where: str = "checkpoint") 
     fitting = with_channels(copy.deepcopy(model), about["channels"]) if about["channels"] else model
     expected = fitting.state_dict()
     weights = _without_prefix(weights, expected)
-    own = {name: weights.pop(name) for name in [*weights] if masks.is_mask(name) and name not in expected}
+    own = {name: weights.pop(name) for name in [*weights] if masks.is_mask(name)}
+    # The model may have other masks from a file before.
+    expected = {name: value for name, value in expected.items() if not masks.is_mask(name)}
     _check_keys(weights, expected, path, where)
     _check_tensors(weights, expected, _classifier(fitting), path, where)
     with_channels(model, about["channels"])
@@ -59,11 +65,20 @@ def load_weights(model: nn.Module, path: str | Path, where: str = "checkpoint") 
     masks.mask_zeros(model, [name for name in about["masked"] if name in masks.layers(model)])
 
 
+def build_network(node: Mapping[str, Any], num_classes: int, where: str = "student") -> nn.Module:
+    """The network of a config `node`, with the weights in its `checkpoint` if it names one; `where` is for errors."""
+    options = {name: value for name, value in node.items() if name != "checkpoint"}
+    network = build(num_classes=num_classes, **options)
+    if node.get("checkpoint") is not None:
+        load_weights(network, node["checkpoint"], where=f"{where}.checkpoint")
+    return network
+
+
 def _about(content: Any, path: Path) -> dict[str, Any]:
     """What a file of ours says of pruning: the channels of shrunken layers, and the layers whose zeros are masked."""
     if path.suffix != ".safetensors":
         by_network = content.get(CHANNELS) if isinstance(content, Mapping) else None
-        found = by_network.get("model") if isinstance(by_network, Mapping) else None
+        found = by_network.get(content.get(BEST_NETWORK, "model")) if isinstance(by_network, Mapping) else None
         return {"channels": found if isinstance(found, Mapping) else {}, "masked": []}
     with safe_open(path, framework="pt", device="cpu") as file:
         text = (file.metadata() or {}).get("description", "{}")
@@ -124,7 +139,22 @@ def _state_dict(content: Any, path: Path, where: str) -> dict[str, Tensor]:
     if not tensors:
         kind = f"the keys {_listed(content)}" if isinstance(content, Mapping) and content else type(content).__name__
         raise UserError(f"{where}: found {kind} and no tensors in {path}; {ACCEPTED}")
+    best = content.get(BEST_NETWORK) if isinstance(content, Mapping) else None
+    if isinstance(best, str):
+        prefix = f"{best}."
+        own = {name.removeprefix(prefix): each for name, each in tensors.items() if name.startswith(prefix)}
+        tensors = _without_grids(own)
     return tensors
+
+
+def _without_grids(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The entries of the float network; those of a network with fake quantizers name the weights behind them."""
+    plain = {name.replace(".parametrizations.weight.original", ".weight"): each for name, each in tensors.items()}
+    return {
+        name: each
+        for name, each in plain.items()
+        if ".parametrizations." not in name and ".input_quantizer." not in name
+    }
 
 
 def _without_prefix(weights: dict[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:

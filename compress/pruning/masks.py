@@ -36,6 +36,12 @@ def attach(model: nn.Module, names: Iterable[str]) -> None:
             layer.register_buffer(MASK, torch.ones_like(weight_of(layer), dtype=torch.bool))
 
 
+def remove(model: nn.Module) -> None:
+    """Takes all masks off; the weights stay zero until something trains them."""
+    for name in found(model):
+        delattr(model.get_submodule(name), MASK)
+
+
 def found(model: nn.Module) -> dict[str, Tensor]:
     """The masks of `model` by the names of their layers, each in the shape of its weight."""
     return {name: getattr(layer, MASK) for name, layer in model.named_modules() if hasattr(layer, MASK)}

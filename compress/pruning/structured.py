@@ -18,6 +18,7 @@ from torch import nn
 
 from compress.errors import UserError
 from compress.models.channels import changed_channels, channels, with_channels
+from compress.pruning import masks
 from compress.pruning.masks import layers
 from compress.pruning.recipe import Recipe
 
@@ -41,7 +42,10 @@ class Structured(Recipe):
         self.shrink(copy.deepcopy(network), input_shape, role)
 
     def shrink(self, network: nn.Module, input_shape: tuple[int, int, int], role: str = "student") -> nn.Module:
-        """`network` without the channels; the parameters are new ones. Raises UserError where that cannot be done."""
+        """`network` without the channels; the parameters are new ones. Masks then cover what of their zeros is left.
+
+        Raises UserError where that cannot be done.
+        """
         known, chosen = layers(network), self.chosen(network)
         classifier = next(reversed([name for name, layer in known.items() if isinstance(layer, nn.Linear)]), None)
         for name, layer in chosen.items():
@@ -51,6 +55,8 @@ class Structured(Recipe):
                     f"pruning.ratio: found {self.ratio}, which leaves none of the {outputs} channels of {name}; "
                     f"accepted: at most {(outputs - 1) / outputs:.4g}"
                 )
+        masked = list(masks.found(network))
+        masks.remove(network)
         kept = [layer for name, layer in known.items() if name == classifier or name not in chosen]
         fresh = copy.deepcopy(network)
         training = network.training
@@ -67,6 +73,7 @@ class Structured(Recipe):
             raise UserError(f"pruning: found structured, which has nothing to prune in this {role}; accepted: none")
         if not same:
             raise UserError(_unsupported(network, role, "it changes more than the channels of known layers"))
+        masks.mask_zeros(network, masked)
         return network.train(training)
 
     def _prune(self, network: nn.Module, kept: list[nn.Module], input_shape: tuple[int, int, int]) -> None:

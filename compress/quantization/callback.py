@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from compress import models
-from compress.methods.classifier import BEST_NETWORK
+from compress.models.weights import BEST_NETWORK
 from compress.progress import console
 from compress.pruning import masks
 from compress.quantization import Quantizer

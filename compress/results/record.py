@@ -15,6 +15,7 @@
 |  | layers are dense; of structured pruning, the channels of each layer |
 | student | model, network (`others.0` for the first other peer of dml), parameters, MACs, epochs, best epoch,
 |  | accuracies (0..1), per-class accuracy on test |
+| stages | of a run in stages, what each was and left, `variant` being its last row; the rest is the last one's |
 | tradeoff | the rows of tradeoff.csv |
 | layers | for each packed file: bits, levels, relative output error and encoding (dense or bitmap) of each quantized |
 |  | layer; the layers left float |

@@ -27,7 +27,7 @@ def runs(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patched:
         patched.chdir(folder)
         start = compress.run([*RUN, "method=supervised", "quantizer=rtn", "quantizer.bits=2"])
-        weights = f"method.checkpoint={start.directory}/models/student-fp32.safetensors"
+        weights = f"student.checkpoint={start.directory}/models/student-fp32.safetensors"
         widths = ["method.weight_bits=2", "method.activation_bits=4", "method.freeze_bn_epoch=2"]
         trained = compress.run([*RUN, "method=qat", weights, *widths, "quantizer=gpfq", "quantizer.bits=[2]"])
         patched.chdir(folder.parent)
@@ -110,7 +110,7 @@ def test_what_does_not_fit_is_refused_in_one_line(tmp_path, monkeypatch, capsys)
         "method=qat method.weight_bits=1": "method.weight_bits: found 1; accepted: a whole number from 2 to 8",
         "method=qat method.weight_bits=null": "method.weight_bits: found null, and activation_bits too",
         "method=qat method.skip=[layer9.*]": "method.skip: found 'layer9.*', which matches no layer",
-        "method=qat method.checkpoint=absent.safetensors": "method.checkpoint: ",
+        "method=qat student.checkpoint=absent.safetensors": "student.checkpoint: ",
         "method=qat teacher=resnet8": "teacher: found 'teacher=resnet8', but this method with this loss uses no",
         "method=qat loss=dml": "loss: found one that compares with peers",
         "method=qat loss=kd teacher=none": "teacher: found none, but this method learns from one",
