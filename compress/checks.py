@@ -43,7 +43,7 @@ BatchSize = Annotated[int, Field(ge=2)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Text = Annotated[str, Field(min_length=1)]
 
-TOP_LEVEL = {"seed": Seed, "output_directory": Text, "stages": list[dict]}
+TOP_LEVEL = {"seed": Seed, "output_directory": Text, "stages": list[dict], "grid": dict[str, str]}
 STAGE = {
     "name": Annotated[str, Field(pattern=r"^\w[\w-]*$")],
     "share": Annotated[float, Field(gt=0, le=1)] | None,
@@ -221,7 +221,7 @@ def check_values(config: DictConfig) -> None:
         # An experiment spreads over the other groups and leaves nothing of its own.
         if key != "experiment" and not isinstance(config.get(key), DictConfig):
             raise UserError(f"{key}: found {config.get(key)!r}; accepted: {key}=OPTION, see --help")
-    for group, before in (("pruning", {}), ("export", {"packed": True, "onnx": False}), ("stages", [])):
+    for group, before in (("pruning", {}), ("export", {"packed": True, "onnx": False}), ("stages", []), ("grid", {})):
         if group not in config:  # a run from before there was a choice
             with open_dict(config):
                 config[group] = before

@@ -61,6 +61,9 @@ def _main(arguments: list[str]) -> int:
     multirun = parsed.multirun or "hydra.mode=MULTIRUN" in overrides
     inspecting = parsed.cfg or parsed.info or parsed.hydra_help or parsed.shell_completion
     if not inspecting:
+        if multirun:
+            added = configuration.with_grid(overrides)[len(overrides) :]
+            overrides, arguments = [*overrides, *added], [*arguments, *added]
         jobs = configuration.compose_jobs(overrides, multirun)
         if dry_run:
             from compress.estimate import show

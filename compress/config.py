@@ -86,6 +86,16 @@ def compose_jobs(
     return jobs
 
 
+def with_grid(overrides: Sequence[str]) -> list[str]:
+    """The `overrides` of a sweep, and the values of `grid` in its configuration for the keys that are not typed."""
+    register()
+    GlobalHydra.instance().clear()
+    with _hydra():
+        first = _compose(_expand(overrides)[0])
+    typed = {override.partition("=")[0].lstrip("+") for override in overrides}
+    return [*overrides, *(f"{key}={values}" for key, values in first.grid.items() if key not in typed)]
+
+
 def check_job(config: DictConfig, overrides: Sequence[str]) -> None:
     """Checks a composed configuration, or those of its stages, each with the student that the one before leaves."""
     if not config.stages:

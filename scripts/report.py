@@ -13,7 +13,7 @@ with the Pareto front, training curves, bits and errors of the layers. Runs that
 averaged. What cannot be read is named and left out.
 
   python scripts/report.py outputs -o report.html -o report.csv
-  python scripts/report.py outputs/sweeps/2026-07-01_09-00-00 -o sweep.md
+  python scripts/report.py outputs/sweeps/2026-07-01_09-00-00 -o sweep.md -o sweep.png
 """
 
 
@@ -27,8 +27,8 @@ def main() -> int:
         action="append",
         type=Path,
         metavar="FILE",
-        help="what to write: .html, .md (means over seeds) or .csv (a line per variant of each run); may be repeated "
-        "(default: report.html)",
+        help="what to write: .html, .md (means over seeds), .csv (a line per variant of each run) or .png (accuracy "
+        "against bytes, a line per run); may be repeated (default: report.html)",
     )
     arguments = parser.parse_args()
     outputs = arguments.output or [Path("report.html")]

@@ -1,4 +1,4 @@
-"""`scripts/report.py`: every run below some directories as a page, as Markdown or as CSV."""
+"""`scripts/report.py`: every run below some directories as a page, as Markdown, as CSV or as a picture."""
 
 from collections.abc import Sequence
 from datetime import datetime
@@ -9,8 +9,9 @@ from compress.files import write_text
 from compress.results.collect import Collection, collect, write_summary
 from compress.results.report_page import page, plotly_script
 from compress.results.report_tables import markdown
+from compress.results.runs_picture import draw_runs
 
-SUFFIXES = (".html", ".md", ".csv")
+SUFFIXES = (".html", ".md", ".csv", ".png")
 
 
 def write_reports(paths: Sequence[Path], outputs: Sequence[Path]) -> Collection:
@@ -37,6 +38,8 @@ def write_reports(paths: Sequence[Path], outputs: Sequence[Path]) -> Collection:
                     write_text(output, markdown(collection, output, written))
                 case ".csv":
                     write_summary(output, collection.runs)
+                case ".png":
+                    draw_runs(output, collection.runs)
         except OSError as failure:
             raise UserError(f"{output}: cannot be written ({failure.strerror}); accepted: a file to write") from None
     return collection

@@ -200,11 +200,14 @@ MISTAKES = [
     (["runs/0/result.json"], "runs/0/result.json: found a file; accepted: directories"),
     (["empty"], "empty: found no finished run: none; accepted: run directories, or a folder of them"),
     (["damaged"], "damaged: found no finished run: 1 that cannot be read"),
-    (["runs", "-o", "report.pdf"], "report.pdf: found the suffix '.pdf'; accepted: .html, .md, .csv"),
-    (["runs", "-o", "report"], "report: found the suffix ''; accepted: .html, .md, .csv"),
+    (["runs", "-o", "report.pdf"], "report.pdf: found the suffix '.pdf'; accepted: .html, .md, .csv, .png"),
+    (["runs", "-o", "report"], "report: found the suffix ''; accepted: .html, .md, .csv, .png"),
     (["runs", "-o", "folder.md"], "folder.md: found a directory; accepted: a file to write"),
     (["runs", "-o", "file/report.md"], "file/report.md: cannot be written"),
-    (["runs", "-o", "good.csv", "-o", "report.pdf"], "report.pdf: found the suffix '.pdf'; accepted: .html, .md, .csv"),
+    (
+        ["runs", "-o", "good.csv", "-o", "report.pdf"],
+        "report.pdf: found the suffix '.pdf'; accepted: .html, .md, .csv, .png",
+    ),
 ]
 
 
