@@ -394,6 +394,8 @@ def _check_loggers(config: DictConfig) -> None:
         if name == "tensorboard" and find_spec("tensorboard") is None:
             raise UserError("logger: found tensorboard, which is not installed; pip install 'compress[tensorboard]'")
         where = f"logger.{name}"
+        if not isinstance(node, DictConfig):
+            raise UserError(f"{where}: found {node!r}; accepted: its keys, such as {where}.KEY=VALUE, or logger=OPTION")
         target = _target(config, where)
         own = target.__module__.startswith("compress.")
         accepted = [each for each in parameter_names(target) if each != "save_dir"]

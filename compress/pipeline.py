@@ -50,7 +50,7 @@ def run(config: DictConfig, directory: Path, overrides: Sequence[str] = ()) -> R
         return _finished(directory)
     started = _started(directory, overrides)
     write_text(directory / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
-    with open_loggers(config, directory) as loggers:
+    with open_loggers(config, directory, started["overrides"]) as loggers:
         return _run(config, directory, started, loggers)
 
 

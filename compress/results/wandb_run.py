@@ -36,8 +36,13 @@ def _project_name(name: str) -> str:
     return name
 
 
+def _tag(text: str) -> str:
+    if not 1 <= len(text) <= 64:
+        raise ValueError("a list of texts of 1 to 64 characters")
+    return text
+
+
 Text = Annotated[str, Field(min_length=1)]
-Tag = Annotated[str, Field(min_length=1, max_length=64)]
 
 
 class WandbRun(WandbLogger):
@@ -55,7 +60,7 @@ class WandbRun(WandbLogger):
         name: Text | None = None,
         group: Text | None = None,
         job_type: Text | None = None,
-        tags: Sequence[Tag] = (),
+        tags: Sequence[Annotated[str, AfterValidator(_tag)]] = (),
         notes: str | None = None,
         offline: bool = False,
         log_models: bool = True,
@@ -70,14 +75,16 @@ class WandbRun(WandbLogger):
         self.chosen = {"name": name, "group": group, "job_type": job_type}
 
     @rank_zero_only
-    def begin(self, config: DictConfig) -> None:
+    def begin(self, config: DictConfig, overrides: Sequence[str] = ()) -> None:
         """Starts the run, or goes on with it. Raises UserError where W&B does not let it."""
         # Half a second, which runs without W&B need not wait.
         import wandb
         from wandb.sdk.lib.runid import generate_id
 
         sweep = next((each for each in self.directory.parents if (each / "multirun.yaml").is_file()), None)
-        method = method_name(config)
+        # The typed word tells variants of one method apart, such as kd and kd_mixup.
+        typed = [each.removeprefix("method=") for each in overrides if each.startswith("method=")]
+        method = typed[-1] if typed else method_name(config)
         name = f"{method} {config.student.stem} {config.data._target_.rpartition('.')[2]} seed {config.seed}"
         proposed = {
             "name": name if sweep is None else f"{name} ({self.directory.relative_to(sweep).as_posix()})",
@@ -142,12 +149,15 @@ class WandbRun(WandbLogger):
 
 
 @contextmanager
-def open_loggers(config: DictConfig, directory: Path) -> Iterator[list[Logger]]:
-    """The loggers of `config`; W&B's run is ended when this is left, as failed for an exception."""
+def open_loggers(config: DictConfig, directory: Path, overrides: Sequence[str] = ()) -> Iterator[list[Logger]]:
+    """The loggers of `config`; W&B's run is ended when this is left, as failed for an exception.
+
+    overrides: what was typed when the run was started.
+    """
     loggers = [instantiate(logger, save_dir=str(directory)) for logger in config.logger.values()]
     runs = [logger for logger in loggers if isinstance(logger, WandbRun)]
     for run in runs:
-        run.begin(config)
+        run.begin(config, overrides)
     exit_code = 0
     try:
         yield loggers
