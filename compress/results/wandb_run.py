@@ -13,6 +13,7 @@ from typing import Annotated, Any
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from pydantic import AfterValidator, Field
+from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import Logger, WandbLogger
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
@@ -70,6 +71,7 @@ class WandbRun(WandbLogger):
         super().__init__(name, save_dir, found.get("id"), project=project)
         self.directory = Path(save_dir).resolve()
         self.log_models = log_models
+        self.held: int | None = None
         self.options = {"project": project, "entity": entity, "tags": list(tags), "notes": notes}
         self.options |= {"mode": "offline"} if offline else {}
         self.chosen = {"name": name, "group": group, "job_type": job_type}
@@ -95,7 +97,10 @@ class WandbRun(WandbLogger):
         identity = {"id": self.version or generate_id()}
         # Before the run is made: a job that is killed now must not leave a run that it cannot find again.
         write_json(self.directory / IDENTITY, identity)
-        checkout = {"git_root": str(PACKAGE.parent)} if about["commit"] else {}
+        settings = {"git_root": str(PACKAGE.parent)} if about["commit"] else {}
+        # A killed offline run loses up to 15 seconds by default; versions without the setting write at once.
+        if "x_transaction_log_flush_interval" in wandb.Settings.model_fields:
+            settings["x_transaction_log_flush_interval"] = 0.5
         try:
             self._experiment = wandb.init(
                 **self.options,
@@ -105,7 +110,7 @@ class WandbRun(WandbLogger):
                 dir=str(self.directory),
                 config=OmegaConf.to_container(config, resolve=True) | about,
                 # Another active run may be that of whoever called us. The commit is this project's, wherever it runs.
-                settings=wandb.Settings(reinit="create_new", **checkout),
+                settings=wandb.Settings(reinit="create_new", **settings),
             )
         except wandb.Error as failure:
             said = " ".join(str(failure).split())
@@ -120,6 +125,14 @@ class WandbRun(WandbLogger):
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """W&B's own steps are ours, so that the epoch that a resumed run repeats is not there twice."""
         self.experiment.log(dict(metrics), step=step)
+        self.held = step
+
+    @rank_zero_only
+    def after_save_checkpoint(self, checkpoint_callback: ModelCheckpoint) -> None:
+        """Ends W&B's row of the epoch, which would be held until the next one and lost if the run is killed in it."""
+        if self.held is not None:
+            self.experiment.log({}, step=self.held, commit=True)
+            self.held = None
 
     @rank_zero_only
     def log_results(self, rows: Sequence[Row], record: Mapping[str, Any]) -> None:

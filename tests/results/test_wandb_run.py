@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -221,6 +222,12 @@ def test_a_run_that_failed_says_so_and_goes_on_as_the_same_run_when_it_is_resume
     def fail(module):
         started(module)
         if module.current_epoch == 1:
+            # What a kill -9 would leave now: the epoch that a checkpoint has is in the file as well.
+            deadline = time.monotonic() + 10
+            while not (held := read_all(Path(module.trainer.loggers[1].save_dir))[0].history):
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+            assert {"train/loss", "val/accuracy"} <= held[max(held)].keys()
             raise RuntimeError("lost")
 
     typed = [*OPTIONS, "quantizer.bits=[2]", "logger.wandb.log_models=false"]
