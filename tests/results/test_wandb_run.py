@@ -69,6 +69,8 @@ class Read:
                 at += 32768 - at % 32768
                 continue
             length, kind = int.from_bytes(content[at + 4 : at + 6], "little"), content[at + 6]
+            if at + 7 + length > len(content):
+                return  # being written
             whole += content[at + 7 : at + 7 + length]
             at += 7 + length
             if kind in (1, 4):  # whole in one piece, or the last of several
