@@ -161,7 +161,7 @@ def check(config: DictConfig, overrides: Sequence[str] = (), student: nn.Module 
     _check_training(config)
     for where in ensemble.keys(config):
         _check_teacher(config, where)
-    _check_loggers(config.logger)
+    _check_loggers(config)
     data = _check_data(config)
     node = OmegaConf.to_container(config.student, resolve=True)
     if student is None:
@@ -432,16 +432,19 @@ def _check_teacher(config: DictConfig, where: str) -> None:
         raise UserError(f"{where}.mean: found one for a teacher that is trained on these data; accepted: null")
 
 
-def _check_loggers(node: DictConfig) -> None:
-    for name in node:
+def _check_loggers(config: DictConfig) -> None:
+    for name, node in config.logger.items():
         if name == "tensorboard" and find_spec("tensorboard") is None:
             raise UserError("logger: found tensorboard, which is not installed; pip install 'compress[tensorboard]'")
-        target = _target(node, name)
-        # W&B hands whatever else it is given on to `wandb.init`.
-        accepted = [*node[name]] if issubclass(target, WandbLogger) else parameter_names(target)
-        check_arguments({}, node[name], f"logger.{name}", accepted=[each for each in accepted if each != "save_dir"])
+        where = f"logger.{name}"
+        if not isinstance(node, DictConfig):
+            raise UserError(f"{where}: found {node!r}; accepted: its keys, such as {where}.KEY=VALUE, or logger=OPTION")
+        target = _target(config, where)
+        own = target.__module__.startswith("compress.")
+        accepted = [each for each in parameter_names(target) if each != "save_dir"]
+        check_arguments(target if own else {}, node, where, accepted=accepted)
         if issubclass(target, WandbLogger):
-            _check_wandb(node[name])
+            _check_wandb(node)
 
 
 def _check_wandb(node: DictConfig) -> None:

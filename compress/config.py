@@ -187,7 +187,8 @@ def _compose(overrides: list[str]) -> DictConfig:
         missing = OmegaConf.missing_keys(config)
     except MissingConfigException as failure:
         group, _, name = str(failure.missing_cfg_file).rpartition("/")
-        options = ", ".join(failure.options or [])
+        # Hydra names them for a single option alone, not for one of a list.
+        options = ", ".join(failure.options or sorted(path.stem for path in (CONF / group).glob("*.yaml")))
         raise UserError(f"{group}: found {name!r}; accepted: {options}") from None
     except ConfigCompositionException as failure:
         raise UserError(_unknown_key(failure, overrides)) from None

@@ -12,7 +12,7 @@ import pytorch_lightning as pl
 import torch
 from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
-from pytorch_lightning.loggers import Logger, WandbLogger
+from pytorch_lightning.loggers import Logger
 from torch import nn
 
 from compress import models, teachers
@@ -26,6 +26,7 @@ from compress.pruning.recipe import MaskRecipe
 from compress.quantization.callback import PostTrainingQuantization
 from compress.results.record import surroundings
 from compress.results.tradeoff import Row
+from compress.results.wandb_run import open_loggers
 from compress.results.writing import show, write_results
 from compress.training import BEST, device, epoch_of, fit
 
@@ -51,10 +52,17 @@ def run(config: DictConfig, directory: Path, overrides: Sequence[str] = (), refe
     """
     if (directory / "result.json").exists():
         return finished(directory)
-    clock = _Clock()
     started = record_start(directory, overrides)
-    plain = OmegaConf.to_container(config, resolve=True)
     write_text(directory / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
+    with open_loggers(config, directory, started["overrides"]) as loggers:
+        return _run(config, directory, started, loggers, reference)
+
+
+def _run(
+    config: DictConfig, directory: Path, started: dict[str, Any], loggers: Sequence[Logger], reference: Path | None
+) -> Result:
+    clock = _Clock()
+    plain = OmegaConf.to_container(config, resolve=True)
     pl.seed_everything(config.seed, verbose=False)
 
     data = instantiate(config.data, seed=config.seed, device=device(config.trainer.accelerator))
@@ -108,20 +116,16 @@ def run(config: DictConfig, directory: Path, overrides: Sequence[str] = (), refe
     )
     masked = isinstance(recipe, MaskRecipe)
     pruning = Pruning(module.networks, recipe if masked else None, architectures)
-    loggers = [instantiate(logger, save_dir=str(directory)) for logger in config.logger.values()]
-    try:
-        trainer = fit(
-            module,
-            data,
-            plain["trainer"],
-            directory / "checkpoints",
-            label="student",
-            loggers=loggers,
-            callbacks=[pruning, quantization],
-            first_best=max(recipe.window(config.trainer.max_epochs)[1] - 1, 0) if masked else 0,
-        )
-    finally:
-        _finish(loggers)
+    trainer = fit(
+        module,
+        data,
+        plain["trainer"],
+        directory / "checkpoints",
+        label="student",
+        loggers=loggers,
+        callbacks=[pruning, quantization],
+        first_best=max(recipe.window(config.trainer.max_epochs)[1] - 1, 0) if masked else 0,
+    )
     teacher_record = teachers.test_record(teacher, data, updates_teacher) if teacher else None
     clock.lap("quantization")
 
@@ -150,7 +154,7 @@ def run(config: DictConfig, directory: Path, overrides: Sequence[str] = (), refe
     }
     title = f"{method_name(config)} {stem} on {config.data._target_.rpartition('.')[2]}"
     teacher_accuracy = teacher_record["test_accuracy"] if teacher_record else None
-    record = write_results(directory, variants, record, title, teacher_accuracy)
+    record = write_results(directory, variants, record, title, teacher_accuracy, loggers)
     (directory / STARTED).unlink()
     show(directory, variants.rows, title)
     return Result(directory, tuple(variants.rows), record)
@@ -183,13 +187,6 @@ def record_start(directory: Path, overrides: Sequence[str]) -> dict[str, Any]:
         now = datetime.now().astimezone().isoformat(timespec="seconds")
         write_json(path, {"overrides": list(overrides), "started": now})
     return json.loads(path.read_text(encoding="utf-8"))
-
-
-def _finish(loggers: Sequence[Logger]) -> None:
-    """Ends a W&B run here: it would otherwise last as long as the process and swallow the next job of a sweep."""
-    for logger in loggers:
-        if isinstance(logger, WandbLogger):
-            logger.experiment.finish()
 
 
 class _Clock:

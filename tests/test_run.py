@@ -294,15 +294,12 @@ def test_early_stopping_and_the_loggers(finished, monkeypatch, capsys):
     options = ["method=supervised", "teacher=none", "optimizer.lr=1e-9", "trainer.max_epochs=9"]
     options += ["trainer.early_stopping=2", "trainer.log_every=0", "quantizer=rtn", "quantizer.bits=4"]
     options = [option for option in SMALL if not option.startswith(("teacher", "trainer", "quantizer"))] + options
-    for logger in ("tensorboard", "wandb"):
-        result = compress.run([*options, f"logger={logger}"])
-        assert result.record["student"]["epochs"] < 9
-        assert (result.directory / "metrics.csv").exists()
-        if logger == "tensorboard":
-            events = EventAccumulator(str(result.directory / "tensorboard")).Reload()
-            assert {"val/accuracy", "tradeoff/rtn_4_bit/test_accuracy"} <= set(events.Tags()["scalars"])
-        else:
-            assert list((result.directory / "wandb").glob("offline-run-*/run-*.wandb"))
+    result = compress.run([*options, "logger=[tensorboard,wandb]"])
+    assert result.record["student"]["epochs"] < 9
+    assert (result.directory / "metrics.csv").exists()
+    events = EventAccumulator(str(result.directory / "tensorboard")).Reload()
+    assert {"val/accuracy", "tradeoff/rtn_4_bit/test_accuracy"} <= set(events.Tags()["scalars"])
+    assert list((result.directory / "wandb").glob("offline-run-*/run-*.wandb"))
     assert "epoch 1/9" not in capsys.readouterr().out
 
 

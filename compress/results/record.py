@@ -50,7 +50,7 @@ def surroundings() -> dict[str, Any]:
     # With the build, such as +cu130, which the installed package does not name.
     versions["torch"] = torch.__version__
     return {
-        "versions": versions | {"commit": _commit()},
+        "versions": versions | {"commit": commit()},
         "hardware": {
             "processor": _processor(),
             "cores": os.cpu_count(),
@@ -61,7 +61,7 @@ def surroundings() -> dict[str, Any]:
     }
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """The checkout's commit, with `-dirty` where it was changed since; None outside a checkout."""
     if not (PACKAGE.parent / ".git").exists():
         return None

@@ -5,6 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from pytorch_lightning.loggers import Logger
 from rich.markup import escape
 
 from compress.files import write_json
@@ -12,6 +13,7 @@ from compress.progress import console
 from compress.results.layer_pictures import draw_layers, draw_weights, panels
 from compress.results.picture import draw_tradeoff
 from compress.results.tradeoff import Row, table, write_csv
+from compress.results.wandb_run import log_results
 from compress.variants import Variants
 
 
@@ -21,10 +23,11 @@ def write_results(
     record: Mapping[str, Any],
     title: str,
     teacher_accuracy: float | None = None,
+    loggers: Sequence[Logger] = (),
 ) -> dict[str, Any]:
     """Writes and returns `record` with the trade-off and the layers added; the other files before it.
 
-    teacher_accuracy: on the test set, 0..1.
+    teacher_accuracy: on the test set, 0..1. loggers: those of the run, some of which take files and tables.
     """
     write_csv(directory / "tradeoff.csv", variants.rows)
     draw_tradeoff(directory / "tradeoff.png", variants.rows, title, teacher_accuracy)
@@ -35,6 +38,7 @@ def write_results(
         }
         draw_weights(directory / "weights.png", drawn, title)
     whole = {**record, "tradeoff": [asdict(row) for row in variants.rows], "layers": variants.layers}
+    log_results(loggers, variants.rows, whole)
     # Last, because its presence says that the run is finished.
     write_json(directory / "result.json", whole)
     return whole
