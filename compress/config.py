@@ -70,7 +70,7 @@ def compose_jobs(
         if parsed.key_or_group in GROUPS and not parsed.is_delete() and parsed.value() is None:
             raise UserError(f"{parsed.key_or_group}: found null; accepted: one of its options, see --help")
     jobs = []
-    with _hydra():
+    with initialize():
         for job in _expand(overrides) if multirun else [list(overrides)]:
             config = _compose(job)
             if checked:
@@ -79,7 +79,8 @@ def compose_jobs(
     return jobs
 
 
-def _hydra() -> Any:
+def initialize() -> Any:
+    """The context in which Hydra composes from `conf/`."""
     GlobalHydra.instance().clear()
     return initialize_config_dir(str(CONF), version_base="1.3")
 

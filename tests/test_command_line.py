@@ -176,7 +176,7 @@ def test_every_file_of_every_group_composes():
     for path in sorted(root.glob("*/*.yaml")):
         group = {"model": "student"}.get(path.parent.name, path.parent.name)
         config.register()
-        with config._hydra():
+        with config.initialize():
             composed = config._compose([f"{group}={path.stem}"])
         assert set(composed) >= {"student", "teacher", "data", "method", "loss", "optimizer", "trainer", "seed"}
         assert path.parent.name != "model" or composed.student.stem == path.stem
