@@ -9,6 +9,7 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.plugins import Plugins
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -81,6 +82,11 @@ def compose_jobs(
 
 def initialize() -> Any:
     """The context in which Hydra composes from `conf/`."""
+    Plugins.instance()
+    launchers = ConfigStore.instance().repo.get("hydra", {}).get("launcher", {})
+    for path in (CONF / "hydra" / "launcher").glob("*.yaml"):
+        # Hydra would take the node of a published plugin of that name for the schema of ours.
+        launchers.pop(path.name, None)
     GlobalHydra.instance().clear()
     return initialize_config_dir(str(CONF), version_base="1.3")
 
@@ -127,13 +133,13 @@ def _unknown_key(failure: ConfigCompositionException, overrides: list[str]) -> s
     if len(others) == len(overrides) or (name in GROUPS and not parent):
         return _first_line(failure)
     try:
-        config = compose("run", overrides=others)
+        config = compose("run", overrides=others, return_hydra_config=True)
         node = OmegaConf.select(config, parent) if parent else config
     except (HydraException, OmegaConfBaseException):
         return _first_line(failure)
     if not isinstance(node, DictConfig):
         return f"{key}: found an unknown key; {parent or 'the configuration'} has no keys here"
-    accepted = sorted(str(each) for each in node if each not in ("_target_", "_partial_", "stem"))
+    accepted = sorted(str(each) for each in node if each not in ("_target_", "_partial_", "stem", "hydra"))
     return f"{key}: found an unknown key; accepted: {', '.join(accepted) or 'no keys'}"
 
 

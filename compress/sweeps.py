@@ -23,6 +23,7 @@ from hydra.core.plugins import Plugins
 from hydra.types import HydraContext, RunMode
 from hydra.utils import get_class
 from omegaconf import DictConfig
+from pydantic import TypeAdapter
 from rich.markup import escape
 
 from compress import checks, pipeline
@@ -199,10 +200,8 @@ def _run(sweep: Sweep, settings: Sequence[str] = ()) -> int:
 
 
 def _launch(sweep: Sweep, jobs: Sequence[Sequence[str]]) -> None:
-    with _composed([*sweep.hydra, hydra_override("hydra.sweep.dir", str(sweep.directory.absolute()))]) as (
-        config,
-        context,
-    ):
+    place = hydra_override("hydra.sweep.dir", str(sweep.directory.absolute()))
+    with _composed([*sweep.hydra, place]) as (config, context):
         context.callbacks.on_multirun_start(config=config, config_name="run")
         parts = {"hydra_context": context, "task_function": job, "config": config}
         launcher = _own_launcher(config.hydra.launcher)
@@ -243,10 +242,8 @@ def _read(directory: Path) -> Sweep:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
         jobs, hydra = content["jobs"], content["hydra"]
-        lists = [hydra, *jobs]
-        if not jobs or not all(
-            isinstance(each, list) and all(isinstance(word, str) for word in each) for each in lists
-        ):
+        TypeAdapter(list[list[str]]).validate_python([hydra, *jobs], strict=True)
+        if not jobs:
             raise ValueError
     except (yaml.YAMLError, ValueError, KeyError, TypeError, OSError):
         raise UserError(f"sweep: found {path}, which cannot be read; accepted: the directory of a sweep") from None

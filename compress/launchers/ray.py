@@ -31,7 +31,7 @@ class RayLauncher(SeparateLauncher):
 
         try:
             # "local": never a cluster that happens to run.
-            ray.init(self.address or "local", include_dashboard=None, log_to_driver=False, logging_level="warning")
+            ray.init(self.address or "local", include_dashboard=None, log_to_driver=False, logging_level="error")
         except ConnectionError as failure:
             raise UserError(f"hydra.launcher.address: found {self.address!r} ({failure})".splitlines()[0]) from None
         try:

@@ -82,17 +82,22 @@ class SubmititLauncher(SeparateLauncher):
         executor = self._executor(Path(self.folder).absolute())
         # A cluster queues; this machine has to be spared.
         at_once = len(calls) if self.cluster == "slurm" else self.at_once
-        before = os.environ.get("OMP_NUM_THREADS")
         waiting, running = list(calls), {}
-        while waiting or running:
-            batch = waiting[: at_once - len(running)]
-            if batch:
-                del waiting[: len(batch)]
-                os.environ["OMP_NUM_THREADS"] = before or str(self.cpus)  # both pass their environment on
-                running |= zip(executor.map_array(Resubmitted(), batch), batch, strict=True)
-            for job in [job for job in running if job.done()]:
-                yield running.pop(job), job.exception()
-            time.sleep(SECONDS_BETWEEN_LOOKS)
+        # Both hand their environment on.
+        os.environ.setdefault("OMP_NUM_THREADS", str(self.cpus))
+        try:
+            while waiting or running:
+                batch = waiting[: at_once - len(running)]
+                if batch:
+                    del waiting[: len(batch)]
+                    running |= zip(executor.map_array(Resubmitted(), batch), batch, strict=True)
+                for job in [job for job in running if job.done()]:
+                    yield running.pop(job), job.exception()
+                time.sleep(SECONDS_BETWEEN_LOOKS)
+        finally:
+            # Those on a cluster go on without the process that waits for them, those here would too.
+            for job in running if self.cluster == "local" else ():
+                job.cancel()
 
 
 class Resubmitted:
