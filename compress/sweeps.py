@@ -82,6 +82,7 @@ def resume(directory: Path, overrides: Sequence[str] = ()) -> int:
     if any(_key(each) == "hydra/launcher" for each in launcher):
         hydra = tuple(each for each in hydra if not _key(each).startswith(("hydra/launcher", "hydra.launcher.")))
     sweep = Sweep(directory, sweep.jobs, (*hydra, *launcher))
+    configuration.compose_jobs([*sweep.jobs[0], *settings, *sweep.hydra], checked=False)
     check_launcher(sweep.hydra)
     for number in _missing(sweep):
         configuration.compose_jobs([*sweep.jobs[number], *settings])
