@@ -139,8 +139,8 @@ def test_a_job_that_fails_ends_no_other_and_is_run_again_later(folder, capsys, m
 
 
 def test_a_sweep_killed_in_its_third_job_is_continued_there(folder, capsys):
-    options = [*ALONE, "trainer.max_epochs=40"]
-    process = in_a_process("-m", "seed=0,1,2,3", *options, "trainer.max_epochs=40", "hydra.sweep.dir=swept")
+    options = [*ALONE, "trainer.max_epochs=15"]
+    process = in_a_process("-m", "seed=0,1,2", *options, "hydra.sweep.dir=swept")
     deadline = time.monotonic() + 120
     while not Path("swept/2/checkpoints/last.ckpt").exists():
         assert time.monotonic() < deadline
@@ -152,11 +152,11 @@ def test_a_sweep_killed_in_its_third_job_is_continued_there(folder, capsys):
     assert main(["sweep=swept"]) == 0
     assert "continuing after epoch" in capsys.readouterr().out
     swept = results(Path("swept"))
-    assert sorted(swept) == ["0", "1", "2", "3"]
+    assert sorted(swept) == ["0", "1", "2"]
     undisturbed = compress.run(["seed=2", *options])
     assert swept["2"]["student"] == undisturbed.record["student"]
     assert main(["sweep=swept"]) == 0
-    assert "4 of 4 jobs are finished" in capsys.readouterr().out
+    assert "3 of 3 jobs are finished" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("launcher", ["joblib", "submitit_local", "ray"])
