@@ -9,6 +9,7 @@ from pathlib import Path
 import hydra
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig
 
 from compress.errors import UserError
@@ -58,12 +59,20 @@ def _main(arguments: list[str]) -> int:
         raise UserError("resume: found it beside an option; accepted: resume=DIRECTORY, trainer.*=... and logger.*=...")
     if resume:
         return _resume(Path(resume[0].removeprefix("resume=")), [each for each in overrides if each not in resume])
+    sweep = [override for override in overrides if override.startswith("sweep=")]
+    if sweep and (len(arguments) > len(overrides) or dry_run):
+        raise UserError(
+            "sweep: found it beside an option; accepted: sweep=DIRECTORY, trainer.*=..., logger.*=... and "
+            "hydra/launcher=..."
+        )
+    if sweep:
+        from compress import sweeps
+
+        directory = Path(sweep[0].removeprefix("sweep="))
+        return sweeps.resume(directory, [each for each in overrides if each not in sweep])
     multirun = parsed.multirun or "hydra.mode=MULTIRUN" in overrides
     inspecting = parsed.cfg or parsed.info or parsed.hydra_help or parsed.shell_completion
     if not inspecting:
-        if multirun:
-            added = configuration.with_grid(overrides)[len(overrides) :]
-            overrides, arguments = [*overrides, *added], [*arguments, *added]
         jobs = configuration.compose_jobs(overrides, multirun)
         if dry_run:
             from compress.estimate import show
@@ -71,7 +80,13 @@ def _main(arguments: list[str]) -> int:
             for typed, config in jobs:
                 show(config, typed)
             return 0
-        arguments += _own_directory(jobs[0][1], overrides, multirun)
+        from compress import sweeps
+
+        sweeps.check_launcher(overrides, multirun)
+        directory = _own_directory(jobs[0][1], overrides, multirun)
+        if multirun:
+            return sweeps.start(directory, [typed for typed, _ in jobs], overrides)
+        arguments.append(sweeps.hydra_override("hydra.run.dir", str(directory)))
     else:
         if multirun:
             raise UserError("-m: found it beside an option that only prints; accepted: one of them")
@@ -102,15 +117,16 @@ def _refuse(message: str) -> None:
     raise UserError(f"command line: {message}")
 
 
-def _own_directory(config: DictConfig, overrides: list[str], multirun: bool) -> list[str]:
-    """The override that gives Hydra a directory made just now; a directory the user names has to be new."""
+def _own_directory(config: DictConfig, overrides: list[str], multirun: bool) -> Path:
+    """A directory made just now; one that the user names has to be new."""
     key = "hydra.sweep.dir" if multirun else "hydra.run.dir"
     typed = [override for override in overrides if override.startswith(f"{key}=")]
     if typed:
-        directory = Path(typed[-1].partition("=")[2])
+        directory = Path(str(OverridesParser.create().parse_override(typed[-1]).value()))
         if directory.exists() and any(directory.iterdir()):
             raise UserError(
-                f"{key}: found {directory}, which is not empty; accepted: a new directory, or resume={directory}"
+                f"{key}: found {directory}, which is not empty; accepted: a new directory, or "
+                f"{'sweep' if multirun else 'resume'}={directory}"
             )
         try:
             directory.mkdir(parents=True, exist_ok=True)
@@ -118,13 +134,10 @@ def _own_directory(config: DictConfig, overrides: list[str], multirun: bool) -> 
             raise UserError(
                 f"{key}: found {directory}, which cannot be made ({failure.strerror}); accepted: a new directory"
             ) from None
-        return []
+        return directory
     if multirun:
-        directory = make_directory(Path(config.output_directory) / "sweeps", f"{datetime.now():%Y-%m-%d_%H-%M-%S}")
-    else:
-        directory = run_directory(config)
-    quoted = str(directory).replace("\\", "\\\\").replace("'", "\\'")
-    return [f"{key}='{quoted}'"]
+        return make_directory(Path(config.output_directory) / "sweeps", f"{datetime.now():%Y-%m-%d_%H-%M-%S}")
+    return run_directory(config)
 
 
 def _resume(directory: Path, overrides: list[str]) -> int:

@@ -11,6 +11,7 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.plugins import Plugins
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -76,9 +77,8 @@ def compose_jobs(
         if parsed.key_or_group in GROUPS and not parsed.is_delete() and parsed.value() is None:
             raise UserError(f"{parsed.key_or_group}: found null; accepted: one of its options, see --help")
     jobs = []
-    GlobalHydra.instance().clear()
-    with _hydra():
-        for job in _expand(overrides) if multirun else [list(overrides)]:
+    with initialize():
+        for job in _expand(_with_grid(overrides)) if multirun else [list(overrides)]:
             config = _compose(job)
             if checked:
                 check_job(config, job)
@@ -86,12 +86,20 @@ def compose_jobs(
     return jobs
 
 
-def with_grid(overrides: Sequence[str]) -> list[str]:
-    """The `overrides` of a sweep, and the values of `grid` in its configuration for the keys that are not typed."""
-    register()
+def initialize() -> Any:
+    """The context in which Hydra composes from `conf/`, whatever it was initialized for before."""
+    Plugins.instance()
+    launchers = ConfigStore.instance().repo.get("hydra", {}).get("launcher", {})
+    for path in (CONF / "hydra" / "launcher").glob("*.yaml"):
+        # Hydra would take the node of a published plugin of that name for the schema of ours.
+        launchers.pop(path.name, None)
     GlobalHydra.instance().clear()
-    with _hydra():
-        first = _compose(_expand(overrides)[0])
+    return initialize_config_dir(str(CONF), version_base="1.3")
+
+
+def _with_grid(overrides: Sequence[str]) -> list[str]:
+    """The `overrides` of a sweep, and the values of `grid` in its configuration for the keys that are not typed."""
+    first = _compose(_expand(overrides)[0])
     typed = {override.partition("=")[0].lstrip("+") for override in overrides}
     return [*overrides, *(f"{key}={values}" for key, values in first.grid.items() if key not in typed)]
 
@@ -125,7 +133,8 @@ def compose_stages(config: DictConfig, overrides: Sequence[str]) -> list[tuple[s
     keys = {override: parse(override).key_or_group for override in overrides}
     heeded: set[str] = set()
     composed = []
-    with _hydra():
+    # Within a job, or while a command line is checked, Hydra is there already.
+    with nullcontext() if GlobalHydra.instance().is_initialized() else initialize():
         for name, stage, epochs in zip(stage_directories(config), config.stages, _epochs(config), strict=True):
             own = [*stage.overrides, "stages=[]"]
             if epochs is not None:
@@ -163,12 +172,6 @@ def _epochs(config: DictConfig) -> list[int | None]:
     for index in order[: config.trainer.max_epochs - sum(epochs)]:
         epochs[index] += 1
     return epochs
-
-
-def _hydra() -> Any:
-    if GlobalHydra.instance().is_initialized():  # within a job, or for a stage of one that is being composed
-        return nullcontext()
-    return initialize_config_dir(str(CONF), version_base="1.3")
 
 
 def _expand(overrides: Sequence[str]) -> list[list[str]]:
@@ -214,13 +217,13 @@ def _unknown_key(failure: ConfigCompositionException, overrides: list[str]) -> s
     if len(others) == len(overrides) or (name in GROUPS and not parent):
         return _first_line(failure)
     try:
-        config = compose("run", overrides=others)
+        config = compose("run", overrides=others, return_hydra_config=True)
         node = OmegaConf.select(config, parent) if parent else config
     except (HydraException, OmegaConfBaseException):
         return _first_line(failure)
     if not isinstance(node, DictConfig):
         return f"{key}: found an unknown key; {parent or 'the configuration'} has no keys here"
-    accepted = sorted(str(each) for each in node if each not in ("_target_", "_partial_", "stem"))
+    accepted = sorted(str(each) for each in node if each not in ("_target_", "_partial_", "stem", "hydra"))
     return f"{key}: found an unknown key; accepted: {', '.join(accepted) or 'no keys'}"
 
 

@@ -15,6 +15,7 @@ GROUPS = {
     "trainer": "where and how long",
     "logger": "where metrics go",
     "experiment": "whole recipes",
+    "hydra/launcher": "who runs the jobs of a sweep; left out, this process, one after the other",
 }
 HEAD = """\
 compress: distil a student from a teacher, quantize it, and see the accuracy per byte.
@@ -23,6 +24,7 @@ compress: distil a student from a teacher, quantize it, and see the accuracy per
   python scripts/run.py -m method=kd,dkd seed=0,1             a sweep: every combination
   python scripts/run.py experiment=quickstart --dry-run       sizes and an estimate, nothing is trained
   python scripts/run.py resume=outputs/runs/DIRECTORY         continue an interrupted run
+  python scripts/run.py sweep=outputs/sweeps/DIRECTORY        run the jobs of a sweep that are not finished
 
   --cfg job       print the composed configuration        --help       this text
   --dry-run       print models, sizes and minutes         -m           sweep over comma-separated values

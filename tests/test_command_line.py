@@ -101,6 +101,17 @@ MISTAKES = {
     "--cfg job student=resnet99": ["student:", "'resnet99'"],
     "--cfg job loss.foo=1": ["loss.foo:", "temperature"],
     "--cfg job -m student=resnet8": ["-m:"],
+    "sweep=nowhere": ["sweep:", "nowhere/sweep.yaml"],
+    "sweep=nowhere --dry-run": ["sweep:", "option"],
+    "-m seed=0,1 hydra/launcher=nosuch": ["hydra/launcher:", "'nosuch'", "joblib"],
+    "hydra/launcher=joblib": ["hydra/launcher=joblib", "-m"],
+    "-m hydra/launcher=joblib,ray": ["hydra/launcher:", "several"],
+    "-m hydra/launcher=joblib hydra.launcher.n_jobs=0": ["hydra.launcher.n_jobs:", "0"],
+    "-m hydra/launcher=joblib hydra.launcher.jobs=2": ["hydra.launcher.jobs:", "n_jobs"],
+    "-m hydra/launcher=submitit_local hydra.launcher.timeout_min=x": ["hydra.launcher.timeout_min:", "'x'"],
+    "-m hydra/launcher=submitit_slurm": ["hydra/launcher:", "no sbatch"],
+    "-m hydra/launcher=ray hydra.launcher.num_gpus=-1": ["hydra.launcher.num_gpus:", "-1"],
+    "-m hydra.sweep.subdir=x": ["hydra.sweep.subdir:"],
     "--frobnicate": ["--frobnicate", "--help"],
 }
 
@@ -154,6 +165,8 @@ def test_a_sweep_can_glob_over_options():
 def test_help_names_every_group_and_every_option(capsys):
     assert main(["--help"]) == 0
     said = capsys.readouterr().out
+    for path in (SCRIPT.parent.parent / "conf").glob("hydra/launcher/*.yaml"):
+        assert f"\n  {path.stem} " in said
     for path in (SCRIPT.parent.parent / "conf").glob("*/*.yaml"):
         assert path.stem in said
         assert path.parent.name == "model" or f"\n{path.parent.name}: " in said
@@ -181,7 +194,7 @@ def test_every_file_of_every_group_composes():
     for path in sorted(root.glob("*/*.yaml")):
         group = {"model": "student"}.get(path.parent.name, path.parent.name)
         config.register()
-        with config._hydra():
+        with config.initialize():
             composed = config._compose([f"{group}={path.stem}"])
         assert set(composed) >= {"student", "teacher", "data", "method", "loss", "optimizer", "trainer", "seed"}
         assert path.parent.name != "model" or composed.student.stem == path.stem

@@ -83,7 +83,7 @@ class WandbRun(WandbLogger):
         import wandb
         from wandb.sdk.lib.runid import generate_id
 
-        sweep = next((each for each in self.directory.parents if (each / "multirun.yaml").is_file()), None)
+        sweep = next((each for each in self.directory.parents if (each / "sweep.yaml").is_file()), None)
         # The typed word tells variants of one method apart, such as kd and kd_mixup.
         typed = [each.removeprefix("method=") for each in overrides if each.startswith("method=")]
         method = typed[-1] if typed else method_name(config)
