@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import time
+import time
 from pathlib import Path
 
 import pytest
@@ -89,7 +90,12 @@ def _update(content: dict, items) -> None:
 
 def read_all(directory: Path) -> list[Read]:
     """The W&B runs of one run directory, the earliest first."""
-    return [Read(path) for path in sorted(directory.glob("wandb/offline-run-*/*.wandb"))]
+    for _ in range(50):
+        runs = [Read(path) for path in sorted(directory.glob("wandb/offline-run-*/*.wandb"))]
+        if all(run.exit_code is not None for run in runs):
+            break
+        time.sleep(0.1)  # W&B's own process may be about to write the end
+    return runs
 
 
 @pytest.fixture(autouse=True)
