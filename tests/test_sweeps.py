@@ -26,9 +26,7 @@ TINY = [
     "data.limit=150",
     "trainer.max_epochs=1",
     "trainer.log_every=0",
-    "quantizer=rtn",
-    "quantizer.bits=[4]",
-    "quantizer.calibration_images=32",
+    "quantizer=none",
 ]
 ALONE = ["method=supervised", *TINY]
 DISTILLED = ["-m", "method=kd,dkd", "seed=0,1", "teacher=resnet8", "teacher.training.epochs=1", *TINY]
@@ -101,11 +99,11 @@ def test_a_sweep_under_joblib_gives_what_one_after_the_other_gives_and_shares_no
         if str(directory.name) not in text:  # which of them came first is not known
             directory = directories[1 - directories.index(directory)]
         table = text[text.index(f"sweep outputs/sweeps/{directory.name}\n") :]
-        for words in ("method=kd student=resnet8 seed=0", "method=dkd student=resnet20 seed=1", "rtn 4 bit"):
-            assert {*words.split()} <= {*table.split()}  # a narrow terminal breaks the lines
+        assert table.count(" finished ") == 8
+        assert table.count("method=dkd") == table.count("student=resnet20") == table.count("seed=1") == 4
         with (directory / "summary.csv").open() as stream:
             lines = list(csv.DictReader(stream))
-        assert [line["run"] for line in lines] == [str(number) for number in range(8) for _ in range(2)]
+        assert [line["run"] for line in lines] == [str(number) for number in range(8)]
         assert {(directory / line["file"]).is_file() for line in lines} == {True}
 
 
@@ -126,16 +124,16 @@ def test_a_job_that_fails_ends_no_other_and_is_run_again_later(folder, capsys, m
 
     before = {path: path.stat().st_mtime_ns for path in Path("swept/0").rglob("*")}
     monkeypatch.setenv("MENDED", "1")
-    assert main(["sweep=swept", "trainer.precision=64-true"]) == 2
+    assert main(["sweep=swept", "trainer.log_every=1"]) == 2
     said = capsys.readouterr().out
     assert [outcome(Path("swept", str(number))).state for number in range(4)] == ["finished", "failed"] * 2
     assert "Launching 3 jobs" in said
     assert "job 1 failed" in said
     assert "job 2" not in said
-    assert "precision: 64-true" in Path("swept/2/config.yaml").read_text()
+    assert "log_every: 1" in Path("swept/2/config.yaml").read_text()
     assert before == {path: path.stat().st_mtime_ns for path in Path("swept/0").rglob("*")}
     with Path("swept/summary.csv").open() as stream:
-        assert [line["run"] for line in csv.DictReader(stream)] == ["0", "0", "2", "2"]
+        assert [line["run"] for line in csv.DictReader(stream)] == ["0", "2"]
 
 
 def test_a_sweep_killed_in_its_third_job_is_continued_there(folder, capsys):
@@ -160,16 +158,15 @@ def test_a_sweep_killed_in_its_third_job_is_continued_there(folder, capsys):
 
 
 @pytest.mark.parametrize("launcher", ["joblib", "submitit_local", "ray"])
-def test_a_job_whose_process_is_killed_is_one_that_failed(folder, launcher):
+def test_a_job_whose_process_is_killed_is_one_that_failed(folder, launcher, capsys):
     sweep = ["-m", f"method._target_={KILLED},{GOOD}", *ALONE, "hydra.sweep.dir=swept", f"hydra/launcher={launcher}"]
-    process = in_a_process(*sweep)
-    said = process.communicate(timeout=180)[0]
-    assert process.returncode == 1
+    assert main(sweep) == 1
+    said = capsys.readouterr().out
     assert [outcome(Path("swept", str(number))).state for number in range(2)] == ["failed", "finished"]
     assert "2 of 2" in said
     assert "job 0 failed: " in said
     assert "process" in Path("swept/0/failed.txt").read_text()
-    assert "rtn 4 bit" in Path("swept/1/output.txt").read_text()
+    assert "student resnet8: training" in Path("swept/1/output.txt").read_text()
     assert json.loads(Path("swept/1/result.json").read_text())["hardware"]["threads"] == 1
 
 
@@ -204,9 +201,7 @@ def test_the_script_for_slurm_asks_for_what_was_asked_and_runs_the_jobs(folder, 
     monkeypatch.setenv("PATH", f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}")
     own = ["hydra/launcher=submitit_slurm", "hydra.launcher.slurm.partition=long", "hydra.launcher.timeout_min=90"]
     own += ["hydra.launcher.setup=['echo ready']", "+hydra.launcher.slurm.mail_user=me@example.org"]
-    process = in_a_process("-m", "seed=0,1", *ALONE, *own, "hydra.sweep.dir=swept")
-    said = process.communicate(timeout=180)[0]
-    assert process.returncode == 0, said + Path("slurm.txt").read_text()
+    assert main(["-m", "seed=0,1", *ALONE, *own, "hydra.sweep.dir=swept"]) == 0, Path("slurm.txt").read_text()
     assert sorted(results(Path("swept"))) == ["0", "1"]
     lines = Path("sbatch.txt").read_text().splitlines()
     for option in (

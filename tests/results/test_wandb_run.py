@@ -8,7 +8,6 @@ import os
 import subprocess
 import sys
 import time
-import time
 from pathlib import Path
 
 import pytest
