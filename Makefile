@@ -4,12 +4,16 @@ BIN := .venv/bin
 
 FASHION_MNIST ?= /usr/share/datasets/fashion-mnist
 
-.PHONY: demo test study quantizer-study lint format clean
+.PHONY: demo test soak study quantizer-study lint format clean
 demo: .venv/installed
 	$(BIN)/python scripts/run.py method=dkd student=resnet18
 
 test: .venv/installed-dev lint
 	$(BIN)/python -m pytest
+
+# What takes minutes because it does the same over and over: runs killed at many moments.
+soak: .venv/installed-dev
+	$(BIN)/python -m pytest -m soak
 
 # Every method at every width, three seeds: under an hour and a half on two cores. Interrupted, it goes on where it was.
 study: .venv/installed

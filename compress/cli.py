@@ -17,6 +17,7 @@ from compress.errors import UserError
 from compress.files import make_directory
 from compress.help import help_text
 from compress.paths import CONF
+from compress.resume import StoppedError, latest, requeued, stoppable
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -25,7 +26,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Let exceptions come through Hydra whole: a user's mistake becomes one line below, ours keeps its traceback.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
-        return _main(arguments)
+        with stoppable():
+            return _main(arguments)
     except UserError as mistake:
         print(f"error: {mistake}", file=sys.stderr)
         return 2
@@ -33,9 +35,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The reader, `head` perhaps, has had enough; the interpreter must not complain about it on its way out.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    except StoppedError as stopped:
+        print(stopped, file=sys.stderr)
+        return stopped.exit_code
 
 
 def _main(arguments: list[str]) -> int:
@@ -59,7 +61,7 @@ def _main(arguments: list[str]) -> int:
     if resume and (len(arguments) > len(overrides) or dry_run):
         raise UserError("resume: found it beside an option; accepted: resume=DIRECTORY, trainer.*=... and logger.*=...")
     if resume:
-        return _resume(Path(resume[0].removeprefix("resume=")), [each for each in overrides if each not in resume])
+        return _resume(*_chosen(resume[0].removeprefix("resume="), [each for each in overrides if each not in resume]))
     multirun = parsed.multirun or "hydra.mode=MULTIRUN" in overrides
     inspecting = parsed.cfg or parsed.info or parsed.hydra_help or parsed.shell_completion
     if not inspecting:
@@ -70,6 +72,9 @@ def _main(arguments: list[str]) -> int:
             for typed, config in jobs:
                 show(config, typed)
             return 0
+        again = None if multirun else requeued(Path(jobs[0][1].output_directory), overrides)
+        if again is not None:
+            return _resume(again, [])
         arguments += _own_directory(jobs[0][1], overrides, multirun)
     else:
         if multirun:
@@ -126,6 +131,16 @@ def _own_directory(config: DictConfig, overrides: list[str], multirun: bool) -> 
     return [f"{key}='{quoted}'"]
 
 
+def _chosen(value: str, overrides: list[str]) -> tuple[Path, list[str]]:
+    """The directory that `resume=value` means, and the other overrides."""
+    if value != "latest":
+        return Path(value), overrides
+    elsewhere = [override for override in overrides if override.startswith("output_directory=")]
+    default = OmegaConf.load(CONF / "run.yaml").output_directory
+    output_directory = Path(elsewhere[-1].partition("=")[2] if elsewhere else default)
+    return latest(output_directory), [each for each in overrides if each not in elsewhere]
+
+
 def _resume(directory: Path, overrides: list[str]) -> int:
     """Continues the run in `directory` under its own configuration, but for overrides of trainer.* and logger.*"""
     from compress import checks, pipeline
@@ -133,7 +148,7 @@ def _resume(directory: Path, overrides: list[str]) -> int:
 
     path = directory / "config.yaml"
     if not path.is_file():
-        raise UserError(f"resume: found no {path}; accepted: the directory of a run")
+        raise UserError(f"resume: found no {path}; accepted: the directory of a run, or latest")
     for override in overrides:
         if not override.startswith(("trainer.", "logger.")) or "=" not in override:
             raise UserError(

@@ -1,6 +1,7 @@
 """One run, top to bottom: data, teacher, student, best checkpoint, quantization, results."""
 
 import json
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.loggers import Logger, WandbLogger
 
-from compress import models, teachers
+from compress import models, resume, teachers
 from compress.check import check_arguments, parameter_names
 from compress.config import method_name
 from compress.files import write_json, write_text
@@ -26,9 +27,8 @@ from compress.quantization.callback import PostTrainingQuantization
 from compress.results.record import surroundings
 from compress.results.tradeoff import Row
 from compress.results.writing import show, write_results
+from compress.resume import STARTED
 from compress.training import BEST, device, epoch_of, fit
-
-STARTED = "started.json"
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,11 @@ def run(config: DictConfig, directory: Path, overrides: Sequence[str] = ()) -> R
     """
     if (directory / "result.json").exists():
         return _finished(directory)
+    with resume.owned(directory):
+        return _run(config, directory, overrides)
+
+
+def _run(config: DictConfig, directory: Path, overrides: Sequence[str]) -> Result:
     clock = _Clock()
     started = _started(directory, overrides)
     plain = OmegaConf.to_container(config, resolve=True)
@@ -64,7 +69,7 @@ def run(config: DictConfig, directory: Path, overrides: Sequence[str] = ()) -> R
         parts["input_shape"] = data.input_shape
     teacher, updates_teacher = None, config.method.get("update_teacher", False)
     if teachers.is_used(config):
-        teacher = teachers.resolve(config, data, plain["trainer"])
+        teacher = teachers.resolve(config, data, plain["trainer"], directory)
         parts["teacher"] = teacher.learning if updates_teacher else teacher.frozen
     clock.lap("teacher")
 
@@ -164,7 +169,8 @@ def _started(directory: Path, overrides: Sequence[str]) -> dict[str, Any]:
     path = directory / STARTED
     if not path.exists():
         now = datetime.now().astimezone().isoformat(timespec="seconds")
-        write_json(path, {"overrides": list(overrides), "started": now})
+        job = os.environ.get("SLURM_JOB_ID")
+        write_json(path, {"overrides": list(overrides), "started": now} | ({"slurm_job": job} if job else {}))
     return json.loads(path.read_text(encoding="utf-8"))
 
 

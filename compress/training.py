@@ -8,6 +8,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from lightning_fabric.plugins.environments import LightningEnvironment
 from lightning_fabric.plugins.io.torch_io import TorchCheckpointIO
 from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
 from pytorch_lightning.loggers import Logger
@@ -65,7 +66,8 @@ def fit(
         enable_model_summary=False,
         num_sanity_val_steps=0,
         log_every_n_steps=1,
-        plugins=[AtomicCheckpoints()],
+        # Not SLURM's environment: it answers signals with a checkpoint within the epoch, which would not go on exactly.
+        plugins=[AtomicCheckpoints(), LightningEnvironment()],
     )
     last = directory / LAST
     if last.exists():
@@ -110,7 +112,7 @@ class Divergence(pl.Callback):
         self.best = best
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if all(bool(parameter.isfinite().all()) for parameter in pl_module.parameters()):
+        if _is_finite(pl_module):
             return
         said = f"{self.label}: training diverged in epoch {trainer.current_epoch + 1}, its weights are not finite"
         if not self.best.exists():
@@ -118,6 +120,11 @@ class Divergence(pl.Callback):
             raise UserError(f"{said}; accepted: a smaller {key}")
         console.print(f"  {said}; going on with the best epoch before", style="bold")
         trainer.should_stop = True
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # Resumed after it had diverged.
+        if not _is_finite(pl_module):
+            trainer.should_stop = True
 
 
 class Patience(EarlyStopping):
@@ -151,6 +158,10 @@ def device(accelerator: str) -> torch.device:
     """Where networks and images lie under `trainer.accelerator`."""
     usable = accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
     return torch.device("cuda" if usable else "cpu")
+
+
+def _is_finite(module: pl.LightningModule) -> bool:
+    return all(bool(parameter.isfinite().all()) for parameter in module.parameters())
 
 
 def _stem(name: str) -> str:

@@ -80,6 +80,8 @@ MISTAKES = {
     "teacher.mean=[0.5] teacher.standard_deviation=[0.5]": ["teacher.mean:", "null"],
     "trainer.precision=bf16-mixed trainer.gradient_clip_val=1": ["optimizer.fused", "false"],
     "resume=nowhere --dry-run": ["resume:", "option"],
+    "resume=latest": ["resume:", "outputs/runs", "DIRECTORY"],
+    "resume=latest output_directory=elsewhere": ["resume:", "elsewhere/runs"],
     "resume=nowhere": ["resume:", "nowhere"],
     "-m method=kd,dkd optimizer.lr=0.1,abc": ["optimizer.lr:", "'abc'"],
     "quantizer.bits=[2,2]": ["quantizer.bits:", "once"],

@@ -105,6 +105,9 @@ class DataModule(pl.LightningDataModule):
             sampler=EpochSampler(images, self.seed),
             collate_fn=as_it_is,
             drop_last=share >= self.batch_size,
+            # A loader draws a number at the start of each epoch, and where a run is resumed, Lightning starts the epoch
+            # earlier: from the global generator it would shift every later draw, such as those of dropout.
+            generator=torch.Generator(),
         )
 
     def val_dataloader(self) -> DataLoader:
