@@ -23,7 +23,7 @@ from pydantic import Field
 from pytorch_lightning.loggers import WandbLogger
 from torch import nn
 
-from compress import ensemble, models, teachers
+from compress import ensemble, models, processes, teachers
 from compress.check import check_arguments, parameter_names
 from compress.errors import UserError
 from compress.export.packed import file_bytes
@@ -76,8 +76,10 @@ OPTIMIZER = {
 TRAINER = {
     "max_epochs": Count,
     "accelerator": Literal["auto", "cpu", "gpu", "cuda"],
-    "devices": Literal[1],
-    "strategy": Literal["auto"],
+    "devices": Count | Literal["auto"],
+    "num_nodes": Count,
+    "strategy": Literal["auto", "ddp"],
+    "sync_batchnorm": bool,
     "precision": Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true", "64-true"],
     "gradient_clip_val": Positive | None,
     "accumulate_grad_batches": Count,
@@ -108,6 +110,7 @@ TRAINER_OWN = {
     "max_steps",
     "num_sanity_val_steps",
     "plugins",
+    "use_distributed_sampler",
 }
 TEACHER = {
     "model": dict,
@@ -155,6 +158,8 @@ def check(config: DictConfig, overrides: Sequence[str] = ()) -> None:
         _check_teacher(config, where)
     _check_loggers(config.logger)
     data = _check_data(config)
+    has_peers = "peers" in parameter_names(get_object(config.method._target_))
+    processes.check(config, data.record()["images"], has_peers)
     student = models.build(num_classes=data.num_classes, **OmegaConf.to_container(config.student, resolve=True))
     teacher = None
     if teachers.is_used(config) and not ensemble.is_ensemble(config):

@@ -108,8 +108,17 @@ def _refuse(message: str) -> None:
 
 def _own_directory(config: DictConfig, overrides: list[str], multirun: bool) -> list[str]:
     """The override that gives Hydra a directory made just now; a directory the user names has to be new."""
+    # Not at the top: it imports PyTorch.
+    from compress.processes import node_rank
+
     key = "hydra.sweep.dir" if multirun else "hydra.run.dir"
     typed = [override for override in overrides if override.startswith(f"{key}=")]
+    if config.trainer.get("num_nodes", 1) > 1:
+        # Every machine runs the command, and they have to meet in one directory.
+        if not typed:
+            raise UserError(f"{key}: found none for several machines; accepted: one directory for all of them")
+        if node_rank(config.trainer) > 0:
+            return []
     if typed:
         directory = Path(typed[-1].partition("=")[2])
         if directory.exists() and any(directory.iterdir()):

@@ -3,7 +3,7 @@
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -15,7 +15,7 @@ from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.loggers import Logger, WandbLogger
 
-from compress import models, resume, teachers
+from compress import distributed, models, processes, resume, teachers
 from compress.check import check_arguments, parameter_names
 from compress.config import method_name
 from compress.files import write_json, write_text
@@ -40,22 +40,33 @@ class Result:
     record: dict[str, Any]
 
 
-def run(config: DictConfig, directory: Path, overrides: Sequence[str] = ()) -> Result:
+def run(config: DictConfig, directory: Path, overrides: Sequence[str] = ()) -> Result | None:
     """Does what a checked `config` says and leaves the results in `directory`; a run found there is continued.
 
-    Everything a run leaves is described in `compress.results`. The result of a finished run is read and returned.
+    Everything a run leaves is described in `compress.results`. The result of a finished run is read and returned. Of
+    several machines only the first has a result.
     """
     if (directory / "result.json").exists():
         return _finished(directory)
+    if processes.node_rank(config.trainer) > 0:
+        return distributed.join(config, directory)
     with resume.owned(directory):
-        return _run(config, directory, overrides)
+        started = _started(directory, overrides)
+        write_text(directory / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
+        clock = _Clock()
+        if processes.is_wanted(config.trainer):
+            distributed.train(config, directory)
+            clock.lap("distributed")
+        return _run(config, directory, started, clock)
 
 
-def _run(config: DictConfig, directory: Path, overrides: Sequence[str]) -> Result:
-    clock = _Clock()
-    started = _started(directory, overrides)
+def train(config: DictConfig, directory: Path) -> None:
+    """The part of `run` that belongs to each process of a training in several; the rest follows elsewhere."""
+    _run(config, directory, {}, _Clock())
+
+
+def _run(config: DictConfig, directory: Path, started: Mapping[str, Any], clock: "_Clock") -> Result | None:
     plain = OmegaConf.to_container(config, resolve=True)
-    write_text(directory / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
     pl.seed_everything(config.seed, verbose=False)
 
     data = instantiate(config.data, seed=config.seed, device=device(config.trainer.accelerator))
@@ -94,7 +105,8 @@ def _run(config: DictConfig, directory: Path, overrides: Sequence[str]) -> Resul
             architectures[f"others.{index}"] = models.architecture(peer, data.num_classes, other)
     # Not by `instantiate`, which would turn the frozen dataclasses among the parts into configurations.
     module = method(**check_arguments(method, plain["method"], "method"), **parts)
-    console.print(f"student {config.student.stem}: training for {config.trainer.max_epochs} epochs", style="bold")
+    if not processes.is_wanted(config.trainer):
+        console.print(f"student {config.student.stem}: training for {config.trainer.max_epochs} epochs", style="bold")
 
     quantizer = instantiate(config.quantizer) if config.quantizer else None
     quantization = PostTrainingQuantization(
@@ -118,11 +130,13 @@ def _run(config: DictConfig, directory: Path, overrides: Sequence[str]) -> Resul
             directory / "checkpoints",
             label="student",
             loggers=loggers,
-            callbacks=[pruning, quantization],
+            callbacks=[pruning, processes.Worker() if processes.is_worker() else quantization],
             first_best=max(recipe.window(config.trainer.max_epochs)[1] - 1, 0) if masked else 0,
         )
     finally:
         _finish(loggers)
+    if processes.is_worker():
+        return None
     teacher_record = teachers.test_record(teacher, data, updates_teacher) if teacher else None
     clock.lap("quantization")
 

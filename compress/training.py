@@ -8,11 +8,11 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from lightning_fabric.plugins.environments import LightningEnvironment
 from lightning_fabric.plugins.io.torch_io import TorchCheckpointIO
 from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
 from pytorch_lightning.loggers import Logger
 
+from compress import processes
 from compress.averaging import MovingAverage
 from compress.errors import UserError
 from compress.files import write_atomically
@@ -44,6 +44,8 @@ def fit(
     options = {key: value for key, value in trainer_options.items() if key != "_target_"}
     patience, log_every = options.pop("early_stopping"), options.pop("log_every")
     decay = options.pop("ema_decay", None)
+    options |= processes.lightning_options(options)
+    plugins = options.pop("plugins")
     own = [
         EpochLines(label, log_every),
         Divergence(label, directory / BEST),
@@ -66,9 +68,11 @@ def fit(
         enable_model_summary=False,
         num_sanity_val_steps=0,
         log_every_n_steps=1,
-        # Not SLURM's environment: it answers signals with a checkpoint within the epoch, which would not go on exactly.
-        plugins=[AtomicCheckpoints(), LightningEnvironment()],
+        plugins=[AtomicCheckpoints(), *plugins],
     )
+    if options["precision"] == "64-true":
+        # Lightning does so too, but only after it has loaded a checkpoint's weights into float32.
+        module.double()
     last = directory / LAST
     if last.exists():
         console.print(f"  continuing after epoch {epoch_of(last)}")
@@ -172,5 +176,10 @@ def _quieten() -> None:
     """Lightning's advice and device banners, which a table of results does not need."""
     for name in ("pytorch_lightning", "lightning.pytorch", "lightning.fabric", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    for message in (".*does not have many workers.*", ".*Checkpoint directory .* exists.*", ".*treespec.*"):
+    for message in (
+        ".*does not have many workers.*",
+        ".*Checkpoint directory .* exists.*",
+        ".*treespec.*",
+        ".*sync_dist.*",
+    ):
         warnings.filterwarnings("ignore", message)
