@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import signal
+import socket
 import sys
 import time
 from pathlib import Path
@@ -18,6 +19,8 @@ from compress.cli import main
 from compress.data.dataset import Share, evaluation_batches
 from compress.distributed import watch
 from compress.errors import UserError
+from compress.quantization.lsq import InputStep
+from compress.resume import StoppedError, stoppable
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "run.py"
 # A transformer, which has no BatchNorm, in float64: what is left between one process and two is rounding.
@@ -35,6 +38,9 @@ RUN = [
     "data.crop_padding=1",
     "quantizer=none",
 ]
+
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["compress.pipeline", "compress.checks", "compress.cli", "compress.data.digits"])
 
 
 def metrics(directory):
@@ -95,6 +101,7 @@ def test_processes_share_the_images_that_are_evaluated(count, size, world_size):
 def test_processes_share_each_batch(world_size):
     order = list(range(20))[::-1]
     shares = [Share(rank, world_size, 6).of(order) for rank in range(world_size)]
+    assert [len(share) for share in shares] == [Share(rank, world_size, 6).count(20) for rank in range(world_size)]
     if world_size == 1:
         assert shares == [order]
         return
@@ -131,8 +138,52 @@ def test_where_one_process_fails_all_end_and_the_job_says_why(how):
     assert multiprocessing.active_children() == []
 
 
-def work(arguments, folder):
+def watch_sleepers(folder):
+    try:
+        with stoppable():
+            watch(
+                [sys.executable, "-c", FAILS.format(f"open(r'{folder}/begun', 'w'); time.sleep(60)")], [{"RANK": "0"}]
+            )
+    except StoppedError as stopped:
+        sys.exit(stopped.exit_code)
+
+
+def test_a_stopped_job_ends_its_processes(tmp_path):
+    job = PROCESSES.Process(target=watch_sleepers, args=(tmp_path,))
+    job.start()
+    wait_for((tmp_path / "begun").exists)
+    [sleeper] = workers_of(job).values()
+    os.kill(job.pid, signal.SIGTERM)
+    job.join(30)
+    assert job.exitcode == 143
+    assert not is_alive(sleeper)
+
+
+def start_step(rank, folder, images):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    step = InputStep(4).train()
+    step(images[rank::2])
+    torch.save(step.state_dict(), folder / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_a_step_of_inputs_starts_from_the_batch_of_all_processes(tmp_path):
+    # One process sees negative values, the other none.
+    images = torch.rand(6, 3, 4, 4) - torch.tensor([0.5, 0]).repeat(3).view(6, 1, 1, 1)
+    jobs = [PROCESSES.Process(target=start_step, args=(rank, tmp_path, images)) for rank in range(2)]
+    for job in jobs:
+        job.start()
+    for job in jobs:
+        job.join(60)
+    alone = InputStep(4).train()
+    alone(images)
+    for rank in range(2):
+        torch.testing.assert_close(torch.load(tmp_path / f"{rank}.pt"), dict(alone.state_dict()))
+
+
+def work(arguments, folder, environment=None):
     os.chdir(folder)
+    os.environ.update(environment or {})
     os.dup2(os.open("stderr", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), sys.stderr.fileno())
     sys.argv = [str(SCRIPT), *arguments]
     sys.exit(main(arguments))
@@ -170,10 +221,9 @@ def wait_for(condition, seconds=90):
 @pytest.mark.slow
 def test_a_training_that_lost_a_process_and_then_the_job_goes_on_to_the_same_result(sweep, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    context = multiprocessing.get_context("forkserver")
     last = tmp_path / "run/checkpoints/last.ckpt"
 
-    job = context.Process(target=work, args=(["trainer=ddp_cpu", *RUN, "hydra.run.dir=run"], tmp_path))
+    job = PROCESSES.Process(target=work, args=(["trainer=ddp_cpu", *RUN, "hydra.run.dir=run"], tmp_path))
     job.start()
     wait_for(last.exists)
     workers = workers_of(job)
@@ -185,7 +235,7 @@ def test_a_training_that_lost_a_process_and_then_the_job_goes_on_to_the_same_res
     assert not any(map(is_alive, workers.values()))
     assert not (tmp_path / "run/result.json").exists()
 
-    job = context.Process(target=work, args=(["resume=run"], tmp_path))
+    job = PROCESSES.Process(target=work, args=(["resume=run"], tmp_path))
     job.start()
     wait_for(lambda: len(workers_of(job)) == 2)
     workers = workers_of(job)
@@ -193,6 +243,17 @@ def test_a_training_that_lost_a_process_and_then_the_job_goes_on_to_the_same_res
     job.join(60)
     wait_for(lambda: not any(map(is_alive, workers.values())))
 
-    assert main(["resume=run"]) == 0
+    # What is left is done as if by two machines.
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    arguments = ["resume=run", "trainer.devices=1", "trainer.num_nodes=2"]
+    job = PROCESSES.Process(target=work, args=(arguments, tmp_path, meeting | {"NODE_RANK": "1"}))
+    job.start()
+    for key, value in meeting.items():
+        monkeypatch.setenv(key, value)
+    assert main(arguments) == 0
+    job.join(60)
+    assert job.exitcode == 0
     assert metrics(tmp_path / "run") == metrics(sweep / "0")
     torch.testing.assert_close(weights(tmp_path / "run"), weights(sweep / "0"), rtol=0, atol=0)

@@ -72,6 +72,12 @@ class Share:
     world_size: int = 1
     batch_size: int = 1
 
+    def count(self, images: int) -> int:
+        """How many of that many images it has."""
+        if self.world_size == 1:
+            return images
+        return images // self.batch_size * (self.batch_size // self.world_size)
+
     def of(self, order: list[int]) -> list[int]:
         """Its part of `order`, of whose whole batches all processes together have all; one process has all of it."""
         if self.world_size == 1:
@@ -113,7 +119,7 @@ class EpochSampler(Sampler[int]):
         return iter(self._share.of(permutation(len(self._dataset), self._seed, self._epoch)))
 
     def __len__(self) -> int:
-        return len(self._share.of([*range(len(self._dataset))]))
+        return self._share.count(len(self._dataset))
 
 
 def as_it_is(batch: Batch) -> Batch:
