@@ -11,7 +11,7 @@ demo: .venv/installed
 test: .venv/installed-dev lint
 	$(BIN)/python -m pytest
 
-# What adds up only over many runs, such as memory.
+# What takes long: runs killed at many moments, memory over many jobs.
 soak: .venv/installed-dev
 	$(BIN)/python -m pytest -m soak
 

@@ -23,7 +23,7 @@ from pydantic import Field
 from pytorch_lightning.loggers import WandbLogger
 from torch import nn
 
-from compress import ensemble, models, teachers
+from compress import ensemble, models, processes, teachers
 from compress.check import check_arguments, parameter_names
 from compress.errors import UserError
 from compress.export.packed import file_bytes
@@ -81,8 +81,10 @@ OPTIMIZER = {
 TRAINER = {
     "max_epochs": Count,
     "accelerator": Literal["auto", "cpu", "gpu", "cuda"],
-    "devices": Literal[1],
-    "strategy": Literal["auto"],
+    "devices": Count | Literal["auto"],
+    "num_nodes": Count,
+    "strategy": Literal["auto", "ddp"],
+    "sync_batchnorm": bool,
     "precision": Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true", "64-true"],
     "gradient_clip_val": Positive | None,
     "accumulate_grad_batches": Count,
@@ -113,6 +115,7 @@ TRAINER_OWN = {
     "max_steps",
     "num_sanity_val_steps",
     "plugins",
+    "use_distributed_sampler",
 }
 STARTED_FROM = {"checkpoint": Text | None}
 TEACHER = {
@@ -163,6 +166,8 @@ def check(config: DictConfig, overrides: Sequence[str] = (), student: nn.Module 
         _check_teacher(config, where)
     _check_loggers(config)
     data = _check_data(config)
+    has_peers = "peers" in parameter_names(get_object(config.method._target_))
+    processes.check(config, data.record()["images"], has_peers)
     node = OmegaConf.to_container(config.student, resolve=True)
     if student is None:
         student = models.build_network(node, data.num_classes)
@@ -267,6 +272,8 @@ def _check_stages(config: DictConfig) -> None:
         missing = [key for key in ("name", "overrides") if key not in stage]
         if missing:
             raise UserError(f"stages.{index}: found no {missing[0]}; accepted: {', '.join(STAGE)}")
+    if stages and config.trainer.get("num_nodes", 1) != 1:
+        raise UserError(f"trainer.num_nodes: found {config.trainer.num_nodes} for a run in stages; accepted: 1")
     names = [stage["name"] for stage in stages]
     if len({*names}) < len(names):
         raise UserError(f"stages: found {', '.join(names)}; accepted: names that differ")

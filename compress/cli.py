@@ -10,12 +10,13 @@ import hydra
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from compress.errors import UserError
 from compress.files import make_directory
 from compress.help import help_text
 from compress.paths import CONF
+from compress.resume import StoppedError, latest, requeued, stoppable
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -24,7 +25,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Let exceptions come through Hydra whole: a user's mistake becomes one line below, ours keeps its traceback.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
-        return _main(arguments)
+        with stoppable():
+            return _main(arguments)
     except UserError as mistake:
         print(f"error: {mistake}", file=sys.stderr)
         return 2
@@ -32,9 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The reader, `head` perhaps, has had enough; the interpreter must not complain about it on its way out.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    except StoppedError as stopped:
+        print(stopped, file=sys.stderr)
+        return stopped.exit_code
 
 
 def _main(arguments: list[str]) -> int:
@@ -58,7 +60,7 @@ def _main(arguments: list[str]) -> int:
     if resume and (len(arguments) > len(overrides) or dry_run):
         raise UserError("resume: found it beside an option; accepted: resume=DIRECTORY, trainer.*=... and logger.*=...")
     if resume:
-        return _resume(Path(resume[0].removeprefix("resume=")), [each for each in overrides if each not in resume])
+        return _resume(*_chosen(resume[0].removeprefix("resume="), [each for each in overrides if each not in resume]))
     sweep = [override for override in overrides if override.startswith("sweep=")]
     if sweep and (len(arguments) > len(overrides) or dry_run):
         raise UserError(
@@ -83,6 +85,9 @@ def _main(arguments: list[str]) -> int:
         from compress import sweeps
 
         sweeps.check_launcher(overrides, multirun)
+        again = None if multirun else requeued(Path(jobs[0][1].output_directory), overrides)
+        if again is not None:
+            return _resume(again, [])
         directory = _own_directory(jobs[0][1], overrides, multirun)
         if multirun:
             return sweeps.start(directory, [typed for typed, _ in jobs], overrides)
@@ -119,10 +124,18 @@ def _refuse(message: str) -> None:
 
 def _own_directory(config: DictConfig, overrides: list[str], multirun: bool) -> Path:
     """A directory made just now; one that the user names has to be new."""
+    # Not at the top: it imports PyTorch.
+    from compress.processes import node_rank
+
     key = "hydra.sweep.dir" if multirun else "hydra.run.dir"
     typed = [override for override in overrides if override.startswith(f"{key}=")]
+    # Every machine runs the command, and they have to meet in one directory.
+    if config.trainer.get("num_nodes", 1) > 1 and not typed:
+        raise UserError(f"{key}: found none for several machines; accepted: one directory for all of them")
     if typed:
         directory = Path(str(OverridesParser.create().parse_override(typed[-1]).value()))
+        if node_rank(config.trainer) > 0:
+            return directory
         if directory.exists() and any(directory.iterdir()):
             raise UserError(
                 f"{key}: found {directory}, which is not empty; accepted: a new directory, or "
@@ -138,6 +151,16 @@ def _own_directory(config: DictConfig, overrides: list[str], multirun: bool) -> 
     if multirun:
         return make_directory(Path(config.output_directory) / "sweeps", f"{datetime.now():%Y-%m-%d_%H-%M-%S}")
     return run_directory(config)
+
+
+def _chosen(value: str, overrides: list[str]) -> tuple[Path, list[str]]:
+    """The directory that `resume=value` means, and the other overrides."""
+    if value != "latest":
+        return Path(value), overrides
+    elsewhere = [override for override in overrides if override.startswith("output_directory=")]
+    default = OmegaConf.load(CONF / "run.yaml").output_directory
+    output_directory = Path(elsewhere[-1].partition("=")[2] if elsewhere else default)
+    return latest(output_directory), [each for each in overrides if each not in elsewhere]
 
 
 def _resume(directory: Path, overrides: list[str]) -> int:

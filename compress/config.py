@@ -244,7 +244,7 @@ def apply_override(config: DictConfig, override: str) -> None:
 def read_config(directory: Path, where: str = "resume") -> DictConfig:
     """The configuration of the run in `directory`. Raises UserError where there is none or it cannot be read."""
     path = directory / "config.yaml"
-    accepted = "accepted: the directory of a run"
+    accepted = "accepted: the directory of a run, or latest"
     if not path.is_file():
         raise UserError(f"{where}: found no {path}; {accepted}")
     register()

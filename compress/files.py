@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,16 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(directory: Path, stem: str = "*") -> None:
+    """Removes what `write_atomically` could not, because its process was killed, of files called `stem`.
+
+    Nobody else may be writing such files.
+    """
+    for path in directory.glob(f".{stem}-????????*"):
+        if path.is_file() and re.fullmatch(r"\..+-[a-z0-9_]{8}(\.\w+)?", path.name):
+            path.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -23,7 +23,7 @@ compress: distil a student from a teacher, quantize it, and see the accuracy per
   python scripts/run.py method=dkd student=resnet18           one run
   python scripts/run.py -m method=kd,dkd seed=0,1             a sweep: every combination
   python scripts/run.py experiment=quickstart --dry-run       sizes and an estimate, nothing is trained
-  python scripts/run.py resume=outputs/runs/DIRECTORY         continue an interrupted run
+  python scripts/run.py resume=outputs/runs/DIRECTORY         continue an interrupted run; resume=latest: the last
   python scripts/run.py sweep=outputs/sweeps/DIRECTORY        run the jobs of a sweep that are not finished
 
   --cfg job       print the composed configuration        --help       this text

@@ -1,8 +1,9 @@
 """One run, top to bottom: data, teacher, student, best checkpoint, quantization, results."""
 
 import json
+import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -15,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.loggers import Logger
 from torch import nn
 
-from compress import models, teachers
+from compress import distributed, models, processes, resume, teachers
 from compress.check import check_arguments, parameter_names
 from compress.config import method_name
 from compress.files import write_json, write_text
@@ -28,9 +29,8 @@ from compress.results.record import surroundings
 from compress.results.tradeoff import Row
 from compress.results.wandb_run import open_loggers
 from compress.results.writing import show, write_results
+from compress.resume import STARTED
 from compress.training import BEST, device, epoch_of, fit
-
-STARTED = "started.json"
 
 
 @dataclass(frozen=True)
@@ -42,26 +42,47 @@ class Result:
     record: dict[str, Any]
 
 
-def run(config: DictConfig, directory: Path, overrides: Sequence[str] = (), reference: Path | None = None) -> Result:
+def run(
+    config: DictConfig, directory: Path, overrides: Sequence[str] = (), reference: Path | None = None
+) -> Result | None:
     """Does what a checked `config` says and leaves the results in `directory`; a run found there is continued.
 
     reference: the checkpoint of the float network that one trained on grids is compared with, if it is not
     `student.checkpoint`, which may have been trained on grids itself.
 
-    Everything a run leaves is described in `compress.results`. The result of a finished run is read and returned.
+    Everything a run leaves is described in `compress.results`. The result of a finished run is read and returned. Of
+    several machines only the first has a result.
     """
     if (directory / "result.json").exists():
         return finished(directory)
-    started = record_start(directory, overrides)
-    write_text(directory / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
+    if processes.node_rank(config.trainer) > 0:
+        return distributed.join(config, directory)
+    with resume.owned(directory):
+        started = record_start(directory, overrides)
+        write_text(directory / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
+        clock = _Clock()
+        if processes.is_wanted(config.trainer):
+            distributed.train(config, directory)
+            clock.lap("distributed")
+        with open_loggers(config, directory, started["overrides"]) as loggers:
+            return _run(config, directory, started, clock, loggers, reference)
+
+
+def train(config: DictConfig, directory: Path) -> None:
+    """The part of `run` that belongs to each process of a training in several; the rest follows elsewhere."""
+    started = record_start(directory, ())
     with open_loggers(config, directory, started["overrides"]) as loggers:
-        return _run(config, directory, started, loggers, reference)
+        _run(config, directory, started, _Clock(), loggers)
 
 
 def _run(
-    config: DictConfig, directory: Path, started: dict[str, Any], loggers: Sequence[Logger], reference: Path | None
-) -> Result:
-    clock = _Clock()
+    config: DictConfig,
+    directory: Path,
+    started: Mapping[str, Any],
+    clock: "_Clock",
+    loggers: Sequence[Logger],
+    reference: Path | None = None,
+) -> Result | None:
     plain = OmegaConf.to_container(config, resolve=True)
     pl.seed_everything(config.seed, verbose=False)
 
@@ -76,7 +97,7 @@ def _run(
         parts["input_shape"] = data.input_shape
     teacher, updates_teacher = None, config.method.get("update_teacher", False)
     if teachers.is_used(config):
-        teacher = teachers.resolve(config, data, plain["trainer"])
+        teacher = teachers.resolve(config, data, plain["trainer"], directory)
         parts["teacher"] = teacher.learning if updates_teacher else teacher.frozen
     clock.lap("teacher")
 
@@ -101,7 +122,8 @@ def _run(
             architectures[f"others.{index}"] = models.architecture(peer, data.num_classes, other)
     # Not by `instantiate`, which would turn the frozen dataclasses among the parts into configurations.
     module = method(**check_arguments(method, plain["method"], "method"), **parts)
-    console.print(f"student {config.student.stem}: training for {config.trainer.max_epochs} epochs", style="bold")
+    if not processes.is_wanted(config.trainer):
+        console.print(f"student {config.student.stem}: training for {config.trainer.max_epochs} epochs", style="bold")
 
     quantizer = instantiate(config.quantizer) if config.quantizer else None
     quantization = PostTrainingQuantization(
@@ -123,9 +145,11 @@ def _run(
         directory / "checkpoints",
         label="student",
         loggers=loggers,
-        callbacks=[pruning, quantization],
+        callbacks=[pruning, processes.Worker() if processes.is_worker() else quantization],
         first_best=max(recipe.window(config.trainer.max_epochs)[1] - 1, 0) if masked else 0,
     )
+    if processes.is_worker():
+        return None
     teacher_record = teachers.test_record(teacher, data, updates_teacher) if teacher else None
     clock.lap("quantization")
 
@@ -185,7 +209,8 @@ def record_start(directory: Path, overrides: Sequence[str]) -> dict[str, Any]:
     path = directory / STARTED
     if not path.exists():
         now = datetime.now().astimezone().isoformat(timespec="seconds")
-        write_json(path, {"overrides": list(overrides), "started": now})
+        job = os.environ.get("SLURM_JOB_ID")
+        write_json(path, {"overrides": list(overrides), "started": now} | ({"slurm_job": job} if job else {}))
     return json.loads(path.read_text(encoding="utf-8"))
 
 

@@ -13,7 +13,7 @@ from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 
 from compress import config as configuration
-from compress import pipeline
+from compress import pipeline, resume
 from compress.checks import check
 from compress.files import write_json, write_text
 from compress.pipeline import Result
@@ -24,12 +24,17 @@ from compress.results.writing import show
 from compress.training import BEST
 
 
-def run(config: DictConfig, directory: Path, overrides: Sequence[str] = ()) -> Result:
+def run(config: DictConfig, directory: Path, overrides: Sequence[str] = ()) -> Result | None:
     """Does what a checked `config` says, in stages if it has any; without, this is `compress.pipeline.run`."""
     if not config.get("stages"):
         return pipeline.run(config, directory, overrides)
     if (directory / "result.json").exists():
         return pipeline.finished(directory)
+    with resume.owned(directory):
+        return _run(config, directory, overrides)
+
+
+def _run(config: DictConfig, directory: Path, overrides: Sequence[str]) -> Result:
     started = pipeline.record_start(directory, overrides)
     if not (directory / "config.yaml").exists():
         for name, composed in configuration.compose_stages(config, overrides):
@@ -84,6 +89,6 @@ def _whole(config: DictConfig, directory: Path, started: Mapping[str, Any], resu
     write_csv(directory / "tradeoff.csv", rows)
     draw_tradeoff(directory / "tradeoff.png", rows, title, teacher and teacher["test_accuracy"])
     write_json(directory / "result.json", record)
-    (directory / pipeline.STARTED).unlink()
+    (directory / resume.STARTED).unlink()
     show(directory, rows, title)
     return Result(directory, tuple(rows), record)

@@ -20,7 +20,7 @@ from torch import nn
 from compress import ensemble, models
 from compress.check import parameter_names
 from compress.evaluation import evaluate
-from compress.files import write_atomically, write_json
+from compress.files import remove_leftovers, write_atomically, write_json
 from compress.losses.cross_entropy import CrossEntropy
 from compress.methods.frozen_teacher import FrozenEnsemble, FrozenTeacher
 from compress.methods.learning_teacher import LearningTeacher
@@ -55,15 +55,19 @@ def is_used(config: DictConfig) -> bool:
     return not optional or get_class(config.loss._target_).compares_with == "teacher"
 
 
-def resolve(config: DictConfig, data: pl.LightningDataModule, trainer_options: dict[str, Any]) -> Teacher:
+def resolve(
+    config: DictConfig, data: pl.LightningDataModule, trainer_options: dict[str, Any], directory: Path
+) -> Teacher:
     """The teacher of `config`: `teacher.checkpoint` if given, else the cached one, else one trained now and kept.
 
     Of an ensemble every member is one of these, found or trained as it would be on its own.
 
     The cache is `<output_directory>/teachers`, its key a hash of `teacher.model`, `teacher.training` and `data`. A
-    file lock lets one job train while others wait for it. Interrupted training goes on where it was.
+    file lock lets one job train while others wait for it. Interrupted training goes on where it was. `directory` is
+    that of the run, which the kept file remembers.
     """
-    members = [_resolve(ensemble.alone(config, key), data, trainer_options) for key in ensemble.keys(config)]
+    alone = [ensemble.alone(config, key) for key in ensemble.keys(config)]
+    members = [_resolve(each, data, trainer_options, directory) for each in alone]
     if not ensemble.is_ensemble(config):
         return members[0]
     frozen = FrozenEnsemble([member.frozen for member in members])
@@ -84,7 +88,9 @@ def resolve(config: DictConfig, data: pl.LightningDataModule, trainer_options: d
     return Teacher(frozen, record)
 
 
-def _resolve(config: DictConfig, data: pl.LightningDataModule, trainer_options: dict[str, Any]) -> Teacher:
+def _resolve(
+    config: DictConfig, data: pl.LightningDataModule, trainer_options: dict[str, Any], directory: Path
+) -> Teacher:
     node = OmegaConf.to_container(config.teacher, resolve=True)
     network = models.build(num_classes=data.num_classes, **node["model"])
     stem = node["model"]["stem"]
@@ -94,8 +100,8 @@ def _resolve(config: DictConfig, data: pl.LightningDataModule, trainer_options: 
         models.load_weights(network, path, where="teacher.checkpoint")
         where = f"from {path}"
     else:
-        path, trained = _find_or_train(config, node, network, trainer_options, data.device)
-        where = f"trained and kept as {path}" if trained else f"found in {path}"
+        path, trained = _find_or_train(config, node, network, trainer_options, data.device, directory)
+        where = f"trained in this run and kept as {path}" if trained else f"found in {path}"
     renormalise = _renormalise(node, data)
     frozen = FrozenTeacher(network, renormalise)
     frozen.to_float32(data.device)
@@ -146,6 +152,7 @@ def _find_or_train(
     network: nn.Module,
     trainer_options: dict[str, Any],
     device: torch.device,
+    directory: Path,
 ) -> tuple[Path, bool]:
     path = cache_path(config)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -156,13 +163,18 @@ def _find_or_train(
         console.print(f"teacher {node['model']['stem']}: another job is training it, waiting")
         lock.acquire()
     try:
-        trained = not path.exists()
-        if trained:
-            _train(config, node["training"], node["model"], path, trainer_options, device)
+        remove_leftovers(path.parent, path.stem)
+        if not path.exists():
+            _train(config, node["training"], node["model"], path, trainer_options, device, directory)
+        # Also where the training was killed between keeping the teacher and this.
+        shutil.rmtree(path.with_suffix(""), ignore_errors=True)
     finally:
         lock.release()
     models.load_weights(network, path, where="teacher")
-    return path, trained
+    # Not whether it was just now: the run may have been interrupted since.
+    identity = path.with_suffix(".json")
+    kept = json.loads(identity.read_text(encoding="utf-8")) if identity.exists() else {}
+    return path, kept.get("run") == str(directory.resolve())
 
 
 def _train(
@@ -172,6 +184,7 @@ def _train(
     path: Path,
     trainer_options: dict[str, Any],
     device: torch.device,
+    run: Path,
 ) -> None:
     console.print(f"teacher {model['stem']}: none trained under this configuration yet, training it", style="bold")
     pl.seed_everything(training["seed"], verbose=False)
@@ -194,9 +207,9 @@ def _train(
     models.load_weights(network, directory / BEST, where="teacher")
     state = {key: value.contiguous() for key, value in network.state_dict().items()}
     identity = {"model": model, "training": training, "data": OmegaConf.to_container(config.data, resolve=True)}
+    identity["run"] = str(run.resolve())
     write_json(path.with_suffix(".json"), identity)
     write_atomically(path, lambda temporary: save_file(state, temporary))
-    shutil.rmtree(directory)
 
 
 def _renormalise(node: dict[str, Any], data: pl.LightningDataModule) -> tuple[torch.Tensor, torch.Tensor] | None:

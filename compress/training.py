@@ -12,6 +12,7 @@ from lightning_fabric.plugins.io.torch_io import TorchCheckpointIO
 from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
 from pytorch_lightning.loggers import Logger
 
+from compress import processes
 from compress.averaging import MovingAverage
 from compress.errors import UserError
 from compress.files import write_atomically
@@ -43,6 +44,8 @@ def fit(
     options = {key: value for key, value in trainer_options.items() if key != "_target_"}
     patience, log_every = options.pop("early_stopping"), options.pop("log_every")
     decay = options.pop("ema_decay", None)
+    options |= processes.lightning_options(options)
+    plugins = options.pop("plugins")
     own = [
         EpochLines(label, log_every),
         Divergence(label, directory / BEST),
@@ -65,8 +68,11 @@ def fit(
         enable_model_summary=False,
         num_sanity_val_steps=0,
         log_every_n_steps=1,
-        plugins=[AtomicCheckpoints()],
+        plugins=[AtomicCheckpoints(), *plugins],
     )
+    if options["precision"] == "64-true":
+        # Lightning does so too, but only after it has loaded a checkpoint's weights into float32.
+        module.double()
     last = directory / LAST
     if last.exists():
         console.print(f"  continuing after epoch {epoch_of(last)}")
@@ -110,7 +116,7 @@ class Divergence(pl.Callback):
         self.best = best
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if all(bool(parameter.isfinite().all()) for parameter in pl_module.parameters()):
+        if _is_finite(pl_module):
             return
         said = f"{self.label}: training diverged in epoch {trainer.current_epoch + 1}, its weights are not finite"
         if not self.best.exists():
@@ -118,6 +124,11 @@ class Divergence(pl.Callback):
             raise UserError(f"{said}; accepted: a smaller {key}")
         console.print(f"  {said}; going on with the best epoch before", style="bold")
         trainer.should_stop = True
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # Resumed after it had diverged.
+        if not _is_finite(pl_module):
+            trainer.should_stop = True
 
 
 class Patience(EarlyStopping):
@@ -153,6 +164,10 @@ def device(accelerator: str) -> torch.device:
     return torch.device("cuda" if usable else "cpu")
 
 
+def _is_finite(module: pl.LightningModule) -> bool:
+    return all(bool(parameter.isfinite().all()) for parameter in module.parameters())
+
+
 def _stem(name: str) -> str:
     return name.removesuffix(ModelCheckpoint.FILE_EXTENSION)
 
@@ -161,5 +176,10 @@ def _quieten() -> None:
     """Lightning's advice and device banners, which a table of results does not need."""
     for name in ("pytorch_lightning", "lightning.pytorch", "lightning.fabric", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    for message in (".*does not have many workers.*", ".*Checkpoint directory .* exists.*", ".*treespec.*"):
+    for message in (
+        ".*does not have many workers.*",
+        ".*Checkpoint directory .* exists.*",
+        ".*treespec.*",
+        ".*sync_dist.*",
+    ):
         warnings.filterwarnings("ignore", message)

@@ -112,7 +112,7 @@ def test_the_logits_are_the_mean_of_those_of_the_members_each_with_its_own_norma
     job = composed("teacher=ensemble", f"teacher.members=[{{model:resnet8,checkpoint:resnet8.pt}},{foreign}]")
     data = instantiate(job.data)
     data.setup()
-    teacher = teachers.resolve(job, data, OmegaConf.to_container(job.trainer))
+    teacher = teachers.resolve(job, data, OmegaConf.to_container(job.trainer), Path("run"))
     assert [member["file"] for member in teacher.record["members"]] == ["resnet8.pt", "wrn_16_1.pt"]
     assert not hasattr(teacher.frozen, "network")
 

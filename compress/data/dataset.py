@@ -1,6 +1,7 @@
 """A data set that answers whole batches, and the sampler that gives it its epoch."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -60,14 +61,53 @@ class ImageBatches(Dataset[Batch]):
         return images[0], labels[0]
 
 
+@dataclass(frozen=True)
+class Share:
+    """What the process `rank` of `world_size` has of every `batch_size` images: a slice, as large as that of any other.
+
+    `batch_size` is a multiple of `world_size`.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    batch_size: int = 1
+
+    def count(self, images: int) -> int:
+        """How many of that many images it has."""
+        if self.world_size == 1:
+            return images
+        return images // self.batch_size * (self.batch_size // self.world_size)
+
+    def of(self, order: list[int]) -> list[int]:
+        """Its part of `order`, of whose whole batches all processes together have all; one process has all of it."""
+        if self.world_size == 1:
+            return order
+        size = self.batch_size // self.world_size
+        starts = range(self.rank * size, len(order) // self.batch_size * self.batch_size, self.batch_size)
+        return [index for start in starts for index in order[start : start + size]]
+
+
+def evaluation_batches(count: int, batch_size: int, rank: int, world_size: int) -> list[list[int]]:
+    """The batches of the process `rank`: every index below `count` is in one batch of one process.
+
+    All processes have as many batches, because they meet at each. Raises ValueError for more processes than indices.
+    """
+    if count < world_size:
+        raise ValueError(f"{count} images cannot be shared by {world_size} processes")
+    parts = world_size * min(-(-count // (batch_size * world_size)), count // world_size)
+    edges = [count * part // parts for part in range(parts + 1)]
+    return [list(range(edges[part], edges[part + 1])) for part in range(rank, parts, world_size)]
+
+
 class EpochSampler(Sampler[int]):
-    """All indices in an order that follows from (seed, epoch).
+    """All indices in an order that follows from (seed, epoch), or of each batch the `share` of one process.
 
     Lightning calls `set_epoch` on the sampler of a loader and on nothing else, so the sampler hands it on to the set.
     """
 
-    def __init__(self, dataset: ImageBatches, seed: int) -> None:
+    def __init__(self, dataset: ImageBatches, seed: int, share: Share = Share()) -> None:
         self._dataset = dataset
+        self._share = share
         self._seed = seed
         self._epoch = 0
 
@@ -76,10 +116,10 @@ class EpochSampler(Sampler[int]):
         self._dataset.set_epoch(epoch)
 
     def __iter__(self) -> Iterator[int]:
-        return iter(permutation(len(self._dataset), self._seed, self._epoch))
+        return iter(self._share.of(permutation(len(self._dataset), self._seed, self._epoch)))
 
     def __len__(self) -> int:
-        return len(self._dataset)
+        return self._share.count(len(self._dataset))
 
 
 def as_it_is(batch: Batch) -> Batch:

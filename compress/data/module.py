@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from compress.data.augmentation import Augmentation, Normalisation
-from compress.data.dataset import EpochSampler, ImageBatches, as_it_is
+from compress.data.dataset import EpochSampler, ImageBatches, Share, as_it_is, evaluation_batches
 from compress.data.draws import stratified_order
 from compress.data.randaugment import GREATEST_MAGNITUDE
 from compress.data.source import Source, prepared
@@ -97,18 +97,30 @@ class DataModule(pl.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         images = self._images("train", self.augmentation, self.seed)
-        share = len(images) // (self.trainer.world_size if self.trainer else 1)
+        rank, world_size = self._place()
         # A last batch of one image would break BatchNorm; what is left over comes up in another epoch.
         return DataLoader(
             images,
-            self.batch_size,
-            sampler=EpochSampler(images, self.seed),
+            self.batch_size // world_size,
+            sampler=EpochSampler(images, self.seed, Share(rank, world_size, self.batch_size)),
             collate_fn=as_it_is,
-            drop_last=share >= self.batch_size,
+            drop_last=len(images) >= self.batch_size,
+            # A loader draws a number at the start of each epoch, and where a run is resumed, Lightning starts the epoch
+            # earlier: from the global generator it would shift every later draw, such as those of dropout.
+            generator=torch.Generator(),
         )
 
     def val_dataloader(self) -> DataLoader:
-        return DataLoader(self._images("validation"), self.evaluation_batch_size, collate_fn=as_it_is)
+        images = self._images("validation")
+        rank, world_size = self._place()
+        if world_size > 1:
+            batches = evaluation_batches(len(images), self.evaluation_batch_size, rank, world_size)
+            return DataLoader(images, batch_sampler=batches, collate_fn=as_it_is)
+        return DataLoader(images, self.evaluation_batch_size, collate_fn=as_it_is)
+
+    def _place(self) -> tuple[int, int]:
+        """The rank of this process among those that train together, and their number."""
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
     def test_dataloader(self) -> DataLoader:
         return DataLoader(self._images("test"), self.evaluation_batch_size, collate_fn=as_it_is)

@@ -14,6 +14,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from compress.methods.mixup import Blend, Mixup
 from compress.models.weights import BEST_NETWORK
 from compress.optim.schedules import Schedule
+from compress.processes import mean_of_processes
 from compress.quantization.lsq import FakeQuantization
 
 OptimizerFactory = Callable[..., Optimizer]
@@ -100,7 +101,8 @@ class Classifier(pl.LightningModule, ABC):
 
     def on_train_epoch_start(self) -> None:
         # Dropout draws from the global generator: seeding it by epoch makes a resumed run draw the same masks.
-        torch.manual_seed(1_000_003 * self.seed + self.current_epoch)
+        # Each process of a training in several draws its own.
+        torch.manual_seed(1_000_003 * self.seed + self.current_epoch + 7_368_787 * self.trainer.global_rank)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor | None:
         images, target = batch
@@ -111,7 +113,8 @@ class Classifier(pl.LightningModule, ABC):
         """How this batch is blended, if it is."""
         if self.mixup is None:
             return None
-        return self.mixup.draw(batch, self.seed, self.current_epoch, batch_index)
+        place = batch_index * self.trainer.world_size + self.trainer.global_rank
+        return self.mixup.draw(batch, self.seed, self.current_epoch, place)
 
     def noted(self, logits: Tensor, target: Tensor, terms: dict[str, Tensor]) -> Tensor:
         """The sum of the terms, all of them noted for the end of the epoch."""
@@ -147,17 +150,24 @@ class Classifier(pl.LightningModule, ABC):
 
     def on_validation_epoch_end(self) -> None:
         accuracies = [accuracy.compute() for accuracy in self.validation_accuracy]
-        losses = [torch.cat(each).mean() for each in self.validation_loss]
+        losses = [self._mean(torch.cat(each)) for each in self.validation_loss]
         best = max(range(len(accuracies)), key=lambda index: accuracies[index])
         self.best_network = list(self.networks)[best]
         self.log("val/accuracy", accuracies[best])
-        self.log("val/loss", losses[best], sync_dist=True)
+        self.log("val/loss", losses[best])
         if len(accuracies) > 1:
             for number, accuracy in enumerate(accuracies, 1):
                 self.log(f"val/accuracy_of_peer_{number}", accuracy)
         for accuracy in self.validation_accuracy:
             accuracy.reset()
         self.validation_loss = [[] for _ in self.networks]
+
+    def _mean(self, losses: Tensor) -> Tensor:
+        """The mean over the images of all processes, which may have different numbers of them."""
+        if self.trainer.world_size == 1:
+            return losses.mean()
+        total, count = mean_of_processes(torch.stack([losses.sum(), losses.new_tensor(len(losses))]))
+        return total / count
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint[BEST_NETWORK] = self.best_network

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from compress.errors import UserError
+from compress.processes import mean_of_processes
 from compress.quantization.activations import InputQuantizer, attach_input_quantizer, detach_input_quantizer
 from compress.quantization.fold import bake_parametrizations, batch_norm_gain, find_foldable, fold_pairs, trace
 from compress.quantization.grid import Grid, code_dtype, mse_grid
@@ -172,10 +173,12 @@ class InputStep(nn.Module):
 
     @torch.no_grad()
     def _start(self, x: Tensor) -> None:
-        signed = bool((x < 0).any())
+        # Of several processes that train together each sees a part of the batch.
+        negative, magnitude = mean_of_processes(torch.stack([(x < 0).any().to(x.dtype), x.abs().mean()]))
+        signed = bool(negative > 0)
         self.zero_point.fill_(2 ** (self.bits - 1) if signed else 0)
         highest = 2 ** (self.bits - 1) - 1 if signed else 2**self.bits - 1
-        step = 2 * x.abs().mean() / highest**0.5
+        step = 2 * magnitude / highest**0.5
         self.step.fill_(step if step > 0 else 1.0)
         self.started.fill_(True)
 

@@ -7,7 +7,9 @@
 | versions | Python and the packages that decide the numbers; `commit`: of the checkout, null outside one |
 | hardware | processor, cores, memory in GB, accelerator |
 | seed, started | the seed; the local time at the start |
+| slurm_job | the number of the SLURM job, under SLURM |
 | seconds | durations of the parts; of a resumed run, those after the last resuming |
+|  | `distributed`: the training in several processes, the teacher's too, with trainer=ddp |
 | data | name, class names, number of images in train, validation and test, input shape |
 | teacher | null, or model, file, parameters, MACs, accuracies (0..1), per-class accuracy on test, as it was found; |
 |  | of one that learned on, `validation_accuracy_after`; of an ensemble, `members`: such records without test |

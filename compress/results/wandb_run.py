@@ -23,6 +23,7 @@ from compress.files import write_json
 from compress.paths import PACKAGE
 from compress.results.record import commit
 from compress.results.tradeoff import Row
+from compress.resume import StoppedError
 
 IDENTITY = "wandb.json"
 # What the run gets to sort by: the figures of each variant beside those that every logger has.
@@ -175,8 +176,8 @@ def open_loggers(config: DictConfig, directory: Path, overrides: Sequence[str] =
     try:
         yield loggers
     except BaseException as failure:
-        # 255 is what W&B takes for an interruption. Lightning turns Ctrl-C into SystemExit.
-        exit_code = 255 if isinstance(failure, KeyboardInterrupt | SystemExit) else 1
+        # 255 is what W&B takes for an interruption.
+        exit_code = 255 if isinstance(failure, KeyboardInterrupt | StoppedError) else 1
         raise
     finally:
         for run in runs:
