@@ -102,7 +102,7 @@ class Classifier(pl.LightningModule, ABC):
     def on_train_epoch_start(self) -> None:
         # Dropout draws from the global generator: seeding it by epoch makes a resumed run draw the same masks.
         # Each process of a training in several draws its own.
-        torch.manual_seed(1_000_003 * self.seed + self.current_epoch + 7_368_787 * self.trainer.global_rank)
+        torch.manual_seed(1_000_003 * self.seed + self.current_epoch + 7_368_787 * self.global_rank)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor | None:
         images, target = batch
@@ -113,8 +113,7 @@ class Classifier(pl.LightningModule, ABC):
         """How this batch is blended, if it is."""
         if self.mixup is None:
             return None
-        place = batch_index * self.trainer.world_size + self.trainer.global_rank
-        return self.mixup.draw(batch, self.seed, self.current_epoch, place)
+        return self.mixup.draw(batch, self.seed, self.current_epoch, batch_index + 1_000_003 * self.global_rank)
 
     def noted(self, logits: Tensor, target: Tensor, terms: dict[str, Tensor]) -> Tensor:
         """The sum of the terms, all of them noted for the end of the epoch."""
