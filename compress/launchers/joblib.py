@@ -1,6 +1,7 @@
 """Several jobs at a time on the cores of this machine."""
 
 import os
+import traceback
 from collections.abc import Iterator, Sequence
 from typing import Annotated
 
@@ -29,21 +30,19 @@ class JoblibLauncher(SeparateLauncher):
         left = list(calls)
         while left:
             try:
-                for call in self._ended(left):
+                for call, failure in self._ended(left):
                     left.remove(call)
-                    yield call, None
+                    yield call, failure
             except TerminatedWorkerError:
                 # Nothing says which process died, and it took the others with it: each once more, alone.
                 suspects, left = left[: self.n_jobs], left[self.n_jobs :]
                 for call in suspects:
-                    failure = None
                     try:
-                        list(self._ended([call]))
+                        yield from list(self._ended([call]))
                     except TerminatedWorkerError as died:
-                        failure = died
-                    yield call, failure
+                        yield call, died
 
-    def _ended(self, calls: Sequence[Call]) -> Iterator[Call]:
+    def _ended(self, calls: Sequence[Call]) -> Iterator[tuple[Call, Exception | None]]:
         from joblib import Parallel, delayed, parallel_config
 
         threads = self.threads or max(1, len(os.sched_getaffinity(0)) // self.n_jobs)
@@ -53,6 +52,10 @@ class JoblibLauncher(SeparateLauncher):
             yield from parallel(delayed(_called)(call) for call in calls)
 
 
-def _called(call: Call) -> Call:
-    call()
-    return call
+def _called(call: Call) -> tuple[Call, Exception | None]:
+    try:
+        call()
+    except Exception:
+        # Not itself, which may be of a kind that does not travel, and would end the others.
+        return call, RuntimeError(traceback.format_exc())
+    return call, None

@@ -1,8 +1,10 @@
 """Jobs on the cores and GPUs of this machine, or on a Ray cluster."""
 
 import os
+import socket
 from collections.abc import Iterator, Sequence
-from typing import Annotated
+from typing import Annotated, Any
+from urllib.parse import urlsplit
 
 from pydantic import Field
 
@@ -25,15 +27,30 @@ class RayLauncher(SeparateLauncher):
         self.num_cpus = num_cpus
         self.num_gpus = num_gpus
 
-    def run(self, calls: Sequence[Call]) -> Iterator[tuple[Call, Exception | None]]:
+    def check(self) -> None:
+        if self.address is None:
+            return
+        where = urlsplit(self.address if "://" in self.address else f"//{self.address}")
+        try:
+            if where.port:  # Ray itself would try for minutes
+                socket.create_connection((where.hostname, where.port), timeout=10).close()
+            self._connect().shutdown()
+        except (ConnectionError, OSError, ValueError) as failure:
+            raise UserError(
+                f"hydra.launcher.address: found {self.address!r} ({str(failure).splitlines()[0]}); accepted: null, "
+                "auto or HOST:PORT of a Ray cluster that runs"
+            ) from None
+
+    def _connect(self) -> Any:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # tells its makers nothing
         import ray
 
-        try:
-            # "local": never a cluster that happens to run.
-            ray.init(self.address or "local", include_dashboard=None, log_to_driver=False, logging_level="error")
-        except ConnectionError as failure:
-            raise UserError(f"hydra.launcher.address: found {self.address!r} ({failure})".splitlines()[0]) from None
+        # "local": never a cluster that happens to run.
+        ray.init(self.address or "local", include_dashboard=None, log_to_driver=False, logging_level="error")
+        return ray
+
+    def run(self, calls: Sequence[Call]) -> Iterator[tuple[Call, Exception | None]]:
+        ray = self._connect()
         try:
             # A process per job, whatever it leaves behind goes with it.
             task = ray.remote(num_cpus=self.num_cpus, num_gpus=self.num_gpus, max_calls=1, max_retries=0)(_call)

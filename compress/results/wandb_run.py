@@ -4,6 +4,7 @@ The run's id lies in the directory, so that a resumed run goes on in the same W&
 """
 
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -74,7 +75,9 @@ class WandbRun(WandbLogger):
         self.log_models = log_models
         self.held: int | None = None
         self.options = {"project": project, "entity": entity, "tags": list(tags), "notes": notes}
-        self.options |= {"mode": "offline"} if offline else {}
+        # W&B reads the environment only once in a process.
+        mode = "offline" if offline else os.environ.get("WANDB_MODE")
+        self.options |= {"mode": mode} if mode else {}
         self.chosen = {"name": name, "group": group, "job_type": job_type}
 
     @rank_zero_only
