@@ -22,7 +22,6 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from compress.check import check_arguments
 from compress.errors import UserError
 from compress.files import write_json
 from compress.progress import console
@@ -44,7 +43,6 @@ def search(space: Space, directory: Path, trials: int, processes: int = 1) -> "O
     for name, number in (("trials", trials), ("processes", processes)):
         if number < 1:
             raise UserError(f"{name}: found {number}; accepted: a whole number of at least 1")
-    _sampler(space, 0)
     _open(space, directory)
     if processes == 1:
         _work(space, directory, trials)
@@ -80,13 +78,7 @@ def _optuna() -> ModuleType:
 def _sampler(space: Space, draws: int) -> Any:
     """The sampler for the trial after `draws` others: what it draws follows from the seed and their number."""
     target = getattr(_optuna().samplers, SAMPLERS[space.sampler])
-    options = check_arguments(target, space.sampler_options, "sampler_options")
-    if "seed" in options:
-        raise UserError("sampler_options.seed: found one; accepted: seed, beside it")
-    try:
-        return target(**options, seed=(space.seed + 1_000_003 * draws) % 2**32)
-    except (TypeError, ValueError) as failure:
-        raise UserError(f"sampler_options: {failure}".splitlines()[0]) from None
+    return target(**space.sampler_options, seed=(space.seed + 1_000_003 * draws) % 2**32)
 
 
 def _open(space: Space, directory: Path) -> None:

@@ -2,7 +2,8 @@
 
 | key | meaning |
 |---|---|
-| sampler | `tpe` or `nsga2`, of Optuna; `sampler_options` are further arguments of it |
+| sampler | `tpe` or `nsga2`, of Optuna |
+| sampler_options | further arguments of it, those of SAMPLERS |
 | seed | of the sampler |
 | overrides | `key=value`, for every trial |
 | space | for each key of the command line a list of values, or a mapping as below |
@@ -26,8 +27,19 @@ from compress.check import check_arguments
 from compress.errors import UserError
 from compress.paths import CONF
 
+Count = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+SAMPLERS = {
+    "tpe": {"n_startup_trials": Annotated[int, Field(ge=0)], "n_ei_candidates": Count, "constant_liar": bool},
+    "nsga2": {
+        "population_size": Annotated[int, Field(ge=2)],
+        "mutation_prob": Share | None,
+        "crossover_prob": Share,
+        "swapping_prob": Share,
+    },
+}
 TOP_LEVEL = {
-    "sampler": Literal["tpe", "nsga2"],
+    "sampler": Literal[tuple(SAMPLERS)],
     "sampler_options": dict,
     "seed": Annotated[int, Field(ge=0, lt=2**32)],
     "overrides": list[str],
@@ -134,9 +146,9 @@ def _space(content: Any, typed: Sequence[str]) -> Space:
         if _plain(key) in fixed:
             raise UserError(f"space.{key}: found {fixed[_plain(key)]!r} beside it; accepted: one of the two")
         dimensions[key] = _dimension(key, node, dimensions)
-    return Space(
-        given.get("sampler", "tpe"), given.get("sampler_options", {}), given.get("seed", 0), overrides, dimensions
-    )
+    sampler = given.get("sampler", "tpe")
+    options = check_arguments(SAMPLERS[sampler], given.get("sampler_options", {}), "sampler_options")
+    return Space(sampler, options, given.get("seed", 0), overrides, dimensions)
 
 
 def _plain(key: str) -> str:

@@ -12,11 +12,13 @@
 
 import csv
 import json
+import math
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
@@ -24,6 +26,8 @@ from compress.files import write_atomically
 from compress.results.comparison import pareto_front
 from compress.results.tradeoff import Row
 
+# Of a label in the picture, in points.
+LINE, WIDTH = 9, 75
 COLUMNS = ("trial", "variant", "validation_accuracy", "test_accuracy", "bytes", "file", "overrides")
 
 
@@ -83,29 +87,38 @@ def _draw(path: Path, points: Sequence[Point], front: Sequence[Point], title: st
     axes.step(
         *_places(front), where="post", marker="o", markersize=6, color="tab:blue", label="Pareto set (trial, variant)"
     )
-    for index, point in enumerate(front):
-        x, y = _places([point])
-        axes.annotate(
-            f"{point.trial}, {point.row.name}",
-            (x[0], y[0]),
-            textcoords="offset points",
-            # Neighbours on the front lie close together; a slant keeps their words apart.
-            xytext=(-3, 5),
-            rotation=25,
-            ha="right" if index == len(front) - 1 else "left",
-            fontsize=7,
-        )
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.margins(x=0.08, y=0.15)
+    axes.margins(x=0.15, y=0.2)
     axes.set_xlabel("size of the file, kB (logarithmic)")
     axes.set_ylabel("validation accuracy, %")
     axes.set_title(title, fontsize=10)
     axes.grid(alpha=0.25)
     axes.legend(loc="lower right", fontsize=8, framealpha=0.9)
+    _label(axes, front)
     write_atomically(path, lambda temporary: figure.savefig(temporary))
+
+
+def _label(axes: Axes, front: Sequence[Point]) -> None:
+    """Names the points above and to the left of the front, where nothing else is; close ones above each other."""
+    axes.figure.draw_without_rendering()  # only then it is known where on the paper they lie
+    before, height = -math.inf, -math.inf
+    for point, x, y in zip(front, *_places(front), strict=True):
+        right, up = axes.transData.transform((x, y)) * 72 / axes.figure.dpi
+        height = max(up + 4, height + LINE) if right - before < WIDTH else up + 4
+        before = right
+        axes.annotate(
+            f"{point.trial}, {point.row.name}",
+            (x, y),
+            textcoords="offset points",
+            xytext=(-4, height - up),
+            ha="right",
+            va="bottom",
+            fontsize=7,
+            arrowprops={"arrowstyle": "-", "color": "0.6", "linewidth": 0.5, "shrinkA": 0, "relpos": (1, 0)},
+        )
 
 
 def _places(points: Sequence[Point]) -> tuple[list[float], list[float]]:
