@@ -1,0 +1,58 @@
+"""Searches for accuracy and few bytes: `python scripts/search.py quickstart outputs/search --trials 20`."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from compress.errors import UserError, exit_code
+
+EPILOG = """\
+Every trial is a run of scripts/run.py in OUTPUT/trials/; OUTPUT/pareto.csv and pareto.png show those that no other
+beats in validation accuracy and bytes. The same command goes on with a search that was killed, on to more trials, or
+beside another process on the same OUTPUT. compress/search_space.py says what the file of a space may hold.
+
+  python scripts/search.py quickstart outputs/search --trials 20 --processes 2 trainer.max_epochs=5
+  python scripts/report.py outputs/search -o search.html
+"""
+
+
+def search(arguments: argparse.Namespace) -> None:
+    """Prints the Pareto set, and on stderr why some trials have no part in it."""
+    # Not at the top: PyTorch takes seconds to import, and help needs none of it.
+    from compress.search import search
+    from compress.search_space import read_space
+
+    space = read_space(arguments.space, arguments.overrides)
+    found = search(space, arguments.output, arguments.trials, arguments.processes)
+    for number, reason in found.refused.items():
+        print(f"note: trial {number} could not be run: {reason}", file=sys.stderr)
+    for number, reason in found.broken.items():
+        print(f"warning: trial {number} failed: {reason}", file=sys.stderr)
+    if not found.finished and not found.unfinished:
+        raise UserError(f"{arguments.output}: no trial finished; accepted: a space with others")
+    print(f"{found.finished} of {arguments.trials} trials finished; the Pareto set, of {arguments.output}/pareto.csv:")
+    for point in found.pareto:
+        row = point.row
+        print(f"  {100 * row.validation_accuracy:6.2f} % {row.bytes / 1000:11,.1f} kB  trial {point.trial}, {row.name}")
+    if found.unfinished:
+        print(f"note: {found.unfinished} not finished here; the same command goes on with them", file=sys.stderr)
+
+
+def main() -> int:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog=EPILOG, formatter_class=raw)
+    parser.add_argument("space", help="YAML file of the space, or its stem in conf/search")
+    parser.add_argument("output", type=Path, help="directory of the search")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="for every trial, such as data=digits")
+    parser.add_argument("--trials", type=int, default=20, help="how many there shall be in all (default 20)")
+    parser.add_argument("--processes", type=int, default=1, help="how many trials run at once here (default 1)")
+    arguments = parser.parse_intermixed_args()
+    try:
+        return exit_code(lambda: search(arguments))
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
