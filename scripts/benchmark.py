@@ -3,14 +3,14 @@
 import argparse
 import sys
 
-from compress.benchmarks import convergence, data, optimizers, quantization, report, solver
+from compress.benchmarks import convergence, data, optimizers, pruning, quantization, report, solver
 from compress.errors import exit_code
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="BENCHMARK")
-    for module in (convergence, data, optimizers, quantization, report, solver):
+    for module in (convergence, data, optimizers, pruning, quantization, report, solver):
         name = module.__name__.rpartition(".")[2]
         own = commands.add_parser(name, help=module.__doc__.partition(":")[0], description=module.__doc__)
         module.add_arguments(own)

@@ -43,6 +43,17 @@ def benchmark(tmp_path, monkeypatch, capsys):
     return run
 
 
+def test_half_of_the_channels_are_compared_with_all(benchmark):
+    sizes = ["--model", "resnet8", "--image-size", 8, "--batch-sizes", 1, 2, "--pairs", 2]
+    code, output, _ = benchmark("pruning", *sizes)
+    assert code == 0
+    parameters, macs, *speeds = output.splitlines()
+    assert float(parameters.rpartition(" ")[2]) < 0.27
+    assert float(macs.rpartition(" ")[2]) < 0.27
+    assert [line.partition(",")[0] for line in speeds] == ["batch 1", "batch 2"]
+    assert all("2 pairs" in line for line in speeds)
+
+
 def test_steps_of_shampoo_and_sgd_are_compared(benchmark):
     sizes = ["--batch-size", 8, "--image-size", 8, "--pairs", 2, "--root-interval", 4, "--statistics-interval", 2]
     code, output, _ = benchmark("optimizers", "--models", "resnet8", *sizes)

@@ -1,5 +1,6 @@
 """Model files: written and read back to the same logits, small, repeatable, and refused when they are not intact."""
 
+import copy
 import json
 
 import pytest
@@ -11,6 +12,7 @@ from compress import models
 from compress.errors import UserError
 from compress.export import container, read_model, read_packed, write_float, write_packed
 from compress.export.bits import packed_length
+from compress.pruning.magnitude import Magnitude
 from compress.quantization import quantize
 
 
@@ -142,10 +144,13 @@ def test_reading_draws_no_random_numbers(small, tmp_path):
     assert torch.equal(torch.rand(3), expected)
 
 
-@pytest.fixture(scope="module")
-def intact(small, tmp_path_factory):
+@pytest.fixture(scope="module", params=[0.0, 0.9], ids=["dense", "bitmaps"])
+def intact(request, small, tmp_path_factory):
     path = tmp_path_factory.mktemp("intact") / "model.safetensors"
-    write_packed(path, quantize(small, [IMAGES], 2), **describe("resnet8"))
+    network = Magnitude(sparsity=request.param).pruned(copy.deepcopy(small), (3, 8, 8))
+    write_packed(path, quantize(network, [IMAGES], 2), **describe("resnet8"))
+    _, description, _ = container.read(path)
+    assert any("encoding" in layer for layer in description["layers"]) == bool(request.param)
     return path.read_bytes()
 
 
@@ -248,6 +253,15 @@ def unknown_layer(description, tensors):
     description["folded"] = [["nothing", "conv1"]]
 
 
+def unknown_encoding(description, tensors):
+    description["layers"][1]["encoding"] = "zip"
+
+
+def other_encoding(description, tensors):
+    layer = next(layer for layer in description["layers"] if layer["name"] == "layer3.0.conv2")
+    layer["encoding"] = "dense" if "encoding" in layer else "bitmap"
+
+
 def no_layers(description, tensors):
     del description["layers"]
 
@@ -266,6 +280,8 @@ def no_layers(description, tensors):
         unknown_option,
         code_by_name,
         unknown_layer,
+        unknown_encoding,
+        other_encoding,
         no_layers,
     ],
 )

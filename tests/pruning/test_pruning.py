@@ -93,6 +93,28 @@ def test_the_mask_has_exactly_its_zeros_after_training_and_the_files_have_them(t
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("options", [["pruning.when=schedule"], ["method=qat", "quantizer=gpfq"]])
+def test_two_of_four_stay_in_every_checkpoint_and_file(tmp_path, monkeypatch, options):
+    monkeypatch.chdir(tmp_path)
+    result = compress.run([*RUN, "pruning=nm", *options])
+    found = saved_masks(tmp_path / result.directory)
+    # The stem has three input channels.
+    assert len(found) == 9
+    assert list(result.record["pruning"]["dense"]) == ["conv1"]
+    assert all(kept_of_every_four(mask).eq(2).all() for mask in found.values())
+    assert len(result.rows) == (3 if "method=qat" in options else 2)
+    for row in result.rows:
+        model, _ = read_model(tmp_path / result.directory / row.file)
+        weights = {name: model.get_submodule(name).weight for name in found}
+        assert all(kept_of_every_four(weight != 0).le(2).all() for weight in weights.values()), row.file
+
+
+def kept_of_every_four(kept):
+    """Of a boolean (O, I, ...), how many of every four of the I input channels."""
+    return kept.movedim(1, -1).reshape(-1, 4).sum(dim=1)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [[], ["trainer.ema_decay=0.9"]])
 def test_a_resumed_run_prunes_as_the_undisturbed_one_bit_for_bit(tmp_path, monkeypatch, options):
     monkeypatch.chdir(tmp_path)
