@@ -169,6 +169,19 @@ def test_a_killed_search_goes_on_as_if_nothing_had_been(searched, tmp_path):
 
 
 @pytest.mark.slow
+def test_an_interrupt_is_said_in_one_line_and_leaves_the_trial_to_the_next_start(searched, tmp_path):
+    path, _ = searched
+    process = start(path, tmp_path / "search", "--trials", 1)
+    wait_for((tmp_path / "search" / "trials" / "0" / "checkpoints").exists, process)
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 130
+    assert said.splitlines()[-1] == "interrupted; the same command goes on"
+    assert "Traceback" not in said
+    assert [trial.state.name for trial in journal(tmp_path / "search")] == ["RUNNING"]
+
+
+@pytest.mark.slow
 def test_a_finished_search_goes_on_to_more_trials_and_refuses_to_be_another(searched, tmp_path):
     path, whole = searched
     directory = shutil.copytree(whole, tmp_path / "whole")
@@ -224,6 +237,15 @@ def test_a_combination_that_cannot_be_is_left_out_with_its_reason(tmp_path):
         assert trial.state.name == ("PRUNED" if refused else "COMPLETE")
         assert (tmp_path / "search" / "trials" / str(trial.user_attrs["run"])).exists() != refused
     assert all(reason.startswith("optimizer: ") for reason in found.refused.values())
+
+    # What is no mistake of the user has its traceback, and the search goes on as well.
+    (tmp_path / "search" / "trials" / "2").write_text("in the way")
+    done = start(path, tmp_path / "search", "--trials", 3)
+    said = done.communicate(timeout=120)[1]
+    assert done.returncode == 1
+    assert "Traceback" in said
+    assert "warning: trial 2 failed: FileExistsError: " in said
+    assert "note: trial 1 could not be run: optimizer: " in said
 
 
 def test_a_trial_that_always_ends_its_process_is_given_up(tmp_path):
