@@ -265,8 +265,13 @@ def _work_beside(space: Space, directory: Path, limit: int, processes: int) -> N
     workers = [context.Process(target=_worker, args=(space, directory, limit)) for _ in range(processes)]
     for worker in workers:
         worker.start()
-    for worker in workers:
-        worker.join()
+    try:
+        for worker in workers:
+            worker.join()
+    finally:  # an interrupt, perhaps, of which they know nothing
+        for worker in workers:
+            worker.terminate()
+            worker.join()
     ended = sum(1 for worker in workers if worker.exitcode)
     if ended:
         console.print(f"{ended} of {processes} processes were ended from outside", style="bold")

@@ -16,8 +16,8 @@ beside another process on the same OUTPUT. compress/search_space.py says what th
 """
 
 
-def search(arguments: argparse.Namespace) -> None:
-    """Prints the Pareto set, and on stderr why some trials have no part in it."""
+def search(arguments: argparse.Namespace) -> bool:
+    """Prints the Pareto set, and on stderr why some trials have no part in it; whether it was never our fault."""
     # Not at the top: PyTorch takes seconds to import, and help needs none of it.
     from compress.search import search
     from compress.search_space import read_space
@@ -36,6 +36,7 @@ def search(arguments: argparse.Namespace) -> None:
         print(f"  {100 * row.validation_accuracy:6.2f} % {row.bytes / 1000:11,.1f} kB  trial {point.trial}, {row.name}")
     if found.unfinished:
         print(f"note: {found.unfinished} not finished here; the same command goes on with them", file=sys.stderr)
+    return not found.broken
 
 
 def main() -> int:
@@ -47,9 +48,10 @@ def main() -> int:
     parser.add_argument("--trials", type=int, default=20, help="how many there shall be in all (default 20)")
     parser.add_argument("--processes", type=int, default=1, help="how many trials run at once here (default 1)")
     arguments = parser.parse_intermixed_args()
+    good = []
     try:
-        return exit_code(lambda: search(arguments))
-    except KeyboardInterrupt:
+        return exit_code(lambda: good.append(search(arguments))) or int(not all(good))
+    except (KeyboardInterrupt, SystemExit):  # Lightning makes the second of the first
         print("interrupted; the same command goes on", file=sys.stderr)
         return 130
 

@@ -8,13 +8,14 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import matplotlib.image
 import optuna
 import pytest
 import yaml
+from filelock import FileLock, Timeout
 
 from compress.config import compose_jobs
 from compress.errors import UserError
@@ -35,7 +36,7 @@ SPACE = {
         "quantizer.bits": [[2], [4]],
     },
 }
-TRIALS = 4
+TRIALS = 3
 
 
 def write(folder, content):
@@ -62,6 +63,21 @@ def wait_for(condition, process):
         assert process.poll() is None, process.stderr.read()
         assert time.monotonic() < until
         time.sleep(0.01)
+
+
+def stopped_within_a_trial(process, directory):
+    """Stops the processes of a search; not, that is, while one of them keeps the others from the journal."""
+    if not any(directory.glob("trials/*/started.json")):
+        return False
+    os.killpg(process.pid, signal.SIGSTOP)
+    time.sleep(0.05)
+    with suppress(Timeout), ExitStack() as free:
+        for name in ("search.lock", "journal.lock"):
+            free.enter_context(FileLock(directory / name).acquire(blocking=False))
+        if any(directory.glob("trials/*/started.json")):
+            return True
+    os.killpg(process.pid, signal.SIGCONT)
+    return False
 
 
 def records(directory):
@@ -153,6 +169,19 @@ def test_a_killed_search_goes_on_as_if_nothing_had_been(searched, tmp_path):
 
 
 @pytest.mark.slow
+def test_an_interrupt_is_said_in_one_line_and_leaves_the_trial_to_the_next_start(searched, tmp_path):
+    path, _ = searched
+    process = start(path, tmp_path / "search", "--trials", 1)
+    wait_for((tmp_path / "search" / "trials" / "0" / "checkpoints").exists, process)
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 130
+    assert said.splitlines()[-1] == "interrupted; the same command goes on"
+    assert "Traceback" not in said
+    assert [trial.state.name for trial in journal(tmp_path / "search")] == ["RUNNING"]
+
+
+@pytest.mark.slow
 def test_a_finished_search_goes_on_to_more_trials_and_refuses_to_be_another(searched, tmp_path):
     path, whole = searched
     directory = shutil.copytree(whole, tmp_path / "whole")
@@ -172,19 +201,23 @@ def test_a_finished_search_goes_on_to_more_trials_and_refuses_to_be_another(sear
 @pytest.mark.slow
 def test_processes_share_a_search_and_take_over_from_one_that_was_killed(tmp_path):
     path = write(tmp_path, SPACE | {"sampler": "nsga2", "sampler_options": {"population_size": 2}})
-    directory, count = tmp_path / "search", 5
+    directory, count = tmp_path / "search", 4
     killed = start(path, directory, "--trials", count, "--processes", 2, start_new_session=True)
+    wait_for(lambda: stopped_within_a_trial(killed, directory), killed)
     beside = start(path, directory, "--trials", count)
     try:
-        wait_for(lambda: len(list(directory.glob("trials/*/started.json"))) >= 2, killed)
+        # What is only stopped keeps its trials.
+        wait_for(lambda: any(directory.glob("trials/*/result.json")), beside)
+        assert not any(trial.state.name == "FAIL" for trial in journal(directory))
         os.kill(killed.pid, signal.SIGKILL)  # the parent of two, which have to end as well
+        os.killpg(killed.pid, signal.SIGCONT)
         assert beside.wait(timeout=240) == 0, beside.stderr.read()
     finally:
-        for process in (killed, beside):
-            process.kill()
-            process.wait()
-    again = start(path, directory, "--trials", count, "--processes", 2)
-    assert again.wait(timeout=120) == 0, again.stderr.read()
+        beside.kill()
+        beside.wait()
+        killed.wait()
+    # The one beside it may have been done before the two had ended.
+    assert search(read_space(str(path), SMALL), directory, count).finished == count
     assert_no_trial_is_lost_or_doubled(directory, count)
     killed_trials = [trial for trial in journal(directory) if trial.state.name != "COMPLETE"]
     assert 1 <= len(killed_trials) <= 2
@@ -193,18 +226,26 @@ def test_processes_share_a_search_and_take_over_from_one_that_was_killed(tmp_pat
 
 @pytest.mark.slow
 def test_a_combination_that_cannot_be_is_left_out_with_its_reason(tmp_path):
-    space = {"seed": 1, "space": {"pruning": ["none", "magnitude"], "pruning.sparsity": [0.5, 0.7]}}
+    space = {"overrides": ["optimizer=sgd"], "seed": 4}
+    space["space"] = {"optimizer.nesterov": [True, False], "optimizer.momentum": [0.9, 0]}
     path = write(tmp_path, space)
-    found = search(read_space(str(path), SMALL), tmp_path / "search", 4)
-    assert found.finished + len(found.refused) == 4
-    assert found.finished
-    assert found.refused
+    found = search(read_space(str(path), SMALL), tmp_path / "search", 2)
+    assert (found.finished, len(found.refused)) == (1, 1)
     for trial in journal(tmp_path / "search"):
         refused = trial.user_attrs["run"] in found.refused
-        assert refused == (trial.params["pruning"] == "none")
+        assert refused == (trial.params == {"optimizer.nesterov": "true", "optimizer.momentum": "0"})
         assert trial.state.name == ("PRUNED" if refused else "COMPLETE")
         assert (tmp_path / "search" / "trials" / str(trial.user_attrs["run"])).exists() != refused
-    assert all("pruning.sparsity" in reason for reason in found.refused.values())
+    assert all(reason.startswith("optimizer: ") for reason in found.refused.values())
+
+    # What is no mistake of the user has its traceback, and the search goes on as well.
+    (tmp_path / "search" / "trials" / "2").write_text("in the way")
+    done = start(path, tmp_path / "search", "--trials", 3)
+    said = done.communicate(timeout=120)[1]
+    assert done.returncode == 1
+    assert "Traceback" in said
+    assert "warning: trial 2 failed: FileExistsError: " in said
+    assert "note: trial 1 could not be run: optimizer: " in said
 
 
 def test_a_trial_that_always_ends_its_process_is_given_up(tmp_path):
