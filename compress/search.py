@@ -225,7 +225,7 @@ class _Search:
 def _work(space: Space, directory: Path, limit: int) -> None:
     """Runs one trial after the other until there are `limit`."""
     # Not at the top: PyTorch takes seconds to import, and the checks of the file need none of it.
-    from compress import pipeline
+    from compress import stages
     from compress.config import compose_jobs
 
     own = _Search(space, directory)
@@ -242,7 +242,7 @@ def _work(space: Space, directory: Path, limit: int) -> None:
             try:
                 [(typed, composed)] = compose_jobs(overrides)
                 run_directory.mkdir(parents=True, exist_ok=True)
-                row = chosen(pipeline.run(composed, run_directory, typed).rows)
+                row = chosen(stages.run(composed, run_directory, typed).rows)
             except UserError as mistake:
                 console.print(f"trial {run_directory.name}: {mistake}", markup=False)
                 trial.set_user_attr("reason", str(mistake))
