@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from compress.errors import UserError, exit_code
+from compress.resume import StoppedError, stoppable
 
 EPILOG = """\
 Every trial is a run of scripts/run.py in OUTPUT/trials/; OUTPUT/pareto.csv and pareto.png show those that no other
@@ -50,10 +51,11 @@ def main() -> int:
     arguments = parser.parse_intermixed_args()
     good = []
     try:
-        return exit_code(lambda: good.append(search(arguments))) or int(not all(good))
-    except (KeyboardInterrupt, SystemExit):  # Lightning makes the second of the first
+        with stoppable():
+            return exit_code(lambda: good.append(search(arguments))) or int(not all(good))
+    except StoppedError as stopped:
         print("interrupted; the same command goes on", file=sys.stderr)
-        return 130
+        return stopped.exit_code
 
 
 if __name__ == "__main__":
