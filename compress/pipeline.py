@@ -114,7 +114,8 @@ def _run(
     architectures = {"model": models.architecture(plain["student"], data.num_classes, student)}
     if "peers" in parameter_names(method):
         peer = plain["peer"] or plain["student"]
-        others = [models.build(num_classes=data.num_classes, **peer) for _ in range(config.method.peers - 1)]
+        fresh = peer | {"checkpoint": None}
+        others = [models.build_network(fresh, data.num_classes) for _ in range(config.method.peers - 1)]
         if recipe is not None:
             others = [recipe.shrink(other, data.input_shape) for other in others]
         parts["others"] = [other.to(memory_format=torch.channels_last) for other in others]

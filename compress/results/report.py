@@ -9,7 +9,6 @@ from compress.files import write_text
 from compress.results.collect import Collection, collect, write_summary
 from compress.results.report_page import page, plotly_script
 from compress.results.report_tables import markdown
-from compress.results.runs_picture import draw_runs
 
 SUFFIXES = (".html", ".md", ".csv", ".png")
 
@@ -39,6 +38,9 @@ def write_reports(paths: Sequence[Path], outputs: Sequence[Path]) -> Collection:
                 case ".csv":
                     write_summary(output, collection.runs)
                 case ".png":
+                    # Matplotlib takes a second to import, which the page need not wait.
+                    from compress.results.runs_picture import draw_runs
+
                     draw_runs(output, collection.runs)
         except OSError as failure:
             raise UserError(f"{output}: cannot be written ({failure.strerror}); accepted: a file to write") from None

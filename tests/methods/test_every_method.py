@@ -30,6 +30,7 @@ METHODS = {
     "fitnet": ["method=fitnet", "mixup=images", "teacher=wrn_16_1", "teacher.training.epochs=1"],
     "rkd": ["method=rkd", *TEACHER],
     "qat": ["method=qat", "method.activation_bits=4", "method.freeze_bn_epoch=1", "method.weight_bits=2"],
+    "qat_int8": ["method=qat_int8"],
     "qat_dkd": ["method=qat", "loss=dkd", "mixup=images", *TEACHER],
 }
 
