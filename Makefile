@@ -8,8 +8,9 @@ FASHION_MNIST ?= /usr/share/datasets/fashion-mnist
 demo: .venv/installed
 	$(BIN)/python scripts/run.py method=dkd student=resnet18
 
+# A process of tests per core, with a thread each: most networks in them are too small for more.
 test: .venv/installed-dev lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 # What takes long: runs killed at many moments, memory over many jobs.
 soak: .venv/installed-dev
