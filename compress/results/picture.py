@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
@@ -31,17 +32,22 @@ def draw_tradeoff(path: Path, rows: Sequence[Row], title: str, teacher_accuracy:
             ha="center",
             fontsize=8,
         )
+    axes.margins(x=0.08, y=0.25)
+    name_axes(axes, title, "MB", "test accuracy, %")
+    axes.legend(loc="lower right", fontsize=8, framealpha=0.9)
+    write_atomically(path, lambda temporary: figure.savefig(temporary))
+
+
+def name_axes(axes: Axes, title: str, unit: str, accuracy: str) -> None:
+    """The size of the file in `unit`, logarithmic, below, and the `accuracy` on the left."""
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.margins(x=0.08, y=0.25)
-    axes.set_xlabel("size of the file, MB (logarithmic)")
-    axes.set_ylabel("test accuracy, %")
+    axes.set_xlabel(f"size of the file, {unit} (logarithmic)")
+    axes.set_ylabel(accuracy)
     axes.set_title(title, fontsize=10)
     axes.grid(alpha=0.25)
-    axes.legend(loc="lower right", fontsize=8, framealpha=0.9)
-    write_atomically(path, lambda temporary: figure.savefig(temporary))
 
 
 def _family(row: Row) -> str:

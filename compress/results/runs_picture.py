@@ -5,16 +5,16 @@ from pathlib import Path
 
 from matplotlib import colormaps
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from compress.files import write_atomically
 from compress.results.comparison import Group, Variant, groups
 from compress.results.finished import Run
+from compress.results.picture import name_axes
 
 MARKERS = "osD^vPX*"
 
 
-def draw_runs(path: Path, runs: Sequence[Run], axis: str = "test accuracy, %") -> None:
+def draw_runs(path: Path, runs: Sequence[Run]) -> None:
     """Draws the torch variants of `runs`, a panel for each data set; equal runs of several seeds are one line."""
     found = groups(runs)
     data = list(dict.fromkeys(group.runs[0].data for group in found))
@@ -39,26 +39,19 @@ def draw_runs(path: Path, runs: Sequence[Run], axis: str = "test accuracy, %") -
                 linewidth=1.2,
                 capsize=2,
             )
-            if number in (0, len(own) - 1):
+            if number == 0:
                 for each in variants:
                     axes.annotate(
                         _width(each),
                         (each.bytes / 1e6, each.test.mean),
                         textcoords="offset points",
-                        xytext=(0, -12 if number else 7),
+                        xytext=(0, 7),
                         ha="center",
                         fontsize=7,
                         color="0.35",
                     )
-        axes.set_xscale("log")
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.margins(x=0.06, y=0.12)
-        axes.set_xlabel("size of the file, MB (logarithmic)")
-        axes.set_ylabel(axis)
-        axes.set_title(name, fontsize=10)
-        axes.grid(alpha=0.25)
+        name_axes(axes, name, "MB", "test accuracy, %")
         axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=7, frameon=False)
     write_atomically(path, lambda temporary: figure.savefig(temporary))
 

@@ -20,10 +20,10 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from compress.files import write_atomically
 from compress.results.comparison import pareto_front
+from compress.results.picture import name_axes
 from compress.results.tradeoff import Row
 
 # Of a label in the picture, in points.
@@ -87,15 +87,8 @@ def _draw(path: Path, points: Sequence[Point], front: Sequence[Point], title: st
     axes.step(
         *_places(front), where="post", marker="o", markersize=6, color="tab:blue", label="Pareto set (trial, variant)"
     )
-    axes.set_xscale("log")
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.margins(x=0.15, y=0.2)
-    axes.set_xlabel("size of the file, kB (logarithmic)")
-    axes.set_ylabel("validation accuracy, %")
-    axes.set_title(title, fontsize=10)
-    axes.grid(alpha=0.25)
+    name_axes(axes, title, "kB", "validation accuracy, %")
     axes.legend(loc="lower right", fontsize=8, framealpha=0.9)
     _label(axes, front)
     write_atomically(path, lambda temporary: figure.savefig(temporary))
