@@ -42,15 +42,22 @@ def stoppable() -> Iterator[None]:
         yield
         return
     numbers = (signal.SIGINT, signal.SIGTERM)
+    raised: list[StoppedError] = []
 
     def stop(number: int, frame: FrameType | None) -> None:
         for each in numbers:
             signal.signal(each, signal.SIG_DFL)
-        raise StoppedError(number)
+        raised.append(StoppedError(number))
+        raise raised[0]
 
     before = {number: signal.signal(number, stop) for number in numbers}
     try:
         yield
+    except Exception:
+        # A library of native code that was called just then, such as safetensors, says that it failed itself.
+        if raised:
+            raise raised[0] from None
+        raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -20,7 +20,7 @@ from compress import config as configuration
 from compress.cli import main
 from compress.errors import UserError
 from compress.methods.supervised import Supervised
-from compress.resume import latest, owned
+from compress.resume import StoppedError, latest, owned, stoppable
 from compress.training import epoch_of
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "run.py"
@@ -195,6 +195,14 @@ def test_ctrl_c_leaves_a_run_that_goes_on_after_its_last_epoch(tmp_path, monkeyp
     assert f"continuing after epoch {epoch}" in capsys.readouterr().out
     with (DIRECTORY / "metrics.csv").open() as stream:
         assert [row["epoch"] for row in csv.DictReader(stream)] == [*map(str, range(30)), ""]
+
+
+def test_a_stop_that_native_code_turns_into_its_own_failure_is_a_stop_all_the_same():
+    with pytest.raises(StoppedError, match="stopped by SIGTERM"), stoppable():  # noqa: PT012
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except StoppedError:
+            raise UserError("a file: found it truncated") from None
 
 
 @pytest.mark.slow

@@ -76,8 +76,7 @@ class WandbRun(WandbLogger):
         self.held: int | None = None
         self.options = {"project": project, "entity": entity, "tags": list(tags), "notes": notes}
         # W&B reads the environment only once in a process.
-        mode = "offline" if offline else os.environ.get("WANDB_MODE")
-        self.options |= {"mode": mode} if mode else {}
+        self.options["mode"] = "offline" if offline else os.environ.get("WANDB_MODE", "online")
         self.chosen = {"name": name, "group": group, "job_type": job_type}
 
     @rank_zero_only
