@@ -13,7 +13,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
 from compress.errors import UserError
-from compress.files import make_directory
+from compress.files import make_chosen, make_directory
 from compress.help import help_text
 from compress.paths import CONF
 from compress.resume import StoppedError, latest, requeued, stoppable
@@ -141,12 +141,7 @@ def _own_directory(config: DictConfig, overrides: list[str], multirun: bool) -> 
                 f"{key}: found {directory}, which is not empty; accepted: a new directory, or "
                 f"{'sweep' if multirun else 'resume'}={directory}"
             )
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-        except OSError as failure:
-            raise UserError(
-                f"{key}: found {directory}, which cannot be made ({failure.strerror}); accepted: a new directory"
-            ) from None
+        make_chosen(directory, key)
         return directory
     if multirun:
         return make_directory(Path(config.output_directory) / "sweeps", f"{datetime.now():%Y-%m-%d_%H-%M-%S}")

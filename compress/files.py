@@ -43,6 +43,16 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=2, sort_keys=False) + "\n")
 
 
+def make_chosen(directory: Path, key: str) -> None:
+    """Makes the `directory` that the user gave as `key`, if it is not there. Raises UserError where that cannot be."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as failure:
+        raise UserError(
+            f"{key}: found {directory}, which cannot be made ({failure.strerror}); accepted: a new directory"
+        ) from None
+
+
 def make_directory(parent: Path, name: str) -> Path:
     """Makes `parent/name`, or `name-2`, `name-3` and so on where that is taken, and nobody else gets the same.
 

@@ -22,6 +22,10 @@ STARTED = "started.json"
 _own: list[Path] = []
 
 
+class OwnedError(UserError):
+    """Another process works on the run."""
+
+
 class StoppedError(BaseException):
     """SIGINT or SIGTERM; no KeyboardInterrupt, which Lightning would turn into an exit of its own."""
 
@@ -67,12 +71,12 @@ def stoppable() -> Iterator[None]:
 def owned(directory: Path) -> Iterator[None]:
     """This process alone writes to `directory`; the unfinished files of one that was killed there are removed.
 
-    Raises UserError where another process has it. The lock is the kernel's and ends with the process, however it ends.
+    Raises OwnedError where another process has it. The lock is the kernel's and ends with the process, however it ends.
     """
     handle = os.open(directory, os.O_RDONLY)
     try:
         if not _lock(handle):
-            raise UserError(f"resume: found {directory}, where a run is going on; accepted: a run that was interrupted")
+            raise OwnedError(f"resume: found {directory}, where a run is going on; accepted: one that was interrupted")
         for folder in (directory, directory / "checkpoints", directory / "models"):
             remove_leftovers(folder)
         _own.append(directory)

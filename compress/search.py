@@ -23,7 +23,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from compress.errors import UserError
-from compress.files import write_json
+from compress.files import make_chosen, write_json
 from compress.progress import console
 from compress.results.finished import flattened
 from compress.results.search import Point, chosen, pareto_set, read_points, write_pareto
@@ -88,12 +88,7 @@ def _open(space: Space, directory: Path) -> None:
         if directory.exists() and (not directory.is_dir() or _names(directory)):
             raise UserError(f"output: found {directory}, which holds something else; accepted: a new directory")
         check_space(space)
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-        except OSError as failure:
-            raise UserError(
-                f"output: found {directory}, which cannot be made ({failure.strerror}); accepted: a new directory"
-            ) from None
+        make_chosen(directory, "output")
         # Another process may have begun the same search meanwhile.
         with FileLock(directory / "search.lock"):
             if not path.exists():

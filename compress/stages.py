@@ -51,7 +51,8 @@ def _run(config: DictConfig, directory: Path, overrides: Sequence[str]) -> Resul
         # They may be others since the run was resumed.
         stage.trainer = OmegaConf.merge(config.trainer, {"max_epochs": stage.trainer.max_epochs})
         stage.logger = config.logger
-        check(stage)
+        if not (directory / name / "result.json").exists():
+            check(stage)
         console.print(f"stage {number} of {len(names)}: {config.stages[number - 1].name}", style="bold")
         results.append(pipeline.run(stage, directory / name, started["overrides"], reference))
         if get_class(stage.method._target_).grids(stage.method) is None:

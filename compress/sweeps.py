@@ -34,6 +34,7 @@ from compress.files import write_text
 from compress.launchers.separate import SeparateLauncher
 from compress.progress import console
 from compress.results.sweep import FAILED, exit_code, outcome, record_failure, summarise, sweep_table
+from compress.resume import OwnedError
 
 SWEEP = "sweep.yaml"
 # What a sweep decides itself: jobs are expanded before they are checked, and lie in numbered directories.
@@ -94,20 +95,13 @@ def job(config: DictConfig) -> None:
     """What Hydra calls for each job, in this process or another: a run whose failure stays in its directory."""
     hydra = HydraConfig.get()
     directory = Path(hydra.runtime.output_dir)
-    try:
-        # A job of a launcher may outlive the process that started it, and must not be run twice at a time.
-        with FileLock(directory / ".lock", timeout=0):
-            (directory / FAILED).unlink(missing_ok=True)
-            _attempt(config, directory, list(hydra.overrides.task))
-    except Timeout:
-        print(f"{directory}: another process is running this job; it is left alone", file=sys.stderr)
-    (directory / ".lock").unlink(missing_ok=True)
-
-
-def _attempt(config: DictConfig, directory: Path, overrides: list[str]) -> None:
+    (directory / FAILED).unlink(missing_ok=True)
     try:
         checks.check_values(config)
-        stages.run(config, directory, overrides)
+        stages.run(config, directory, list(hydra.overrides.task))
+    except OwnedError:
+        # A job of a launcher may outlive the process that started it.
+        print(f"{directory}: another process is running this job; it is left alone", file=sys.stderr)
     except UserError as mistake:
         print(f"error: {mistake}", file=sys.stderr)
         record_failure(directory, mistake, "")

@@ -19,6 +19,7 @@ import compress
 from compress.cli import main
 from compress.files import make_directory
 from compress.results.sweep import outcome
+from compress.resume import owned
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "run.py"
 TINY = [
@@ -316,3 +317,13 @@ def test_a_launcher_that_is_not_installed_is_named_with_its_extra(launcher, extr
     assert line.startswith(f"error: hydra/launcher: found {launcher}, ")
     assert f"pip install 'compress[{extra}]'" in line
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_job_that_another_process_is_running_is_left_alone(folder, capsys):
+    assert main(["-m", *ALONE, "seed=0,1", "hydra.sweep.dir=swept"]) == 0
+    Path("swept/1/result.json").unlink()
+    with owned(Path("swept/1")):
+        assert main(["sweep=swept"]) == 1
+    assert "swept/1: another process is running this job; it is left alone" in capsys.readouterr().err
+    assert [outcome(Path("swept", each)).state for each in "01"] == ["finished", "not finished"]
+    assert main(["sweep=swept"]) == 0
