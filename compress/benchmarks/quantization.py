@@ -64,9 +64,10 @@ def floor_operations(prepared: Prepared, images: list[Tensor], refine: Refinemen
     """Multiplications and additions of all layers' Grams, path following and refinement.
 
     With d columns that see an input, n patches and N rows in a group, the symmetric Gram takes d^2 n and the cross Gram
-    2 d^2 n. Path following takes d^2 N for what earlier weights did and as much for what their codes undo; of several
-    candidate scales each takes that and 4 d^2 N for its error. A sweep takes 4 d^2 N for its gradient and 2 d^2 N for
-    what it changes, and to refit the scales 4 d^2 N.
+    2 d^2 n. Path following takes d^2 N for what the weights before are to give, which candidate scales share, and for
+    each candidate d^2 N for what its codes undo, and where there are several, as much for its error (the Gram is
+    symmetric) and 2 d^2 N in all for the products of the weights with the cross Gram. Coordinate descent needs these
+    too, 2 d^2 N for those of the codes with the Gram, and 2 d^2 N a sweep for what it changes.
     """
     total, first = 0.0, True
 
@@ -79,10 +80,10 @@ def floor_operations(prepared: Prepared, images: list[Tensor], refine: Refinemen
         patches = sum(row_count(layer, each) for each in inputs)
         rows = layer.weight.shape[0] // groups
         grams = depth**2 * patches * (1 if first else 3)
-        # To compare candidates takes the error of each, two more products.
-        solve = (6 if refine.candidates > 1 else 2) * refine.candidates * depth**2 * rows
-        sweeps = refine.sweeps * (2 + 4 + 4 * refine.refit) * depth**2 * rows
-        total += groups * (grams + solve + sweeps)
+        compared, descended = refine.candidates > 1, refine.sweeps > 0
+        products = 1 + refine.candidates * (1 + compared) + 2 * (compared or descended)
+        products += 2 * descended + 2 * refine.sweeps
+        total += groups * (grams + products * depth**2 * rows)
         first = False
 
     walk(prepared.analog, copy.deepcopy(prepared.analog), prepared.graph, images, prepared.order, add)

@@ -90,10 +90,11 @@ class Moments:
         if quantized.numel() == 0:
             return
         per_item = max(1, self._patch_elements(quantized) // quantized.shape[0])
-        size = max(1, CHUNK // per_item)
-        for start in range(0, quantized.shape[0], size):
-            part = quantized[start : start + size]
-            self._add(part, part if analog is quantized else analog[start : start + size])
+        # Chunks of one size: a small rest would read and write the whole Grams for few patches.
+        count = min(quantized.shape[0], -(-quantized.shape[0] * per_item // CHUNK))
+        parts = quantized.tensor_split(count)
+        for mine, other in zip(parts, parts if analog is quantized else analog.tensor_split(count), strict=True):
+            self._add(mine, other)
 
     def _patch_elements(self, inputs: Tensor) -> int:
         if isinstance(self.layer, nn.Linear):
@@ -110,24 +111,25 @@ class Moments:
         self.seen += row_count(self.layer, quantized)
         if mine.shape[2] == 0:
             return
-        if self.count == 0:
+        first = self.count == 0
+        if first:
             groups, depth, _ = mine.shape
-            self.gram = mine.new_zeros(groups, depth, depth)
+            self.gram = mine.new_empty(groups, depth, depth)
             self.sum_quantized = mine.new_zeros(groups, depth)
             # Sums about a first guess of the mean: n mu mu^T, subtracted at the end, would cancel their digits.
             self.shift_quantized = mine.mean(2, keepdim=True) if self.centre else None
             if not same:
-                self.cross, self.sum_analog = torch.zeros_like(self.gram), torch.zeros_like(self.sum_quantized)
+                self.cross, self.sum_analog = torch.empty_like(self.gram), torch.zeros_like(self.sum_quantized)
                 self.shift_analog = other.mean(2, keepdim=True) if self.centre else None
         self.count += mine.shape[2]
         if self.centre:
             mine = mine - self.shift_quantized
-        add_lower(self.gram, mine, mine)
+        add_lower(self.gram, mine, mine, first)
         self.sum_quantized += mine.sum(2)
         if not same:
             if self.centre:
                 other = other - self.shift_analog
-            self.cross.baddbmm_(mine, other.transpose(1, 2))
+            self.cross.baddbmm_(mine, other.transpose(1, 2), beta=0 if first else 1)
             self.sum_analog += other.sum(2)
 
     def _columns(self, inputs: Tensor) -> Tensor:
@@ -167,15 +169,15 @@ class Moments:
         return gram, cross, mean_quantized, mean_analog
 
 
-def add_lower(gram: Tensor, left: Tensor, right: Tensor) -> None:
-    """gram += left @ right^T, at least its lower triangle: (g, d, d), and (g, d, n) twice."""
-    depth = gram.shape[1]
+def add_lower(gram: Tensor, left: Tensor, right: Tensor, first: bool = False) -> None:
+    """gram += left @ right^T, at least its lower triangle: (g, d, d), and (g, d, n) twice; `first`: it was empty."""
+    depth, beta = gram.shape[1], 0 if first else 1
     if depth < 512:
-        gram.baddbmm_(left, right.transpose(1, 2))
+        gram.baddbmm_(left, right.transpose(1, 2), beta=beta)
         return
     for stripe in torch.arange(depth).tensor_split(STRIPES):
         start, stop = int(stripe[0]), int(stripe[-1]) + 1
-        gram[:, start:stop, :stop].baddbmm_(left[:, start:stop], right[:, :stop].transpose(1, 2))
+        gram[:, start:stop, :stop].baddbmm_(left[:, start:stop], right[:, :stop].transpose(1, 2), beta=beta)
 
 
 def mirror_lower(gram: Tensor) -> Tensor:

@@ -46,10 +46,10 @@ class Refinement:
         else:
             # A solver without a mask need not know of masks.
             codes = solver(weight, gram, cross, grid, **({} if mask is None else {"mask": mask}))
-        for _ in range(self.sweeps):
-            codes = coordinate_descent(weight, codes, gram, cross, grid, sweeps=1, mask=mask)
-            if self.refit:
-                grid = refit_scales(weight, codes, gram, cross, grid, self.shared)
+        if self.sweeps:
+            codes, grid = coordinate_descent(
+                weight, codes, gram, cross, grid, self.sweeps, mask=mask, refit=self.refit, shared=self.shared
+            )
         return codes, grid
 
 
@@ -66,16 +66,15 @@ def search_scales(
 ) -> tuple[Tensor, Grid]:
     """Codes (N, d) by `solver` and their grid: of the scales `grid.scale * factor`, each row's of least error.
 
-    All `len(factors) * N` rows are solved at once; `shared`: the factor of least error in sum is that of all rows.
-    Shapes are those of `solver`.
+    The solver is asked once, for `len(factors)` answers; `shared`: the factor of least error in sum is that of all
+    rows. Shapes are those of `solver`.
     """
     rows, count = weight.shape[0], len(factors)
     scales = torch.cat([grid.scale * factor for factor in factors])
     tried = Grid(scales, grid.zero_point.repeat(count), grid.levels)
-    repeated = weight.repeat(count, 1)
     # A solver without a mask need not know of masks.
-    codes = solver(repeated, gram, cross, tried, **({} if mask is None else {"mask": mask.repeat(count, 1)}))
-    errors = layer_error(repeated, codes, gram, cross, tried).reshape(count, rows)
+    codes = solver(weight, gram, cross, tried, **({} if mask is None else {"mask": mask}))
+    errors = layer_error(weight, codes, gram, cross, tried).reshape(count, rows)
     if shared:
         errors = errors.sum(1, keepdim=True).expand_as(errors)
     best = errors.argmin(0) * rows + torch.arange(rows, device=errors.device)
@@ -92,54 +91,58 @@ def coordinate_descent(
     sweeps: int = 4,
     block_size: int = 128,
     mask: Tensor | None = None,
-) -> Tensor:
-    """Codes (N, d), each column in turn replaced by the best one given all others, `sweeps` times over.
+    refit: bool = False,
+    shared: bool = False,
+) -> tuple[Tensor, Grid]:
+    """Codes (N, d) and their grid: each column in turn replaced by the best one given all others, `sweeps` times over.
 
-    No step raises the error of a row. It ends early where a sweep changes nothing. Columns without inputs stay, and so
-    does what `mask` (N, d) has as False.
+    With `refit` the scales are fitted to the codes after every sweep, see `refit_scales`. No step raises the error of a
+    row. It ends early where a sweep changes nothing. Columns without inputs stay, and so does what `mask` (N, d) has as
+    False.
     """
     dtype = gram.dtype
-    scale, zero_point = grid.scale.to(dtype), grid.zero_point.to(dtype)
+    zero_point = grid.zero_point.to(dtype)
     lowest, highest = -zero_point, grid.levels - 1 - zero_point
-    # Columns along dimension 0, in units of each row's scale: (d, N).
+    # Columns along dimension 0, in units of each row's scale: (d, N). The products with the Grams outlive a change of
+    # the scales, and a change of the codes is added to them.
     solved = (codes.T.to(dtype) - zero_point).contiguous()
-    gradient = cross @ (weight.T.to(dtype) / scale) - gram @ solved
+    target = cross @ weight.T.to(dtype)
+    product = gram @ solved
     diagonal = gram.diagonal().tolist()
-    count = solved.shape[0]
-    for _ in range(sweeps):
+    rows = solved.unbind(0)
+    for sweep in range(sweeps):
+        scale = grid.scale.to(dtype)
         changed = False
-        for start in range(0, count, block_size):
-            stop = min(start + block_size, count)
+        for start in range(0, len(rows), block_size):
+            stop = min(start + block_size, len(rows))
             before = solved[start:stop].clone()
-            block = gradient[start:stop].clone()
-            inner = gram[start:stop, start:stop]
-            for step in range(stop - start):
+            gradient = (target[start:stop] / scale).sub_(product[start:stop])
+            inner = gram[start:stop, start:stop].contiguous()
+            for step, (z, own) in enumerate(zip(rows[start:stop], gradient.unbind(0), strict=True)):
                 if diagonal[start + step] <= 0:
                     continue
-                z = solved[start + step]
-                best = (z + block[step] / diagonal[start + step]).round_().clamp_(lowest, highest)
+                best = torch.add(z, own, alpha=1 / diagonal[start + step]).round_().clamp_(lowest, highest)
                 if mask is not None:
                     best = torch.where(mask[:, start + step], best, z)
-                block.addr_(inner[:, step], best - z, alpha=-1)
+                gradient.addr_(inner[step], best - z, alpha=-1)
                 z.copy_(best)
             moved = solved[start:stop] - before
             if bool(moved.any()):
                 changed = True
-                gradient.addmm_(gram[:, start:stop], moved, alpha=-1)
-        if not changed:
+                product.addmm_(gram[:, start:stop], moved)
+        if not changed and (sweep or not refit):
             break
-    return (solved + zero_point).T.to(codes.dtype).contiguous()
+        if refit:
+            grid = refit_scales(grid, (target * solved).sum(0), (product * solved).sum(0), shared)
+    return (solved + zero_point).T.to(codes.dtype).contiguous(), grid
 
 
-@torch.no_grad()
-def refit_scales(weight: Tensor, codes: Tensor, gram: Tensor, cross: Tensor, grid: Grid, shared: bool = False) -> Grid:
-    """The grid whose scales have the least error for these codes: s = (z C w^T) / (z G z^T), z = code - zero_point.
+def refit_scales(grid: Grid, overlap: Tensor, energy: Tensor, shared: bool = False) -> Grid:
+    """The grid whose scales have the least error for given codes: s = (z C w^T) / (z G z^T), z = code - zero_point.
 
-    A row keeps its scale where that is not above zero or z G z^T is zero. `shared`: one scale, of both sums over rows.
+    overlap (N,) is z C w^T and energy (N,) is z G z^T. A row keeps its scale where that is not above zero or its energy
+    is zero. `shared`: one scale, of both sums over rows.
     """
-    z = (codes.to(torch.int32) - grid.zero_point.to(torch.int32)[:, None]).to(gram.dtype)
-    energy = ((z @ gram) * z).sum(1)
-    overlap = ((weight.to(gram.dtype) @ cross.T) * z).sum(1)
     if shared:
         energy, overlap = energy.sum().expand_as(energy), overlap.sum().expand_as(overlap)
     scale = overlap / torch.where(energy > 0, energy, 1.0)

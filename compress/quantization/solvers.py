@@ -3,6 +3,7 @@
 All take weight (N, d), gram (d, d) = X~^T X~, cross (d, d) = X~^T X, with X analog and X~ quantized inputs (samples,
 d), and a grid of N channels, and give codes (N, d). They compute in the dtype of `gram` unless they say otherwise.
 With a mask (N, d), a weight where that is False is pruned: it takes zero, and the others make up for it.
+A grid of K N channels asks for K answers, (K N, d), one after the other: what they have in common is computed once.
 """
 
 from collections.abc import Callable
@@ -17,6 +18,8 @@ from compress.quantization.grid import Grid, code_dtype
 NotNegative = Annotated[float, Field(ge=0)]
 Damping = Annotated[float, Field(gt=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
+# Columns of a symmetric product that are made at once.
+STRIPE = 512
 
 
 def rtn(
@@ -28,7 +31,13 @@ def rtn(
     mask: Tensor | None = None,
 ) -> Tensor:
     """Codes (N, d) of the grid points nearest to `weight` (N, d); the Grams are not looked at and may be None."""
-    return grid.quantize(weight if mask is None else weight * mask)
+    return grid.quantize(_for_each(grid, weight if mask is None else weight * mask))
+
+
+def _for_each(grid: Grid, rows: Tensor) -> Tensor:
+    """`rows` (N, ...) once for each answer that `grid` asks for."""
+    count = grid.scale.shape[0] // rows.shape[0]
+    return rows if count == 1 else rows.repeat(count, *[1] * (rows.dim() - 1))
 
 
 # The walk over the network spares itself the Grams where neither the solver nor the scale reads them.
@@ -104,7 +113,7 @@ def _follow_path(
     if not bool(live.any()):
         return codes
     all_live = bool(live.all())
-    keep = None if mask is None else mask.T.to(dtype)
+    keep = None if mask is None else _for_each(grid, mask).T.to(dtype)
     if not all_live:
         keep = None if keep is None else keep[live]
         # A dead column adds nothing to any numerator: <x~_t, .> = 0 in its own row and q_t = 0 elsewhere. It does add
@@ -114,7 +123,8 @@ def _follow_path(
     # Work in units of each row's scale, so that rounding needs no division: z = q / scale = code - zero_point.
     # Columns lie along dimension 0, which keeps the row of one step contiguous.
     scale, zero_point = grid.scale.to(dtype), grid.zero_point.to(dtype)
-    target = _numerators(weight.to(dtype), cross, live if not all_live else None, block_size) / scale
+    target = _numerators(weight.to(dtype), cross, live if not all_live else None, block_size)
+    target = target.repeat(1, scale.shape[0] // weight.shape[0]) / scale
     lowest, highest = -zero_point, grid.levels - 1 - zero_point
     reciprocal = diagonal.reciprocal().tolist()
     count = target.shape[0]
@@ -198,6 +208,8 @@ def qronos(
     target = weight @ cross.T  # (N, d): <x~_t, X w>
     # A first column without inputs takes zero: nothing is left of it either way.
     first = (target[:, 0] - weight[:, 1:] @ gram[1:, 0]) / gram[0, 0].clamp_min(torch.finfo(torch.float64).tiny)
+    target, first, weight = (_for_each(grid, each) for each in (target, first, weight))
+    mask = None if mask is None else _for_each(grid, mask)
     first_code = ((first / scale).round() + zero_point).clamp_(0, grid.levels - 1)
     if mask is not None:
         first_code = torch.where(mask[:, 0], first_code, zero_point)
@@ -224,7 +236,8 @@ def _diffuse(weight: Tensor, gram: Tensor, grid: Grid, block_size: int, mask: Te
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram + _damping(gram, damping).diag()))
     factor = torch.linalg.cholesky(inverse, upper=True)
     # Columns lie along dimension 0, which keeps the row of one step contiguous.
-    left = (weight / scale[:, None]).T.contiguous()
+    left = (_for_each(grid, weight) / scale[:, None]).T.contiguous()
+    mask = None if mask is None else _for_each(grid, mask)
     lowest, highest = -zero_point, grid.levels - 1 - zero_point
     for start in range(0, left.shape[0], block_size):
         stop = min(start + block_size, left.shape[0])
@@ -247,9 +260,24 @@ def _diffuse(weight: Tensor, gram: Tensor, grid: Grid, block_size: int, mask: Te
 
 
 def layer_error(weight: Tensor, codes: Tensor, gram: Tensor, cross: Tensor, grid: Grid) -> Tensor:
-    """Output error of each row, (N,), less the constant |X w|^2: q G q^T - 2 q C w^T, in the dtype of `gram`.
+    """Output error of each row of codes, (N,) or (K N,), less the constant |X w|^2: q G q^T - 2 q C w^T.
 
-    Equal to |X w - X~ q|^2 - |X w|^2 summed over the samples, so it ranks candidates of one row exactly.
+    Equal to |X w - X~ q|^2 - |X w|^2 summed over the samples, so it ranks candidates of one row exactly. In the dtype
+    of `gram`.
     """
     quantized = grid.dequantize(codes).to(gram.dtype)
-    return ((quantized @ gram - 2 * (weight.to(gram.dtype) @ cross.T)) * quantized).sum(1)
+    overlap = (quantized.unflatten(0, (-1, weight.shape[0])) * (weight.to(gram.dtype) @ cross.T)).sum(2).flatten()
+    return _energy(quantized, gram) - 2 * overlap
+
+
+def _energy(rows: Tensor, gram: Tensor) -> Tensor:
+    """r G r^T of each of `rows` (M, d): (M,). G is symmetric, so that the part above its diagonal counts twice."""
+    total = rows.new_zeros(rows.shape[0])
+    for index in torch.arange(rows.shape[1]).split(STRIPE):
+        start, stop = int(index[0]), int(index[-1]) + 1
+        part = rows[:, start:stop]
+        product = part @ gram[start:stop, start:stop]
+        if start:
+            product.addmm_(rows[:, :start], gram[:start, start:stop], alpha=2)
+        total += product.mul_(part).sum(1)
+    return total

@@ -25,7 +25,7 @@ def test_a_pruned_weight_stays_zero_through_every_solver_and_descent(solver):
     weight, mask, gram, cross = problem()
     grid = mse_grid(weight, 4, gram.diagonal())
     codes = solver(weight, gram, cross, grid, mask=mask, block_size=16)
-    better = coordinate_descent(weight, codes, gram, cross, grid, mask=mask)
+    better, _ = coordinate_descent(weight, codes, gram, cross, grid, mask=mask)
     for each in (codes, better):
         assert bool((grid.dequantize(each)[~mask] == 0).all())
         assert bool((grid.dequantize(each)[mask] != 0).any())

@@ -133,13 +133,14 @@ def test_descent_never_raises_the_error_and_ends_where_no_single_code_helps(bits
     codes = start(weight, gram, cross, grid)
     errors = [layer_error(weight, codes, gram, cross, grid)]
     for _ in range(3):
-        codes = coordinate_descent(weight, codes, gram, cross, grid, sweeps=1, block_size=7)
+        codes, same = coordinate_descent(weight, codes, gram, cross, grid, sweeps=1, block_size=7)
+        assert same is grid
         errors.append(layer_error(weight, codes, gram, cross, grid))
         assert (errors[-1] <= errors[-2] + 1e-9).all()
-    together = coordinate_descent(weight, start(weight, gram, cross, grid), gram, cross, grid, sweeps=3)
+    together, _ = coordinate_descent(weight, start(weight, gram, cross, grid), gram, cross, grid, sweeps=3)
     assert torch.equal(together, codes)
 
-    final = coordinate_descent(weight, codes, gram, cross, grid, sweeps=100)
+    final, _ = coordinate_descent(weight, codes, gram, cross, grid, sweeps=100)
     least = layer_error(weight, final, gram, cross, grid)
     for t in range(weight.shape[1]):
         for code in {0, grid.levels - 1, *final[:, t].tolist()}:
@@ -164,10 +165,54 @@ def test_refitted_scales_are_the_best_for_their_codes():
     grid = mse_grid(weight, 4)
     codes = gpfq(weight, gram, cross, grid)
     codes[0] = grid.zero_point[0]  # a row of zeros has no best scale
-    fitted = refit_scales(weight, codes, gram, cross, grid)
+    z = codes.double() - grid.zero_point[:, None]
+    fitted = refit_scales(grid, ((weight @ cross.T) * z).sum(1), ((z @ gram) * z).sum(1))
     assert fitted.scale[0] == grid.scale[0]
     least = layer_error(weight, codes, gram, cross, fitted)
     for factor in (0.9, 0.99, 1.01, 1.1):
         other = Grid(fitted.scale * factor, grid.zero_point, 4)
         assert (layer_error(weight, codes, gram, cross, other)[1:] > least[1:]).all()
     assert (least <= layer_error(weight, codes, gram, cross, grid) + 1e-9).all()
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_descent_with_refitted_scales_is_one_sweep_and_one_fit_after_the_other(shared):
+    weight, *_, gram, cross = problem(22, dead=(3,))
+    grid = mse_grid(weight, 8)
+    start = rtn(weight, gram, cross, grid)
+    codes, expected = start, grid
+    for _ in range(4):
+        codes, _ = coordinate_descent(weight, codes, gram, cross, expected, sweeps=1)
+        z = codes.double() - expected.zero_point[:, None]
+        expected = refit_scales(expected, ((weight @ cross.T) * z).sum(1), ((z @ gram) * z).sum(1), shared)
+    together, found = coordinate_descent(weight, start, gram, cross, grid, sweeps=4, refit=True, shared=shared)
+    assert torch.equal(together, codes)
+    assert not torch.equal(found.scale, grid.scale)
+    torch.testing.assert_close(found.scale, expected.scale)
+
+
+@pytest.mark.parametrize("solver", [rtn, gpfq, gptq, qronos])
+@pytest.mark.parametrize("pruned", [False, True])
+def test_a_grid_of_several_candidates_gets_the_answer_of_each(solver, pruned):
+    weight, *_, gram, cross = problem(23, depth=40, dead=(5,))
+    mask = None
+    if pruned:
+        mask = torch.rand(weight.shape, generator=torch.Generator().manual_seed(0)) > 0.5
+        weight = weight * mask
+    grid = mse_grid(weight, 4)
+    grids = [Grid(grid.scale * factor, grid.zero_point, 4) for factor in (0.7, 1.0, 1.2)]
+    alone = [solver(weight, gram, cross, each, block_size=16, mask=mask) for each in grids]
+    several = Grid(torch.cat([each.scale for each in grids]), grid.zero_point.repeat(3), 4)
+    codes = solver(weight, gram, cross, several, block_size=16, mask=mask)
+    assert torch.equal(codes, torch.cat(alone))
+    errors = [layer_error(weight, own, gram, cross, each) for own, each in zip(alone, grids, strict=True)]
+    torch.testing.assert_close(layer_error(weight, codes, gram, cross, several), torch.cat(errors))
+
+
+def test_the_error_of_a_deep_layer_is_that_of_its_outputs():
+    weight, quantized, analog, gram, cross = problem(24, depth=1100, samples=50)
+    grid = mse_grid(weight, 4)
+    codes = rtn(weight, gram, cross, grid)
+    goal = analog @ weight.T
+    exact = (goal - quantized @ grid.dequantize(codes).T).square().sum(0)
+    torch.testing.assert_close(layer_error(weight, codes, gram, cross, grid) + goal.square().sum(0), exact)
