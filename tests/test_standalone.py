@@ -143,13 +143,21 @@ def test_networks_without_some_channels_or_weights_are_quantized_as_they_are(run
         (["checkpoint={run}", "quantizer.budget=1kB"], "the smallest file with these quantizer.bits has"),
         (["checkpoint={packed}"], "is a packed model and no checkpoint"),
         (["checkpoint={text}", "model=resnet8"], "damaged or no checkpoint"),
+        (["checkpoint={truncated}"], "truncated.safetensors: found a truncated file"),
+        (["checkpoint={altered}"], "altered.safetensors: found content that does not match its checksum"),
     ],
 )
 def test_mistakes_are_one_line_and_leave_nothing(run, tmp_path, arguments, message):
     state, text = tmp_path / "state.safetensors", tmp_path / "text.pt"
     save_file({name: value.contiguous() for name, value in models.build("resnet8", 10).state_dict().items()}, state)
     text.write_text("no checkpoint")
+    whole = bytearray((run.directory / "models" / "student-fp32.safetensors").read_bytes())
+    (tmp_path / "truncated.safetensors").write_bytes(whole[:-1])
+    whole[-1] ^= 1
+    (tmp_path / "altered.safetensors").write_bytes(whole)
     files = {
+        "truncated": tmp_path / "truncated.safetensors",
+        "altered": tmp_path / "altered.safetensors",
         "state": state,
         "text": text,
         "run": run.directory / "models" / "student-fp32.safetensors",

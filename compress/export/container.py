@@ -29,6 +29,10 @@ NAMES = {
 }
 
 
+class NoDescriptionError(UserError):
+    """A safetensors file of another origin."""
+
+
 def write(path: Path, kind: str, description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> int:
     """Write `tensors` and a JSON-able `description` under the format name `kind`; returns the size in bytes.
 
@@ -64,7 +68,8 @@ def write(path: Path, kind: str, description: Mapping[str, Any], tensors: Mappin
 def read(path: Path) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
     """(format name, description, tensors) of a file that `write` made.
 
-    Raises UserError, naming the file, where it is missing, damaged, altered or of another origin.
+    Raises UserError, naming the file, where it is missing, damaged or altered, and NoDescriptionError where it is of
+    another origin.
     """
     accepted = "accepted: a model file that compress wrote"
     if not path.is_file():
@@ -76,7 +81,7 @@ def read(path: Path) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
     except (SafetensorError, OSError, ValueError, RuntimeError):
         raise UserError(f"{path}: found a truncated file or none of the safetensors format; {accepted}") from None
     if not {"format", "description", "sha256"} <= metadata.keys():
-        raise UserError(f"{path}: found a safetensors file without a description of its model; {accepted}")
+        raise NoDescriptionError(f"{path}: found a safetensors file without a description of its model; {accepted}")
     if _checksum(metadata["format"], metadata["description"], tensors) != metadata["sha256"]:
         raise UserError(f"{path}: found content that does not match its checksum, so it was altered; {accepted}")
     try:

@@ -136,10 +136,16 @@ def read_model(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
 
 
 def read_float_description(path: str | Path) -> dict[str, Any] | None:
-    """What a float32 file says of its network; None for a file of any other kind, a packed one or a state dict, say."""
+    """What a float32 file says of its network; None for a file of any other kind, a packed one or a state dict, say.
+
+    Raises UserError, naming the file, where it is a damaged or altered `.safetensors`.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        return None
     try:
-        kind, description, _ = container.read(Path(path))
-    except UserError:
+        kind, description, _ = container.read(path)
+    except container.NoDescriptionError:
         return None
     return description if kind in (FLOAT, FLOAT_2) else None
 

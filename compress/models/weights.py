@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from compress.errors import UserError
@@ -118,13 +119,18 @@ def _read(path: Path, where: str) -> Any:
 
 
 def _read_safetensors(path: Path, where: str) -> dict[str, Tensor]:
+    # Imported here because the files of models build networks, which takes this module.
+    from compress.export import container
+
     try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            if (file.metadata() or {}).get("format", "").startswith("compress-packed"):
-                raise UserError(f"{where}: found {path}, which is a packed model and no checkpoint; {ACCEPTED}")
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - the handle is no mapping
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{where}: found {path}, which is damaged or no safetensors file; {ACCEPTED}") from error
+        kind, _, tensors = container.read(path)
+    except container.NoDescriptionError:
+        return load_file(path)
+    except UserError:
+        raise UserError(f"{where}: found {path}, which is damaged or no safetensors file; {ACCEPTED}") from None
+    if kind.startswith("compress-packed"):
+        raise UserError(f"{where}: found {path}, which is a packed model and no checkpoint; {ACCEPTED}")
+    return tensors
 
 
 def _state_dict(content: Any, path: Path, where: str) -> dict[str, Tensor]:

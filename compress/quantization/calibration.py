@@ -126,9 +126,8 @@ def _evaluate(node: Node, model: nn.Module, values: dict[Node, list], index: int
         return node.target(*args, **kwargs)
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(
-            f"{type(model).__name__}: {node.format_node() or node.name} failed on the calibration images: {reason}"
-        ) from error
+        name = node.target if node.op == "call_module" else node.name
+        raise UserError(f"{type(model).__name__}: {name} failed on the calibration images: {reason}") from error
 
 
 def _relative_error(layer: nn.Module, changed: list[Tensor], outputs: list[Tensor]) -> float:

@@ -24,6 +24,8 @@ from compress.quantization.patches import Moments, row_count
 from compress.quantization.refinement import Refinement
 from compress.quantization.solvers import gpfq
 
+PLAIN = "plain Conv2d or Linear"
+NAMED = 3  # layers that a message lists before it only counts
 SCALES = {"mse": mse_grid, "max_abs": max_abs_grid, "percentile": percentile_grid}
 
 
@@ -307,7 +309,10 @@ def check_layers(model: nn.Module, skip: Sequence[str]) -> None:
 
 def check_any_left(model: nn.Module, order: Sequence[str], skipped: Mapping[str, str]) -> None:
     if not order:
-        raise UserError(f"{type(model).__name__}: no layer left to quantize ({len(skipped)} stay float)")
+        reasons = [f"{name} {reason}" for name, reason in skipped.items()]
+        more = f", and {len(reasons) - NAMED} more" if len(reasons) > NAMED else ""
+        listed = ", ".join(reasons[:NAMED]) + more if reasons else "it has none with weights"
+        raise UserError(f"{type(model).__name__}: found no layer left to quantize ({listed}); accepted: {PLAIN}")
 
 
 def choose_layers(model: nn.Module, graph: Graph, patterns: Sequence[str]) -> tuple[list[str], dict[str, str]]:
@@ -318,9 +323,13 @@ def choose_layers(model: nn.Module, graph: Graph, patterns: Sequence[str]) -> tu
     calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
     named = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)}
     skipped = {}
+    for name, module in model.named_modules():
+        matrices = any(each.dim() > 1 for each in module.parameters(recurse=False))
+        if matrices and name not in named and type(module).__module__.startswith("torch.nn.modules."):
+            skipped[name] = f"is a {type(module).__name__}, which is not a {PLAIN}"
     for name, module in named.items():
         if type(module) not in (nn.Conv2d, nn.Linear):
-            skipped[name] = f"is a {type(module).__name__}, which is not a plain Conv2d or Linear"
+            skipped[name] = f"is a {type(module).__name__}, which is not a {PLAIN}"
         elif calls[name] != 1:
             skipped[name] = f"is called {calls[name]} times" if calls[name] else "is never called on its own"
     order = [name for name in calls if name in named and name not in skipped]

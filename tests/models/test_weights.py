@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from compress.errors import UserError
+from compress.export import container
 from compress.models import build, load_weights
 
 
@@ -210,8 +211,18 @@ def test_tensors_without_values_are_refused(weights, model, tmp_path):
 
 def test_a_packed_model_is_no_checkpoint(weights, model, tmp_path):
     path = tmp_path / "packed.safetensors"
-    save_file(weights, path, {"format": "compress-packed-1"})
+    container.write(path, "compress-packed-1", {}, weights)
     assert "packed model and no checkpoint" in refusal(model, path)
+
+
+def test_a_model_file_that_was_altered_is_refused(weights, model, tmp_path):
+    path = tmp_path / "float.safetensors"
+    container.write(path, "compress-float-1", {}, weights)
+    load_weights(model, path)
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    assert "damaged" in refusal(model, path)
 
 
 def test_a_missing_file_a_folder_and_a_foreign_suffix_are_told_apart(model, tmp_path):

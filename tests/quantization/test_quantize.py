@@ -257,8 +257,31 @@ def test_layers_that_cannot_be_quantized_are_named():
         "never": "is never called on its own",
         "scaled": "is a Scaled, which is not a plain Conv2d or Linear",
     }
-    with pytest.raises(UserError, match=r"^Odd: no layer left to quantize \(4 stay float\)"):
+    with pytest.raises(UserError, match=r"^Odd: found no layer left to quantize \(twice is called .*, and 1 more\)"):
         quantize(model, [batch], 4, skip=["last"])
+
+
+def test_layers_of_other_kinds_are_named():
+    class Sound(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.wave, self.norm, self.memory, self.fc = (
+                nn.Conv1d(1, 2, 3),
+                nn.BatchNorm1d(2),
+                nn.LSTM(6, 4),
+                nn.Linear(4, 2),
+            )
+
+        def forward(self, batch):
+            return self.fc(self.memory(self.norm(self.wave(batch)))[0])
+
+    model, batch = make(Sound), torch.randn(4, 1, 8)
+    result = quantize(model, [batch], 4)
+    assert list(result.layers) == ["fc"]
+    assert result.skipped == {
+        "wave": "is a Conv1d, which is not a plain Conv2d or Linear",
+        "memory": "is a LSTM, which is not a plain Conv2d or Linear",
+    }
 
 
 def test_linear_layers_over_sequences_are_quantized():
@@ -342,7 +365,7 @@ def test_half_precision_networks_are_quantized_in_float32():
             {"bits": 2, "calibration_batches": [torch.full((2, 2, 6, 6), float("nan"))]},
             r"^stem: found inputs that are not finite",
         ),
-        ({"bits": 2, "calibration_batches": [torch.ones(2, 3, 6, 6)]}, r"^Network: .*stem.* failed on the calibration"),
+        ({"bits": 2, "calibration_batches": [torch.ones(2, 3, 6, 6)]}, r"^Network: stem failed on the calibration"),
     ],
 )
 def test_mistakes_are_said_in_one_line(arguments, message):
