@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
 
@@ -50,8 +50,10 @@ def _main(arguments: list[str]) -> int:
     arguments = [argument for argument in arguments if argument != "--dry-run"]
     parser = get_args_parser()
     parser.error = _refuse  # argparse prints a page and exits
-    parsed, unknown = parser.parse_known_args(arguments)
+    # Options may stand between the overrides, where Hydra would not find the later ones.
+    parsed, unknown = parser.parse_known_intermixed_args(arguments)
     overrides = parsed.overrides
+    arguments = [*_without(arguments, overrides), *overrides]
     if unknown:
         raise UserError(f"{unknown[0]}: unknown option; accepted: --help, --dry-run, -m, --cfg job, --info, key=value")
     if parsed.experimental_rerun:
@@ -60,7 +62,8 @@ def _main(arguments: list[str]) -> int:
     if resume and (len(arguments) > len(overrides) or dry_run):
         raise UserError("resume: found it beside an option; accepted: resume=DIRECTORY, trainer.*=... and logger.*=...")
     if resume:
-        return _resume(*_chosen(resume[0].removeprefix("resume="), [each for each in overrides if each not in resume]))
+        others = [each for each in overrides if each not in resume]
+        return _resume(*_chosen(resume[0].removeprefix("resume="), others, latest))
     sweep = [override for override in overrides if override.startswith("sweep=")]
     if sweep and (len(arguments) > len(overrides) or dry_run):
         raise UserError(
@@ -70,8 +73,8 @@ def _main(arguments: list[str]) -> int:
     if sweep:
         from compress import sweeps
 
-        directory = Path(sweep[0].removeprefix("sweep="))
-        return sweeps.resume(directory, [each for each in overrides if each not in sweep])
+        others = [each for each in overrides if each not in sweep]
+        return sweeps.resume(*_chosen(sweep[0].removeprefix("sweep="), others, sweeps.latest))
     multirun = parsed.multirun or "hydra.mode=MULTIRUN" in overrides
     inspecting = parsed.cfg or parsed.info or parsed.hydra_help or parsed.shell_completion
     if not inspecting:
@@ -97,17 +100,31 @@ def _main(arguments: list[str]) -> int:
             raise UserError("-m: found it beside an option that only prints; accepted: one of them")
         configuration.compose_jobs(overrides, checked=False)
     sys.argv = [sys.argv[0], *arguments]
-    _job()
+    failures: list[Exception] = []
+
+    @hydra.main(config_path=str(CONF), config_name="run", version_base="1.3")
+    def job(config: DictConfig) -> None:
+        from compress import checks, stages
+
+        hydra_config = HydraConfig.get()
+        try:
+            checks.check_values(config)
+            stages.run(config, Path(hydra_config.runtime.output_dir), list(hydra_config.overrides.task))
+        except Exception as failure:
+            # Hydra would print a line of its own before ours.
+            failures.append(failure)
+
+    job()
+    if failures:
+        raise failures[0]
     return 0
 
 
-@hydra.main(config_path=str(CONF), config_name="run", version_base="1.3")
-def _job(config: DictConfig) -> None:
-    from compress import checks, stages
-
-    checks.check_values(config)
-    hydra_config = HydraConfig.get()
-    stages.run(config, Path(hydra_config.runtime.output_dir), list(hydra_config.overrides.task))
+def _without(arguments: list[str], overrides: list[str]) -> list[str]:
+    rest = list(arguments)
+    for override in overrides:
+        rest.remove(override)
+    return rest
 
 
 def run_directory(config: DictConfig) -> Path:
@@ -136,7 +153,7 @@ def _own_directory(config: DictConfig, overrides: list[str], multirun: bool) -> 
         directory = Path(str(OverridesParser.create().parse_override(typed[-1]).value()))
         if node_rank(config.trainer) > 0:
             return directory
-        if directory.exists() and any(directory.iterdir()):
+        if directory.is_dir() and any(directory.iterdir()):
             raise UserError(
                 f"{key}: found {directory}, which is not empty; accepted: a new directory, or "
                 f"{'sweep' if multirun else 'resume'}={directory}"
@@ -148,8 +165,8 @@ def _own_directory(config: DictConfig, overrides: list[str], multirun: bool) -> 
     return run_directory(config)
 
 
-def _chosen(value: str, overrides: list[str]) -> tuple[Path, list[str]]:
-    """The directory that `resume=value` means, and the other overrides."""
+def _chosen(value: str, overrides: list[str], latest: Callable[[Path], Path]) -> tuple[Path, list[str]]:
+    """The directory that `resume=value` or `sweep=value` means, and the other overrides."""
     if value != "latest":
         return Path(value), overrides
     elsewhere = [override for override in overrides if override.startswith("output_directory=")]

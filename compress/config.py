@@ -73,7 +73,15 @@ def compose_jobs(
         try:
             parsed = OverridesParser.create().parse_override(override)
         except HydraException:
-            raise UserError(f"{override!r}: cannot be read; accepted: key=value, with key=[1,2] for a list") from None
+            raise UserError(
+                f"{override!r}: cannot be read; accepted: key=value, with key=[1,2] for a list and quotes around text "
+                "with commas, brackets or equals signs, key=['a=b']"
+            ) from None
+        if parsed.is_sweep_override() and not multirun:
+            raise UserError(
+                f"{parsed.key_or_group}: found several values, {parsed.input_line.partition('=')[2]}; accepted: one, "
+                f"with quotes where a comma is part of it, or -m for a run of each"
+            )
         if parsed.key_or_group in GROUPS and not parsed.is_delete() and parsed.value() is None:
             raise UserError(f"{parsed.key_or_group}: found null; accepted: one of its options, see --help")
     jobs = []
@@ -245,6 +253,8 @@ def read_config(directory: Path, where: str = "resume") -> DictConfig:
     """The configuration of the run in `directory`. Raises UserError where there is none or it cannot be read."""
     path = directory / "config.yaml"
     accepted = "accepted: the directory of a run, or latest"
+    if not path.is_file() and (directory / "sweep.yaml").is_file():
+        raise UserError(f"{where}: found {directory}, the directory of a sweep; accepted: sweep={directory}")
     if not path.is_file():
         raise UserError(f"{where}: found no {path}; {accepted}")
     register()
@@ -252,7 +262,7 @@ def read_config(directory: Path, where: str = "resume") -> DictConfig:
         config = OmegaConf.load(path)
     except (YAMLError, UnicodeDecodeError, OSError, OmegaConfBaseException):
         raise UserError(f"{where}: found {path}, which cannot be read as YAML; {accepted}") from None
-    if not isinstance(config, DictConfig):
-        raise UserError(f"{where}: found {path}, which holds no keys; {accepted}")
+    if not isinstance(config, DictConfig) or not {"method", "student", "data", "trainer"} <= config.keys():
+        raise UserError(f"{where}: found {path}, which is no configuration of a run; {accepted}")
     OmegaConf.set_struct(config, True)
     return config

@@ -75,8 +75,11 @@ def show(config: DictConfig, overrides: list[str]) -> None:
     if sizes:
         console.print("packed files: " + ", ".join(f"{name} {size / 1000:,.1f} kB" for name, size in sizes.items()))
     total = sum(minutes.values())
-    parts = ", ".join(f"{part} {value:.1f}" for part, value in minutes.items())
-    console.print(f"training, about {total:.1f} minutes on this machine ({parts}), and the quantization after it")
+    unit, length = ("minutes", 1) if total >= 1 else ("seconds", 60)
+    parts = ", ".join(f"{part} {length * value:.1f}" for part, value in minutes.items())
+    console.print(
+        f"training, about {length * total:.1f} {unit} on this machine ({parts}), and the quantization after it"
+    )
 
 
 def _add(printed: Table, role: str, stem: str, network: nn.Module, input_shape: tuple[int, int, int]) -> None:

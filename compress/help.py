@@ -24,10 +24,10 @@ compress: distil a student from a teacher, quantize it, and see the accuracy per
   python scripts/run.py -m method=kd,dkd seed=0,1             a sweep: every combination
   python scripts/run.py experiment=quickstart --dry-run       sizes and an estimate, nothing is trained
   python scripts/run.py resume=outputs/runs/DIRECTORY         continue an interrupted run; resume=latest: the last
-  python scripts/run.py sweep=outputs/sweeps/DIRECTORY        run the jobs of a sweep that are not finished
+  python scripts/run.py sweep=outputs/sweeps/DIRECTORY        run what a sweep has not finished; sweep=latest
 
   --cfg job       print the composed configuration        --help       this text
-  --dry-run       print models, sizes and minutes         -m           sweep over comma-separated values
+  --dry-run       print models, sizes and times           -m           sweep over comma-separated values
 
 Choose an option with group=option, set a key with group.key=value, add a key with +group.key=value."""
 
@@ -49,7 +49,10 @@ def help_text() -> str:
             said = next((line for line in comments if not line.startswith("# @package")), "#")
             lines.append(f"  {path.stem:<{width}}  {said.removeprefix('#').strip()}")
         parts.append("\n".join(lines))
-    parts.append("Keys of an option: --cfg job, or the files in conf/. Other keys: seed, output_directory.")
+    parts.append(
+        "Keys of an option: --cfg job, or the files in conf/. "
+        "Other keys: seed, output_directory, stages (runs one after the other), grid (what a sweep goes through)."
+    )
     return "\n\n".join(parts)
 
 

@@ -19,6 +19,7 @@ from torch import nn
 from compress import distributed, models, processes, resume, teachers
 from compress.check import check_arguments, parameter_names
 from compress.config import method_name
+from compress.errors import UserError
 from compress.files import write_json, write_text
 from compress.optim.groups import optimizer_factory
 from compress.progress import console
@@ -26,6 +27,7 @@ from compress.pruning.callback import Pruning
 from compress.pruning.recipe import MaskRecipe
 from compress.quantization.callback import PostTrainingQuantization
 from compress.results.record import surroundings
+from compress.results.sweep import DAMAGED
 from compress.results.tradeoff import Row
 from compress.results.wandb_run import open_loggers
 from compress.results.writing import show, write_results
@@ -199,9 +201,14 @@ def _start(
 
 def finished(directory: Path) -> Result:
     """The result of a run that was finished before, which is printed again."""
-    record = json.loads((directory / "result.json").read_text(encoding="utf-8"))
-    rows = [Row(**row) for row in record["tradeoff"]]
-    show(directory, rows, f"{record['student']['model']}: this run was finished before")
+    path = directory / "result.json"
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        rows = [Row(**row) for row in record["tradeoff"]]
+        model = record["student"]["model"]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"resume: found {path}, {DAMAGED}") from None
+    show(directory, rows, f"{model}: this run was finished before")
     return Result(directory, tuple(rows), record)
 
 
@@ -212,7 +219,13 @@ def record_start(directory: Path, overrides: Sequence[str]) -> dict[str, Any]:
         now = datetime.now().astimezone().isoformat(timespec="seconds")
         job = os.environ.get("SLURM_JOB_ID")
         write_json(path, {"overrides": list(overrides), "started": now} | ({"slurm_job": job} if job else {}))
-    return json.loads(path.read_text(encoding="utf-8"))
+    try:
+        started = json.loads(path.read_text(encoding="utf-8"))
+        return {"overrides": list(started["overrides"]), **started}
+    except (ValueError, KeyError, TypeError):
+        raise UserError(
+            f"resume: found {path}, which cannot be read; accepted: to remove it, and the run goes on without it"
+        ) from None
 
 
 class _Clock:

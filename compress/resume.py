@@ -30,13 +30,14 @@ class StoppedError(BaseException):
     """SIGINT or SIGTERM; no KeyboardInterrupt, which Lightning would turn into an exit of its own."""
 
     def __init__(self, number: int) -> None:
-        super().__init__(signal.Signals(number).name)
+        super().__init__(number)
         self.exit_code = 128 + number
-        self.directory = _own[0] if _own else None
+        self.reason = f"stopped by {signal.Signals(number).name}"
+        # What to type beside `python scripts/run.py`.
+        self.go_on = f"resume={_own[0]}" if _own else None
 
     def __str__(self) -> str:
-        said = f"stopped by {self.args[0]}"
-        return said if self.directory is None else f"{said}; to go on: resume={self.directory}"
+        return f"{self.reason}; to go on: {self.go_on}" if self.go_on else self.reason
 
 
 @contextmanager

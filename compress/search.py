@@ -85,7 +85,7 @@ def _open(space: Space, directory: Path) -> None:
     """Makes the directory of a checked search, or sees that it is there already."""
     path = directory / "search.json"
     if not path.exists():
-        if directory.exists() and (not directory.is_dir() or _names(directory)):
+        if directory.is_dir() and _names(directory):
             raise UserError(f"output: found {directory}, which holds something else; accepted: a new directory")
         check_space(space)
         make_chosen(directory, "output")
@@ -100,7 +100,10 @@ def _open(space: Space, directory: Path) -> None:
     content = flattened(space.content())
     for key in [*content, *known]:
         if key not in known or key not in content or known[key] != content[key]:
-            raise UserError(f"{key}: found another than in {path}; accepted: the same search, or a new directory")
+            raise UserError(
+                f"{key}: found {content.get(key, 'none')!r}, but {known.get(key, 'none')!r} in {path}; accepted: the "
+                "same search, or a new directory"
+            )
 
 
 def _names(directory: Path) -> list[str]:

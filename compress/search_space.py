@@ -125,8 +125,10 @@ def read_space(name: str, typed: Sequence[str] = ()) -> Space:
         raise UserError(f"space: found no file {name!r}; accepted: a YAML file, or {known}")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        raise UserError(f"space: found {path}, which cannot be read as YAML; accepted: a YAML file") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as failure:
+        mark = getattr(failure, "problem_mark", None)
+        place = f" from line {mark.line + 1} on" if mark else ""
+        raise UserError(f"space: found {path}, which cannot be read as YAML{place}; accepted: a YAML file") from None
     try:
         return _space(content, typed)
     except UserError as mistake:
@@ -134,7 +136,9 @@ def read_space(name: str, typed: Sequence[str] = ()) -> Space:
 
 
 def _space(content: Any, typed: Sequence[str]) -> Space:
-    given = check_arguments(TOP_LEVEL, content, "content")
+    if not isinstance(content, dict):
+        raise UserError(f"found {content!r}; accepted: a mapping with {', '.join(TOP_LEVEL)}")
+    given = check_arguments(TOP_LEVEL, content, "")
     if "space" not in given:
         raise UserError("space: found none; accepted: a mapping of keys to lists or ranges")
     overrides = (*given.get("overrides", ()), *typed)
@@ -231,7 +235,8 @@ def check_space(space: Space) -> None:
             if first is None or None in mistakes:
                 continue
             whole = isinstance(dimension, Range) and not dimension.whole and "whole number" in first
-            raise UserError(f"space.{key}: {first}{' (a range of those has type: int)' if whole else ''}")
+            said = first if first.startswith(f"{key}:") else f"{key}: {first}"
+            raise UserError(f"space.{said}{' (a range of those has type: int)' if whole else ''}")
 
 
 def _attempts(space: Space, key: str, value: str) -> Iterator[dict[str, str]]:

@@ -22,6 +22,8 @@ from compress.training import device
 from compress.variants import Variants
 
 GROUPS = ("data", "quantizer", "export")
+# What scripts/run.py takes besides.
+OF_TRAINING = {*checks.GROUPS, "stages", "grid"} - {*GROUPS}
 KEYS = ("checkpoint", "model", "seed", "output_directory", "trainer.accelerator")
 
 
@@ -100,6 +102,10 @@ def _split(overrides: Sequence[str]) -> dict[str, str]:
     for override in overrides:
         key, equals, value = override.lstrip("+~").partition("=")
         known = key in KEYS or key.split(".")[0] in (*GROUPS, "model")
+        if equals and not known and key.split(".")[0] not in OF_TRAINING:
+            raise UserError(
+                f"{key}: found an unknown key; accepted: {', '.join(KEYS)}, {', '.join(GROUPS)} and the keys of these"
+            )
         if not equals or not known:
             raise UserError(
                 f"{override}: nothing is trained here; accepted: {', '.join(f'{each}=' for each in (*KEYS, *GROUPS))} "

@@ -34,7 +34,7 @@ from compress.files import write_text
 from compress.launchers.separate import SeparateLauncher
 from compress.progress import console
 from compress.results.sweep import FAILED, exit_code, outcome, record_failure, summarise, sweep_table
-from compress.resume import OwnedError
+from compress.resume import OwnedError, StoppedError
 
 SWEEP = "sweep.yaml"
 # What a sweep decides itself: jobs are expanded before they are checked, and lie in numbered directories.
@@ -89,6 +89,18 @@ def resume(directory: Path, overrides: Sequence[str] = ()) -> int:
         configuration.compose_jobs([*sweep.jobs[number], *settings])
     with _alone(directory):
         return _run(sweep, settings)
+
+
+def latest(output_directory: Path) -> Path:
+    """The sweep with jobs to run that was started last and is not going on."""
+    found = output_directory.glob(f"sweeps/*/{SWEEP}")
+    for path in sorted(found, key=lambda path: (path.stat().st_mtime_ns, str(path)), reverse=True):
+        if _missing(_read(path.parent)) and not _is_running(path.parent):
+            return path.parent
+    raise UserError(
+        f"sweep: found no unfinished sweep in {output_directory}/sweeps; accepted: sweep=DIRECTORY, or "
+        "output_directory=... beside sweep=latest"
+    )
 
 
 def job(config: DictConfig) -> None:
@@ -180,6 +192,14 @@ def _alone(directory: Path) -> Iterator[None]:
         lock.release()
 
 
+def _is_running(directory: Path) -> bool:
+    try:
+        with _alone(directory):
+            return False
+    except UserError:
+        return True
+
+
 def _run(sweep: Sweep, settings: Sequence[str] = ()) -> int:
     missing = _missing(sweep)
     done = len(sweep.jobs) - len(missing)
@@ -189,8 +209,13 @@ def _run(sweep: Sweep, settings: Sequence[str] = ()) -> int:
     try:
         if jobs:
             _launch(sweep, jobs)
+    except StoppedError as stopped:
+        stopped.go_on = f"sweep={sweep.directory}"
+        raise
     finally:
         code = _report(sweep)
+    if code:
+        console.print(f"run what is missing: python scripts/run.py sweep={sweep.directory}", markup=False)
     return code
 
 
@@ -218,12 +243,9 @@ def _report(sweep: Sweep) -> int:
     for number, ended in enumerate(outcomes):
         if ended.state == "failed":
             console.print(f"job {number} failed: {ended.reason} ({sweep.place(number)}/)", markup=False)
-    code = exit_code(outcomes)
-    if code:
-        console.print(f"run what is missing: python scripts/run.py sweep={sweep.directory}", markup=False)
     if (sweep.directory / "summary.csv").exists():
         console.print(f"results in {escape(str(sweep.directory))}/: summary.csv, and a directory per job")
-    return code
+    return exit_code(outcomes)
 
 
 def _missing(sweep: Sweep) -> list[int]:
@@ -232,6 +254,8 @@ def _missing(sweep: Sweep) -> list[int]:
 
 def _read(directory: Path) -> Sweep:
     path = directory / SWEEP
+    if not path.is_file() and (directory / "config.yaml").is_file():
+        raise UserError(f"sweep: found {directory}, the directory of a run; accepted: resume={directory}")
     if not path.is_file():
         raise UserError(f"sweep: found no {path}; accepted: the directory of a sweep")
     try:

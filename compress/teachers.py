@@ -19,6 +19,7 @@ from torch import nn
 
 from compress import ensemble, models
 from compress.check import parameter_names
+from compress.errors import UserError
 from compress.evaluation import evaluate
 from compress.files import remove_leftovers, write_atomically, write_json
 from compress.losses.cross_entropy import CrossEntropy
@@ -170,7 +171,11 @@ def _find_or_train(
         shutil.rmtree(path.with_suffix(""), ignore_errors=True)
     finally:
         lock.release()
-    models.load_weights(network, path, where="teacher")
+    try:
+        models.load_weights(network, path, where="teacher")
+    except UserError as mistake:
+        found = str(mistake).partition("; accepted:")[0]
+        raise UserError(f"{found}; accepted: to remove that file, and the teacher is trained again") from None
     # Not whether it was just now: the run may have been interrupted since.
     identity = path.with_suffix(".json")
     kept = json.loads(identity.read_text(encoding="utf-8")) if identity.exists() else {}

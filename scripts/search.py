@@ -54,7 +54,7 @@ def main() -> int:
         with stoppable():
             return exit_code(lambda: good.append(search(arguments))) or int(not all(good))
     except StoppedError as stopped:
-        print("interrupted; the same command goes on", file=sys.stderr)
+        print(f"{stopped.reason}; the same command goes on", file=sys.stderr)
         return stopped.exit_code
 
 

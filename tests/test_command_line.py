@@ -125,6 +125,10 @@ MISTAKES = {
     "-m hydra/launcher=ray hydra.launcher.address=127.0.0.1:9": ["hydra.launcher.address:", "127.0.0.1:9", "refused"],
     "-m hydra.sweep.subdir=x": ["hydra.sweep.subdir:"],
     "--frobnicate": ["--frobnicate", "--help"],
+    "seed=0,1": ["seed:", "0,1", "-m"],
+    "student=resnet8 -m seed=0,1 optimizer.lr=a": ["optimizer.lr:", "'a'"],
+    "student=resnet8 --cfg foo seed=1": ["--cfg", "'foo'"],
+    "sweep=latest": ["sweep:", "outputs/sweeps", "DIRECTORY"],
 }
 
 
@@ -151,12 +155,41 @@ def test_a_mistake_in_a_real_process_has_no_traceback(tmp_path):
     assert done.stderr.startswith("error: student: found 'resnet99'")
 
 
-@pytest.mark.parametrize("content", [b"a: [1\n", bytes(range(256)), b"", b"- 1\n", b"text", b"a: ${b"])
+def test_options_may_stand_between_overrides(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT)])
+    assert main(["student=resnet8", "--cfg", "job", "seed=7"]) == 0
+    shown = OmegaConf.create(capsys.readouterr().out)
+    assert (shown.student.stem, shown.seed) == ("resnet8", 7)
+
+
+@pytest.mark.parametrize("key", ["hydra.run.dir", "hydra.sweep.dir"])
+def test_a_file_is_no_directory_of_a_run(key, tmp_path, capsys):
+    (tmp_path / "taken").touch()
+    assert main([*(["-m"] if "sweep" in key else []), "method=supervised", f"{key}=taken"]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {key}: found taken, which cannot be made")
+
+
+@pytest.mark.parametrize(
+    ("typed", "name", "line"),
+    [
+        ("resume", "sweep.yaml", "error: resume: found there, the directory of a sweep; accepted: sweep=there"),
+        ("sweep", "config.yaml", "error: sweep: found there, the directory of a run; accepted: resume=there"),
+    ],
+)
+def test_a_run_is_told_from_a_sweep(typed, name, line, capsys):
+    Path("there").mkdir()
+    Path("there", name).touch()
+    assert main([f"{typed}=there"]) == 2
+    assert capsys.readouterr().err == f"{line}\n"
+
+
+@pytest.mark.parametrize("content", [b"a: [1\n", bytes(range(256)), b"", b"- 1\n", b"text", b"a: ${b", b"a: 1"])
 def test_a_directory_whose_configuration_is_damaged_cannot_be_resumed(content, tmp_path, capsys):
     (tmp_path / "config.yaml").write_bytes(content)
     assert main([f"resume={tmp_path}"]) == 2
     [line] = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: ")
+    assert line.startswith(f"error: resume: found {tmp_path}/config.yaml, which ")
     assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
 
 
@@ -193,10 +226,10 @@ def test_cfg_job_prints_the_composed_configuration(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_dry_run_prints_sizes_and_minutes_and_writes_nothing(tmp_path, capsys):
+def test_dry_run_prints_sizes_and_times_and_writes_nothing(tmp_path, capsys):
     assert main(["--dry-run", "experiment=quickstart"]) == 0
     said = capsys.readouterr().out
-    for part in ("resnet20", "272,474", "resnet8", "78,042", "2 bit", "minutes"):
+    for part in ("resnet20", "272,474", "resnet8", "78,042", "2 bit", "seconds on this machine"):
         assert part in said
     assert list(tmp_path.iterdir()) == []
 

@@ -250,6 +250,50 @@ def test_a_run_that_is_going_on_is_not_resumed(tmp_path, monkeypatch, capsys):
     assert [path.name for path in DIRECTORY.iterdir()] == ["config.yaml"]
 
 
+@pytest.mark.slow
+def test_what_was_damaged_since_is_named_with_what_to_do(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main([*SUPERVISED, "trainer.max_epochs=1", f"hydra.run.dir={DIRECTORY}"]) == 0
+    capsys.readouterr()
+
+    def refused():
+        assert main([f"resume={DIRECTORY}"]) == 2
+        [line] = capsys.readouterr().err.splitlines()
+        return line
+
+    whole = (DIRECTORY / "result.json").read_bytes()
+    for content in (b"{", b"{}", whole[:-100]):
+        (DIRECTORY / "result.json").write_bytes(content)
+        assert refused().startswith(f"error: resume: found {DIRECTORY}/result.json, which cannot be read")
+    (DIRECTORY / "result.json").unlink()
+    for name in ("last.ckpt", "best.ckpt"):
+        path = DIRECTORY / "checkpoints" / name
+        content = path.read_bytes()
+        path.write_bytes(content[:3000])
+        assert refused().startswith(f"error: resume: found {path}, which is damaged; accepted: to remove {path.parent}")
+        path.write_bytes(content)
+    (DIRECTORY / "started.json").write_text("[")
+    assert refused().startswith(f"error: resume: found {DIRECTORY}/started.json, which cannot be read")
+    (DIRECTORY / "started.json").unlink()
+    assert main([f"resume={DIRECTORY}"]) == 0
+
+
+@pytest.mark.slow
+def test_a_teacher_that_was_damaged_since_is_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    typed = [*STUDENT, "method=kd", "teacher=resnet8", "teacher.training.epochs=1", "quantizer.bits=[4]"]
+    assert main([*typed, "trainer.max_epochs=1"]) == 0
+    [kept] = Path("outputs/teachers").glob("*.safetensors")
+    kept.write_bytes(kept.read_bytes()[:-1])
+    capsys.readouterr()
+    assert main([*typed, "trainer.max_epochs=1"]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line == (
+        f"error: teacher: found {kept}, which is damaged or no safetensors file; "
+        "accepted: to remove that file, and the teacher is trained again"
+    )
+
+
 def test_only_what_a_killed_process_left_half_written_is_removed(tmp_path):
     ours = [tmp_path / "checkpoints" / ".best-a1_b2c3d.ckpt", tmp_path / ".metrics-abcdefgh.csv"]
     others = [tmp_path / "run.log", tmp_path / ".hidden-name", tmp_path / "wandb" / ".best-a1_b2c3d.ckpt"]

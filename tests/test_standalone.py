@@ -138,6 +138,7 @@ def test_networks_without_some_channels_or_weights_are_quantized_as_they_are(run
         (["checkpoint={state}", "model=resnet99"], "student: found 'resnet99'; accepted"),
         (["checkpoint={state}", "model=resnet20"], "lacks"),
         (["checkpoint={run}", "method=kd"], "method=kd: nothing is trained here; accepted"),
+        (["checkpoint={run}", "quantiser=gptq"], "quantiser: found an unknown key; accepted: checkpoint, .*quantizer"),
         (["checkpoint={run}", "quantizer=none"], "quantizer: found none"),
         (["checkpoint={run}", "quantizer.bits=[0]"], "quantizer.bits"),
         (["checkpoint={run}", "quantizer.budget=1kB"], "the smallest file with these quantizer.bits has"),

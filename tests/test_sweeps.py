@@ -14,8 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from filelock import FileLock
 
 import compress
+from compress import sweeps
 from compress.cli import main
 from compress.files import make_directory
 from compress.results.sweep import outcome
@@ -273,6 +275,20 @@ def test_directories_that_are_made_at_the_same_moment_are_different(tmp_path):
     for process in processes:
         process.join()
     assert len(set(made)) == 400
+
+
+def test_the_latest_sweep_is_the_one_that_was_started_last_of_those_neither_finished_nor_going_on(tmp_path):
+    for number, name in enumerate(("old", "finished", "going-on")):
+        directory = tmp_path / "sweeps" / name
+        directory.mkdir(parents=True)
+        (directory / "sweep.yaml").write_text(yaml.safe_dump({"hydra": [], "jobs": [ALONE]}))
+        os.utime(directory / "sweep.yaml", (number, number))
+    done = tmp_path / "sweeps" / "finished" / "0"
+    done.mkdir()
+    (done / "result.json").write_text('{"tradeoff": []}')
+    with FileLock(tmp_path / "sweeps" / "going-on" / ".lock"):
+        assert sweeps.latest(tmp_path) == tmp_path / "sweeps/old"
+    assert sweeps.latest(tmp_path) == tmp_path / "sweeps/going-on"
 
 
 @pytest.mark.parametrize("content", [b"", b"jobs: [1]", b"jobs: []\nhydra: []", b"a: [", bytes(range(256)), b"- 1"])

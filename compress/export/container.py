@@ -73,7 +73,7 @@ def read(path: Path) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
     """
     accepted = "accepted: a model file that compress wrote"
     if not path.is_file():
-        raise UserError(f"{path}: found no such file; {accepted}")
+        raise UserError(f"{path}: found {'a folder' if path.is_dir() else 'no such file'}; {accepted}")
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             metadata = file.metadata() or {}

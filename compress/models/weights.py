@@ -105,11 +105,12 @@ def _read(path: Path, where: str) -> Any:
     try:
         with path.open("rb") as file:
             mappable = file.read(4) == b"PK\x03\x04"  # files from before torch 1.6 are no zip archives
+    except OSError as error:
+        raise UserError(f"{where}: found {path}, which cannot be read ({error.strerror}); {ACCEPTED}") from None
+    try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of what a file looks like that is then refused, or loaded
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mappable)
-    except OSError as error:
-        raise UserError(f"{where}: found {path}, which cannot be read ({error.strerror}); {ACCEPTED}") from None
     except Exception as error:  # a damaged file can fail anywhere in the decoder, with any exception
         if isinstance(error, pickle.UnpicklingError) and "global" in str(error).lower():
             raise UserError(

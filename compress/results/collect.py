@@ -50,10 +50,11 @@ def collect(paths: Iterable[Path]) -> Collection:
         except UserError as problem:
             problems.append(f"{problem}; the run is left out")
     if not runs:
-        why = f"{len(problems)} that cannot be read ({problems[0]})" if problems else "none"
-        why += f", {len(unfinished)} not finished" if unfinished else ""
+        why = [f"{len(problems)} that cannot be read ({problems[0]})"] if problems else []
+        why += [f"{len(unfinished)} not finished"] if unfinished else []
+        said = ": ".join(["found no finished run", *([", ".join(why)] if why else [])])
         where = ", ".join(map(str, paths))
-        raise UserError(f"{where}: found no finished run: {why}; accepted: run directories, or a folder of them")
+        raise UserError(f"{where}: {said}; accepted: run directories, or a folder of them")
     return Collection(tuple(runs), unfinished, tuple(problems))
 
 

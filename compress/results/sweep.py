@@ -20,6 +20,8 @@ from compress.results.tradeoff import Row
 
 FAILED = "failed.txt"
 USER_ERROR = "error: "
+# Of a `result.json`.
+DAMAGED = "which cannot be read; accepted: to remove it, and the run goes on from its checkpoints"
 
 
 @dataclass(frozen=True)
@@ -54,8 +56,8 @@ def outcome(directory: Path) -> Outcome:
         try:
             record = json.loads((directory / "result.json").read_text(encoding="utf-8"))
             return Outcome("finished", rows=tuple(Row(**row) for row in record["tradeoff"]))
-        except (ValueError, KeyError, TypeError) as failure:
-            return Outcome("failed", f"result.json cannot be read ({type(failure).__name__})")
+        except (ValueError, KeyError, TypeError):
+            return Outcome("failed", f"{USER_ERROR}found result.json, {DAMAGED}")
     if (directory / FAILED).exists():
         return Outcome("failed", (directory / FAILED).read_text(encoding="utf-8").partition("\n")[0])
     return Outcome("not finished")

@@ -50,4 +50,6 @@ def show(directory: Path, rows: Sequence[Row], title: str) -> None:
     console.print(table(rows, escape(title)))
     names = ["tradeoff.csv", "tradeoff.png", "layers.png", "weights.png", "result.json", "config.yaml", "models/"]
     there = [name for name in [*names, "checkpoints/"] if (directory / name).exists()]
-    console.print(f"results in {directory}/: {', '.join(there)}")
+    here = Path.cwd()
+    place = directory.relative_to(here) if directory.is_relative_to(here) else directory
+    console.print(f"results in {place}/: {', '.join(there)}")

@@ -198,7 +198,7 @@ def test_the_default_is_report_html_in_the_working_directory(runs, tmp_path):
 MISTAKES = [
     (["nowhere"], "nowhere: found no such directory; accepted: directories"),
     (["runs/0/result.json"], "runs/0/result.json: found a file; accepted: directories"),
-    (["empty"], "empty: found no finished run: none; accepted: run directories, or a folder of them"),
+    (["empty"], "empty: found no finished run; accepted: run directories, or a folder of them"),
     (["damaged"], "damaged: found no finished run: 1 that cannot be read"),
     (["runs", "-o", "report.pdf"], "report.pdf: found the suffix '.pdf'; accepted: .html, .md, .csv, .png"),
     (["runs", "-o", "report"], "report: found the suffix ''; accepted: .html, .md, .csv, .png"),
