@@ -85,13 +85,18 @@ def _main(arguments: list[str]) -> int:
             for typed, config in jobs:
                 show(config, typed)
             return 0
-        from compress import sweeps
+        from compress import distributed, sweeps
+        from compress.processes import node_rank
 
         sweeps.check_launcher(overrides, multirun)
         again = None if multirun else requeued(Path(jobs[0][1].output_directory), overrides)
         if again is not None:
             return _resume(again, [])
         directory = _own_directory(jobs[0][1], overrides, multirun)
+        if not multirun and node_rank(jobs[0][1].trainer) > 0:
+            # Without Hydra, which would write to the directory that the first machine is to find empty.
+            distributed.join(jobs[0][1], directory)
+            return 0
         if multirun:
             return sweeps.start(directory, [typed for typed, _ in jobs], overrides)
         arguments.append(sweeps.hydra_override("hydra.run.dir", str(directory)))
@@ -186,8 +191,8 @@ def _resume(directory: Path, overrides: list[str]) -> int:
             raise UserError(
                 f"{override}: a resumed run keeps its configuration; accepted: trainer.*=... and logger.*=..."
             )
-        if config.get("stages") and override.startswith("trainer.max_epochs="):
-            raise UserError(f"{override}: the stages of a resumed run keep their epochs; accepted: other trainer.*=...")
+        if config.get("stages"):
+            stages.refuse_epochs(override)
         configuration.apply_override(config, override)
     if config.get("stages"):
         checks.check_values(config)

@@ -118,6 +118,8 @@ def check_job(config: DictConfig, overrides: Sequence[str]) -> None:
         check(config, overrides)
         return
     check_values(config)
+    if config.trainer.get("num_nodes", 1) > 1:
+        raise UserError(f"stages: found {len(config.stages)} for several machines; accepted: trainer.num_nodes=1")
     student = None
     for name, stage in compose_stages(config, overrides):
         try:

@@ -19,7 +19,8 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -29,11 +30,15 @@ from omegaconf import DictConfig, OmegaConf
 
 from compress import teachers
 from compress.errors import UserError
-from compress.files import write_json
+from compress.files import write_json, write_text
 from compress.paths import PACKAGE
 from compress.processes import FAILURES, node_rank, processes, processes_here
 from compress.progress import console
 from compress.training import LAST, device, epoch_of
+
+# Why the first of several machines ended, for the others, which may look a little later.
+ENDED = "ended.txt"
+RECENT = 60.0  # seconds
 
 
 def train(config: DictConfig, directory: Path) -> None:
@@ -41,8 +46,8 @@ def train(config: DictConfig, directory: Path) -> None:
 
     `directory` holds config.yaml already. Raises what one of the processes fails with, when all have ended.
     """
-    last = directory / "checkpoints" / LAST
-    if last.exists() and epoch_of(last) >= config.trainer.max_epochs:
+    _meeting_point(config.trainer)  # whether there is one
+    if _is_trained(config, directory):
         return
     if teachers.is_used(config):
         data = instantiate(config.data, seed=config.seed, device=device(config.trainer.accelerator))
@@ -58,15 +63,46 @@ def train(config: DictConfig, directory: Path) -> None:
 
 
 def join(config: DictConfig, directory: Path) -> None:
-    """The part of a machine that is not the first: waits until that begins to train, and trains along."""
+    """The part of a machine that is not the first: waits until that begins to train, and trains along.
+
+    Where the first finds the training done, this is over too. Raises UserError where the first has ended before.
+    """
     address, port = _meeting_point(config.trainer)
+    begun = time.time()
     while True:
         try:
             socket.create_connection((address, port), timeout=10).close()
             break
         except OSError:
+            if (directory / "result.json").exists() or _is_trained(config, directory):
+                return
+            ended = directory / ENDED
+            if ended.exists() and ended.stat().st_mtime > begun - RECENT:
+                said = ended.read_text(encoding="utf-8").strip()
+                raise UserError(f"{ended}: the first machine has ended ({said}); accepted: the same command") from None
             time.sleep(1)
     _start(config.trainer, directory)
+
+
+@contextmanager
+def ends_all(trainer: Mapping[str, Any], directory: Path) -> Iterator[None]:
+    """What the first of several machines does: where it fails, the others find in `directory` that it did."""
+    if trainer.get("num_nodes", 1) == 1:
+        yield
+        return
+    ended = directory / ENDED
+    ended.unlink(missing_ok=True)
+    try:
+        yield
+    except BaseException as failure:
+        said = str(failure).splitlines()
+        write_text(ended, f"{type(failure).__name__}: {said[0] if said else 'no more is known'}\n")
+        raise
+
+
+def _is_trained(config: DictConfig, directory: Path) -> bool:
+    last = directory / "checkpoints" / LAST
+    return last.exists() and epoch_of(last) >= config.trainer.max_epochs
 
 
 def _start(trainer: Mapping[str, Any], directory: Path) -> None:
@@ -91,7 +127,10 @@ def _meeting_point(trainer: Mapping[str, Any]) -> tuple[str, int]:
             free.bind(("127.0.0.1", 0))
             return free.getsockname()
     if "MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ:
-        return os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        port = os.environ["MASTER_PORT"]
+        if not port.isdecimal() or not 0 < int(port) < 2**16:
+            raise UserError(f"MASTER_PORT: found {port!r}; accepted: 1 to {2**16 - 1}")
+        return os.environ["MASTER_ADDR"], int(port)
     nodes = os.environ.get("SLURM_JOB_NODELIST")
     if nodes is None:
         raise UserError(
@@ -134,7 +173,7 @@ def watch(command: Sequence[str], environments: Sequence[Mapping[str, str]]) -> 
 
 def _raise(codes: Sequence[int | None], folder: Path) -> NoReturn:
     """The failure that came first; the others fail because of it."""
-    said = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*.json")]
+    said = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("[0-9]*.json")]
     for failure in sorted(said, key=lambda each: each["time"]):
         if failure["mistake"]:
             raise UserError(failure["mistake"])

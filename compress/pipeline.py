@@ -28,7 +28,7 @@ from compress.pruning.recipe import MaskRecipe
 from compress.quantization.callback import PostTrainingQuantization
 from compress.results.record import surroundings
 from compress.results.sweep import DAMAGED
-from compress.results.tradeoff import Row
+from compress.results.tradeoff import Row, read_rows
 from compress.results.wandb_run import open_loggers
 from compress.results.writing import show, write_results
 from compress.resume import STARTED
@@ -55,16 +55,23 @@ def run(
     Everything a run leaves is described in `compress.results`. The result of a finished run is read and returned. Of
     several machines only the first has a result.
     """
-    if (directory / "result.json").exists():
-        return finished(directory)
     if processes.node_rank(config.trainer) > 0:
         return distributed.join(config, directory)
     with resume.owned(directory):
+        if (directory / "result.json").exists():
+            return finished(directory)
+        processes.act_alone()
         started = record_start(directory, overrides)
         write_text(directory / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
         clock = _Clock()
         if processes.is_wanted(config.trainer):
-            distributed.train(config, directory)
+            try:
+                with distributed.ends_all(config.trainer, directory):
+                    distributed.train(config, directory)
+            except BaseException:
+                # The process that had opened them is dead; what they keep elsewhere has to end all the same.
+                with open_loggers(config, directory, started["overrides"]):
+                    raise
             clock.lap("distributed")
         with open_loggers(config, directory, started["overrides"]) as loggers:
             return _run(config, directory, started, clock, loggers, reference)
@@ -204,9 +211,9 @@ def finished(directory: Path) -> Result:
     path = directory / "result.json"
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        rows = [Row(**row) for row in record["tradeoff"]]
+        rows = read_rows(record)
         model = record["student"]["model"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"resume: found {path}, {DAMAGED}") from None
     show(directory, rows, f"{model}: this run was finished before")
     return Result(directory, tuple(rows), record)

@@ -10,6 +10,7 @@ import torch
 from lightning_fabric.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 from omegaconf import DictConfig
 from pytorch_lightning.strategies import DDPStrategy
+from pytorch_lightning.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 
 from compress.errors import UserError
@@ -44,7 +45,16 @@ def node_rank(trainer: Mapping[str, Any]) -> int:
     """The number of this machine among those that train together; the first does everything else."""
     if not is_wanted(trainer) or trainer.get("num_nodes", 1) == 1:
         return 0
-    return int(os.environ.get("NODE_RANK", os.environ.get("SLURM_NODEID", "0")))
+    key = next((each for each in ("NODE_RANK", "SLURM_NODEID") if each in os.environ), None)
+    found = os.environ[key] if key else "0"
+    if not found.isdecimal() or int(found) >= trainer["num_nodes"]:
+        raise UserError(f"{key}: found {found!r}; accepted: 0 to {trainer['num_nodes'] - 1}, below trainer.num_nodes")
+    return int(found)
+
+
+def act_alone() -> None:
+    """This process logs and writes, whatever number a launcher such as srun has given it."""
+    rank_zero_only.rank = 0
 
 
 def lightning_options(trainer: Mapping[str, Any]) -> dict[str, Any]:

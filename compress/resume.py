@@ -18,8 +18,10 @@ from compress.errors import UserError
 from compress.files import remove_leftovers
 
 STARTED = "started.json"
-# The run directories that this process works on: that of the whole, then that of a stage of it.
-_own: list[Path] = []
+# What to type beside `python scripts/run.py` to go on with what this process does: a sweep, its job, a stage of it.
+_under_way: list[str] = []
+# The signal that `stoppable` was told of.
+_stops: list["StoppedError"] = []
 
 
 class OwnedError(UserError):
@@ -33,8 +35,7 @@ class StoppedError(BaseException):
         super().__init__(number)
         self.exit_code = 128 + number
         self.reason = f"stopped by {signal.Signals(number).name}"
-        # What to type beside `python scripts/run.py`.
-        self.go_on = f"resume={_own[0]}" if _own else None
+        self.go_on = _under_way[0] if _under_way else None
 
     def __str__(self) -> str:
         return f"{self.reason}; to go on: {self.go_on}" if self.go_on else self.reason
@@ -47,25 +48,43 @@ def stoppable() -> Iterator[None]:
         yield
         return
     numbers = (signal.SIGINT, signal.SIGTERM)
-    raised: list[StoppedError] = []
 
     def stop(number: int, frame: FrameType | None) -> None:
         for each in numbers:
             signal.signal(each, signal.SIG_DFL)
-        raised.append(StoppedError(number))
-        raise raised[0]
+        _stops.append(StoppedError(number))
+        raise _stops[0]
 
     before = {number: signal.signal(number, stop) for number in numbers}
     try:
         yield
     except Exception:
-        # A library of native code that was called just then, such as safetensors, says that it failed itself.
-        if raised:
-            raise raised[0] from None
+        raise_if_stopped()
         raise
     finally:
+        _stops.clear()
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def under_way(go_on: str) -> Iterator[None]:
+    """A signal within says that `go_on` continues, unless that of something around it does."""
+    _under_way.append(go_on)
+    try:
+        yield
+    finally:
+        _under_way.remove(go_on)
+
+
+def raise_if_stopped() -> None:
+    """Raises the StoppedError that was raised before and lost.
+
+    A library of native code that is called just then, such as safetensors or Ray, says that it failed itself, or
+    nothing at all. Whoever goes on after any exception asks here first.
+    """
+    if _stops:
+        raise _stops[0] from None
 
 
 @contextmanager
@@ -80,11 +99,8 @@ def owned(directory: Path) -> Iterator[None]:
             raise OwnedError(f"resume: found {directory}, where a run is going on; accepted: one that was interrupted")
         for folder in (directory, directory / "checkpoints", directory / "models"):
             remove_leftovers(folder)
-        _own.append(directory)
-        try:
+        with under_way(f"resume={directory}"):
             yield
-        finally:
-            _own.remove(directory)
     finally:
         os.close(handle)
 

@@ -9,6 +9,7 @@ directory. Optuna maximises the validation accuracy and minimises the bytes of `
 import json
 import multiprocessing
 import os
+import signal
 import threading
 import traceback
 from collections.abc import Mapping
@@ -27,11 +28,13 @@ from compress.files import make_chosen, write_json
 from compress.progress import console
 from compress.results.finished import flattened
 from compress.results.search import Point, chosen, pareto_set, read_points, write_pareto
+from compress.resume import StoppedError, raise_if_stopped, stoppable
 from compress.search_space import Choices, Space, check_space
 
 SAMPLERS = {"tpe": "TPESampler", "nsga2": "NSGAIISampler"}
 # A trial that ends its process every time, by its memory perhaps, must not do so for ever.
 TRIES = 5
+GRACE = 10  # seconds for a process to end what it has open elsewhere
 
 
 def search(space: Space, directory: Path, trials: int, processes: int = 1) -> "Outcome":
@@ -242,11 +245,13 @@ def _work(space: Space, directory: Path, limit: int) -> None:
                 run_directory.mkdir(parents=True, exist_ok=True)
                 row = chosen(stages.run(composed, run_directory, typed).rows)
             except UserError as mistake:
+                raise_if_stopped()
                 console.print(f"trial {run_directory.name}: {mistake}", markup=False)
                 trial.set_user_attr("reason", str(mistake))
                 # Not failed: samplers learn from pruned trials that there is nothing good here.
                 own.study.tell(trial, state=own.states.PRUNED)
             except Exception as failure:
+                raise_if_stopped()
                 # One combination may run out of memory, say; the others are not to blame.
                 traceback.print_exc()
                 trial.set_user_attr("reason", f"{type(failure).__name__}: {failure}".splitlines()[0])
@@ -269,6 +274,9 @@ def _work_beside(space: Space, directory: Path, limit: int, processes: int) -> N
     finally:  # an interrupt, perhaps, of which they know nothing
         for worker in workers:
             worker.terminate()
+        for worker in workers:
+            worker.join(GRACE)
+            worker.kill()
             worker.join()
     ended = sum(1 for worker in workers if worker.exitcode)
     if ended:
@@ -278,9 +286,12 @@ def _work_beside(space: Space, directory: Path, limit: int, processes: int) -> N
 def _worker(space: Space, directory: Path, limit: int) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
-        _work(space, directory, limit)
-    except KeyboardInterrupt:
-        os._exit(130)
+        with stoppable():
+            # Ctrl-C reaches all processes of a terminal; theirs is ended by the one that started them.
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            _work(space, directory, limit)
+    except StoppedError as stopped:
+        os._exit(stopped.exit_code)
 
 
 def _end_with_parent() -> None:

@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from compress import config as configuration
 from compress import pipeline, resume
 from compress.checks import check
+from compress.errors import UserError
 from compress.files import write_json, write_text
 from compress.pipeline import Result
 from compress.progress import console
@@ -28,15 +29,17 @@ def run(config: DictConfig, directory: Path, overrides: Sequence[str] = ()) -> R
     """Does what a checked `config` says, in stages if it has any; without, this is `compress.pipeline.run`."""
     if not config.get("stages"):
         return pipeline.run(config, directory, overrides)
-    if (directory / "result.json").exists():
-        return pipeline.finished(directory)
     with resume.owned(directory):
+        if (directory / "result.json").exists():
+            return pipeline.finished(directory)
         return _run(config, directory, overrides)
 
 
 def _run(config: DictConfig, directory: Path, overrides: Sequence[str]) -> Result:
     started = pipeline.record_start(directory, overrides)
-    if not (directory / "config.yaml").exists():
+    if (directory / "config.yaml").exists():
+        _heed(config, directory, [each for each in overrides if each not in started["overrides"]])
+    else:
         for name, composed in configuration.compose_stages(config, overrides):
             write_text(directory / name / "config.yaml", OmegaConf.to_yaml(composed, resolve=True))
     # Only now, because its presence says that the configurations of the stages are all there.
@@ -48,9 +51,6 @@ def _run(config: DictConfig, directory: Path, overrides: Sequence[str]) -> Resul
         stage = configuration.read_config(directory / name)
         if results:
             stage.student.checkpoint = str(results[-1].directory / "checkpoints" / BEST)
-        # They may be others since the run was resumed.
-        stage.trainer = OmegaConf.merge(config.trainer, {"max_epochs": stage.trainer.max_epochs})
-        stage.logger = config.logger
         if not (directory / name / "result.json").exists():
             check(stage)
         console.print(f"stage {number} of {len(names)}: {config.stages[number - 1].name}", style="bold")
@@ -58,6 +58,23 @@ def _run(config: DictConfig, directory: Path, overrides: Sequence[str]) -> Resul
         if get_class(stage.method._target_).grids(stage.method) is None:
             reference = results[-1].directory / "checkpoints" / BEST
     return _whole(config, directory, started, results)
+
+
+def refuse_epochs(override: str) -> None:
+    """Raises UserError where `override` would change the epochs of stages that were shared out before."""
+    if override.startswith("trainer.max_epochs="):
+        raise UserError(f"{override}: the stages of a resumed run keep their epochs; accepted: other trainer.*=...")
+
+
+def _heed(config: DictConfig, directory: Path, overrides: Sequence[str]) -> None:
+    """Changes the stages that are not finished by `overrides` of trainer.* and logger.*, typed for a resumed run."""
+    for name in configuration.stage_directories(config):
+        if not (directory / name / "result.json").exists():
+            stage = configuration.read_config(directory / name)
+            for override in overrides:
+                refuse_epochs(override)
+                configuration.apply_override(stage, override)
+            write_text(directory / name / "config.yaml", OmegaConf.to_yaml(stage, resolve=True))
 
 
 def _whole(config: DictConfig, directory: Path, started: Mapping[str, Any], results: Sequence[Result]) -> Result:

@@ -26,7 +26,7 @@ from omegaconf import DictConfig
 from pydantic import TypeAdapter
 from rich.markup import escape
 
-from compress import checks, stages
+from compress import checks, processes, stages
 from compress import config as configuration
 from compress.check import check_arguments
 from compress.errors import UserError
@@ -34,7 +34,7 @@ from compress.files import write_text
 from compress.launchers.separate import SeparateLauncher
 from compress.progress import console
 from compress.results.sweep import FAILED, exit_code, outcome, record_failure, summarise, sweep_table
-from compress.resume import OwnedError, StoppedError
+from compress.resume import OwnedError, raise_if_stopped, under_way
 
 SWEEP = "sweep.yaml"
 # What a sweep decides itself: jobs are expanded before they are checked, and lie in numbered directories.
@@ -107,19 +107,24 @@ def job(config: DictConfig) -> None:
     """What Hydra calls for each job, in this process or another: a run whose failure stays in its directory."""
     hydra = HydraConfig.get()
     directory = Path(hydra.runtime.output_dir)
-    (directory / FAILED).unlink(missing_ok=True)
+    first = processes.node_rank(config.trainer) == 0
+    if first:
+        (directory / FAILED).unlink(missing_ok=True)
     try:
         checks.check_values(config)
         stages.run(config, directory, list(hydra.overrides.task))
     except OwnedError:
         # A job of a launcher may outlive the process that started it.
         print(f"{directory}: another process is running this job; it is left alone", file=sys.stderr)
-    except UserError as mistake:
-        print(f"error: {mistake}", file=sys.stderr)
-        record_failure(directory, mistake, "")
     except Exception as failure:
-        traceback.print_exc()
-        record_failure(directory, failure, traceback.format_exc())
+        raise_if_stopped()
+        mistake = isinstance(failure, UserError)
+        if mistake:
+            print(f"error: {failure}", file=sys.stderr)
+        else:
+            traceback.print_exc()
+        if first:
+            record_failure(directory, failure, "" if mistake else traceback.format_exc())
     finally:
         # Networks, trainers and loops know each other, so that nothing but the collector frees them.
         gc.collect()
@@ -184,6 +189,11 @@ def _alone(directory: Path) -> Iterator[None]:
     lock = FileLock(directory / ".lock")
     try:
         lock.acquire(timeout=0)
+    except OSError as failure:
+        raise UserError(
+            f"sweep: found {directory}, where nothing can be written ({failure.strerror}); accepted: a directory of "
+            "your own"
+        ) from None
     except Timeout:
         raise UserError(f"sweep: found {directory}, which another process is running; accepted: another one") from None
     try:
@@ -208,10 +218,8 @@ def _run(sweep: Sweep, settings: Sequence[str] = ()) -> int:
     jobs = [[*sweep.jobs[number], *settings, f"hydra.sweep.subdir={number}"] for number in missing]
     try:
         if jobs:
-            _launch(sweep, jobs)
-    except StoppedError as stopped:
-        stopped.go_on = f"sweep={sweep.directory}"
-        raise
+            with under_way(f"sweep={sweep.directory}"):
+                _launch(sweep, jobs)
     finally:
         code = _report(sweep)
     if code:

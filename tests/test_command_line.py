@@ -122,6 +122,8 @@ MISTAKES = {
     "-m hydra/launcher=submitit_local hydra.launcher.timeout_min=x": ["hydra.launcher.timeout_min:", "'x'"],
     "-m hydra/launcher=submitit_slurm": ["hydra/launcher:", "no sbatch"],
     "-m hydra/launcher=ray hydra.launcher.num_gpus=-1": ["hydra.launcher.num_gpus:", "-1"],
+    "-m hydra/launcher=ray hydra.launcher.num_gpus=1.5": ["hydra.launcher.num_gpus:", "1.5", "whole"],
+    "-m hydra/launcher=ray hydra.launcher.num_cpus=9999": ["hydra.launcher:", "num_cpus=9999", "this machine"],
     "-m hydra/launcher=ray hydra.launcher.address=127.0.0.1:9": ["hydra.launcher.address:", "127.0.0.1:9", "refused"],
     "-m hydra.sweep.subdir=x": ["hydra.sweep.subdir:"],
     "--frobnicate": ["--frobnicate", "--help"],

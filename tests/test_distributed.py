@@ -13,9 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
 import compress
+from compress import distributed, pipeline
 from compress.cli import main
+from compress.config import compose_jobs
 from compress.data.dataset import Share, evaluation_batches
 from compress.distributed import watch
 from compress.errors import UserError
@@ -189,6 +192,12 @@ def work(arguments, folder, environment=None):
     sys.exit(main(arguments))
 
 
+def a_meeting_point():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+
+
 def workers_of(process):
     """The processes that train for it, by rank."""
     found = {}
@@ -244,9 +253,7 @@ def test_a_training_that_lost_a_process_and_then_the_job_goes_on_to_the_same_res
     wait_for(lambda: not any(map(is_alive, workers.values())))
 
     # What is left is done as if by two machines.
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    meeting = a_meeting_point()
     arguments = ["resume=run", "trainer.devices=1", "trainer.num_nodes=2"]
     job = PROCESSES.Process(target=work, args=(arguments, tmp_path, meeting | {"NODE_RANK": "1"}))
     job.start()
@@ -257,3 +264,64 @@ def test_a_training_that_lost_a_process_and_then_the_job_goes_on_to_the_same_res
     assert job.exitcode == 0
     assert metrics(tmp_path / "run") == metrics(sweep / "0")
     torch.testing.assert_close(weights(tmp_path / "run"), weights(sweep / "0"), rtol=0, atol=0)
+
+
+@pytest.mark.slow
+def test_two_machines_may_come_in_any_order(sweep, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    meeting = a_meeting_point()
+    arguments = ["trainer=ddp_cpu", "trainer.devices=1", "trainer.num_nodes=2", *RUN, "hydra.run.dir=run"]
+    second = PROCESSES.Process(target=work, args=(arguments, tmp_path, meeting | {"NODE_RANK": "1"}))
+    second.start()
+    wait_for((tmp_path / "stderr").exists)
+    time.sleep(3)
+    for key, value in meeting.items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT)])
+    assert main(arguments) == 0
+    second.join(60)
+    assert second.exitcode == 0
+    assert metrics(tmp_path / "run") == metrics(sweep / "0")
+
+
+def test_the_second_machine_does_not_wait_for_a_first_that_is_done_or_gone(sweep, tmp_path, monkeypatch):
+    for key, value in a_meeting_point().items():
+        monkeypatch.setenv(key, value)
+    [(_, config)] = compose_jobs(["trainer=ddp_cpu", "trainer.devices=1", "trainer.num_nodes=2", *RUN])
+    distributed.join(config, sweep / "0")
+    trained = tmp_path / "trained/checkpoints/last.ckpt"
+    trained.parent.mkdir(parents=True)
+    trained.write_bytes((sweep / "0/checkpoints/last.ckpt").read_bytes())
+    distributed.join(config, tmp_path / "trained")
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    with pytest.raises(ZeroDivisionError), distributed.ends_all(config.trainer, gone):
+        raise ZeroDivisionError("of all things")
+    with pytest.raises(UserError, match=r"the first machine has ended .ZeroDivisionError: of all things.; accepted"):
+        distributed.join(config, gone)
+    with distributed.ends_all(config.trainer, gone):
+        assert list(gone.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("MASTER_PORT", "abc", "MASTER_PORT: found 'abc'; accepted: 1 to 65535"),
+        ("NODE_RANK", "2", "NODE_RANK: found '2'; accepted: 0 to 1, below trainer.num_nodes"),
+        ("NODE_RANK", "x", "NODE_RANK: found 'x'"),
+    ],
+)
+def test_what_machines_are_told_is_checked(key, value, said, monkeypatch, tmp_path):
+    for name, each in (a_meeting_point() | {key: value}).items():
+        monkeypatch.setenv(name, each)
+    [(_, config)] = compose_jobs(["trainer=ddp_cpu", "trainer.devices=1", "trainer.num_nodes=2", *RUN])
+    with pytest.raises(UserError, match=said):
+        pipeline.run(config, tmp_path)
+
+
+@pytest.mark.slow
+def test_one_process_writes_whatever_number_it_was_started_under(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(rank_zero_only, "rank", 1)
+    result = compress.run([*RUN, "trainer.max_epochs=1"])
+    assert metrics(result.directory)

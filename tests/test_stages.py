@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import DictConfig, OmegaConf
 
 import compress
 from compress import models
@@ -39,6 +40,10 @@ def masks_of(checkpoint: Path) -> dict[str, torch.Tensor]:
     for name, mask in masks.found(model).items():
         assert (model.get_submodule(name).weight[~mask] == 0).all()
     return masks.found(model)
+
+
+def trainer_of(directory: Path) -> DictConfig:
+    return OmegaConf.load(directory / "config.yaml").trainer
 
 
 def test_each_stage_takes_weights_and_masks_of_the_one_before(whole):
@@ -91,7 +96,8 @@ def test_an_interrupted_one_goes_on_at_its_stage(whole, tmp_path, monkeypatch, c
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     (copy / "started.json").write_text(json.dumps({"overrides": ["typed"], "started": "before"}))
     kept = {path: path.stat().st_mtime_ns for name in ("1-prune", "2-quantize") for path in (copy / name).rglob("*")}
-    assert main([f"resume={copy}", "trainer.log_every=0"]) == 0
+    assert main([f"resume={copy}", "trainer.log_every=2"]) == 0
+    assert [trainer_of(copy / name).log_every for name in ("1-prune", "2-quantize", "3-distill")] == [0, 0, 2]
     assert all(path.stat().st_mtime_ns == time for path, time in kept.items() if path.is_file())
     record = json.loads((copy / "result.json").read_text())
     assert (record["overrides"], record["started"]) == (["typed"], "before")
@@ -102,6 +108,13 @@ def test_an_interrupted_one_goes_on_at_its_stage(whole, tmp_path, monkeypatch, c
     ]
     assert main([f"resume={copy}", "trainer.max_epochs=9"]) == 2
     assert "the stages of a resumed run keep their epochs" in capsys.readouterr().err
+
+
+def test_a_stage_has_a_trainer_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    stages = "[{name: a, overrides: ['trainer.ema_decay=0.9']}, {name: b, overrides: []}]"
+    result = compress.run([*SINGLE, "method=supervised", f"stages={stages}"])
+    assert [trainer_of(result.directory / name).ema_decay for name in ("1-a", "2-b")] == [0.9, None]
 
 
 def test_every_order_has_the_same_epochs_and_stays_quantized():

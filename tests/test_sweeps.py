@@ -38,6 +38,7 @@ DISTILLED[DISTILLED.index("student=resnet8")] = "student=resnet8,resnet20"
 TROUBLE = """
     import os
     import signal
+    import time
 
     from compress.methods.supervised import Supervised
 
@@ -46,11 +47,24 @@ TROUBLE = """
             if "MENDED" not in os.environ:
                 raise ZeroDivisionError("a bug of ours")
 
+    class Deaf(Supervised):
+        def on_train_start(self):
+            try:
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(10)
+            except BaseException:
+                raise RuntimeError("what native code makes of a signal") from None
+
+    class Sleeping(Supervised):
+        def on_train_start(self):
+            time.sleep(600)
+
     class Killed(Supervised):
         def on_train_start(self):
             os.kill(os.getpid(), signal.SIGKILL)
 """
 GOOD, RAISING, KILLED = "compress.methods.supervised.Supervised", "trouble.Raising", "trouble.Killed"
+DEAF, SLEEPING = "trouble.Deaf", "trouble.Sleeping"
 
 
 @pytest.fixture
@@ -171,6 +185,34 @@ def test_a_job_whose_process_is_killed_is_one_that_failed(folder, launcher, caps
     assert "process" in Path("swept/0/failed.txt").read_text()
     assert "student resnet8: training" in Path("swept/1/output.txt").read_text()
     assert json.loads(Path("swept/1/result.json").read_text())["hardware"]["threads"] == 1
+
+
+def test_a_signal_that_is_lost_on_its_way_stops_the_sweep_all_the_same(folder, capsys):
+    assert main(["-m", "seed=0,1", f"method._target_={DEAF}", *ALONE, "hydra.sweep.dir=swept"]) == 143
+    streams = capsys.readouterr()
+    assert streams.err == "stopped by SIGTERM; to go on: sweep=swept\n"
+    assert "run what is missing" not in streams.out
+    assert outcome(Path("swept/0")).state == "not finished"
+    assert not Path("swept/1").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ray_lets_itself_be_stopped(folder, number):
+    typed = ["-m", "seed=0,1", f"method._target_={SLEEPING}", *ALONE, "hydra.sweep.dir=swept", "hydra/launcher=ray"]
+    process = subprocess.Popen(
+        [sys.executable, SCRIPT, *typed], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 120
+    while not Path("swept/0/output.txt").exists():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    process.send_signal(number)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 128 + number
+    assert said.splitlines()[-1] == f"stopped by {number.name}; to go on: sweep=swept"
+    assert "Traceback" not in said
 
 
 # Stands in for a cluster: `sbatch` starts the tasks of the array one after the other, `srun` runs its command.

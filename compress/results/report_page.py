@@ -17,12 +17,11 @@ from compress.errors import UserError
 from compress.results.collect import Collection, relative
 from compress.results.comparison import Group, Statistic, groups
 from compress.results.finished import Run
-from compress.results.report_tables import left_out, reference_tables
+from compress.results.report_tables import left_out, reference_tables, run_files
 from compress.results.tradeoff import Row
 
 PAGE = Path(__file__).parent / "page"
 # Shown for a run where they exist, beside its model files.
-FILES = ("result.json", "tradeoff.csv", "tradeoff.png", "config.yaml", "metrics.csv", "run.log")
 COLUMNS = (
     "runs",
     "name",
@@ -106,13 +105,10 @@ def subtitle(collection: Collection, written: str) -> str:
 
 def _run(run: Run, path: Path) -> dict[str, Any]:
     directory = relative(run.directory, path)
-    files = [
-        name for name in dict.fromkeys((*FILES, *(row.file for row in run.rows))) if (run.directory / name).is_file()
-    ]
     facts = {
         "data": run.data,
         "training images": run.train_images,
-        "seed": run.seed,
+        "seed": str(run.seed),
         "parameters": run.parameters,
         "epochs": run.epochs,
         "teacher": run.teacher or None,
@@ -128,7 +124,7 @@ def _run(run: Run, path: Path) -> dict[str, Any]:
             if value is not None
         ],
         "command": "python scripts/run.py " + shlex.join(run.overrides),
-        "links": [[name, quote(f"{directory}/{name}")] for name in files],
+        "links": [[name, quote(f"{directory}/{name}")] for name in run_files(run)],
         "curves": {
             name: [[_short(value) for value in axis] for axis in curve] for name, curve in sorted(run.curves.items())
         },

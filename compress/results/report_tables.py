@@ -8,9 +8,11 @@ from urllib.parse import quote
 
 from compress.results.collect import Collection, relative
 from compress.results.comparison import Group, groups, pareto_front, statistic
+from compress.results.finished import Run
 from compress.results.replaced_project import FIGURES
 from compress.results.tradeoff import Row
 
+FILES = ("result.json", "tradeoff.csv", "tradeoff.png", "config.yaml", "metrics.csv", "run.log")
 WIDTHS = (32, 8, 7, 6, 5, 4, 3, 2)
 REFERENCE_NOTE = (
     "Test accuracy in %, ours as mean ± deviation over the seeds, beside it in brackets what the replaced project "
@@ -29,6 +31,12 @@ class Table:
     lines: tuple[tuple[str, ...], ...]
 
 
+def run_files(run: Run) -> list[str]:
+    """What a report links to, relative to the directory of `run`, of what is there."""
+    names = dict.fromkeys((*FILES, *(row.file for row in run.rows)))
+    return [name for name in names if (run.directory / name).is_file()]
+
+
 def markdown(collection: Collection, path: Path, written: str) -> str:
     """The report for the file `path`, to which its links are relative; `written` is the time it will state."""
     found = groups(collection.runs)
@@ -39,12 +47,7 @@ def markdown(collection: Collection, path: Path, written: str) -> str:
     lines = []
     for run in collection.runs:
         directory = relative(run.directory, path)
-        names = ["result.json", "tradeoff.csv", "config.yaml", "metrics.csv", *(row.file for row in run.rows)]
-        links = [
-            f"[{_text(Path(name).name)}]({quote(f'{directory}/{name}')})"
-            for name in names
-            if (run.directory / name).is_file()
-        ]
+        links = [f"[{_text(Path(name).name)}]({quote(f'{directory}/{name}')})" for name in run_files(run)]
         lines.append(f"- {_text(run.name)} ({_text(' '.join(run.overrides))}): {', '.join(links)}")
     parts.append("## Runs\n\n" + "\n".join(lines))
     missing = left_out(collection)

@@ -21,10 +21,11 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from compress.errors import UserError
 from compress.files import write_atomically
 from compress.results.comparison import pareto_front
 from compress.results.picture import name_axes
-from compress.results.tradeoff import Row
+from compress.results.tradeoff import Row, read_rows
 
 # Of a label in the picture, in points.
 LINE, WIDTH = 9, 75
@@ -51,8 +52,12 @@ def read_points(directories: Mapping[int, Path]) -> list[Point]:
     """Every variant of the finished trials, given as directory by number."""
     points = []
     for number, directory in directories.items():
-        record = json.loads((directory / "result.json").read_text(encoding="utf-8"))
-        rows = [Row(**row) for row in record["tradeoff"]]
+        path = directory / "result.json"
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+            rows = read_rows(record)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            raise UserError(f"output: found {path}, which is missing or damaged; accepted: a new directory") from None
         points += [Point(number, directory, tuple(record["overrides"]), row) for row in rows]
     return points
 

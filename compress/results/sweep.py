@@ -16,7 +16,7 @@ from rich.table import Table
 from compress.errors import UserError
 from compress.files import write_text
 from compress.results.collect import collect, write_summary
-from compress.results.tradeoff import Row
+from compress.results.tradeoff import Row, read_rows
 
 FAILED = "failed.txt"
 USER_ERROR = "error: "
@@ -55,8 +55,8 @@ def outcome(directory: Path) -> Outcome:
     if (directory / "result.json").exists():
         try:
             record = json.loads((directory / "result.json").read_text(encoding="utf-8"))
-            return Outcome("finished", rows=tuple(Row(**row) for row in record["tradeoff"]))
-        except (ValueError, KeyError, TypeError):
+            return Outcome("finished", rows=tuple(read_rows(record)))
+        except (ValueError, KeyError, TypeError, AttributeError):
             return Outcome("failed", f"{USER_ERROR}found result.json, {DAMAGED}")
     if (directory / FAILED).exists():
         return Outcome("failed", (directory / FAILED).read_text(encoding="utf-8").partition("\n")[0])

@@ -21,9 +21,10 @@
 """
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 from rich import box
 from rich.table import Table
@@ -62,6 +63,15 @@ class Row:
             inputs = f" a{self.activation_bits}" if self.activation_bits < 32 else ""
             name = f"{self.quantizer} {mixed}{self.bits:.3g} bit{inputs}"
         return name + (" onnx" if self.runtime == "onnxruntime" else "")
+
+
+def read_rows(record: Mapping[str, Any]) -> list[Row]:
+    """The rows in the content of a `result.json`; columns that later versions added are left out.
+
+    Raises KeyError or TypeError where it has none or they lack something.
+    """
+    names = {each.name for each in fields(Row)}
+    return [Row(**{key: value for key, value in row.items() if key in names}) for row in record["tradeoff"]]
 
 
 def write_csv(path: Path, rows: Sequence[Row]) -> None:

@@ -161,7 +161,9 @@ class WandbRun(WandbLogger):
     @rank_zero_only
     def end(self, exit_code: int) -> None:
         """Waits until everything is uploaded. The run would otherwise last as long as the process."""
-        self.experiment.finish(exit_code=exit_code)
+        run, self._experiment = self._experiment, None
+        if run is not None:
+            run.finish(exit_code=exit_code)
 
 
 @contextmanager
@@ -172,10 +174,10 @@ def open_loggers(config: DictConfig, directory: Path, overrides: Sequence[str] =
     """
     loggers = [instantiate(logger, save_dir=str(directory)) for logger in config.logger.values()]
     runs = [logger for logger in loggers if isinstance(logger, WandbRun)]
-    for run in runs:
-        run.begin(config, overrides)
     exit_code = 0
     try:
+        for run in runs:
+            run.begin(config, overrides)
         yield loggers
     except BaseException as failure:
         # 255 is what W&B takes for an interruption.
@@ -187,10 +189,14 @@ def open_loggers(config: DictConfig, directory: Path, overrides: Sequence[str] =
 
 
 def log_results(loggers: Sequence[Logger], rows: Sequence[Row], record: Mapping[str, Any]) -> None:
-    """What came out of a run, to those loggers that take more than numbers."""
+    """What came out of a run, to those loggers that take more than numbers; W&B's run ends with it.
+
+    So that a run whose upload was interrupted is not finished yet, and resuming it uploads again.
+    """
     for logger in loggers:
         if isinstance(logger, WandbRun):
             logger.log_results(rows, record)
+            logger.end(0)
 
 
 def summary(rows: Sequence[Row], record: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import csv
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -16,11 +17,12 @@ import yaml
 from wandb.proto.wandb_internal_pb2 import Record
 
 import compress
-from compress import config
+from compress import config, distributed
 from compress.cli import main
 from compress.methods.supervised import Supervised
 from compress.paths import PACKAGE
-from compress.results.wandb_run import open_loggers
+from compress.results.wandb_run import WandbRun, open_loggers
+from compress.resume import StoppedError
 
 SCRIPT = PACKAGE.parent / "scripts" / "run.py"
 OPTIONS = [
@@ -258,6 +260,35 @@ def test_a_run_that_failed_says_so_and_goes_on_as_the_same_run_when_it_is_resume
     assert "test_accuracy" not in failed.summary
     assert 0 <= resumed.summary["test_accuracy"] <= 1
     assert [artifact.type for artifact in resumed.artifacts.values()] == ["run_table"]
+
+
+def test_a_run_in_several_processes_that_failed_says_so(monkeypatch, tmp_path):
+    def fail(config, directory):
+        raise RuntimeError("lost")
+
+    monkeypatch.setattr(distributed, "train", fail)
+    with pytest.raises(RuntimeError, match="lost"):
+        compress.run([*OPTIONS, "trainer=ddp_cpu", "data.batch_size=32"])
+    [directory] = Path("outputs/runs").iterdir()
+    [read] = read_all(directory)
+    assert read.exit_code == 1
+
+
+def test_a_run_is_finished_only_after_it_was_uploaded(monkeypatch, tmp_path):
+    end = WandbRun.end
+
+    def stop(logger, exit_code):
+        end(logger, exit_code)
+        raise StoppedError(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(WandbRun, "end", stop)
+        with pytest.raises(StoppedError):
+            compress.run([*OPTIONS, "trainer.max_epochs=1"])
+    [directory] = Path("outputs/runs").iterdir()
+    assert not (directory / "result.json").exists()
+    assert main([f"resume={directory}"]) == 0
+    assert [each.exit_code for each in read_all(directory)] == [0, 0]
 
 
 def test_a_run_that_was_interrupted_is_ended_too(tmp_path):
