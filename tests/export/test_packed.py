@@ -192,7 +192,7 @@ def test_appended_bytes_and_foreign_files_are_refused(intact, tmp_path):
     assert "without a description" in message
     with pytest.raises(UserError, match="found no such file"):
         read_model(tmp_path / "absent.safetensors")
-    with pytest.raises(UserError, match="found no such file"):
+    with pytest.raises(UserError, match="found a folder"):
         read_model(tmp_path)
 
 
