@@ -519,7 +519,7 @@ def check_budget(
         return
     description = describe(architecture, data)
     # A width takes about as many bytes whatever the weights are, so that fresh ones will do.
-    options = quantizer.options | {"solver": rtn, "scale": "max_abs", "bias_correction": True, "refine": None}
+    options = quantizer.options | {"solver": rtn, "bias_correction": True, "refine": None}
     rounded = sensitivities(student, data.calibration_batches(2), [min(quantizer.bits)], images=1, **options)
     smallest = file_bytes(rounded.model(rounded.smallest()), **description)
     budget = quantizer.budget.bytes(file_bytes(student, **description))

@@ -1,6 +1,7 @@
 """Quantizes a checkpoint without training: `scripts/quantize.py checkpoint=FILE quantizer=gpfq`."""
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -70,10 +71,14 @@ def quantize_checkpoint(overrides: Sequence[str]) -> Path:
     write_text(directory / "config.yaml", OmegaConf.to_yaml({"checkpoint": str(path), **kept}))
     variants = Variants(data, directory, architecture, plain["export"])
     # Convolutions on recent GPUs would otherwise round to TF32, and the table promises float32.
-    with torch.backends.cudnn.flags(allow_tf32=False):
-        variants.add_float(student)
-        variants.quantize(student, quantizer)
-        variants.finish()
+    try:
+        with torch.backends.cudnn.flags(allow_tf32=False):
+            variants.add_float(student)
+            variants.quantize(student, quantizer)
+            variants.finish()
+    except UserError:
+        shutil.rmtree(directory)
+        raise
     record = {
         "format": 1,
         "overrides": list(overrides),
@@ -143,12 +148,15 @@ def _data(path: Path, typed: Mapping[str, str], about: Mapping[str, Any] | None)
         stem = node.pop("_target_").rpartition(".")[0].rpartition(".")[2]
         found = _overrides("data", stem, node)
     if about:
-        found += [f"data.{key}={json.dumps(about[key])}" for key in ("mean", "standard_deviation")]
+        found += [f"data.{key}={json.dumps(about[key], ensure_ascii=False)}" for key in ("mean", "standard_deviation")]
     return found
 
 
 def _overrides(group: str, stem: str, keys: Mapping[str, Any]) -> list[str]:
-    return [f"{group}={stem}", *(f"++{group}.{key}={json.dumps(value)}" for key, value in keys.items())]
+    return [
+        f"{group}={stem}",
+        *(f"++{group}.{key}={json.dumps(value, ensure_ascii=False)}" for key, value in keys.items()),
+    ]
 
 
 def _run_of(path: Path) -> DictConfig | None:

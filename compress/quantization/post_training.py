@@ -20,7 +20,7 @@ from compress.quantization.calibration import gather, walk
 from compress.quantization.fold import bake_parametrizations, find_foldable, fold_pairs, trace
 from compress.quantization.grid import Grid, ZeroPoint, max_abs_grid, mse_grid, one_for_the_layer, percentile_grid
 from compress.quantization.layer import solve_layer
-from compress.quantization.patches import Moments, row_count
+from compress.quantization.patches import Moments, row_count, spread
 from compress.quantization.refinement import Refinement
 from compress.quantization.solvers import gpfq
 
@@ -99,6 +99,8 @@ def quantize(
             move_statistics(target, quantized_inputs, analog_inputs)
             return
         if inputs_of[name] is not None:
+            if not all(bool(each.isfinite().all()) for each in quantized_inputs):
+                raise UserError(f"{name}: found inputs that are not finite on the calibration images")
             grid = calibrated(quantized_inputs, inputs_of[name], how.activation_range, how.activation_percentile)
             attach_input_quantizer(target, grid)
             quantized_inputs = [grid(each) for each in quantized_inputs]
@@ -205,7 +207,7 @@ class Options:
         if not (self._reads_inputs or self.bias_correction or self.scale == "mse"):
             return None
         rows = sum(row_count(layer, each) for each in quantized)
-        every = 1 if self.max_rows is None else -(-rows // self.max_rows)
+        every = 1 if self.max_rows is None else spread(-(-rows // self.max_rows), row_count(layer, quantized[0][:1]))
         moments = Moments(layer, self.gram_dtype, centre=self.bias_correction, every=every)
         for mine, other in zip(quantized, analog, strict=True):
             moments.update(mine, other)

@@ -188,9 +188,11 @@ class Quantizer:
             return
         choices = self.choices(model, batches, progress)
         if self.budget is not None:
-            quantized = self._within(
-                model, batches, choices, self.budget.bytes(measures.float_bytes), measures, progress
-            )
+            budget = self.budget.bytes(measures.float_bytes)
+            quantized = self._within(model, batches, choices, budget, measures, progress)
+            if quantized is None:
+                smallest = self._quantized(model, batches, choices.smallest(), progress)
+                raise UserError(too_small(budget, measures.file_bytes(smallest)))
         else:
             quantized = self._least(model, batches, choices, measures, progress)
         yield Variant("mixed", quantized, _mean_width(choices, quantized), None)
@@ -219,8 +221,8 @@ class Quantizer:
         budget: int,
         measures: Measures,
         progress: Progress,
-    ) -> QuantizedModel:
-        """The network of least summed divergence whose file has at most `budget` bytes."""
+    ) -> QuantizedModel | None:
+        """The network of least summed divergence whose file has at most `budget` bytes, if there is one."""
         smallest = choices.model(choices.smallest())
         rest = measures.file_bytes(smallest) - sum(map(measures.layer_bytes, smallest.layers.values()))
         room = budget - rest
@@ -229,9 +231,10 @@ class Quantizer:
             excess = measures.file_bytes(quantized) - budget
             if excess <= 0:
                 return quantized
-            # The header has grown by some digits.
+            # The header has grown by some digits, or fewer weights were rounded to zero than in each layer alone.
             room -= excess
-        raise UserError(too_small(budget, measures.file_bytes(smallest)))
+        last = self._quantized(model, batches, choices.smallest(), progress)
+        return last if measures.file_bytes(last) <= budget else None
 
     def _least(
         self,
@@ -256,7 +259,9 @@ class Quantizer:
         budget = low
         for _ in range(HALVINGS):
             tried = self._within(model, batches, choices, budget, measures, progress)
-            if measures.accuracy(tried.model) >= target:
+            if tried is None:
+                low = budget
+            elif measures.accuracy(tried.model) >= target:
                 found, high = tried, measures.file_bytes(tried)
             else:
                 low = max(budget, measures.file_bytes(tried))

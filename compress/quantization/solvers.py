@@ -13,6 +13,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from compress.errors import UserError
 from compress.quantization.grid import Grid, code_dtype
 
 NotNegative = Annotated[float, Field(ge=0)]
@@ -219,7 +220,7 @@ def qronos(
     left = target[:, 1:] - ((first_code - zero_point) * scale)[:, None] * gram[1:, 0]
     # Damped towards the weights as they are, which a column without inputs keeps.
     added = _damping(rest, damping)
-    solved = torch.cholesky_solve((left + added * weight[:, 1:]).T, torch.linalg.cholesky(rest + added.diag())).T
+    solved = torch.cholesky_solve((left + added * weight[:, 1:]).T, _cholesky(rest + added.diag())).T
     codes = _diffuse(solved, rest, grid, block_size, None if mask is None else mask[:, 1:], damping)
     return torch.cat([first_code[:, None].to(codes.dtype), codes], dim=1)
 
@@ -230,11 +231,21 @@ def _damping(gram: Tensor, damping: float) -> Tensor:
     return (damping * mean if mean > 0 else torch.ones_like(mean)).expand(gram.shape[0])
 
 
+def _cholesky(matrix: Tensor, upper: bool = False) -> Tensor:
+    try:
+        return torch.linalg.cholesky(matrix, upper=upper)
+    except torch.linalg.LinAlgError:
+        raise UserError(
+            "quantizer.solver.damping: found one too small for inputs that depend on each other; accepted: more, or "
+            "more calibration images"
+        ) from None
+
+
 def _diffuse(weight: Tensor, gram: Tensor, grid: Grid, block_size: int, mask: Tensor | None, damping: float) -> Tensor:
     """Codes of `weight` (N, d), column by column, the error spread by the Cholesky factor of the inverse of `gram`."""
     scale, zero_point = grid.scale.double(), grid.zero_point.double()
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram + _damping(gram, damping).diag()))
-    factor = torch.linalg.cholesky(inverse, upper=True)
+    inverse = torch.cholesky_inverse(_cholesky(gram + _damping(gram, damping).diag()))
+    factor = _cholesky(inverse, upper=True)
     # Columns lie along dimension 0, which keeps the row of one step contiguous.
     left = (_for_each(grid, weight) / scale[:, None]).T.contiguous()
     mask = None if mask is None else _for_each(grid, mask)

@@ -7,6 +7,7 @@ from torch import nn
 from compress.quantization import quantize
 from compress.quantization.activations import calibrated, input_quantizers
 from compress.quantization.grid import mse_grid
+from compress.quantization.patches import spread
 from compress.quantization.refinement import Refinement, coordinate_descent, layer_error
 from compress.quantization.solvers import gpfq, gptq, qronos, rtn, spfq
 
@@ -102,6 +103,17 @@ def test_inputs_are_calibrated_within_half_a_step(rule):
     assert int(calibrated([values - 1.5], 8, rule).zero_point) in range(120, 136)
 
 
+@pytest.mark.parametrize("rule", ["mse", "percentile"])
+@pytest.mark.parametrize("shape", [(64, 64, 32, 32), (256, 256, 8, 8), (256, 512, 4, 4)])
+def test_a_range_is_chosen_by_all_places_of_an_image(shape, rule):
+    # Nothing at the left border, as in most pictures of things.
+    values = torch.rand(shape, generator=torch.Generator().manual_seed(0))
+    values[..., 0] *= 0.01
+    grid = calibrated([values], 4, rule)
+    error = (grid(values) - values).square().mean() / values.square().mean()
+    assert float(error) < 1.1 / 12 / 15**2 * 3
+
+
 def test_quantized_inputs_are_part_of_the_network_and_of_what_its_weights_are_solved_for():
     model, images = network(), torch.randn(64, 3, 8, 8)
     quantized = quantize(model, [images], 8, activation_bits=8)
@@ -111,6 +123,13 @@ def test_quantized_inputs_are_part_of_the_network_and_of_what_its_weights_are_so
     assert 0 < error < 0.03
     coarse = quantize(model, [images], 8, activation_bits=3, first_last_bits=None)
     assert (coarse.model(images) - model(images)).norm() / model(images).norm() > 3 * error
+
+
+@pytest.mark.parametrize(("step", "period"), [(1, 64), (32, 1024), (7, 784), (4, 6)])
+def test_every_so_many_rows_meet_every_place_of_an_image(step, period):
+    chosen = spread(step, period)
+    assert step <= chosen <= step + 5
+    assert {row % period for row in range(0, chosen * period, chosen)} == set(range(period))
 
 
 def test_capped_rows_do_not_depend_on_how_the_images_are_cut():

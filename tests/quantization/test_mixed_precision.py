@@ -156,6 +156,32 @@ def test_the_smallest_file_within_the_drop_is_found(network, images):
         only(quantizer(bits=[2, 3], max_drop=0.1), network, images, measures(accuracy))
 
 
+def test_layers_that_grow_together_are_too_small_a_budget_and_no_mistake(network, images):
+    # As if bitmaps had been smaller where each layer was answered alone.
+    grown = []
+
+    def size(each):
+        return file_bytes(each, **DESCRIPTION) + 100 * any(each is other for other in grown)
+
+    measured = Measures(size, layer_bytes, lambda model: 1.0, 319_288)
+    options = {"bits": [2, 4]}
+    built = quantizer(**options, max_drop=50)
+    found = built.choices(network, images)
+    low = size(found.model(found.smallest()))
+    own = type(built)._quantized
+
+    def growing(self, *arguments):
+        grown.append(own(self, *arguments))
+        return grown[-1]
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(type(built), "_quantized", growing)
+        variant = only(built, network, images, measured)
+        assert size(variant.model) > low
+        with pytest.raises(UserError, match=f"found {low:,} bytes, .* has {low + 100:,}; accepted"):
+            only(quantizer(**options, budget=low), network, images, measured)
+
+
 @pytest.mark.parametrize(
     ("text", "bytes_"),
     [("500000", 500_000), (1200, 1200), ("500kB", 500_000), (".5MB", 500_000), ("1 KiB", 1024), ("8x", 12_500)],

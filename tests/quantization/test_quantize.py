@@ -375,6 +375,18 @@ def test_mistakes_are_said_in_one_line(arguments, message):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_inputs_that_are_not_finite_are_named_before_they_get_a_grid(value):
+    with pytest.raises(UserError, match=r"^stem: found inputs that are not finite"):
+        quantize(make(), [torch.full((2, 2, 6, 6), value)], 4, activation_bits=8)
+
+
+@pytest.mark.parametrize("solver", [gptq, qronos])
+def test_a_damping_that_is_too_small_is_named(solver):
+    with pytest.raises(UserError, match=r"^quantizer.solver.damping: found one too small .*; accepted: more"):
+        quantize(make(), [images(2)], 4, solver=partial(solver, damping=1e-18))
+
+
 def test_a_weight_that_is_not_finite_is_named():
     model = make()
     with torch.no_grad():
