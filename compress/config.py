@@ -80,7 +80,7 @@ def compose_jobs(
         if parsed.is_sweep_override() and not multirun:
             raise UserError(
                 f"{parsed.key_or_group}: found several values, {parsed.input_line.partition('=')[2]}; accepted: one, "
-                f"with quotes where a comma is part of it, or -m for a run of each"
+                "with quotes where a comma is part of it, or -m for a run of each"
             )
         if parsed.key_or_group in GROUPS and not parsed.is_delete() and parsed.value() is None:
             raise UserError(f"{parsed.key_or_group}: found null; accepted: one of its options, see --help")

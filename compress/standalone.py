@@ -70,8 +70,8 @@ def quantize_checkpoint(overrides: Sequence[str]) -> Path:
     kept = {key: plain[key] for key in ("seed", "data", "student", "quantizer", "export")}
     write_text(directory / "config.yaml", OmegaConf.to_yaml({"checkpoint": str(path), **kept}))
     variants = Variants(data, directory, architecture, plain["export"])
-    # Convolutions on recent GPUs would otherwise round to TF32, and the table promises float32.
     try:
+        # Convolutions on recent GPUs would otherwise round to TF32, and the table promises float32.
         with torch.backends.cudnn.flags(allow_tf32=False):
             variants.add_float(student)
             variants.quantize(student, quantizer)
@@ -148,7 +148,7 @@ def _data(path: Path, typed: Mapping[str, str], about: Mapping[str, Any] | None)
         stem = node.pop("_target_").rpartition(".")[0].rpartition(".")[2]
         found = _overrides("data", stem, node)
     if about:
-        found += [f"data.{key}={json.dumps(about[key], ensure_ascii=False)}" for key in ("mean", "standard_deviation")]
+        found += [f"data.{key}={json.dumps(about[key])}" for key in ("mean", "standard_deviation")]
     return found
 
 

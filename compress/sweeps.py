@@ -189,13 +189,13 @@ def _alone(directory: Path) -> Iterator[None]:
     lock = FileLock(directory / ".lock")
     try:
         lock.acquire(timeout=0)
+    except Timeout:  # an OSError, too
+        raise UserError(f"sweep: found {directory}, which another process is running; accepted: another one") from None
     except OSError as failure:
         raise UserError(
             f"sweep: found {directory}, where nothing can be written ({failure.strerror}); accepted: a directory of "
             "your own"
         ) from None
-    except Timeout:
-        raise UserError(f"sweep: found {directory}, which another process is running; accepted: another one") from None
     try:
         yield
     finally:

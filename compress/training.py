@@ -74,9 +74,8 @@ def fit(
         # Lightning does so too, but only after it has loaded a checkpoint's weights into float32.
         module.double()
     last = directory / LAST
-    for path in (directory / BEST, last):
-        if path.exists():
-            _check_readable(path)
+    if (directory / BEST).exists():
+        epoch_of(directory / BEST)  # which is not read before the training is over
     if last.exists():
         console.print(f"  continuing after epoch {epoch_of(last)}")
     trainer.fit(module, data, ckpt_path=last if last.exists() else None, weights_only=True)
@@ -84,14 +83,12 @@ def fit(
 
 
 def epoch_of(path: Path) -> int:
-    """The number, from 1, of the epoch at whose end the checkpoint at `path` was written."""
-    return 1 + int(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["epoch"])
+    """The number, from 1, of the epoch at whose end the checkpoint at `path` was written.
 
-
-def _check_readable(path: Path) -> None:
-    """Raises UserError where the checkpoint of an earlier start has been damaged since."""
+    Raises UserError where the file has been damaged since.
+    """
     try:
-        epoch_of(path)
+        return 1 + int(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["epoch"])
     except Exception:  # a damaged file can fail anywhere in the decoder, with any exception
         raise UserError(
             f"resume: found {path}, which is damaged; accepted: to remove {path.parent}, and training begins anew"

@@ -293,6 +293,9 @@ def test_the_second_machine_does_not_wait_for_a_first_that_is_done_or_gone(sweep
     trained.parent.mkdir(parents=True)
     trained.write_bytes((sweep / "0/checkpoints/last.ckpt").read_bytes())
     distributed.join(config, tmp_path / "trained")
+    trained.write_bytes(b"damaged")
+    with pytest.raises(UserError, match=r"last\.ckpt, which is damaged; accepted: to remove"):
+        distributed.train(config, tmp_path / "trained")
     gone = tmp_path / "gone"
     gone.mkdir()
     with pytest.raises(ZeroDivisionError), distributed.ends_all(config.trainer, gone):

@@ -19,6 +19,7 @@ from filelock import FileLock
 import compress
 from compress import sweeps
 from compress.cli import main
+from compress.errors import UserError
 from compress.files import make_directory
 from compress.results.sweep import outcome
 from compress.resume import owned
@@ -330,6 +331,8 @@ def test_the_latest_sweep_is_the_one_that_was_started_last_of_those_neither_fini
     (done / "result.json").write_text('{"tradeoff": []}')
     with FileLock(tmp_path / "sweeps" / "going-on" / ".lock"):
         assert sweeps.latest(tmp_path) == tmp_path / "sweeps/old"
+        with pytest.raises(UserError, match="going-on, which another process is running"):
+            sweeps.resume(tmp_path / "sweeps" / "going-on")
     assert sweeps.latest(tmp_path) == tmp_path / "sweeps/going-on"
 
 

@@ -191,8 +191,10 @@ class Quantizer:
             budget = self.budget.bytes(measures.float_bytes)
             quantized = self._within(model, batches, choices, budget, measures, progress)
             if quantized is None:
-                smallest = self._quantized(model, batches, choices.smallest(), progress)
-                raise UserError(too_small(budget, measures.file_bytes(smallest)))
+                quantized = self._quantized(model, batches, choices.smallest(), progress)
+                size = measures.file_bytes(quantized)
+                if size > budget:
+                    raise UserError(too_small(budget, size))
         else:
             quantized = self._least(model, batches, choices, measures, progress)
         yield Variant("mixed", quantized, _mean_width(choices, quantized), None)
@@ -222,7 +224,7 @@ class Quantizer:
         measures: Measures,
         progress: Progress,
     ) -> QuantizedModel | None:
-        """The network of least summed divergence whose file has at most `budget` bytes, if there is one."""
+        """The network of least summed divergence whose file has at most `budget` bytes, if one is found."""
         smallest = choices.model(choices.smallest())
         rest = measures.file_bytes(smallest) - sum(map(measures.layer_bytes, smallest.layers.values()))
         room = budget - rest
@@ -233,8 +235,7 @@ class Quantizer:
                 return quantized
             # The header has grown by some digits, or fewer weights were rounded to zero than in each layer alone.
             room -= excess
-        last = self._quantized(model, batches, choices.smallest(), progress)
-        return last if measures.file_bytes(last) <= budget else None
+        return None
 
     def _least(
         self,
