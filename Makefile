@@ -32,6 +32,7 @@ quantizer-study: .venv/installed
 lint: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
 
 format: .venv/installed-dev
 	$(BIN)/ruff check --fix .

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from compress.pipeline import Result
+    from compress.pipeline.run import Result
 
 
 def run(overrides: Sequence[str] = ()) -> "Result":
@@ -13,8 +13,9 @@ def run(overrides: Sequence[str] = ()) -> "Result":
     Paths such as `output_directory` are relative to the working directory. Raises `compress.errors.UserError` for a
     mistake in `overrides` before anything is written.
     """
-    from compress import config, stages
     from compress.cli import run_directory
+    from compress.pipeline import stages
+    from compress.pipeline.checks import checked_jobs
 
-    [(typed, composed)] = config.compose_jobs(overrides)
+    [(typed, composed)] = checked_jobs(overrides)
     return stages.run(composed, run_directory(composed), typed)

@@ -12,11 +12,14 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
+from compress.config.compose import compose_jobs
+from compress.config.help import help_text
 from compress.errors import UserError
 from compress.files import make_chosen, make_directory
-from compress.help import help_text
 from compress.paths import CONF
-from compress.resume import StoppedError, latest, requeued, stoppable
+from compress.pipeline.checks import checked_jobs
+from compress.pipeline.resume import latest, requeued
+from compress.stopping import StoppedError, stoppable
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -44,7 +47,6 @@ def _main(arguments: list[str]) -> int:
         print(help_text())
         return 0
     # Not at the top: PyTorch takes seconds to import, and help needs none of it.
-    from compress import config as configuration
 
     dry_run = "--dry-run" in arguments
     arguments = [argument for argument in arguments if argument != "--dry-run"]
@@ -71,22 +73,24 @@ def _main(arguments: list[str]) -> int:
             "hydra/launcher=..."
         )
     if sweep:
-        from compress import sweeps
+        from compress.sweeps import jobs as sweeps
 
         others = [each for each in overrides if each not in sweep]
         return sweeps.resume(*_chosen(sweep[0].removeprefix("sweep="), others, sweeps.latest))
     multirun = parsed.multirun or "hydra.mode=MULTIRUN" in overrides
     inspecting = parsed.cfg or parsed.info or parsed.hydra_help or parsed.shell_completion
     if not inspecting:
-        jobs = configuration.compose_jobs(overrides, multirun)
+        jobs = checked_jobs(overrides, multirun)
         if dry_run:
-            from compress.estimate import show
+            from compress.pipeline.dry_run import show
 
             for typed, config in jobs:
                 show(config, typed)
             return 0
-        from compress import distributed, sweeps
-        from compress.processes import node_rank
+        from compress.pipeline.run import worker_command
+        from compress.sweeps import jobs as sweeps
+        from compress.training import distributed
+        from compress.training.processes import node_rank
 
         sweeps.check_launcher(overrides, multirun)
         again = None if multirun else requeued(Path(jobs[0][1].output_directory), overrides)
@@ -95,7 +99,7 @@ def _main(arguments: list[str]) -> int:
         directory = _own_directory(jobs[0][1], overrides, multirun)
         if not multirun and node_rank(jobs[0][1].trainer) > 0:
             # Without Hydra, which would write to the directory that the first machine is to find empty.
-            distributed.join(jobs[0][1], directory)
+            distributed.join(jobs[0][1], directory, worker_command(directory))
             return 0
         if multirun:
             return sweeps.start(directory, [typed for typed, _ in jobs], overrides)
@@ -103,13 +107,13 @@ def _main(arguments: list[str]) -> int:
     else:
         if multirun:
             raise UserError("-m: found it beside an option that only prints; accepted: one of them")
-        configuration.compose_jobs(overrides, checked=False)
+        compose_jobs(overrides)
     sys.argv = [sys.argv[0], *arguments]
     failures: list[Exception] = []
 
     @hydra.main(config_path=str(CONF), config_name="run", version_base="1.3")
     def job(config: DictConfig) -> None:
-        from compress import checks, stages
+        from compress.pipeline import checks, stages
 
         hydra_config = HydraConfig.get()
         try:
@@ -134,7 +138,7 @@ def _without(arguments: list[str], overrides: list[str]) -> list[str]:
 
 def run_directory(config: DictConfig) -> Path:
     """A new directory for one run of `config`."""
-    from compress.config import method_name
+    from compress.config.compose import method_name
 
     name = f"{datetime.now():%Y-%m-%d_%H-%M-%S}-{method_name(config)}-{config.student.stem}"
     return make_directory(Path(config.output_directory) / "runs", name)
@@ -147,7 +151,7 @@ def _refuse(message: str) -> None:
 def _own_directory(config: DictConfig, overrides: list[str], multirun: bool) -> Path:
     """A directory made just now; one that the user names has to be new."""
     # Not at the top: it imports PyTorch.
-    from compress.processes import node_rank
+    from compress.training.processes import node_rank
 
     key = "hydra.sweep.dir" if multirun else "hydra.run.dir"
     typed = [override for override in overrides if override.startswith(f"{key}=")]
@@ -182,8 +186,8 @@ def _chosen(value: str, overrides: list[str], latest: Callable[[Path], Path]) ->
 
 def _resume(directory: Path, overrides: list[str]) -> int:
     """Continues the run in `directory` under its own configuration, but for overrides of trainer.* and logger.*"""
-    from compress import checks, stages
-    from compress import config as configuration
+    from compress.config import compose as configuration
+    from compress.pipeline import checks, stages
 
     config = configuration.read_config(directory)
     for override in overrides:

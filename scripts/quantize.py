@@ -15,7 +15,7 @@ def main() -> int:
         print(__doc__.strip())
         return 0 if arguments else 2
     # Not at the top: PyTorch takes seconds to import, and help needs none of it.
-    from compress.standalone import quantize_checkpoint
+    from compress.pipeline.standalone import quantize_checkpoint
 
     return exit_code(lambda: quantize_checkpoint(arguments))
 

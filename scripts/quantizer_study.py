@@ -9,10 +9,10 @@ import json
 import sys
 from pathlib import Path
 
+from compress.benchmarks.quantizer_study import COMPARED, MAIN, measure
+from compress.benchmarks.quantizer_tables import tables
 from compress.errors import UserError, exit_code
 from compress.files import write_json, write_text
-from compress.quantizer_study import COMPARED, MAIN, measure
-from compress.results.quantizer_study import tables
 
 
 def study(output: Path, runs: list[Path], compare: list[str]) -> None:

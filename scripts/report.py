@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from compress.errors import exit_code
-from compress.results.report import write_reports
+from compress.report.formats import write_reports
 
 EPILOG = """\
 The page works without a network: a table to filter and sort, means and deviations over seeds, accuracy against bytes

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from compress.errors import UserError, exit_code
-from compress.resume import StoppedError, stoppable
+from compress.stopping import StoppedError, stoppable
 
 EPILOG = """\
 Every trial is a run of scripts/run.py in OUTPUT/trials/; OUTPUT/pareto.csv and pareto.png show those that no other
@@ -20,8 +20,8 @@ beside another process on the same OUTPUT. compress/search_space.py says what th
 def search(arguments: argparse.Namespace) -> bool:
     """Prints the Pareto set, and on stderr why some trials have no part in it; whether it was never our fault."""
     # Not at the top: PyTorch takes seconds to import, and help needs none of it.
-    from compress.search import search
-    from compress.search_space import read_space
+    from compress.sweeps.search import search
+    from compress.sweeps.space import read_space
 
     space = read_space(arguments.space, arguments.overrides)
     found = search(space, arguments.output, arguments.trials, arguments.processes)

@@ -7,11 +7,11 @@ import argparse
 import sys
 from pathlib import Path
 
-from compress import config as configuration
-from compress import pipeline
+from compress.benchmarks.study_table import study_table
 from compress.errors import exit_code
 from compress.files import write_text
-from compress.results.study import study_table
+from compress.pipeline import run as pipeline
+from compress.pipeline.checks import checked_jobs
 from compress.results.tradeoff import Row
 
 TEACHER = ["teacher=resnet20", "teacher.training.epochs=20", "teacher.training.optimizer.lr=1e-2"]
@@ -35,7 +35,7 @@ def study(output: Path, overrides: list[str], seeds: list[int]) -> str:
             for index, variant in enumerate(variants):
                 own = ["experiment=fashion_mnist_study", f"method={method}", *variant, f"seed={seed}"]
                 own += [f"output_directory={output}", *overrides]
-                [(typed, composed)] = configuration.compose_jobs(own)
+                [(typed, composed)] = checked_jobs(own)
                 directory = output / f"{method}-{index}-seed{seed}"
                 directory.mkdir(parents=True, exist_ok=True)
                 rows += pipeline.run(composed, directory, typed).rows

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from compress import config
 from compress.cli import main
+from compress.config import compose as config
+from compress.pipeline.checks import checked_jobs
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "run.py"
 
@@ -197,14 +198,14 @@ def test_a_directory_whose_configuration_is_damaged_cannot_be_resumed(content, t
 
 def test_values_that_mean_the_same_reach_the_run_as_what_they_mean():
     typed = ["trainer.max_epochs=1e1", "data.batch_size=3.2e1", "optimizer.lr='0.1'", "data.limit=1e3"]
-    [(_, composed)] = config.compose_jobs(typed)
+    [(_, composed)] = checked_jobs(typed)
     found = composed.trainer.max_epochs, composed.data.batch_size, composed.optimizer.lr, composed.data.limit
     assert found == (10, 32, 0.1, 1000)
     assert [type(value) for value in found] == [int, int, float, int]
 
 
 def test_a_sweep_can_glob_over_options():
-    jobs = config.compose_jobs(["scheduler=glob(*)", "teacher=resnet8"], multirun=True)
+    jobs = checked_jobs(["scheduler=glob(*)", "teacher=resnet8"], multirun=True)
     stems = {path.stem for path in (SCRIPT.parent.parent / "conf" / "scheduler").glob("*.yaml")}
     assert {typed[0] for typed, _ in jobs} == {f"scheduler={stem}" for stem in stems}
 

@@ -5,8 +5,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from compress.results.report import write_reports
-from compress.results.synthetic import write_runs
+from compress.benchmarks.synthetic import write_runs
+from compress.report.formats import write_reports
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -30,8 +30,8 @@ from compress.export.onnx_runtime import (
 )
 from compress.export.packed import grids_description, network_description
 from compress.files import write_atomically
+from compress.models.folding import fold_batch_norm
 from compress.quantization.activations import detach_input_quantizer, input_quantizers
-from compress.quantization.fold import fold_batch_norm
 from compress.quantization.post_training import QuantizedModel
 
 __all__ = ["OnnxModel", "write_onnx", "write_onnx_float"]

@@ -24,9 +24,9 @@ from compress import models
 from compress.errors import UserError
 from compress.export import container
 from compress.export.bits import pack, packed_length, unpack
-from compress.pruning.masks import found, is_mask
+from compress.models.folding import bake_parametrizations, fold_pairs
+from compress.models.masks import found, is_mask
 from compress.quantization.activations import InputQuantizer, attach_input_quantizer, input_quantizers
-from compress.quantization.fold import bake_parametrizations, fold_pairs
 from compress.quantization.grid import Grid
 from compress.quantization.post_training import QuantizedLayer, QuantizedModel
 
@@ -108,7 +108,7 @@ def write_float(
 ) -> int:
     """Write the state dict of `model` in float32, nothing folded; returns the size in bytes. See `write_packed`.
 
-    BatchNorm's step counters are left out. `compress.models.load_weights` reads the file, too.
+    BatchNorm's step counters are left out. `compress.export.weights.load_weights` reads the file, too.
     """
     plain = bake_parametrizations(copy.deepcopy(model))
     tensors = {

@@ -11,10 +11,10 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics.classification import MulticlassAccuracy
 
+from compress.collective import mean_of_processes
+from compress.export.weights import BEST_NETWORK
 from compress.methods.mixup import Blend, Mixup
-from compress.models.weights import BEST_NETWORK
 from compress.optim.schedules import Schedule
-from compress.processes import mean_of_processes
 from compress.quantization.lsq import FakeQuantization
 
 OptimizerFactory = Callable[..., Optimizer]

@@ -1,23 +1,20 @@
-"""Networks by name, their weights and their size."""
+"""Networks by name, their channels and their size."""
 
 from compress.models.catalogue import available, build, check_options, described
 from compress.models.channels import architecture, changed_channels, rebuild, with_channels
 from compress.models.counting import count_macs, count_parameters
 from compress.models.inference import frozen_for_inference, low_precision_dtype
-from compress.models.weights import build_network, load_weights
 
 __all__ = [
     "architecture",
     "available",
     "build",
-    "build_network",
     "changed_channels",
     "check_options",
     "count_macs",
     "count_parameters",
     "described",
     "frozen_for_inference",
-    "load_weights",
     "low_precision_dtype",
     "rebuild",
     "with_channels",

@@ -7,7 +7,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from torch import nn
 
-from compress.check import check_arguments
+from compress.arguments import check_arguments
 from compress.errors import UserError
 from compress.paths import CONF
 

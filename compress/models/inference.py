@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from compress.errors import UserError
+from compress.models.folding import fold_batch_norm
 
 
 def frozen_for_inference(model: nn.Module) -> nn.Module:
@@ -13,8 +14,6 @@ def frozen_for_inference(model: nn.Module) -> nn.Module:
 
     Its logits are those of `model` in eval mode up to the rounding of the folded weights.
     """
-    from compress.quantization.fold import fold_batch_norm  # late: whoever needs only a data type needs no quantizer
-
     try:
         frozen = fold_batch_norm(model)
     except UserError:

@@ -34,7 +34,7 @@ class TimmModel(nn.Module):
     Images are resized to `input_size` pixels, bilinearly. Without it they stay as they are, unless the model is made
     for one size, as ViT is: then they get that. Such a model is made for the `input_size` where there is one.
 
-    The keys are timm's behind `network.`; `compress.models.load_weights` takes them without that prefix, too.
+    The keys are timm's behind `network.`; `compress.export.weights.load_weights` takes them without that prefix, too.
 
     Raises UserError where timm cannot make the model for `input_size`.
     """

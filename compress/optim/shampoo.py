@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.optim import Optimizer
 
-from compress.check import check_arguments
+from compress.arguments import check_arguments
 from compress.optim.kronecker import fold, inverse_root, join, split
 
 NotNegative = Annotated[float, Field(ge=0)]

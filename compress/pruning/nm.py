@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from compress.errors import UserError
-from compress.pruning.masks import weight_of
+from compress.models.masks import weight_of
 from compress.pruning.recipe import MaskRecipe, left_dense
 
 

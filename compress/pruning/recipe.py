@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from compress.errors import UserError
-from compress.pruning.masks import attach, counted, found, layers, narrow, weight_of
+from compress.models.masks import attach, counted, found, layers, narrow, weight_of
 
 Epoch = Annotated[int, Field(ge=0)]
 

@@ -17,9 +17,9 @@ from pydantic import Field
 from torch import nn
 
 from compress.errors import UserError
+from compress.models import masks
 from compress.models.channels import changed_channels, channels, with_channels
-from compress.pruning import masks
-from compress.pruning.masks import layers
+from compress.models.masks import layers
 from compress.pruning.recipe import Recipe
 
 

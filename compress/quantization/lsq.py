@@ -15,10 +15,10 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from compress.collective import mean_of_processes
 from compress.errors import UserError
-from compress.processes import mean_of_processes
+from compress.models.folding import bake_parametrizations, batch_norm_gain, find_foldable, fold_pairs, trace
 from compress.quantization.activations import InputQuantizer, attach_input_quantizer, detach_input_quantizer
-from compress.quantization.fold import bake_parametrizations, batch_norm_gain, find_foldable, fold_pairs, trace
 from compress.quantization.grid import Grid, code_dtype, mse_grid
 from compress.quantization.post_training import (
     QuantizedLayer,

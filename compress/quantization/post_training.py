@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.fx import Graph
 
 from compress.errors import UserError
-from compress.pruning.masks import is_mask
+from compress.models.folding import bake_parametrizations, find_foldable, fold_pairs, trace
+from compress.models.masks import is_mask
 from compress.quantization.activations import Range, attach_input_quantizer, calibrated
 from compress.quantization.batch_norm import matched, move_statistics
 from compress.quantization.calibration import gather, walk
-from compress.quantization.fold import bake_parametrizations, find_foldable, fold_pairs, trace
 from compress.quantization.grid import Grid, ZeroPoint, max_abs_grid, mse_grid, one_for_the_layer, percentile_grid
 from compress.quantization.layer import solve_layer
 from compress.quantization.patches import Moments, row_count, spread

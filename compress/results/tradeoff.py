@@ -31,6 +31,9 @@ from rich.table import Table
 
 from compress.files import write_atomically
 
+# Of a `result.json`.
+DAMAGED = "which cannot be read; accepted: to remove it, and the run goes on from its checkpoints"
+
 
 @dataclass(frozen=True)
 class Row:

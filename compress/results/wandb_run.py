@@ -18,13 +18,12 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import Logger, WandbLogger
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
-from compress.config import method_name
 from compress.errors import UserError
 from compress.files import write_json
 from compress.paths import PACKAGE
 from compress.results.record import commit
 from compress.results.tradeoff import Row
-from compress.resume import StoppedError
+from compress.stopping import StoppedError
 
 IDENTITY = "wandb.json"
 # What the run gets to sort by: the figures of each variant beside those that every logger has.
@@ -89,7 +88,7 @@ class WandbRun(WandbLogger):
         sweep = next((each for each in self.directory.parents if (each / "sweep.yaml").is_file()), None)
         # The typed word tells variants of one method apart, such as kd and kd_mixup.
         typed = [each.removeprefix("method=") for each in overrides if each.startswith("method=")]
-        method = typed[-1] if typed else method_name(config)
+        method = typed[-1] if typed else config.method._target_.rpartition(".")[0].rpartition(".")[2]
         name = f"{method} {config.student.stem} {config.data._target_.rpartition('.')[2]} seed {config.seed}"
         proposed = {
             "name": name if sweep is None else f"{name} ({self.directory.relative_to(sweep).as_posix()})",

@@ -14,12 +14,11 @@ from compress.results.layer_pictures import draw_layers, draw_weights, panels
 from compress.results.picture import draw_tradeoff
 from compress.results.tradeoff import Row, table, write_csv
 from compress.results.wandb_run import log_results
-from compress.variants import Variants
 
 
 def write_results(
     directory: Path,
-    variants: Variants,
+    variants: Any,
     record: Mapping[str, Any],
     title: str,
     teacher_accuracy: float | None = None,

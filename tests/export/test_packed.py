@@ -12,6 +12,7 @@ from compress import models
 from compress.errors import UserError
 from compress.export import container, read_model, read_packed, write_float, write_packed
 from compress.export.bits import packed_length
+from compress.export.weights import load_weights
 from compress.pruning.magnitude import Magnitude
 from compress.quantization import quantize
 
@@ -127,7 +128,7 @@ def test_a_float_file_is_the_whole_state_dict_and_a_checkpoint_too(small, tmp_pa
     read, description = read_model(path)
     assert description["format"] == "compress-float-1"
     fresh = models.build("resnet8", 10).eval()
-    models.load_weights(fresh, path)
+    load_weights(fresh, path)
     with torch.no_grad():
         assert torch.equal(read(IMAGES), small(IMAGES))
         assert torch.equal(fresh(IMAGES), small(IMAGES))

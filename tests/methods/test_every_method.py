@@ -9,7 +9,7 @@ import torch
 import compress
 from compress.cli import main
 from compress.paths import CONF
-from compress.training import Checkpoint
+from compress.training.fit import Checkpoint
 
 SMALL = ["student=resnet8", "data.limit=200", "quantizer=rtn", "quantizer.bits=4", "trainer.max_epochs=2"]
 TEACHER = ["teacher=resnet8", "teacher.training.epochs=1"]

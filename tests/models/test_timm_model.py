@@ -9,7 +9,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from compress.errors import UserError
-from compress.models import available, build, check_options, count_parameters, described, load_weights
+from compress.export.weights import load_weights
+from compress.models import available, build, check_options, count_parameters, described
 from compress.quantization import quantize
 from compress.quantization.solvers import rtn
 

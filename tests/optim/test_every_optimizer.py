@@ -10,11 +10,11 @@ import torch
 import compress
 from compress import models
 from compress.cli import main
-from compress.config import compose_jobs
 from compress.optim.groups import optimizer_factory, without_decay
 from compress.optim.library import muon, soap
 from compress.paths import CONF
-from compress.training import Checkpoint
+from compress.pipeline.checks import checked_jobs
+from compress.training.fit import Checkpoint
 
 SMALL = ["student=resnet8", "method=supervised", "data.limit=400", "quantizer=none", "trainer.max_epochs=2"]
 STEMS = sorted(path.stem for path in (CONF / "optimizer").glob("*.yaml"))
@@ -63,7 +63,7 @@ def test_biases_and_norms_decay_or_not_as_chosen(stem):
     network = models.build("resnet8", 10)
     expected = [each for name, each in network.named_parameters() if "bn" in name or each.ndim == 1]
     for overrides, kept in (([], []), ([NO_DECAY], expected)):
-        [(_, config)] = compose_jobs([*SMALL, f"optimizer={stem}", "optimizer.weight_decay=0.1", *overrides])
+        [(_, config)] = checked_jobs([*SMALL, f"optimizer={stem}", "optimizer.weight_decay=0.1", *overrides])
         optimizer = optimizer_factory(config.optimizer)(network.parameters())
         without, decayed = [], []
         for group in optimizer.param_groups:

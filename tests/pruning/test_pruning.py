@@ -10,7 +10,8 @@ import compress
 from compress import models
 from compress.cli import main
 from compress.export.packed import read_model, write_float
-from compress.pruning import masks
+from compress.export.weights import load_weights
+from compress.models import masks
 from compress.pruning.magnitude import Magnitude, magnitude_masks
 from compress.pruning.nm import nm_mask
 from compress.pruning.structured import Structured
@@ -122,7 +123,7 @@ def test_a_resumed_run_prunes_as_the_undisturbed_one_bit_for_bit(tmp_path, monke
     long += ["trainer.max_epochs=2", "optimizer=sgd"]
     whole = tmp_path / compress.run(long).directory
 
-    from compress import training
+    from compress.training import fit as training
 
     class CutOffError(Exception):
         pass
@@ -156,7 +157,7 @@ def test_a_copy_keeps_its_masks_and_a_file_its_zeros(tmp_path):
     path = tmp_path / "model.safetensors"
     write_float(path, model, architecture=architecture, **DESCRIPTION, input_shape=(3, 8, 8))
     again = models.build("resnet8", 10)
-    models.load_weights(again, path)
+    load_weights(again, path)
     assert all(torch.equal(mask, masks.found(model)[name]) for name, mask in masks.found(again).items())
     assert zeros(masks.found(again)) == round(0.5 * 77360)
 
@@ -173,7 +174,7 @@ def test_a_shrunken_network_is_a_quarter_and_its_file_builds_it_again(tmp_path):
     write_float(path, model, architecture=architecture, **DESCRIPTION, input_shape=(3, 32, 32))
     read, _ = read_model(path)
     loaded = models.build("resnet18", 10).eval()
-    models.load_weights(loaded, path)
+    load_weights(loaded, path)
     images = torch.randn(4, 3, 32, 32)
     assert torch.equal(read(images), model(images))
     assert torch.equal(loaded(images), model(images))
@@ -209,6 +210,6 @@ def test_a_structured_run_trains_and_exports_the_small_network(tmp_path, monkeyp
     record = json.loads((tmp_path / result.directory / "result.json").read_text())
     assert record["student"]["parameters"] < 0.27 * 78042
     again = models.build("resnet8", 10)
-    models.load_weights(again, tmp_path / result.directory / "checkpoints" / "best.ckpt")
+    load_weights(again, tmp_path / result.directory / "checkpoints" / "best.ckpt")
     assert models.count_parameters(again) == record["student"]["parameters"]
     assert [row.macs for row in result.rows] == [record["student"]["macs"]] * 2

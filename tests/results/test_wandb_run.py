@@ -17,12 +17,14 @@ import yaml
 from wandb.proto.wandb_internal_pb2 import Record
 
 import compress
-from compress import config, distributed
 from compress.cli import main
+from compress.config.compose import compose_jobs
 from compress.methods.supervised import Supervised
 from compress.paths import PACKAGE
+from compress.pipeline.checks import checked_jobs
 from compress.results.wandb_run import WandbRun, open_loggers
-from compress.resume import StoppedError
+from compress.stopping import StoppedError
+from compress.training import distributed
 
 SCRIPT = PACKAGE.parent / "scripts" / "run.py"
 OPTIONS = [
@@ -263,7 +265,7 @@ def test_a_run_that_failed_says_so_and_goes_on_as_the_same_run_when_it_is_resume
 
 
 def test_a_run_in_several_processes_that_failed_says_so(monkeypatch, tmp_path):
-    def fail(config, directory):
+    def fail(*arguments):
         raise RuntimeError("lost")
 
     monkeypatch.setattr(distributed, "train", fail)
@@ -292,7 +294,7 @@ def test_a_run_is_finished_only_after_it_was_uploaded(monkeypatch, tmp_path):
 
 
 def test_a_run_that_was_interrupted_is_ended_too(tmp_path):
-    [(_, composed)] = config.compose_jobs([*OPTIONS, "logger.wandb.name=mine", "logger.wandb.group=g"])
+    [(_, composed)] = checked_jobs([*OPTIONS, "logger.wandb.name=mine", "logger.wandb.group=g"])
     with pytest.raises(KeyboardInterrupt), open_loggers(composed, tmp_path):
         raise KeyboardInterrupt
     [read] = read_all(tmp_path)
@@ -302,7 +304,7 @@ def test_a_run_that_was_interrupted_is_ended_too(tmp_path):
 
 def test_variants_of_a_method_have_a_job_type_each(tmp_path):
     typed = [*OPTIONS, "method=supervised_mixup"]
-    [(_, composed)] = config.compose_jobs(typed)
+    [(_, composed)] = checked_jobs(typed)
     with open_loggers(composed, tmp_path, typed):
         pass
     [read] = read_all(tmp_path)
@@ -325,5 +327,5 @@ def test_several_loggers_can_be_chosen_at_once():
         "logger=[wandb,tensorboard]": {"csv", "wandb", "tensorboard"},
         "logger=[csv,tensorboard]": {"csv", "tensorboard"},
     }.items():
-        [(_, composed)] = config.compose_jobs([typed], checked=False)
+        [(_, composed)] = compose_jobs([typed])
         assert set(composed.logger) == expected

@@ -1,0 +1,73 @@
+"""What the quantizers cost trained networks: the variants of `make quantizer-study`, and how they are measured."""
+
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+
+from compress.config.compose import compose_jobs
+from compress.export.packed import read_model
+from compress.pipeline.variants import Variants
+
+PLAIN = ["quantizer.scale_candidates=1", "quantizer.sweeps=0", "quantizer.refit=false"]
+TUNED = ["quantizer.scale_candidates=12", "quantizer.sweeps=4", "quantizer.refit=true"]
+ALL, LOW = "quantizer.bits=[8,4,3,2]", "quantizer.bits=[3,2]"
+# What is said of it in the table, and the options; those of the first list are measured on every network.
+MAIN = {
+    "gpfq": ["quantizer=gpfq", *TUNED, ALL],
+    "gpfq, all layers": ["quantizer=gpfq", *TUNED, "quantizer.bits=[2]", "quantizer.first_last_bits=null"],
+    "gpfq, inputs 8 bit": ["quantizer=gpfq", *TUNED, "quantizer.bits=[8]", "quantizer.activation_bits=8"],
+    "gpfq, mixed": ["quantizer=gpfq", *TUNED, "quantizer.bits=[2,3,4,5,6]"],
+}
+COMPARED = {
+    "gpfq, without search and sweeps": ["quantizer=gpfq", *PLAIN, LOW],
+    "gpfq, norms re-estimated": ["quantizer=gpfq", *TUNED, LOW, "quantizer.batch_norm_reestimation=true"],
+    "gpfq, without bias correction": ["quantizer=gpfq", *TUNED, LOW, "quantizer.bias_correction=false"],
+    "gptq": ["quantizer=gptq", *TUNED, LOW],
+    "qronos": ["quantizer=qronos", *TUNED, LOW],
+    "rtn": ["quantizer=rtn", LOW],
+    "published rule, 2^b + 1 levels": [
+        *("quantizer=gpfq", *PLAIN, LOW, "quantizer.alphabet=published", "quantizer.scale=percentile"),
+        "quantizer.bias_correction=false",
+    ],
+}
+
+
+def measure(run: Path, options: Mapping[str, Sequence[str]], known: dict[str, Any], save: Callable[[], None]) -> None:
+    """Adds to `known` the rows and mean layer errors of every one of `options` for the network of `run`.
+
+    What is known already is not measured again; `save` is called after each one that is.
+    """
+    kept = OmegaConf.load(run / "config.yaml")
+    data = instantiate(kept.data, seed=kept.seed)
+    data.setup()
+    student, about = read_model(run / "models" / "student-fp32.safetensors")
+    exported = {"packed": False, "onnx": False}
+    with tempfile.TemporaryDirectory() as folder:
+        variants = Variants(data, Path(folder), about["architecture"], exported)
+        variants.add_float(student)
+        for name, overrides in options.items():
+            if name in known:
+                continue
+            if name == "gpfq, mixed":
+                size = next(row["bytes"] for row in known["gpfq"]["rows"] if row["bits"] == 3)
+                overrides = [*overrides, f"quantizer.budget={size}"]
+            typed = [*overrides, "quantizer.calibration_images=512"]
+            [(_, composed)] = compose_jobs(typed)
+            before = len(variants.rows)
+            variants.layers.clear()
+            variants.quantize(student, instantiate(composed.quantizer))
+            rows = [asdict(row) for row in variants.rows[before:]]
+            errors = [_error(layers["quantized"]) for layers in variants.layers.values()]
+            known[name] = {"float": asdict(variants.rows[0]), "rows": rows, "errors": errors}
+            save()
+
+
+def _error(layers: Mapping[str, Any]) -> float:
+    """The mean relative output error of the layers that are neither first nor last."""
+    inner = [layer["error"] for layer in layers.values()][1:-1]
+    return sum(inner) / len(inner)

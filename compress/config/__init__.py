@@ -1,0 +1,1 @@
+"""Composing a configuration and checking its values."""

@@ -1,0 +1,94 @@
+"""Going on: which run to continue, and who owns a run directory."""
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from compress.errors import UserError
+from compress.files import remove_leftovers
+from compress.stopping import under_way
+
+STARTED = "started.json"
+
+
+class OwnedError(UserError):
+    """Another process works on the run."""
+
+
+@contextmanager
+def owned(directory: Path) -> Iterator[None]:
+    """This process alone writes to `directory`; the unfinished files of one that was killed there are removed.
+
+    Raises OwnedError where another process has it. The lock is the kernel's and ends with the process, however it ends.
+    """
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        if not _lock(handle):
+            raise OwnedError(f"resume: found {directory}, where a run is going on; accepted: one that was interrupted")
+        for folder in (directory, directory / "checkpoints", directory / "models"):
+            remove_leftovers(folder)
+        with under_way(f"resume={directory}"):
+            yield
+    finally:
+        os.close(handle)
+
+
+def latest(output_directory: Path) -> Path:
+    """The directory of the unfinished run, alone or in a sweep, that was started last and is not going on."""
+    found = [
+        path.parent
+        for pattern in ("runs/*/config.yaml", "sweeps/*/*/config.yaml")
+        for path in output_directory.glob(pattern)
+    ]
+    for directory in sorted(found, key=_start, reverse=True):
+        if not (directory / "result.json").exists() and not _is_owned(directory):
+            return directory
+    raise UserError(
+        f"resume: found no unfinished run in {output_directory}/runs or {output_directory}/sweeps; "
+        "accepted: resume=DIRECTORY, or output_directory=... beside resume=latest"
+    )
+
+
+def requeued(output_directory: Path, overrides: Sequence[str]) -> Path | None:
+    """The unfinished run that the same command began in the same SLURM job before that was requeued."""
+    job = os.environ.get("SLURM_JOB_ID")
+    if job is None or os.environ.get("SLURM_RESTART_COUNT", "0") == "0":
+        return None
+    typed = [override for override in overrides if not override.startswith("hydra.")]
+    directories = {path.parent for path in output_directory.glob(f"runs/*/{STARTED}")}
+    named = [override.partition("=")[2] for override in overrides if override.startswith("hydra.run.dir=")]
+    for directory in sorted(map(Path, named)) or sorted(directories, key=_start, reverse=True):
+        try:
+            started = json.loads((directory / STARTED).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        if started.get("slurm_job") == job and started["overrides"] == typed and (directory / "config.yaml").exists():
+            return directory
+    return None
+
+
+def _start(directory: Path) -> tuple[int, str]:
+    path = directory / STARTED
+    return (path if path.exists() else directory / "config.yaml").stat().st_mtime_ns, str(directory)
+
+
+def _is_owned(directory: Path) -> bool:
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        return not _lock(handle)
+    finally:
+        os.close(handle)
+
+
+def _lock(handle: int) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        # A file system without locks on directories cannot say.
+        return True
+    return True

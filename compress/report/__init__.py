@@ -1,0 +1,1 @@
+"""Finished runs read back and compared, as tables, pictures and one page."""

@@ -1,0 +1,75 @@
+"""What SIGINT and SIGTERM do: they end the process at once, and say in one line how to go on.
+
+Everything a run needs to go on is on the disk at the end of every epoch, so that a signal has nothing to save: at most
+the running epoch is lost, as it would be by `kill -9`.
+"""
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+# What to type beside `python scripts/run.py` to go on with what this process does: a sweep, its job, a stage of it.
+_under_way: list[str] = []
+# The signal that `stoppable` was told of.
+_stops: list["StoppedError"] = []
+
+
+class StoppedError(BaseException):
+    """SIGINT or SIGTERM; no KeyboardInterrupt, which Lightning would turn into an exit of its own."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.exit_code = 128 + number
+        self.reason = f"stopped by {signal.Signals(number).name}"
+        self.go_on = _under_way[0] if _under_way else None
+
+    def __str__(self) -> str:
+        return f"{self.reason}; to go on: {self.go_on}" if self.go_on else self.reason
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """SIGINT and SIGTERM raise StoppedError in here, once: a second signal ends the process on the spot."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    numbers = (signal.SIGINT, signal.SIGTERM)
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        for each in numbers:
+            signal.signal(each, signal.SIG_DFL)
+        _stops.append(StoppedError(number))
+        raise _stops[0]
+
+    before = {number: signal.signal(number, stop) for number in numbers}
+    try:
+        yield
+    except Exception:
+        raise_if_stopped()
+        raise
+    finally:
+        _stops.clear()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def under_way(go_on: str) -> Iterator[None]:
+    """A signal within says that `go_on` continues, unless that of something around it does."""
+    _under_way.append(go_on)
+    try:
+        yield
+    finally:
+        _under_way.remove(go_on)
+
+
+def raise_if_stopped() -> None:
+    """Raises the StoppedError that was raised before and lost.
+
+    A library of native code that is called just then, such as safetensors or Ray, says that it failed itself, or
+    nothing at all. Whoever goes on after any exception asks here first.
+    """
+    if _stops:
+        raise _stops[0] from None

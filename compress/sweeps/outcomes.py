@@ -1,0 +1,100 @@
+"""How the jobs of a sweep ended, read from their directories; needs neither PyTorch nor Hydra.
+
+A finished job has a `result.json`, a failed one a `failed.txt`: one line that says why and, unless the user can mend
+it, the traceback. A job with neither has not been run to its end yet.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich import box
+from rich.markup import escape
+from rich.table import Table
+
+from compress.errors import UserError
+from compress.files import write_text
+from compress.report.collect import collect, write_summary
+from compress.results.tradeoff import DAMAGED, Row, read_rows
+
+FAILED = "failed.txt"
+USER_ERROR = "error: "
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """`state` is finished, failed or not finished; `reason` one line for the second, `rows` for the first."""
+
+    state: str
+    reason: str = ""
+    rows: tuple[Row, ...] = ()
+
+    @property
+    def users_mistake(self) -> bool:
+        return self.reason.startswith(USER_ERROR)
+
+    def __str__(self) -> str:
+        if self.rows:
+            return f"finished, {100 * self.rows[0].test_accuracy:.2f} % on test"
+        return f"{self.state}: {self.reason}" if self.reason else self.state
+
+
+def record_failure(directory: Path, failure: BaseException, details: str) -> None:
+    """Leaves why the job in `directory` failed; `details` (a traceback) only where the user cannot mend it."""
+    said = next((line.strip() for line in str(failure).splitlines() if line.strip()), "")
+    if isinstance(failure, UserError):
+        write_text(directory / FAILED, f"{USER_ERROR}{said}\n")
+    else:
+        write_text(directory / FAILED, f"{type(failure).__name__}: {said}\n\n{details.rstrip()}\n")
+
+
+def outcome(directory: Path) -> Outcome:
+    if (directory / "result.json").exists():
+        try:
+            record = json.loads((directory / "result.json").read_text(encoding="utf-8"))
+            return Outcome("finished", rows=tuple(read_rows(record)))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return Outcome("failed", f"{USER_ERROR}found result.json, {DAMAGED}")
+    if (directory / FAILED).exists():
+        return Outcome("failed", (directory / FAILED).read_text(encoding="utf-8").partition("\n")[0])
+    return Outcome("not finished")
+
+
+def exit_code(outcomes: Sequence[Outcome]) -> int:
+    """0 where all are finished, 2 where only mistakes of the user kept some from it, otherwise 1."""
+    missing = [each for each in outcomes if each.state != "finished"]
+    return 0 if not missing else 2 if all(each.users_mistake for each in missing) else 1
+
+
+def summarise(directory: Path) -> list[str]:
+    """Writes `summary.csv` where a job in `directory` is finished, and returns what could not be read."""
+    try:
+        collection = collect([directory])
+    except UserError:
+        return []
+    write_summary(directory / "summary.csv", collection.runs)
+    return list(collection.problems)
+
+
+def sweep_table(title: str, jobs: Sequence[Sequence[str]], outcomes: Sequence[Outcome]) -> Table:
+    """A line per job: what distinguishes it, how it ended, and the first and the smallest of its variants."""
+    printed = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", collapse_padding=True, pad_edge=False)
+    printed.add_column("job", justify="right", no_wrap=True)
+    printed.add_column("what varies", overflow="fold")
+    printed.add_column("outcome", no_wrap=True)
+    printed.add_column("fp32 %", justify="right", no_wrap=True)
+    printed.add_column("smallest", no_wrap=True)
+    for heading in ("test %", "size kB"):
+        printed.add_column(heading, justify="right", no_wrap=True)
+    colours = {"finished": "green", "failed": "red", "not finished": "yellow"}
+    for number, (job, ended) in enumerate(zip(jobs, outcomes, strict=True)):
+        varying = [each for each in job if any(each not in other for other in jobs)]
+        cells = ["", "", "", ""]
+        if ended.rows:
+            smallest = min(ended.rows, key=lambda row: row.bytes)
+            accuracies = [f"{100 * row.test_accuracy:.2f}" for row in (ended.rows[0], smallest)]
+            cells = [accuracies[0], smallest.name, accuracies[1], f"{smallest.bytes / 1000:,.1f}"]
+        state = f"[{colours[ended.state]}]{ended.state}[/]"
+        printed.add_row(str(number), escape(" ".join(varying)), state, *cells)
+    return printed

@@ -1,0 +1,319 @@
+"""A search for accuracy and few bytes by Optuna: `scripts/search.py`.
+
+A search is a directory: `search.json` says what is searched, `journal.log` is Optuna's journal, `trials/N` the run of
+trial N, and `pareto.csv` and `pareto.png` show what was found. Several processes may work on it, each trial under a
+file lock that dies with its process: a trial that is running without one was killed, and another goes on in its
+directory. Optuna maximises the validation accuracy and minimises the bytes of `compress.sweeps.pareto.chosen`.
+"""
+
+import json
+import multiprocessing
+import os
+import signal
+import threading
+import traceback
+from collections.abc import Mapping
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from importlib import import_module
+from itertools import count
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from compress.errors import UserError
+from compress.files import make_chosen, write_json
+from compress.progress import console
+from compress.report.finished import flattened
+from compress.stopping import StoppedError, raise_if_stopped, stoppable
+from compress.sweeps.pareto import Point, chosen, pareto_set, read_points, write_pareto
+from compress.sweeps.space import Choices, Space, check_space
+
+SAMPLERS = {"tpe": "TPESampler", "nsga2": "NSGAIISampler"}
+# A trial that ends its process every time, by its memory perhaps, must not do so for ever.
+TRIES = 5
+GRACE = 10  # seconds for a process to end what it has open elsewhere
+
+
+def search(space: Space, directory: Path, trials: int, processes: int = 1) -> "Outcome":
+    """Goes on with the search in `directory`, or begins it, until it has `trials` trials; returns what there is then.
+
+    Raises UserError, before any work, for what cannot be searched and for a directory that belongs to something else.
+    """
+    _optuna()
+    for name, number in (("trials", trials), ("processes", processes)):
+        if number < 1:
+            raise UserError(f"{name}: found {number}; accepted: a whole number of at least 1")
+    _open(space, directory)
+    if processes == 1:
+        _work(space, directory, trials)
+    else:
+        _work_beside(space, directory, trials, processes)
+    return _outcome(_Search(space, directory))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a search came to: the Pareto set, trials that finished, and why others did not.
+
+    `refused` were mistakes of their combination, `broken` of the program; both have a line by number. `unfinished` are
+    at work in other processes, or theirs was killed.
+    """
+
+    pareto: tuple[Point, ...]
+    finished: int
+    refused: Mapping[int, str]
+    broken: Mapping[int, str]
+    unfinished: int
+
+
+def _optuna() -> ModuleType:
+    try:
+        optuna = import_module("optuna")
+    except ImportError:
+        raise UserError("search: Optuna is not installed; pip install 'compress[search]'") from None
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    return optuna
+
+
+def _sampler(space: Space, draws: int) -> Any:
+    """The sampler for the trial after `draws` others: what it draws follows from the seed and their number."""
+    target = getattr(_optuna().samplers, SAMPLERS[space.sampler])
+    return target(**space.sampler_options, seed=(space.seed + 1_000_003 * draws) % 2**32)
+
+
+def _open(space: Space, directory: Path) -> None:
+    """Makes the directory of a checked search, or sees that it is there already."""
+    path = directory / "search.json"
+    if not path.exists():
+        if directory.is_dir() and _names(directory):
+            raise UserError(f"output: found {directory}, which holds something else; accepted: a new directory")
+        check_space(space)
+        make_chosen(directory, "output")
+        # Another process may have begun the same search meanwhile.
+        with FileLock(directory / "search.lock"):
+            if not path.exists():
+                write_json(path, space.content())
+    try:
+        known = flattened(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, AttributeError):
+        raise UserError(f"output: found {path}, which cannot be read; accepted: a new directory") from None
+    content = flattened(space.content())
+    for key in [*content, *known]:
+        if key not in known or key not in content or known[key] != content[key]:
+            raise UserError(
+                f"{key}: found {content.get(key, 'none')!r}, but {known.get(key, 'none')!r} in {path}; accepted: the "
+                "same search, or a new directory"
+            )
+
+
+def _names(directory: Path) -> list[str]:
+    """What lies there, without what a process leaves that is beginning this search just now."""
+    return [each.name for each in directory.iterdir() if each.name != "search.lock" and each.name[0] != "."]
+
+
+class _JournalLock:
+    """Optuna's journal under a lock that dies with its process, and without a line whose writer died."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.lock = FileLock(path.with_suffix(".lock"))
+
+    def acquire(self) -> bool:
+        self.lock.acquire()
+        with self.path.open("rb+") as stream:
+            content = stream.read()
+            if content and not content.endswith(b"\n"):
+                stream.truncate(content.rfind(b"\n") + 1)
+        return True
+
+    def release(self) -> None:
+        self.lock.release()
+
+
+class _Search:
+    """A process's view of the search in `directory`."""
+
+    def __init__(self, space: Space, directory: Path) -> None:
+        optuna = _optuna()
+        self.space = space
+        self.directory = directory
+        self.lock = FileLock(directory / "search.lock")
+        self.states = optuna.trial.TrialState
+        path = directory / "journal.log"
+        # Optuna makes the file where there is none, but not while another process may.
+        with self.lock:
+            backend = optuna.storages.journal.JournalFileBackend(str(path), lock_obj=_JournalLock(path))
+            self.study = optuna.create_study(
+                study_name="search",
+                storage=optuna.storages.JournalStorage(backend),
+                directions=["maximize", "minimize"],
+                load_if_exists=True,
+            )
+
+    def trials(self) -> list[Any]:
+        """Those that count: not the ones that were killed and have a successor."""
+        every = self.study.get_trials(deepcopy=False)
+        replaced = {trial.user_attrs.get("continues") for trial in every}
+        return [trial for trial in every if trial.number not in replaced]
+
+    def run_directory(self, trial: Any) -> Path:
+        return self.directory / "trials" / str(trial.user_attrs["run"])
+
+    def trial_lock(self, number: int) -> FileLock:
+        return FileLock(self.directory / "locks" / f"{number}.lock")
+
+    def next(self, limit: int, held: ExitStack) -> tuple[Any, dict[str, str]] | None:
+        """The next trial and its values, locked within `held`; None when there are `limit` of them."""
+        with self.lock:
+            self._requeue()
+            counted = self.trials()
+            waiting = [trial for trial in counted if trial.state == self.states.WAITING]
+            if not waiting and len(counted) >= limit:
+                return None
+            taken = {trial.user_attrs.get("run") for trial in counted}
+            run = next(number for number in count() if number not in taken)
+            self.study.sampler = _sampler(self.space, run)
+            trial = self.study.ask()
+            held.enter_context(self.trial_lock(trial.number))
+            if "run" not in trial.user_attrs:
+                trial.set_user_attr("run", run)
+            return trial, self._suggest(trial)
+
+    def _requeue(self) -> None:
+        """Lets a new trial go on where the process of another was killed."""
+        (self.directory / "locks").mkdir(exist_ok=True)
+        for trial in self.study.get_trials(deepcopy=False, states=(self.states.RUNNING,)):
+            with suppress(Timeout), self.trial_lock(trial.number).acquire(blocking=False):
+                self._requeue_killed(trial.number)
+
+    def _requeue_killed(self, number: int) -> None:
+        every = self.study.get_trials(deepcopy=False)
+        trial = every[number]
+        if trial.state != self.states.RUNNING:
+            return  # it finished before its lock was looked at
+        tries = trial.user_attrs.get("tries", 1)
+        if tries < TRIES and not any(each.user_attrs.get("continues") == number for each in every):
+            about = trial.user_attrs | {"continues": number, "tries": tries + 1}
+            self.study.enqueue_trial(trial.params, user_attrs=about)
+        # Last: were it the other way round, a process killed between the two would lose the trial.
+        self.study.tell(number, state=self.states.FAIL)
+
+    def _suggest(self, trial: Any) -> dict[str, str]:
+        values: dict[str, str] = {}
+        for key, dimension in self.space.dimensions.items():
+            if not self.space.applies(key, values):
+                continue
+            if isinstance(dimension, Choices):
+                values[key] = trial.suggest_categorical(key, dimension.choices)
+            else:
+                suggest = trial.suggest_int if dimension.whole else trial.suggest_float
+                values[key] = repr(suggest(key, dimension.low, dimension.high, log=dimension.log))
+        return values
+
+    def show(self) -> list[Point]:
+        """Writes and returns the Pareto set of what is finished."""
+        with self.lock:
+            finished = [trial for trial in self.trials() if trial.state == self.states.COMPLETE]
+            points = read_points({trial.user_attrs["run"]: self.run_directory(trial) for trial in finished})
+            if points:
+                write_pareto(self.directory, points, f"{self.directory.name}: {len(finished)} trials")
+            return pareto_set(points)
+
+
+def _work(space: Space, directory: Path, limit: int) -> None:
+    """Runs one trial after the other until there are `limit`."""
+    # Not at the top: PyTorch takes seconds to import, and the checks of the file need none of it.
+    from compress.pipeline import stages
+    from compress.pipeline.checks import checked_jobs
+
+    own = _Search(space, directory)
+    while True:
+        with ExitStack() as held:
+            found = own.next(limit, held)
+            if found is None:
+                return
+            trial, values = found
+            overrides = space.overrides_of(values)
+            run_directory = own.run_directory(trial)
+            words = " ".join(f"{key}={value}" for key, value in values.items())
+            console.print(f"trial {run_directory.name}: {words}", style="bold", markup=False)
+            try:
+                [(typed, composed)] = checked_jobs(overrides)
+                run_directory.mkdir(parents=True, exist_ok=True)
+                row = chosen(stages.run(composed, run_directory, typed).rows)
+            except UserError as mistake:
+                raise_if_stopped()
+                console.print(f"trial {run_directory.name}: {mistake}", markup=False)
+                trial.set_user_attr("reason", str(mistake))
+                # Not failed: samplers learn from pruned trials that there is nothing good here.
+                own.study.tell(trial, state=own.states.PRUNED)
+            except Exception as failure:
+                raise_if_stopped()
+                # One combination may run out of memory, say; the others are not to blame.
+                traceback.print_exc()
+                trial.set_user_attr("reason", f"{type(failure).__name__}: {failure}".splitlines()[0])
+                own.study.tell(trial, state=own.states.FAIL)
+            else:
+                own.study.tell(trial, [row.validation_accuracy, row.bytes])
+        own.show()
+
+
+def _work_beside(space: Space, directory: Path, limit: int, processes: int) -> None:
+    """The same in several processes, which share the cores."""
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    context = multiprocessing.get_context("spawn")
+    workers = [context.Process(target=_worker, args=(space, directory, limit)) for _ in range(processes)]
+    for worker in workers:
+        worker.start()
+    try:
+        for worker in workers:
+            worker.join()
+    finally:  # an interrupt, perhaps, of which they know nothing
+        for worker in workers:
+            worker.terminate()
+        for worker in workers:
+            worker.join(GRACE)
+            worker.kill()
+            worker.join()
+    ended = sum(1 for worker in workers if worker.exitcode)
+    if ended:
+        console.print(f"{ended} of {processes} processes were ended from outside", style="bold")
+
+
+def _worker(space: Space, directory: Path, limit: int) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    try:
+        with stoppable():
+            # Ctrl-C reaches all processes of a terminal; theirs is ended by the one that started them.
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            _work(space, directory, limit)
+    except StoppedError as stopped:
+        os._exit(stopped.exit_code)
+
+
+def _end_with_parent() -> None:
+    """Whoever kills a search means all of it."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _outcome(own: _Search) -> Outcome:
+    front = own.show()
+    trials, states = own.trials(), own.states
+
+    def said(state: Any) -> dict[int, str]:
+        killed = f"its process was killed {TRIES} times"
+        return {t.user_attrs["run"]: t.user_attrs.get("reason", killed) for t in trials if t.state == state}
+
+    return Outcome(
+        pareto=tuple(front),
+        finished=sum(1 for trial in trials if trial.state == states.COMPLETE),
+        refused=said(states.PRUNED),
+        broken=said(states.FAIL),
+        unfinished=sum(1 for trial in trials if not trial.state.is_finished()),
+    )

@@ -1,0 +1,1 @@
+"""One fit: checkpoints, early stopping, processes that train together."""

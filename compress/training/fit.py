@@ -1,0 +1,196 @@
+"""One Lightning fit, for teachers and students alike: checkpoints, early stopping, resuming."""
+
+import logging
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from lightning_fabric.plugins.io.torch_io import TorchCheckpointIO
+from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
+from pytorch_lightning.loggers import Logger
+
+from compress.errors import UserError
+from compress.files import write_atomically
+from compress.progress import console
+from compress.training import processes
+from compress.training.averaging import MovingAverage
+from compress.training.epoch_lines import EpochLines
+
+BEST, LAST = "best.ckpt", "last.ckpt"
+
+
+def fit(
+    module: pl.LightningModule,
+    data: pl.LightningDataModule,
+    trainer_options: dict[str, Any],
+    directory: Path,
+    *,
+    label: str,
+    loggers: Sequence[Logger] = (),
+    callbacks: Sequence[pl.Callback] = (),
+    first_best: int = 0,
+) -> pl.Trainer:
+    """Trains `module`, from `directory/last.ckpt` on if there is one, and returns the Trainer.
+
+    `directory` receives `best.ckpt` (highest validation accuracy, the earliest of equals) and `last.ckpt`, written
+    at the end of every epoch. Training that diverges ends, with the best epoch before that. `trainer_options` are
+    Lightning's, and `early_stopping`, `log_every` and `ema_decay`. Epochs before `first_best`, counted from 0, are not
+    yet what is wanted: none of them can be the best, and none counts for early stopping.
+
+    Raises UserError where training diverges in the first epoch.
+    """
+    options = {key: value for key, value in trainer_options.items() if key != "_target_"}
+    patience, log_every = options.pop("early_stopping"), options.pop("log_every")
+    decay = options.pop("ema_decay", None)
+    options |= processes.lightning_options(options)
+    plugins = options.pop("plugins")
+    own = [
+        EpochLines(label, log_every),
+        Divergence(label, directory / BEST),
+        # The best comes before the last: a run killed between the two repeats an epoch rather than losing its best.
+        Checkpoint(directory, first_best, filename=_stem(BEST), monitor="val/accuracy", mode="max"),
+        Checkpoint(directory, filename=_stem(LAST)),
+    ]
+    if patience is not None:
+        # Before the checkpoints, which are to hold how long it has waited.
+        own.insert(0, Patience("val/accuracy", first_best, mode="max", patience=patience))
+    # After whatever else changes the weights after a batch.
+    averaging = [] if decay is None else [MovingAverage(decay)]
+    _quieten()
+    trainer = pl.Trainer(
+        **options,
+        logger=list(loggers) or False,
+        callbacks=[*own, *callbacks, *averaging],
+        default_root_dir=directory,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        log_every_n_steps=1,
+        plugins=[AtomicCheckpoints(), *plugins],
+    )
+    if options["precision"] == "64-true":
+        # Lightning does so too, but only after it has loaded a checkpoint's weights into float32.
+        module.double()
+    last = directory / LAST
+    if (directory / BEST).exists():
+        epoch_of(directory / BEST)  # which is not read before the training is over
+    if last.exists():
+        console.print(f"  continuing after epoch {epoch_of(last)}")
+    trainer.fit(module, data, ckpt_path=last if last.exists() else None, weights_only=True)
+    return trainer
+
+
+def epoch_of(path: Path) -> int:
+    """The number, from 1, of the epoch at whose end the checkpoint at `path` was written.
+
+    Raises UserError where the file has been damaged since.
+    """
+    try:
+        return 1 + int(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["epoch"])
+    except Exception:  # a damaged file can fail anywhere in the decoder, with any exception
+        raise UserError(
+            f"resume: found {path}, which is damaged; accepted: to remove {path.parent}, and training begins anew"
+        ) from None
+
+
+class Checkpoint(ModelCheckpoint):
+    """Writes one file at the end of an epoch, from epoch `first` on, when the training metrics are known too."""
+
+    def __init__(self, directory: Path, first: int = 0, **options: Any) -> None:
+        self.first = first
+        super().__init__(directory, save_on_train_epoch_end=True, enable_version_counter=False, **options)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.current_epoch >= self.first:
+            super().on_train_epoch_end(trainer, pl_module)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Lightning forgets the best score when the directory was moved; the files have moved with it."""
+        paths = {
+            key: str(Path(self.dirpath, Path(state_dict[key]).name))
+            for key in ("best_model_path", "kth_best_model_path")
+        }
+        scores = {
+            str(Path(self.dirpath, Path(path).name)): score for path, score in state_dict["best_k_models"].items()
+        }
+        super().load_state_dict(state_dict | paths | {"dirpath": self.dirpath, "best_k_models": scores})
+
+
+class Divergence(pl.Callback):
+    """Ends a training whose weights are no numbers any more, which they would stay; `best` may be from before that."""
+
+    def __init__(self, label: str, best: Path) -> None:
+        self.label = label
+        self.best = best
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if _is_finite(pl_module):
+            return
+        said = f"{self.label}: training diverged in epoch {trainer.current_epoch + 1}, its weights are not finite"
+        if not self.best.exists():
+            key = "teacher.training.optimizer.lr" if self.label == "teacher" else "optimizer.lr"
+            raise UserError(f"{said}; accepted: a smaller {key}")
+        console.print(f"  {said}; going on with the best epoch before", style="bold")
+        trainer.should_stop = True
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # Resumed after it had diverged.
+        if not _is_finite(pl_module):
+            trainer.should_stop = True
+
+
+class Patience(EarlyStopping):
+    """Early stopping from epoch `first` on, not forgotten when a run that had already stopped is resumed."""
+
+    def __init__(self, monitor: str, first: int, **options: Any) -> None:
+        super().__init__(monitor, **options)
+        self.first = first
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.current_epoch >= self.first:
+            super().on_validation_end(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.current_epoch >= self.first:
+            super().on_train_epoch_end(trainer, pl_module)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.wait_count >= self.patience:
+            trainer.should_stop = True
+
+
+class AtomicCheckpoints(TorchCheckpointIO):
+    """Lightning moves a finished file from the folder for temporary files, which may be on another file system."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        write_atomically(Path(path), lambda temporary: torch.save(checkpoint, temporary))
+
+
+def device(accelerator: str) -> torch.device:
+    """Where networks and images lie under `trainer.accelerator`."""
+    usable = accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+    return torch.device("cuda" if usable else "cpu")
+
+
+def _is_finite(module: pl.LightningModule) -> bool:
+    return all(bool(parameter.isfinite().all()) for parameter in module.parameters())
+
+
+def _stem(name: str) -> str:
+    return name.removesuffix(ModelCheckpoint.FILE_EXTENSION)
+
+
+def _quieten() -> None:
+    """Lightning's advice and device banners, which a table of results does not need."""
+    for name in ("pytorch_lightning", "lightning.pytorch", "lightning.fabric", "lightning_fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in (
+        ".*does not have many workers.*",
+        ".*Checkpoint directory .* exists.*",
+        ".*treespec.*",
+        ".*sync_dist.*",
+    ):
+        warnings.filterwarnings("ignore", message)

@@ -1,0 +1,69 @@
+"""The Lightning callback that keeps pruned weights at zero and prunes when the recipe says so."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytorch_lightning as pl
+from torch import nn
+from torch.optim import Optimizer
+
+from compress.export.weights import CHANNELS
+from compress.models import masks
+from compress.pruning.recipe import MaskRecipe
+
+
+class Pruning(pl.Callback):
+    """Masks for the `networks` of a module, which get them here; `recipe` None: those that they have are kept as is.
+
+    Weights are set to zero after each step of any optimizer, so that neither momentum nor decay can bring one back,
+    and no other network ever sees one, whoever calls the optimizers. The masks are saved with the networks: a resumed
+    run reads them and prunes on from there. So are the channels of the `architectures` of networks that were shrunk.
+    """
+
+    def __init__(
+        self,
+        networks: Mapping[str, nn.Module],
+        recipe: MaskRecipe | None = None,
+        architectures: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> None:
+        self.networks = networks
+        self.recipe = recipe
+        self.architectures = architectures or {}
+        if recipe is not None:
+            for network in networks.values():
+                masks.attach(network, recipe.pruned_layers(network))
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        for optimizer in trainer.optimizers:
+            optimizer.register_step_post_hook(self._after_step)
+        if trainer.global_step == 0:
+            self._prune(trainer, 0)
+        self._apply()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_index: int
+    ) -> None:
+        self._prune(trainer, trainer.current_epoch * trainer.num_training_batches + batch_index + 1)
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        checkpoint[CHANNELS] = {
+            name: each["channels"] for name, each in self.architectures.items() if "channels" in each
+        }
+
+    def _prune(self, trainer: pl.Trainer, batches: int) -> None:
+        if self.recipe is None:
+            return
+        share = self.recipe.share(batches, trainer.num_training_batches, trainer.max_epochs)
+        if share is None:
+            return
+        for network in self.networks.values():
+            self.recipe.prune(network, share)
+
+    def _after_step(self, optimizer: Optimizer, arguments: Any, options: Any) -> None:
+        self._apply()
+
+    def _apply(self) -> None:
+        for network in self.networks.values():
+            masks.apply(network)

@@ -1,0 +1,137 @@
+"""The experiments that come with the project, on slices, and the example in the README."""
+
+import csv
+import os
+import pickle
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from omegaconf import OmegaConf
+from sklearn.datasets import load_digits
+
+from compress.benchmarks.study_table import study_table
+from compress.cli import main
+from compress.paths import CONF
+from compress.results.tradeoff import Row
+
+ROOT = Path(__file__).parents[2]
+FASHION_MNIST = Path(os.environ.get("FASHION_MNIST", "/usr/share/datasets/fashion-mnist"))
+
+
+def write_cifar10(root):
+    """The bundled digits as CIFAR-10's own files: 32x32 pixels, three equal channels."""
+    base = root / "cifar-10-batches-py"
+    base.mkdir(parents=True)
+    digits = load_digits()
+    images = (digits.images * 255 / 16).astype(np.uint8).repeat(4, 1).repeat(4, 2)
+    rows = np.repeat(images.reshape(-1, 1, 1024), 3, 1).reshape(-1, 3072)
+    names = [*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"]
+    for name, part in zip(names, np.array_split(np.arange(1200), 6), strict=True):
+        content = {"data": rows[part], "labels": digits.target[part].tolist()}
+        (base / name).write_bytes(pickle.dumps(content, protocol=2))
+    names = {"label_names": [str(digit) for digit in range(10)]}
+    (base / "batches.meta").write_bytes(pickle.dumps(names, protocol=2))
+
+
+def test_the_replaced_projects_grid_runs_for_every_method(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_cifar10(tmp_path / "data")
+    slice_of_it = ["data.root=data", "data.limit=512", "trainer.max_epochs=1", "student=resnet8"]
+    slice_of_it += ["quantizer.calibration_images=32"]
+    teacher = ["teacher=resnet8", "teacher.training.epochs=1"]
+    common = ["-m", "experiment=capstone_cifar10", *slice_of_it]
+    assert main([*common, "method=kd,kd_mixup,dkd", *teacher, "hydra.sweep.dir=taught"]) == 0
+    assert main([*common, "method=supervised,dml,qat", "hydra.sweep.dir=untaught"]) == 0
+    assert main([*common, "method=qat", "method.weight_bits=2,8", "hydra.sweep.dir=widths"]) == 0
+    finished = {path.parent for path in tmp_path.glob("*/*/result.json")}
+    assert len(finished) == 8
+    for directory in finished:
+        with (directory / "tradeoff.csv").open() as stream:
+            rows = list(csv.DictReader(stream))
+        solved = [row for row in rows if row["quantizer"] == "gpfq"]
+        assert [(row["bits"], row["levels"]) for row in solved] == [(str(b), str(2**b + 1)) for b in range(8, 1, -1)]
+        assert all((directory / row["file"]).stat().st_size == int(row["bytes"]) for row in rows)
+        method = OmegaConf.load(directory / "config.yaml").method
+        assert any(row["quantizer"] == "lsq" for row in rows) == method._target_.endswith("QAT")
+
+
+@pytest.mark.parametrize("name", ["capstone_cifar10", "capstone_cifar100", "fashion_mnist_study"])
+def test_an_experiment_for_every_method_names_neither_method_nor_teacher(name):
+    node = OmegaConf.load(CONF / "experiment" / f"{name}.yaml")
+    overridden = {key.removeprefix("override /") for each in node.defaults for key in each}
+    assert not {"method", "teacher", "loss"} & (set(node) | overridden)
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (CONF / "experiment").glob("*.yaml")))
+def test_every_experiment_composes(name, capsys):
+    assert main([f"experiment={name}", "--cfg", "job"]) == 0
+    composed = OmegaConf.create(capsys.readouterr().out)
+    assert composed.student.stem
+    assert composed.quantizer or composed.method._target_.endswith("QAT")
+
+
+def row(quantizer, bits, accuracy):
+    values = dict.fromkeys(Row.__dataclass_fields__, 0) | {"quantizer": quantizer, "bits": bits}
+    return Row(**values | {"test_accuracy": accuracy})
+
+
+def test_the_study_table_has_mean_and_deviation_over_the_seeds():
+    float_rows = [[row("none", 32, accuracy)] for accuracy in (0.90, 0.92, 0.94)]
+    trained = [[row("lsq", 4, 0.5), row("lsq", 2, 0.25)]]
+    assert study_table({"kd": float_rows, "qat": trained}).splitlines() == [
+        "| method | fp32 | 4 bit | 2 bit |",
+        "|---|---|---|---|",
+        "| `kd` | 92.00 ± 2.00 |  |  |",
+        "| `qat` |  | 50.00 | 25.00 |",
+    ]
+
+
+@pytest.mark.fashion_mnist
+@pytest.mark.skipif(not FASHION_MNIST.exists(), reason=f"no Fashion-MNIST in {FASHION_MNIST}")
+def test_the_study_runs_on_a_slice_and_goes_on_where_it_was(tmp_path):
+    command = [sys.executable, ROOT / "scripts" / "study.py", "study", f"data.root={FASHION_MNIST}"]
+    command += ["data.limit=600", "trainer.max_epochs=4", "--seeds", "0"]
+    first = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True)
+    table = (tmp_path / "study" / "study.md").read_text()
+    assert table in first.stdout
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
+    assert lines[0] == ["method", "fp32", "8 bit", "4 bit", "3 bit", "2 bit"]
+    assert [line[0].strip("`") for line in lines[2:]] == ["supervised", "kd", "kd_mixup", "dkd", "dml", "qat"]
+    for line in lines[2:]:
+        accuracies = [float(cell) for cell in line[1:] if cell]
+        assert len(accuracies) == (4 if "qat" in line[0] else 5)
+        assert max(accuracies) > 15  # chance is 10
+    again = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True)
+    assert "epoch" not in again.stdout
+    assert (tmp_path / "study" / "study.md").read_text() == table
+
+
+def test_the_readmes_example_of_a_method_runs(tmp_path):
+    readme = (ROOT / "README.md").read_text()
+    blocks = re.findall(r"`((?:compress|conf)/[\w/]+\.(?:py|yaml))`:\n\n((?:(?:    .*)?\n)+)", readme)
+    assert [name for name, _ in blocks] == [
+        "compress/methods/logit_regression.py",
+        "conf/method/logit_regression.yaml",
+        "conf/model/squeezenet.yaml",
+    ]
+    for part in ("compress", "conf", "scripts"):
+        shutil.copytree(ROOT / part, tmp_path / part, ignore=shutil.ignore_patterns("__pycache__"))
+    for name, block in blocks:
+        (tmp_path / name).write_text("".join(line.removeprefix("    ") for line in block.splitlines(keepends=True)))
+    assert len(blocks[0][1].strip().splitlines()) <= 25
+    options = ["method=logit_regression", "method.weight=0.2", "teacher=resnet8", "teacher.training.epochs=1"]
+    options += ["student=squeezenet", "data.image_size=32", "data.limit=200", "trainer.max_epochs=1"]
+    subprocess.run(
+        [sys.executable, "scripts/run.py", *options, "quantizer=rtn", "quantizer.bits=8", "hydra.run.dir=run"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        check=True,
+    )
+    with (tmp_path / "run" / "metrics.csv").open() as stream:
+        columns = next(csv.reader(stream))
+    assert {"train/cross_entropy", "train/logits"} <= set(columns)

@@ -1,0 +1,295 @@
+"""Weights from files: the layouts understood, the files refused, and a model that a failure leaves alone."""
+
+import argparse
+import pickle
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from compress.errors import UserError
+from compress.export import container
+from compress.export.weights import load_weights
+from compress.models import build
+
+
+@pytest.fixture(scope="module")
+def weights():
+    torch.manual_seed(1)
+    model = build("resnet8", 10)
+    for tensor in model.state_dict().values():
+        if tensor.is_floating_point():
+            tensor.uniform_(-1, 1)
+    return model.state_dict()
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(2)
+    return build("resnet8", 10)
+
+
+def behind(prefix, weights):
+    return {f"{prefix}{name}": tensor for name, tensor in weights.items()}
+
+
+def same(model, weights):
+    return all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
+
+
+def refusal(model, path, **options):
+    """The one line with which a file is refused; checks that the model did not change."""
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(UserError) as failure:
+        load_weights(model, path, **options)
+    message = str(failure.value)
+    assert "\n" not in message
+    assert str(path) in message
+    assert message.startswith(f"{options.get('where', 'checkpoint')}: ")
+    assert same(model, before)
+    return message
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda weights: weights,
+        lambda weights: {"state_dict": weights, "epoch": 3},
+        lambda weights: {"model": weights, "epoch": 240, "best_acc": torch.tensor(79.4), "optimizer": {"state": {}}},
+        lambda weights: {"model_state_dict": weights},
+        lambda weights: {"model": {"state_dict": weights}},
+        lambda weights: behind("module.", weights),
+        lambda weights: {"state_dict": behind("model.", weights), "pytorch-lightning_version": "2.6.0"},
+        lambda weights: {"state_dict": behind("student.", weights)},
+        lambda weights: {"state_dict": behind("network.", weights)},
+        lambda weights: {"state_dict": behind("module.model.", weights)},
+        lambda weights: {"state_dict": behind("model._orig_mod.", weights)},
+    ],
+    ids=[
+        *("plain", "lightning", "mdistiller", "tutorial", "nested"),
+        *("parallel", "model", "student", "network", "stacked", "compiled"),
+    ],
+)
+@pytest.mark.parametrize("suffix", ["pt", "pth", "ckpt", "bin"])
+def test_a_layout_is_understood(wrap, suffix, weights, model, tmp_path):
+    path = tmp_path / f"weights.{suffix}"
+    torch.save(wrap(weights), path)
+    load_weights(model, path)
+    assert same(model, weights)
+
+
+@pytest.mark.parametrize(
+    "stem", ["resnet20", "resnet8x4", "wrn_16_1", "vgg8", "vgg13", "mobilenetv2", "shufflenetv1", "shufflenetv2"]
+)
+def test_an_mdistiller_file_of_every_family_is_read(stem, tmp_path):
+    model, source = build(stem, 100), build(stem, 100).state_dict()
+    torch.save({"epoch": 240, "model": behind("module.", source), "best_acc": 0.7}, tmp_path / "ckpt_epoch_240.pth")
+    load_weights(model, tmp_path / "ckpt_epoch_240.pth")
+    assert same(model, source)
+
+
+def test_a_safetensors_file_is_read(weights, model, tmp_path):
+    save_file(behind("model.", weights), tmp_path / "weights.safetensors", {"format": "pt"})
+    load_weights(model, str(tmp_path / "weights.safetensors"))
+    assert same(model, weights)
+
+
+def test_a_file_from_before_the_zip_format_is_read(weights, model, tmp_path):
+    torch.save(weights, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    load_weights(model, tmp_path / "old.pth")
+    assert same(model, weights)
+
+
+def test_among_several_networks_the_one_that_fits_is_taken(weights, model, tmp_path):
+    teacher = build("resnet20", 10).state_dict()
+    hundred = build("resnet8", 100).state_dict()
+    content = behind("model.", teacher) | behind("network.", hundred) | behind("student.", weights)
+    content["loss.weight"] = torch.ones(3)
+    torch.save({"state_dict": content}, tmp_path / "several.ckpt")
+    load_weights(model, tmp_path / "several.ckpt")
+    assert same(model, weights)
+
+
+def test_a_model_whose_own_keys_look_like_a_prefix_loads(tmp_path):
+    source, target = (nn.ModuleDict({"model": nn.Linear(3, 2), "network": nn.Linear(3, 2)}) for _ in range(2))
+    torch.save(source.state_dict(), tmp_path / "own.pt")
+    load_weights(target, tmp_path / "own.pt")
+    assert same(target, source.state_dict())
+
+
+def test_a_lightning_checkpoint_as_the_trainer_writes_it_is_read(weights, model, tmp_path):
+    import pytorch_lightning as lightning
+
+    class Module(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.save_hyperparameters({"lr": 0.1, "milestones": [1, 2]})
+            self.model = build("resnet8", 10)
+
+        def training_step(self, batch):
+            return self.model(batch).square().mean()
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), 0.1, momentum=0.9)
+
+    module = Module()
+    module.model.load_state_dict(weights)
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = lightning.Trainer(accelerator="cpu", max_steps=1, enable_checkpointing=False, **quiet)
+    trainer.fit(module, torch.randn(2, 2, 3, 8, 8))
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    load_weights(model, tmp_path / "last.ckpt")
+    assert same(model, module.model.state_dict())
+    assert not same(model, weights)
+
+
+def test_the_counters_of_batch_norm_may_be_absent(weights, model, tmp_path):
+    path = tmp_path / "without.pt"
+    torch.save({name: tensor for name, tensor in weights.items() if "num_batches" not in name}, path)
+    load_weights(model, path)
+    assert same(model, weights)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_floating_types_become_the_models(dtype, weights, model, tmp_path):
+    cast = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in weights.items()}
+    torch.save(cast, tmp_path / "cast.pt")
+    load_weights(model, tmp_path / "cast.pt")
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert same(model, {name: tensor.to(weights[name].dtype) for name, tensor in cast.items()})
+
+
+def test_missing_and_unknown_keys_are_named_and_counted(weights, model, tmp_path):
+    path = tmp_path / "other.pt"
+    torch.save({name: tensor for name, tensor in weights.items() if not name.startswith("layer3.0.")}, path)
+    message = refusal(model, path, where="teacher.checkpoint")
+    assert "lacks layer3.0.conv1.weight, layer3.0.bn1.weight, layer3.0.bn1.bias and 12 more" in message
+    assert "accepted: exactly the model's" in message
+
+    torch.save(behind("model.", weights | {"extra.weight": torch.ones(2)}), path)
+    assert "has the unknown extra.weight" in refusal(model, path)
+
+    torch.save({"encoder.weight": torch.ones(2)}, path)
+    message = refusal(model, path)
+    assert "lacks conv1.weight" in message
+    assert "has the unknown encoder.weight" in message
+
+
+def test_another_number_of_classes_is_said_in_those_words(model, tmp_path):
+    path = tmp_path / "hundred.pt"
+    torch.save({"model": build("resnet8", 100).state_dict()}, path)
+    message = refusal(model, path, where="teacher.checkpoint")
+    assert message == f"teacher.checkpoint: {path} has 100 classes, the data have 10"
+
+
+def test_another_shape_is_named_with_both_shapes(weights, model, tmp_path):
+    path = tmp_path / "stem.pt"
+    torch.save(weights | {"conv1.weight": torch.ones(16, 3, 7, 7)}, path)
+    assert "conv1.weight (16, 3, 7, 7) for (16, 3, 3, 3)" in refusal(model, path)
+
+
+def test_integer_weights_are_refused(weights, model, tmp_path):
+    path = tmp_path / "codes.pt"
+    torch.save(weights | {"fc.weight": weights["fc.weight"].to(torch.int8)}, path)
+    assert "fc.weight int8" in refusal(model, path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_refused(value, weights, model, tmp_path):
+    path = tmp_path / "diverged.pt"
+    torch.save(weights | {"fc.bias": torch.full((10,), value)}, path)
+    assert re.search("no numbers in .*diverged.pt: fc.bias", refusal(model, path))
+
+
+def test_tensors_without_values_are_refused(weights, model, tmp_path):
+    path = tmp_path / "meta.pt"
+    torch.save(weights | {"fc.weight": weights["fc.weight"].to("meta")}, path)
+    assert "fc.weight without values" in refusal(model, path)
+
+
+def test_a_packed_model_is_no_checkpoint(weights, model, tmp_path):
+    path = tmp_path / "packed.safetensors"
+    container.write(path, "compress-packed-1", {}, weights)
+    assert "packed model and no checkpoint" in refusal(model, path)
+
+
+def test_a_model_file_that_was_altered_is_refused(weights, model, tmp_path):
+    path = tmp_path / "float.safetensors"
+    container.write(path, "compress-float-1", {}, weights)
+    load_weights(model, path)
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    assert "damaged" in refusal(model, path)
+
+
+def test_a_missing_file_a_folder_and_a_foreign_suffix_are_told_apart(model, tmp_path):
+    assert "found no file at" in refusal(model, tmp_path / "absent.pt", where="teacher.checkpoint")
+    assert "found a folder at" in refusal(model, tmp_path)
+    (tmp_path / "weights.npz").write_bytes(b"PK")
+    assert "accepted: a state dict in a .safetensors" in refusal(model, tmp_path / "weights.npz")
+
+
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+@pytest.mark.parametrize("kept", [0, 3, 100, 0.5, 0.999])
+def test_a_truncated_file_is_refused(suffix, kept, weights, model, tmp_path):
+    path = tmp_path / f"weights.{suffix}"
+    if suffix == "pt":
+        torch.save(weights, path)
+    else:
+        save_file(weights, path)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(kept * len(content)) if isinstance(kept, float) else kept])
+    assert "damaged or no" in refusal(model, path)
+
+
+@pytest.mark.parametrize("content", [b"not a checkpoint\n" * 50, bytes(range(256)) * 20, b"PK\x03\x04" + b"\0" * 500])
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+def test_a_file_of_something_else_is_refused(content, suffix, model, tmp_path):
+    path = tmp_path / f"weights.{suffix}"
+    path.write_bytes(content)
+    assert "damaged or no" in refusal(model, path)
+
+
+@pytest.mark.parametrize("content", [[torch.ones(2)], torch.ones(2), {"epoch": 3}, {}, {"model": {"lr": 0.1}}])
+def test_a_file_without_a_state_dict_is_refused(content, model, tmp_path):
+    path = tmp_path / "weights.pt"
+    torch.save(content, path)
+    assert "no tensors" in refusal(model, path)
+
+
+class Payload:
+    """Unpickled carelessly, it creates a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_code_in_a_pickle_is_refused_and_not_run(zipped, weights, model, tmp_path):
+    mark, path = tmp_path / "payload_ran", tmp_path / "malicious.pth"
+    torch.save({"model": weights, "opt": Payload(mark)}, path, _use_new_zipfile_serialization=zipped)
+    assert "could run code" in refusal(model, path)
+    assert not mark.exists()
+    pickle.loads(pickle.dumps(Payload(mark)))
+    assert mark.exists(), "the payload is harmless, so the test proves nothing"
+
+
+def test_code_in_a_bare_pickle_is_not_run_and_nothing_but_the_line_is_said(model, tmp_path, recwarn):
+    mark, path = tmp_path / "payload_ran", tmp_path / "bare.bin"
+    path.write_bytes(pickle.dumps(Payload(mark)))
+    refusal(model, path)
+    assert not mark.exists()
+    assert list(recwarn) == []
+
+
+def test_python_objects_are_named_as_the_reason(weights, model, tmp_path):
+    path = tmp_path / "namespace.pth"
+    torch.save({"model": weights, "opt": argparse.Namespace(lr=0.1)}, path)
+    assert re.search("found Python objects beside the tensors", refusal(model, path))

@@ -1,0 +1,216 @@
+"""Quantizing a checkpoint without training, and the files that export writes."""
+
+import csv
+import json
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+import compress
+from compress import models
+from compress.errors import UserError
+from compress.export.onnx import OnnxModel
+from compress.export.weights import load_weights
+from compress.pipeline.standalone import quantize_checkpoint
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "quantize.py"
+SMALL = [
+    "experiment=quickstart",
+    "method=supervised",
+    "trainer.max_epochs=3",
+    "data.limit=400",
+    "quantizer.calibration_images=64",
+]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A small finished run whose variants were exported as ONNX files too; its folder is the working directory."""
+    folder = tmp_path_factory.mktemp("standalone")
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        yield compress.run([*SMALL, "export=onnx", "quantizer.bits=[8,2]", "quantizer.activation_bits=8"])
+    finally:
+        os.chdir(before)
+
+
+def rows_of(directory):
+    with (directory / "tradeoff.csv").open() as stream:
+        return list(csv.DictReader(stream))
+
+
+def test_onnx_files_are_rows_that_agree_with_torch(run):
+    rows = rows_of(run.directory)
+    assert [(row["runtime"], row["bits"]) for row in rows] == [
+        ("torch", "32"),
+        ("onnxruntime", "32"),
+        ("torch", "8"),
+        ("onnxruntime", "8"),
+        ("torch", "2"),
+        ("onnxruntime", "2"),
+    ]
+    for row in rows:
+        assert int(row["bytes"]) == (run.directory / row["file"]).stat().st_size
+        assert float(row["latency_ms"]) > 0
+        assert float(row["latency_32_ms"]) > 0
+        if row["runtime"] == "torch":
+            assert row["runtime_agreement"] == row["logit_difference"] == ""
+        else:
+            # After three epochs many images lie between two classes.
+            assert float(row["runtime_agreement"]) >= 0.95
+            assert OnnxModel.read(run.directory / row["file"]).description["architecture"]["stem"] == "resnet8"
+    assert float(rows[1]["logit_difference"]) < 1e-4
+
+
+def test_a_model_file_of_a_run_is_quantized_as_the_run_itself_did(run, capsys):
+    path = run.directory / "models" / "student-fp32.safetensors"
+    options = ["quantizer=gpfq", "quantizer.bits=[2]", "quantizer.activation_bits=8", "quantizer.calibration_images=64"]
+    directory = quantize_checkpoint([f"checkpoint={path}", *options])
+    assert directory.parent == Path("outputs/quantized")
+    mine = (directory / "models" / "student-gpfq-2bit-a8.safetensors").read_bytes()
+    assert mine == (run.directory / "models" / "student-gpfq-2bit-a8.safetensors").read_bytes()
+    rows = rows_of(directory)
+    assert [row["test_accuracy"] for row in rows] == [
+        rows_of(run.directory)[index]["test_accuracy"] for index in (0, 4)
+    ]
+    record = json.loads((directory / "result.json").read_text())
+    assert record["student"]["checkpoint"] == str(path)
+    assert record["layers"]["student-gpfq-2bit-a8.safetensors"]["quantized"]["conv1"]["bits"] == 8
+    for name in ("tradeoff.png", "layers.png", "weights.png"):
+        with Image.open(directory / name) as picture:
+            assert min(picture.size) > 300
+    assert "gpfq 2 bit a8" in capsys.readouterr().out
+
+
+def test_a_checkpoint_of_a_run_and_a_plain_state_dict_are_quantized_too(run, tmp_path):
+    options = ["quantizer=rtn", "quantizer.bits=4", "export=none"]
+    first = quantize_checkpoint([f"checkpoint={run.directory / 'checkpoints' / 'best.ckpt'}", *options])
+    assert [row["file"] for row in rows_of(first)] == ["", ""]
+    assert not (first / "models").exists()
+    network = models.build("resnet8", 10)
+    load_weights(network, run.directory / "checkpoints" / "best.ckpt")
+    foreign = tmp_path / "weights.pt"
+    torch.save(network.state_dict(), foreign)
+    second = quantize_checkpoint([f"checkpoint={foreign}", "model=resnet8", "data.limit=400", *options])
+    same = [{key: row[key] for key in ("test_accuracy", "bytes", "agreement")} for row in rows_of(first)]
+    assert same == [{key: row[key] for key in ("test_accuracy", "bytes", "agreement")} for row in rows_of(second)]
+
+
+def test_a_budget_holds_for_the_file_of_a_run(run):
+    path = run.directory / "models" / "student-fp32.safetensors"
+    directory = quantize_checkpoint([f"checkpoint={path}", "quantizer.budget=45kB"])
+    _, mixed = rows_of(directory)
+    assert (mixed["levels"], mixed["file"]) == ("", "models/student-gpfq-mixed.safetensors")
+    assert 41_000 < int(mixed["bytes"]) <= 45_000
+    layers = json.loads((directory / "result.json").read_text())["layers"]["student-gpfq-mixed.safetensors"]
+    assert len({layer["bits"] for layer in layers["quantized"].values()}) > 1
+
+
+def test_networks_without_some_channels_or_weights_are_quantized_as_they_are(run):
+    shrunk = compress.run([*SMALL[:-1], "pruning=structured", "pruning.ratio=0.5", "quantizer=none"])
+    file = shrunk.directory / shrunk.rows[0].file
+    whole, _ = rows_of(quantize_checkpoint([f"checkpoint={file}", "quantizer.bits=4"]))
+    assert float(whole["test_accuracy"]) == pytest.approx(shrunk.rows[0].test_accuracy, abs=1e-6)
+    assert int(whole["macs"]) < run.rows[0].macs / 3
+    masked = compress.run(
+        [*SMALL[:-1], "pruning=magnitude", "pruning.sparsity=0.9", "pruning.when=start", "quantizer=none"]
+    )
+    # Less than a network of as many layers takes that was not pruned.
+    file = masked.directory / masked.rows[0].file
+    _, packed = rows_of(quantize_checkpoint([f"checkpoint={file}", "quantizer.bits=[2,4]", "quantizer.budget=24kB"]))
+    assert int(packed["bytes"]) <= 24_000
+    assert float(packed["sparsity"]) >= 0.89
+
+
+WORST = ["quantizer=rtn", "quantizer.scale=max_abs", "quantizer.bits=[2]", "quantizer.first_last_bits=2"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "checkpoint: found none"),
+        (["checkpoint=nowhere.pt"], "checkpoint: found no file at nowhere.pt"),
+        (["checkpoint={state}"], "model: found none, and .*state.safetensors does not say it; accepted: .*resnet8"),
+        (["checkpoint={state}", "model=resnet99"], "student: found 'resnet99'; accepted"),
+        (["checkpoint={state}", "model=resnet20"], "lacks"),
+        (["checkpoint={run}", "method=kd"], "method=kd: nothing is trained here; accepted"),
+        (["checkpoint={run}", "quantiser=gptq"], "quantiser: found an unknown key; accepted: checkpoint, .*quantizer"),
+        (["checkpoint={run}", "quantizer=none"], "quantizer: found none"),
+        (["checkpoint={run}", "quantizer.bits=[0]"], "quantizer.bits"),
+        (["checkpoint={run}", "quantizer.budget=1kB"], "the smallest file with these quantizer.bits has"),
+        (["checkpoint={run}", *WORST, "quantizer.max_drop=1"], "quantizer.max_drop: found 1.0, but the largest"),
+        (["checkpoint={packed}"], "is a packed model and no checkpoint"),
+        (["checkpoint={text}", "model=resnet8"], "damaged or no checkpoint"),
+        (["checkpoint={truncated}"], "truncated.safetensors: found a truncated file"),
+        (["checkpoint={altered}"], "altered.safetensors: found content that does not match its checksum"),
+    ],
+)
+def test_mistakes_are_one_line_and_leave_nothing(run, tmp_path, arguments, message):
+    state, text = tmp_path / "state.safetensors", tmp_path / "text.pt"
+    save_file({name: value.contiguous() for name, value in models.build("resnet8", 10).state_dict().items()}, state)
+    text.write_text("no checkpoint")
+    whole = bytearray((run.directory / "models" / "student-fp32.safetensors").read_bytes())
+    (tmp_path / "truncated.safetensors").write_bytes(whole[:-1])
+    whole[-1] ^= 1
+    (tmp_path / "altered.safetensors").write_bytes(whole)
+    files = {
+        "truncated": tmp_path / "truncated.safetensors",
+        "altered": tmp_path / "altered.safetensors",
+        "state": state,
+        "text": text,
+        "run": run.directory / "models" / "student-fp32.safetensors",
+        "packed": run.directory / "models" / "student-gpfq-2bit-a8.safetensors",
+    }
+    before = sorted(Path("outputs").rglob("*.*"))
+    with pytest.raises(UserError, match=message) as mistake:
+        quantize_checkpoint([each.format(**files) for each in arguments])
+    assert "\n" not in str(mistake.value)
+    assert sorted(Path("outputs").rglob("*.*")) == before
+
+
+def test_the_script_says_what_it_takes_and_exits_with_2(tmp_path):
+    said = subprocess.run([sys.executable, SCRIPT, "--help"], capture_output=True, text=True, cwd=tmp_path)
+    assert (said.returncode, said.stderr) == (0, "")
+    assert "checkpoint=FILE" in said.stdout
+    wrong = subprocess.run([sys.executable, SCRIPT, "checkpoint=x.pt"], capture_output=True, text=True, cwd=tmp_path)
+    assert (wrong.returncode, wrong.stdout) == (2, "")
+    assert wrong.stderr == "error: checkpoint: found no file at x.pt; accepted: a checkpoint or model file\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_study_measures_the_networks_of_runs_and_goes_on_where_it_was(run, tmp_path, monkeypatch, capsys):
+    def study(*arguments):
+        monkeypatch.setattr(sys, "argv", ["quantizer_study.py", str(tmp_path / "study"), *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(SCRIPT.with_name("quantizer_study.py")), run_name="__main__")
+        return ended.value.code, *capsys.readouterr()
+
+    assert study(run.directory)[0] == 0
+    path = tmp_path / "study" / "quantizers.json"
+    measured = json.loads(path.read_text())
+    [known] = measured["resnet8"].values()
+    assert set(known) == {"gpfq", "gpfq, all layers", "gpfq, inputs 8 bit", "gpfq, mixed"}
+    assert [row["bits"] for row in known["gpfq"]["rows"]] == [8, 4, 3, 2]
+    uniform, mixed = known["gpfq"]["rows"][2], known["gpfq, mixed"]["rows"][0]
+    assert mixed["bytes"] <= uniform["bytes"]
+    assert known["gpfq"]["float"]["test_accuracy"] == run.rows[0].test_accuracy
+    # Another seed's figures, so that there is a mean and a deviation.
+    measured["resnet8"]["1"] = json.loads(
+        json.dumps(known).replace('"test_accuracy": ', '"test_accuracy": 0.5, "was": ')
+    )
+    path.write_text(json.dumps(measured))
+    code, output, _ = study(run.directory)
+    assert (code, output) == (0, (tmp_path / "study" / "quantizers.md").read_text() + "\n")
+    change = 100 * (uniform["test_accuracy"] - run.rows[0].test_accuracy) / 2
+    [line] = [line for line in output.splitlines() if line.startswith("| gpfq | 3 |")]
+    assert f"| {change:+.2f} ± {abs(change) * 2**0.5:.2f} |" in line
+    code, _, said = study(tmp_path)
+    assert (code, said) == (2, f"error: {tmp_path}: found no finished run; accepted: directories with a result.json\n")

@@ -1,0 +1,41 @@
+"""The README's table of models against the models."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from compress.models import available, build, count_macs, count_parameters
+from compress.models.timm_model import TimmModel
+
+README = Path(__file__).parent.parent / "README.md"
+ROW = re.compile(
+    r"^\| `(\w+)`[^|]*\| ([^|]+) \| ([\d,]+) \| ([\d,]+) \| (torchvision|mdistiller|timm) \|$", re.MULTILINE
+)
+ROWS = {stem: rest for stem, *rest in ROW.findall(README.read_text(encoding="utf-8"))}
+
+
+def test_every_model_has_a_row():
+    assert sorted(ROWS) == list(available())
+
+
+@pytest.mark.parametrize("stem", available())
+def test_a_row_says_what_the_model_has(stem):
+    images, parameters, macs, keys = ROWS[stem]
+    with torch.device("meta"):  # shapes are enough
+        model = build(stem, 10)
+        assert f"{count_parameters(model):,}" == parameters
+        assert f"{count_macs(model, (3, 32, 32)):,}" == macs
+        resized = getattr(model, "input_size", None)
+        assert images == (f"resized to {resized}" if resized else "8 or more" if _needs_8(model) else "any")
+    assert (keys == "timm") == isinstance(model, TimmModel)
+
+
+def _needs_8(model):
+    model.eval()(torch.empty(1, 3, 8, 8))
+    try:
+        model(torch.empty(1, 3, 7, 7))
+    except RuntimeError:
+        return True
+    return False
