@@ -16,7 +16,8 @@ from pydantic.fields import FieldInfo
 
 from compress.errors import UserError
 
-HYDRA_KEYS = frozenset({"_target_", "_partial_", "_recursive_", "_convert_"})
+# Keys of a node that are no arguments: Hydra's, and the word that chose it.
+HYDRA_KEYS = frozenset({"_target_", "_partial_", "_recursive_", "_convert_", "stem"})
 LISTS = (list, Sequence, Iterable, Collection)
 MAPPINGS = (dict, Mapping)
 COMPARISONS = (

@@ -18,7 +18,7 @@ from compress.config import ensemble
 from compress.evaluation import evaluate
 from compress.methods.kd import KD
 from compress.pipeline import checks, teachers
-from compress.pipeline.checks import checked_jobs
+from compress.pipeline.check import checked_jobs
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "run.py"
 SMALL = ["student=resnet8", "data.limit=200", "trainer.max_epochs=1", "quantizer=rtn", "quantizer.bits=4"]
@@ -30,8 +30,7 @@ def _in_an_empty_folder(tmp_path, monkeypatch):
 
 
 def composed(*overrides):
-    [(_, job)] = checked_jobs([*SMALL, *overrides])
-    return job
+    return checked_jobs([*SMALL, *overrides])[0].config
 
 
 def test_a_run_shares_the_cache_with_single_teachers_and_records_every_member(capsys):

@@ -16,7 +16,7 @@ from compress.config.compose import compose_jobs, compose_stages
 from compress.export.packed import read_model
 from compress.export.weights import load_weights
 from compress.models import masks
-from compress.pipeline.checks import checked_jobs
+from compress.pipeline.check import checked_jobs
 from compress.report.collect import collect
 
 SMALL = ["student=resnet8", "teacher=resnet8", "teacher.training.epochs=1", "data.limit=300", "trainer.log_every=0"]
