@@ -23,6 +23,7 @@ from compress.files import write_json
 from compress.paths import PACKAGE
 from compress.results.record import commit
 from compress.results.tradeoff import Row
+from compress.results.wandb_account import check_account
 from compress.stopping import StoppedError
 
 IDENTITY = "wandb.json"
@@ -53,6 +54,11 @@ class WandbRun(WandbLogger):
     `group`, `job_type` and `name` are, where they are not given, the name of the sweep's directory, the method, and
     method, student, data, seed and number in the sweep. `log_models`: the files of `models/` go along as artifacts.
     """
+
+    @classmethod
+    def check(cls, options: Mapping[str, Any]) -> None:
+        """Raises UserError where a run with these `options` could not begin."""
+        check_account(bool(options.get("offline")))
 
     def __init__(
         self,
