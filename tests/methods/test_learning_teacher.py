@@ -20,6 +20,7 @@ from compress.methods.learning_teacher import LearningTeacher
 from compress.methods.mixup import Mixup
 from compress.optim.schedules import Schedule
 from compress.pipeline.check import checked_jobs
+from compress.pipeline.parts import Parts
 
 SMALL = ["student=resnet8", "data.limit=200", "quantizer=rtn", "quantizer.bits=4", "trainer.max_epochs=2"]
 TEACHER = ["method=kd", "teacher=resnet20", "teacher.training.epochs=1"]
@@ -113,9 +114,5 @@ def test_a_run_updates_the_teacher_only_when_asked_and_the_student_goes_on(tmp_p
 
     network = models.build("resnet20", 10)
     network.load_state_dict(learned)
-    from hydra.utils import instantiate
-
-    composed = checked_jobs([*SMALL, *TEACHER])[0].config
-    data = instantiate(composed.data)
-    data.setup()
+    data = Parts(checked_jobs([*SMALL, *TEACHER])[0].config).data
     assert evaluate(network.eval(), data.val_dataloader(), 10).accuracy == pytest.approx(accuracy, abs=1e-6)
