@@ -113,10 +113,12 @@ def _main(arguments: list[str]) -> int:
 
     @hydra.main(config_path=str(CONF), config_name="run", version_base="1.3")
     def job(config: DictConfig) -> None:
+        from compress.config.compose import add_stems
         from compress.pipeline import checks, stages
 
         hydra_config = HydraConfig.get()
         try:
+            add_stems(config, hydra_config.runtime.choices)
             checks.check_values(config)
             stages.run(config, Path(hydra_config.runtime.output_dir), list(hydra_config.overrides.task))
         except Exception as failure:

@@ -6,9 +6,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
+from compress.arguments import construct
 from compress.config.compose import compose_jobs
 from compress.export.packed import read_model
 from compress.pipeline.variants import Variants
@@ -43,7 +43,7 @@ def measure(run: Path, options: Mapping[str, Sequence[str]], known: dict[str, An
     What is known already is not measured again; `save` is called after each one that is.
     """
     kept = OmegaConf.load(run / "config.yaml")
-    data = instantiate(kept.data, seed=kept.seed)
+    data = construct(kept.data, seed=kept.seed)
     data.setup()
     student, about = read_model(run / "models" / "student-fp32.safetensors")
     exported = {"packed": False, "onnx": False}
@@ -60,7 +60,7 @@ def measure(run: Path, options: Mapping[str, Sequence[str]], known: dict[str, An
             [(_, composed)] = compose_jobs(typed)
             before = len(variants.rows)
             variants.layers.clear()
-            variants.quantize(student, instantiate(composed.quantizer))
+            variants.quantize(student, construct(composed.quantizer))
             rows = [asdict(row) for row in variants.rows[before:]]
             errors = [_error(layers["quantized"]) for layers in variants.layers.values()]
             known[name] = {"float": asdict(variants.rows[0]), "rows": rows, "errors": errors}

@@ -1,7 +1,7 @@
 """Composing the configuration of each job, and saying in one line why one cannot be composed."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, flag_override
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
@@ -38,6 +38,8 @@ GROUPS = (
     "logger",
     "experiment",
 )
+# Groups of one part each; a model's stem belongs to its own node.
+WITH_STEM = ("data", "mixup", "pruning", "method", "loss", "optimizer", "scheduler", "quantizer", "trainer")
 # What is typed about all stages together.
 OF_THE_WHOLE = ("stages", "trainer.max_epochs")
 # How a teacher is trained where none has been yet.
@@ -195,7 +197,11 @@ def _expand(overrides: Sequence[str]) -> list[list[str]]:
 
 def _compose(overrides: list[str]) -> DictConfig:
     try:
-        config = compose("run", overrides=overrides)
+        config = compose("run", overrides=overrides, return_hydra_config=True)
+        choices = config.hydra.runtime.choices
+        with flag_override(config, ["struct", "readonly"], False):
+            del config["hydra"]
+        add_stems(config, choices)
         OmegaConf.resolve(config)
         missing = OmegaConf.missing_keys(config)
     except MissingConfigException as failure:
@@ -210,6 +216,14 @@ def _compose(overrides: list[str]) -> DictConfig:
     if missing:
         raise UserError(f"{min(missing)}: found no value; accepted: {min(missing)}=VALUE")
     return config
+
+
+def add_stems(config: DictConfig, choices: Mapping[str, str]) -> None:
+    """Writes into the node of each part, as its `stem`, the option that Hydra's `choices` name for its group."""
+    for group in WITH_STEM:
+        if config[group]:
+            with flag_override(config[group], "struct", False):
+                config[group].stem = choices[group]
 
 
 def _first_line(failure: Exception) -> str:
@@ -238,8 +252,8 @@ def _unknown_key(failure: ConfigCompositionException, overrides: list[str]) -> s
 
 
 def method_name(config: DictConfig) -> str:
-    """The method's module name, which is also its word on the command line."""
-    return config.method._target_.rpartition(".")[0].rpartition(".")[2]
+    """The word that chooses the method on the command line."""
+    return config.method.stem
 
 
 def apply_override(config: DictConfig, override: str) -> None:

@@ -3,9 +3,7 @@
 Constructors of this project say in their annotations what they accept; the tables here say it for those of libraries.
 """
 
-import inspect
 import os
-import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -17,22 +15,21 @@ from urllib.parse import urlsplit
 import pytorch_lightning as pl
 import torch
 from hydra.errors import InstantiationException
-from hydra.utils import get_object, instantiate
+from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf, open_dict
 from pydantic import Field
 from pytorch_lightning.loggers import WandbLogger
 from torch import nn
 
 from compress import models
-from compress.arguments import check_arguments, parameter_names
-from compress.config import ensemble
+from compress.arguments import arguments_of, check_arguments, construct, parameter_names, settable
+from compress.config import ensemble, rules
 from compress.config.compose import GROUPS, compose_jobs, compose_stages
 from compress.errors import UserError
 from compress.export.packed import file_bytes
 from compress.export.weights import build_network, load_weights
 from compress.models import masks
 from compress.optim.groups import DECAY
-from compress.pipeline import teachers
 from compress.pipeline.variants import describe
 from compress.quantization import Quantizer, check_layers
 from compress.quantization.mixed_precision import sensitivities
@@ -123,20 +120,6 @@ TEACHER_TRAINING = {
     "optimizer": dict,
     "scheduler": dict,
 }
-# Constructor arguments that the pipeline supplies.
-SUPPLIED = {
-    "student",
-    "teacher",
-    "others",
-    "mixup",
-    "loss",
-    "optimizer",
-    "scheduler",
-    "num_classes",
-    "input_shape",
-    "seed",
-    "device",
-}
 
 
 def check(config: DictConfig, overrides: Sequence[str] = (), student: nn.Module | None = None) -> nn.Module:
@@ -148,29 +131,28 @@ def check(config: DictConfig, overrides: Sequence[str] = (), student: nn.Module 
     """
     check_values(config)
     assert not config.stages, "stages are checked one by one"
-    _check_roles(config, overrides)
+    rules.check_roles(config, overrides)
     _check_training(config)
     for where in ensemble.keys(config):
         _check_teacher(config, where)
     _check_loggers(config)
     data = _check_data(config)
-    has_peers = "peers" in parameter_names(get_object(config.method._target_))
-    processes.check(config, data.record()["images"], has_peers)
+    processes.check(config, data.record()["images"], rules.uses_peers(config))
     node = OmegaConf.to_container(config.student, resolve=True)
     if student is None:
         student = build_network(node, data.num_classes)
     teacher = None
-    if teachers.is_used(config) and not ensemble.is_ensemble(config):
+    if rules.uses_teacher(config) and not ensemble.is_ensemble(config):
         node = OmegaConf.to_container(config.teacher.model, resolve=True)
         teacher = models.build(num_classes=data.num_classes, **node)
-    if "peers" in parameter_names(get_object(config.method._target_)) and _is_pruned(node, student, data):
+    if rules.uses_peers(config) and _is_pruned(node, student, data):
         raise UserError(
             "student.checkpoint: found a pruned network for a method whose peers would not be pruned; accepted: null, "
             "or a method without peers"
         )
-    options = OmegaConf.to_container(config.method, resolve=True)
-    get_object(config.method._target_).check_networks(options, student, teacher, data.input_shape)
-    taught_by = [f"{key}.model" for key in ensemble.keys(config)] if teachers.is_used(config) else []
+    options = arguments_of(config.method)
+    rules.method_of(config).check_networks(options, student, teacher, data.input_shape)
+    taught_by = [f"{key}.model" for key in ensemble.keys(config)] if rules.uses_teacher(config) else []
     for role in ("student", *(["peer"] if config.peer else []), *taught_by):
         _check_image_size(config, role, data)
     if config.pruning:
@@ -336,17 +318,10 @@ def _target(config: DictConfig, where: str) -> Any:
 
 def _coerce_own(config: DictConfig, where: str) -> None:
     target = _target(config, where)
-    names = [name for name in _settable(target) if name not in SUPPLIED]
-    _coerce(config, where, target, accepted=names)
+    _coerce(config, where, target, accepted=settable(target))
     if where.endswith(("scheduler", "loss")):
         with _construction(where):
-            instantiate(OmegaConf.select(config, where))
-
-
-def _settable(target: Any) -> tuple[str, ...]:
-    if inspect.isclass(target) and hasattr(target, "__dataclass_fields__"):
-        return tuple(target.__dataclass_fields__)
-    return parameter_names(target)
+            construct(OmegaConf.select(config, where))
 
 
 def _coerce_optimizer(config: DictConfig, where: str) -> None:
@@ -375,51 +350,6 @@ def _check_model(config: DictConfig, where: str) -> None:
     with open_dict(config):
         for key in options.keys() & values.keys():
             node[key] = values[key]
-
-
-def _check_roles(config: DictConfig, overrides: Sequence[str]) -> None:
-    method = get_object(config.method._target_)
-    takes = parameter_names(method)
-    learns_from_teacher = teachers.is_used(config)
-    for role, used in (("teacher", learns_from_teacher), ("peer", "peers" in takes)):
-        typed = next((each for each in overrides if re.match(rf"\+{{0,2}}{role}[.=]", each)), None)
-        if typed and not used and typed != f"{role}=none":
-            here = "method with this loss" if role in takes else "method"
-            raise UserError(f"{role}: found {typed!r}, but this {here} uses no {role}; accepted: none")
-    if learns_from_teacher and not config.teacher:
-        choices = ", ".join((*models.available(), "ensemble"))
-        raise UserError(f"teacher: found none, but this method learns from one; accepted: {choices}")
-    if learns_from_teacher and ensemble.is_ensemble(config):
-        if "layers" in takes:
-            raise UserError(
-                "teacher: found an ensemble, but this method compares features of one network; accepted: "
-                + ", ".join(models.available())
-            )
-        if config.method.get("update_teacher"):
-            raise UserError("method.update_teacher: found true for an ensemble; accepted: false, or another teacher")
-    compares_with = get_object(config.loss._target_).compares_with
-    if compares_with not in method.loss_compares_with:
-        fitting = {None: "cross_entropy", "teacher": "kd, dkd, function_matching", "peers": "dml"}
-        has = next((each for each in ("teacher", "peers") if each in takes), None)
-        raise UserError(
-            f"loss: found one that compares with {compares_with or 'nothing'}, but this method has "
-            f"{has or 'neither teacher nor peers'}; accepted: "
-            + ", ".join(words for kind, words in fitting.items() if kind in method.loss_compares_with)
-        )
-    has = "teacher" if learns_from_teacher else "peers" if "peers" in takes else None
-    if config.mixup and config.mixup.get("teacher_sees") == "clean" and has != "teacher":
-        raise UserError(
-            "mixup: found one that blends the logits of a teacher, which is not there; accepted: none, images"
-        )
-    if config.mixup and config.mixup.get("teacher_sees") == "clean" and "layers" in takes:
-        raise UserError(
-            "mixup: found one that blends logits, but this method compares features; accepted: none, images"
-        )
-    if has == "peers" and config.trainer.gradient_clip_val is not None:
-        raise UserError(
-            f"trainer.gradient_clip_val: found {config.trainer.gradient_clip_val}, which Lightning cannot do for "
-            "several optimizers; accepted: null"
-        )
 
 
 def _check_training(config: DictConfig) -> None:
@@ -485,7 +415,7 @@ def _has_wandb_key() -> bool:
 def _check_data(config: DictConfig) -> pl.LightningDataModule:
     """Reads the data, and the teacher's checkpoints if there are any: what is wrong with a file is found now."""
     with _construction("data"):
-        data = instantiate(config.data)
+        data = construct(config.data)
     data.prepare_data()
     data.setup()
     for where in ensemble.keys(config):
@@ -499,7 +429,7 @@ def _check_data(config: DictConfig) -> pl.LightningDataModule:
 def _check_pruning(config: DictConfig, student: nn.Module, data: pl.LightningDataModule) -> nn.Module:
     """The fresh `student` as pruning will leave it, but for the values of its weights."""
     with _construction("pruning"):
-        recipe = instantiate(config.pruning)
+        recipe = construct(config.pruning)
     networks = {"student": student}
     if config.peer:
         node = OmegaConf.to_container(config.peer, resolve=True)
@@ -512,7 +442,7 @@ def _check_pruning(config: DictConfig, student: nn.Module, data: pl.LightningDat
 def check_quantizer(config: DictConfig, student: nn.Module) -> Quantizer:
     """The quantizer of `config`; raises UserError for options that do not go together or do not fit `student`."""
     with _construction("quantizer"):
-        quantizer = instantiate(config.quantizer)
+        quantizer = construct(config.quantizer)
     try:
         check_layers(student, quantizer.options["skip"])
     except UserError as mistake:

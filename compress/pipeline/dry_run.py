@@ -5,7 +5,6 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 from rich import box
 from rich.markup import escape
@@ -13,7 +12,8 @@ from rich.table import Table
 from torch import nn
 
 from compress import models
-from compress.config import ensemble
+from compress.arguments import construct
+from compress.config import ensemble, rules
 from compress.export.packed import file_bytes
 from compress.export.weights import build_network
 from compress.pipeline import teachers
@@ -27,13 +27,13 @@ def show(config: DictConfig, overrides: list[str]) -> None:
     """Prints what the run of `config` would build and about how long it would take on this machine."""
     plain = OmegaConf.to_container(config, resolve=True)
     where = device(plain["trainer"]["accelerator"])
-    data = instantiate(config.data, device=where)
+    data = construct(config.data, device=where)
     data.prepare_data()
     data.setup()
     images = data.record()["images"]
     student = build_network(plain["student"], data.num_classes)
     if config.pruning:
-        student = instantiate(config.pruning).pruned(student, data.input_shape)
+        student = construct(config.pruning).pruned(student, data.input_shape)
     student = student.to(where)
     title = escape(f"dry run: {' '.join(overrides) or 'defaults'}")
     printed = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
@@ -41,10 +41,10 @@ def show(config: DictConfig, overrides: list[str]) -> None:
         printed.add_column(heading, justify="left" if heading in ("", "network") else "right")
     minutes: dict[str, float] = {}
     teacher_seconds = 0.0
-    if teachers.is_used(config):
+    if rules.uses_teacher(config):
         batch = plain["data"]["batch_size"]
         # What a student's step needs of the teacher.
-        work = _step if plain["method"].get("update_teacher") else _forward
+        work = _step if rules.method_of(config).updates_teacher(config.method) else _forward
         for key in ensemble.keys(config):
             alone = ensemble.alone(config, key)
             node = OmegaConf.to_container(alone.teacher)
@@ -63,13 +63,13 @@ def show(config: DictConfig, overrides: list[str]) -> None:
     step = _seconds(lambda: _step(student, batch, data.input_shape)) + teacher_seconds
     minutes["student"] = plain["trainer"]["max_epochs"] * images["train"] / batch * step / 60
     sizes = {}
-    grids = get_class(plain["method"]["_target_"]).grids(plain["method"])
+    grids = rules.method_of(config).grids(plain["method"])
     description = describe(models.architecture(plain["student"], data.num_classes, student), data)
     if grids is not None:
         # Steps and codes of an untrained network take as many bytes, but its zeros are none that training would leave.
         sizes["lsq"] = file_bytes(grids.bake(grids.prepare(student)), **description, bitmaps=bool(plain["pruning"]))
     if plain["quantizer"]:
-        quantizer = instantiate(config.quantizer)
+        quantizer = construct(config.quantizer)
         # The size depends on the zeros alone, so a few images will do, and whatever the options do for the accuracy.
         options = quantizer.options | {"refine": None}
         for bits in quantizer.bits:

@@ -12,13 +12,13 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.loggers import Logger
 from torch import nn
 
 from compress import models
-from compress.arguments import check_arguments, parameter_names
+from compress.arguments import arguments_of, construct
+from compress.config import rules
 from compress.config.compose import method_name
 from compress.errors import UserError
 from compress.export.weights import build_network
@@ -88,8 +88,8 @@ def worker_command(directory: Path) -> list[str]:
 
 
 def _have_teacher(config: DictConfig, directory: Path) -> None:
-    if teachers.is_used(config):
-        data = instantiate(config.data, seed=config.seed, device=device(config.trainer.accelerator))
+    if rules.uses_teacher(config):
+        data = construct(config.data, seed=config.seed, device=device(config.trainer.accelerator))
         data.prepare_data()
         data.setup()
         teachers.resolve(config, data, OmegaConf.to_container(config.trainer, resolve=True), directory)
@@ -113,17 +113,15 @@ def _run(
     plain = OmegaConf.to_container(config, resolve=True)
     pl.seed_everything(config.seed, verbose=False)
 
-    data = instantiate(config.data, seed=config.seed, device=device(config.trainer.accelerator))
+    data = construct(config.data, seed=config.seed, device=device(config.trainer.accelerator))
     data.prepare_data()
     data.setup()
     clock.lap("data")
 
-    method = get_class(config.method._target_)
-    parts: dict[str, Any] = {"num_classes": data.num_classes, "seed": config.seed}
-    if "input_shape" in parameter_names(method):
-        parts["input_shape"] = data.input_shape
-    teacher, updates_teacher = None, config.method.get("update_teacher", False)
-    if teachers.is_used(config):
+    method, options = rules.method_of(config), arguments_of(config.method)
+    parts: dict[str, Any] = {"num_classes": data.num_classes, "input_shape": data.input_shape, "seed": config.seed}
+    teacher, updates_teacher = None, method.updates_teacher(options)
+    if rules.uses_teacher(config):
         teacher = teachers.resolve(config, data, plain["trainer"], directory)
         parts["teacher"] = teacher.learning if updates_teacher else teacher.frozen
     clock.lap("teacher")
@@ -131,29 +129,29 @@ def _run(
     # The teacher's training may have drawn random numbers; the student's first weights depend on the seed alone.
     pl.seed_everything(config.seed, verbose=False)
     student = build_network(plain["student"], data.num_classes)
-    recipe = instantiate(config.pruning) if config.pruning else None
+    recipe = construct(config.pruning) if config.pruning else None
     if recipe is not None:
         student = recipe.shrink(student, data.input_shape)
     parts["student"] = student.to(memory_format=torch.channels_last)
-    parts |= {part: instantiate(config[part]) for part in ("loss", "scheduler")}
+    parts |= {part: construct(config[part]) for part in ("loss", "scheduler")}
     parts["optimizer"] = optimizer_factory(plain["optimizer"])
-    parts["mixup"] = instantiate(config.mixup) if config.mixup else None
+    parts["mixup"] = construct(config.mixup) if config.mixup else None
     architectures = {"model": models.architecture(plain["student"], data.num_classes, student)}
-    if "peers" in parameter_names(method):
+    if rules.uses_peers(config):
         peer = plain["peer"] or plain["student"]
         fresh = peer | {"checkpoint": None}
-        others = [build_network(fresh, data.num_classes) for _ in range(config.method.peers - 1)]
+        others = [build_network(fresh, data.num_classes) for _ in range(method.number_of_peers(options) - 1)]
         if recipe is not None:
             others = [recipe.shrink(other, data.input_shape) for other in others]
         parts["others"] = [other.to(memory_format=torch.channels_last) for other in others]
         for index, other in enumerate(others):
             architectures[f"others.{index}"] = models.architecture(peer, data.num_classes, other)
-    # Not by `instantiate`, which would turn the frozen dataclasses among the parts into configurations.
-    module = method(**check_arguments(method, plain["method"], "method"), **parts)
+    # Not by `construct`, which would turn the frozen dataclasses among the parts into configurations.
+    module = method(**options, **parts)
     if not processes.is_wanted(config.trainer):
         console.print(f"student {config.student.stem}: training for {config.trainer.max_epochs} epochs", style="bold")
 
-    quantizer = instantiate(config.quantizer) if config.quantizer else None
+    quantizer = construct(config.quantizer) if config.quantizer else None
     quantization = PostTrainingQuantization(
         data,
         directory,

@@ -9,10 +9,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 
 from compress.config import compose as configuration
+from compress.config import rules
 from compress.errors import UserError
 from compress.files import write_json, write_text
 from compress.pipeline import resume
@@ -56,7 +56,7 @@ def _run(config: DictConfig, directory: Path, overrides: Sequence[str]) -> Resul
             check(stage)
         console.print(f"stage {number} of {len(names)}: {config.stages[number - 1].name}", style="bold")
         results.append(pipeline.run(stage, directory / name, started["overrides"], reference))
-        if get_class(stage.method._target_).grids(stage.method) is None:
+        if rules.method_of(stage).grids(stage.method) is None:
             reference = results[-1].directory / "checkpoints" / BEST
     return _whole(config, directory, started, results)
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from compress import models
+from compress.arguments import construct
 from compress.config import compose as configuration
 from compress.errors import UserError
 from compress.export.packed import read_float_description
@@ -55,7 +55,7 @@ def quantize_checkpoint(overrides: Sequence[str]) -> Path:
 
     plain = OmegaConf.to_container(config, resolve=True)
     pl.seed_everything(config.seed, verbose=False)
-    data = instantiate(config.data, seed=config.seed, device=device(config.trainer.accelerator))
+    data = construct(config.data, seed=config.seed, device=device(config.trainer.accelerator))
     data.setup()
     if about and about["class_names"] != list(data.class_names):
         found = ", ".join(about["class_names"][:3])
@@ -147,9 +147,8 @@ def _data(path: Path, typed: Mapping[str, str], about: Mapping[str, Any] | None)
     run = _run_of(path)
     if run is not None and "data" not in typed:
         node = OmegaConf.to_container(run.data)
-        # A data set's module has the name of its option.
-        stem = node.pop("_target_").rpartition(".")[0].rpartition(".")[2]
-        found = _overrides("data", stem, node)
+        del node["_target_"]
+        found = _overrides("data", node.pop("stem"), node)
     if about:
         found += [f"data.{key}={json.dumps(about[key])}" for key in ("mean", "standard_deviation")]
     return found

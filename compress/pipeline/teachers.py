@@ -1,7 +1,6 @@
 """Where a teacher comes from: a checkpoint, the cache of teachers trained before, or a training of its own."""
 
 import hashlib
-import inspect
 import json
 import shutil
 import time
@@ -12,13 +11,12 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from filelock import FileLock, Timeout
-from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import save_file
 from torch import nn
 
 from compress import models
-from compress.arguments import parameter_names
+from compress.arguments import construct
 from compress.config import ensemble
 from compress.errors import UserError
 from compress.evaluation import evaluate
@@ -33,7 +31,7 @@ from compress.progress import console
 from compress.training.fit import BEST, fit
 
 # Keys of `data` that the teacher's training has of its own, or that change nothing about it.
-NOT_IN_KEY = ("batch_size", "evaluation_batch_size")
+NOT_IN_KEY = ("batch_size", "evaluation_batch_size", "stem")
 
 
 @dataclass(frozen=True)
@@ -46,16 +44,6 @@ class Teacher:
     frozen: FrozenTeacher | FrozenEnsemble
     record: dict[str, Any]
     learning: LearningTeacher | None = None
-
-
-def is_used(config: DictConfig) -> bool:
-    """Whether the method of `config` learns from a teacher; one that may do without does so where its loss does."""
-    method = get_class(config.method._target_)
-    if "teacher" not in parameter_names(method):
-        return False
-    own = inspect.signature(method).parameters.get("teacher")
-    optional = own is not None and own.default is None
-    return not optional or get_class(config.loss._target_).compares_with == "teacher"
 
 
 def resolve(
@@ -195,14 +183,14 @@ def _train(
 ) -> None:
     console.print(f"teacher {model['stem']}: none trained under this configuration yet, training it", style="bold")
     pl.seed_everything(training["seed"], verbose=False)
-    own_data = instantiate(config.data, batch_size=training["batch_size"], seed=training["seed"], device=device)
+    own_data = construct(config.data, batch_size=training["batch_size"], seed=training["seed"], device=device)
     own_data.setup()
     network = models.build(num_classes=own_data.num_classes, **model).to(memory_format=torch.channels_last)
     module = Supervised(
         student=network,
         loss=CrossEntropy(training["label_smoothing"]),
         optimizer=optimizer_factory(training["optimizer"]),
-        scheduler=instantiate(training["scheduler"]),
+        scheduler=construct(training["scheduler"]),
         num_classes=own_data.num_classes,
         seed=training["seed"],
     )

@@ -115,6 +115,7 @@ def job(config: DictConfig) -> None:
     if first:
         (directory / FAILED).unlink(missing_ok=True)
     try:
+        configuration.add_stems(config, hydra.runtime.choices)
         checks.check_values(config)
         stages.run(config, directory, list(hydra.overrides.task))
     except OwnedError:

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
 import compress
 from compress import models
+from compress.arguments import construct
 from compress.cli import main
 from compress.config import ensemble
 from compress.evaluation import evaluate
@@ -59,7 +59,7 @@ def test_a_run_shares_the_cache_with_single_teachers_and_records_every_member(ca
     lines = [line for line in said if line.startswith("teacher ") and "validation accuracy" in line]
     assert [line.split()[1] for line in lines] == ["resnet8", "resnet8", "wrn_16_1", "ensemble"]
 
-    data = instantiate(composed().data)
+    data = construct(composed().data)
     data.setup()
     networks = []
     for member in record["members"]:
@@ -113,7 +113,7 @@ def test_the_logits_are_the_mean_of_those_of_the_members_each_with_its_own_norma
         torch.save(networks[-1].state_dict(), f"{stem}.pt")
     foreign = "{model:wrn_16_1,checkpoint:wrn_16_1.pt,mean:[0.1,0.2,0.3],standard_deviation:[0.5]}"
     job = composed("teacher=ensemble", f"teacher.members=[{{model:resnet8,checkpoint:resnet8.pt}},{foreign}]")
-    data = instantiate(job.data)
+    data = construct(job.data)
     data.setup()
     teacher = teachers.resolve(job, data, OmegaConf.to_container(job.trainer), Path("run"))
     assert [member["file"] for member in teacher.record["members"]] == ["resnet8.pt", "wrn_16_1.pt"]

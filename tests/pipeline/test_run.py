@@ -15,6 +15,7 @@ from PIL import Image
 from pytorch_lightning import Trainer
 
 import compress
+from compress.arguments import construct
 from compress.cli import main
 from compress.errors import UserError
 from compress.evaluation import evaluate
@@ -94,9 +95,7 @@ def test_the_bytes_in_the_table_are_those_of_the_files_and_their_accuracy_is_tha
     assert [row["bits"] for row in rows] == ["32", "4", "2"]
 
     [(_, composed)] = checked_jobs(SMALL)
-    from hydra.utils import instantiate
-
-    data = instantiate(composed.data)
+    data = construct(composed.data)
     data.setup()
     reference = None
     for row in rows:
