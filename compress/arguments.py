@@ -133,11 +133,20 @@ def arguments_of(node: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def construct(node: Mapping[str, Any], **supplied: Any) -> Any:
-    """What Hydra makes of a configuration node: its `_target_`, called with the other keys and what is `supplied`."""
-    from hydra.utils import instantiate  # late, because programs that only classify images start without Hydra
+    """What Hydra makes of a configuration node: its `_target_`, called with the other keys and what is `supplied`.
+
+    A UserError of the constructor is passed on as it is.
+    """
+    from hydra.errors import InstantiationException  # late, because programs that only classify start without Hydra
+    from hydra.utils import instantiate
 
     plain = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
-    return instantiate({key: value for key, value in plain.items() if key != "stem"}, **supplied)
+    try:
+        return instantiate({key: value for key, value in plain.items() if key != "stem"}, **supplied)
+    except InstantiationException as failure:
+        if isinstance(failure.__cause__, UserError):
+            raise failure.__cause__ from None
+        raise
 
 
 def _checked(kind: Any, value: Any, key: str) -> Any:
