@@ -10,9 +10,8 @@ import yaml
 
 from compress.results.tradeoff import Row, write_csv
 
-METHODS = ("supervised", "kd", "dkd", "at", "dml")
 STUDENTS = {"resnet8": 78_042, "resnet20": 272_474, "resnet56": 855_770, "resnet18": 11_173_962}
-TARGETS = {"supervised": "Supervised", "kd": "KD", "dkd": "DKD", "at": "AT", "dml": "DML"}
+METHODS = ("supervised", "kd", "dkd", "at", "dml")
 LEARNING_RATES = (0.001, 0.003, 0.01, 0.03, 0.1)
 
 
@@ -109,7 +108,7 @@ def _config(method: str, student: str, rate: float, seed: int, epochs: int) -> d
         "output_directory": "outputs",
         "data": {"_target_": "compress.data.fashion_mnist.FashionMNIST", "root": "data", "limit": None},
         "student": {"_target_": "compress.models.cifar_resnet.CifarResNet", "stem": student},
-        "method": {"_target_": f"compress.methods.{method}.{TARGETS[method]}"},
+        "method": {"stem": method},
         "optimizer": {"_target_": "torch.optim.AdamW", "lr": rate, "betas": [0.9, 0.999]},
         "trainer": {"max_epochs": epochs, "log_every": 0},
         "logger": {"csv": {"_target_": "compress.results.metrics_csv.MetricsCSV"}},

@@ -1,79 +1,115 @@
 """What the parts of a configuration ask of each other, as far as the configuration alone can tell."""
 
-import inspect
-import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
-from hydra.utils import get_object
+from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 
 from compress import models
-from compress.arguments import parameter_names
 from compress.config import ensemble
 from compress.errors import UserError
+from compress.methods.classifier import Classifier
+from compress.paths import option_file, options
+
+ROLES = {"teacher": "a teacher", "peers": "peers", None: "neither teacher nor peers"}
 
 
-def check_rules(config: DictConfig, overrides: Sequence[str] = ()) -> None:
-    """Raises UserError for the first parts that do not go together; `overrides` are those that were typed."""
-    _check_roles(config, overrides)
-    _check_training(config)
-    for where in ensemble.keys(config):
-        _check_teacher(config, where)
+def method_of(config: DictConfig) -> type[Classifier]:
+    """The class of the method that `config` chooses."""
+    return get_class(config.method._target_)
+
+
+def compares_with(loss: DictConfig) -> str | None:
+    """What the loss of a node compares logits with beside the labels: "teacher", "peers" or nothing."""
+    return get_class(loss._target_).compares_with
 
 
 def uses_teacher(config: DictConfig) -> bool:
-    """Whether the method of `config` learns from a teacher; one that may do without does so where its loss does."""
-    method = get_object(config.method._target_)
-    if "teacher" not in parameter_names(method):
-        return False
-    parameter = inspect.signature(method).parameters.get("teacher")
-    optional = parameter is not None and parameter.default is None
-    return not optional or get_object(config.loss._target_).compares_with == "teacher"
+    """Whether the method needs a teacher, or its loss compares with one."""
+    method = method_of(config)
+    return "teacher" in method.needs or "teacher" in method.loss_compares_with & {compares_with(config.loss)}
 
 
-def _check_roles(config: DictConfig, overrides: Sequence[str]) -> None:
-    method = get_object(config.method._target_)
-    takes = parameter_names(method)
-    learns_from_teacher = uses_teacher(config)
-    for role, used in (("teacher", learns_from_teacher), ("peer", "peers" in takes)):
-        typed = next((each for each in overrides if re.match(rf"\+{{0,2}}{role}[.=]", each)), None)
-        if typed and not used and typed != f"{role}=none":
-            here = "method with this loss" if role in takes else "method"
-            raise UserError(f"{role}: found {typed!r}, but this {here} uses no {role}; accepted: none")
-    if learns_from_teacher and not config.teacher:
-        choices = ", ".join((*models.available(), "ensemble"))
-        raise UserError(f"teacher: found none, but this method learns from one; accepted: {choices}")
-    if learns_from_teacher and ensemble.is_ensemble(config):
-        if "layers" in takes:
-            raise UserError(
-                "teacher: found an ensemble, but this method compares features of one network; accepted: "
-                + ", ".join(models.available())
-            )
-        if config.method.get("update_teacher"):
-            raise UserError("method.update_teacher: found true for an ensemble; accepted: false, or another teacher")
-    compares_with = get_object(config.loss._target_).compares_with
-    if compares_with not in method.loss_compares_with:
-        fitting = {None: "cross_entropy", "teacher": "kd, dkd, function_matching", "peers": "dml"}
-        has = next((each for each in ("teacher", "peers") if each in takes), None)
-        raise UserError(
-            f"loss: found one that compares with {compares_with or 'nothing'}, but this method has "
-            f"{has or 'neither teacher nor peers'}; accepted: "
-            + ", ".join(words for kind, words in fitting.items() if kind in method.loss_compares_with)
-        )
-    has = "teacher" if learns_from_teacher else "peers" if "peers" in takes else None
-    if config.mixup and config.mixup.get("teacher_sees") == "clean" and has != "teacher":
-        raise UserError(
-            "mixup: found one that blends the logits of a teacher, which is not there; accepted: none, images"
-        )
-    if config.mixup and config.mixup.get("teacher_sees") == "clean" and "layers" in takes:
-        raise UserError(
-            "mixup: found one that blends logits, but this method compares features; accepted: none, images"
-        )
-    if has == "peers" and config.trainer.gradient_clip_val is not None:
+def uses_peers(config: DictConfig) -> bool:
+    """Whether the student trains among peers."""
+    return "peers" in method_of(config).needs
+
+
+def check_rules(config: DictConfig, overrides: Sequence[str] = ()) -> None:
+    """Raises UserError for the first parts of `config` that do not go together.
+
+    A teacher or peer that nothing uses is refused only where it is among the typed `overrides`: an experiment may
+    name one for those of its methods that do.
+    """
+    _refuse_unused_roles(config, overrides)
+    _check_teacher(config)
+    _check_loss(config)
+    _check_mixup(config)
+    if uses_peers(config) and config.trainer.gradient_clip_val is not None:
         raise UserError(
             f"trainer.gradient_clip_val: found {config.trainer.gradient_clip_val}, which Lightning cannot do for "
             "several optimizers; accepted: null"
+        )
+    _check_training(config)
+    for where in ensemble.keys(config):
+        _check_normalisation(config, where)
+
+
+def _refuse_unused_roles(config: DictConfig, overrides: Sequence[str]) -> None:
+    may_use_teacher = "teacher" in method_of(config).loss_compares_with
+    for role, used in (("teacher", uses_teacher(config)), ("peer", uses_peers(config))):
+        typed = [override for override in overrides if override.lstrip("+").startswith((f"{role}=", f"{role}."))]
+        if typed and not used and typed[0] != f"{role}=none":
+            subject = "method with this loss" if role == "teacher" and may_use_teacher else "method"
+            raise UserError(f"{role}: found {typed[0]!r}, but this {subject} uses no {role}; accepted: none")
+
+
+def _check_teacher(config: DictConfig) -> None:
+    if not uses_teacher(config):
+        return
+    if not config.teacher:
+        choices = ", ".join((*models.available(), "ensemble"))
+        raise UserError(f"teacher: found none, but this method learns from one; accepted: {choices}")
+    if not ensemble.is_ensemble(config):
+        return
+    method = method_of(config)
+    if "features" in method.needs:
+        accepted = ", ".join(models.available())
+        raise UserError(
+            f"teacher: found an ensemble, but this method compares features of one network; accepted: {accepted}"
+        )
+    if method.updates_teacher(config.method):
+        raise UserError("method.update_teacher: found true for an ensemble; accepted: false, or another teacher")
+
+
+def _check_loss(config: DictConfig) -> None:
+    method, reference = method_of(config), compares_with(config.loss)
+    if reference in method.loss_compares_with:
+        return
+    role = next((role for role in ("teacher", "peers") if role in method.needs | method.loss_compares_with), None)
+    raise UserError(
+        f"loss: found one that compares with {reference or 'nothing'}, but this method has {ROLES[role]}; "
+        f"accepted: {', '.join(_losses(method.loss_compares_with))}"
+    )
+
+
+def _losses(references: Iterable[str | None]) -> list[str]:
+    """The options of `loss` that compare with one of `references`."""
+    stems = options("loss")
+    return [stem for stem in stems if compares_with(OmegaConf.load(option_file("loss", stem))) in references]
+
+
+def _check_mixup(config: DictConfig) -> None:
+    if not config.mixup or config.mixup.get("teacher_sees") != "clean":
+        return
+    if not uses_teacher(config):
+        raise UserError(
+            "mixup: found one that blends the logits of a teacher, which is not there; accepted: none, images"
+        )
+    if "features" in method_of(config).needs:
+        raise UserError(
+            "mixup: found one that blends logits, but this method compares features; accepted: none, images"
         )
 
 
@@ -92,7 +128,7 @@ def _check_training(config: DictConfig) -> None:
         raise UserError(f"data.batch_size: found {config.data.batch_size}; accepted: a whole number of at least 2")
 
 
-def _check_teacher(config: DictConfig, where: str) -> None:
+def _check_normalisation(config: DictConfig, where: str) -> None:
     node = OmegaConf.select(config, where)
     for key in ("mean", "standard_deviation"):
         if node[key] is not None and len(node[key]) not in (1, 3):

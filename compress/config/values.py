@@ -3,9 +3,9 @@
 Constructors of this project say in their annotations what they accept; `compress.config.ranges` says it for the rest.
 """
 
-import inspect
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import is_dataclass
 from typing import Any
 
 import pytorch_lightning as pl
@@ -15,8 +15,7 @@ from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from compress import models
-from compress.arguments import check_arguments, parameter_names
-from compress.building import build
+from compress.arguments import check_arguments, construct, parameter_names, settable
 from compress.config import ensemble
 from compress.config.ranges import (
     ENSEMBLE,
@@ -51,20 +50,6 @@ GROUPS = (
     "experiment",
 )
 EXPORT = {"packed": bool, "onnx": bool}
-# Constructor arguments that the pipeline supplies.
-SUPPLIED = {
-    "student",
-    "teacher",
-    "others",
-    "mixup",
-    "loss",
-    "optimizer",
-    "scheduler",
-    "num_classes",
-    "input_shape",
-    "seed",
-    "device",
-}
 
 
 def check_values(config: DictConfig) -> None:
@@ -110,8 +95,6 @@ def construction(where: str) -> Iterator[None]:
     try:
         yield
     except InstantiationException as failure:
-        if isinstance(failure.__cause__, UserError):
-            raise failure.__cause__ from None
         raise UserError(f"{where}: {failure.__cause__ or failure}".splitlines()[0]) from None
 
 
@@ -212,11 +195,10 @@ def _coerce_training(config: DictConfig, where: str) -> None:
 
 def _coerce_part(config: DictConfig, where: str) -> None:
     part = target(config, where)
-    names = part.__dataclass_fields__ if hasattr(part, "__dataclass_fields__") else parameter_names(part)
-    _coerce(config, where, part, accepted=[name for name in names if name not in SUPPLIED])
-    if inspect.isclass(part) and hasattr(part, "__dataclass_fields__"):
+    _coerce(config, where, part, accepted=settable(part))
+    if is_dataclass(part):
         with construction(where):
-            build(OmegaConf.select(config, where))
+            construct(OmegaConf.select(config, where))
 
 
 def _coerce_optimizer(config: DictConfig, where: str) -> None:

@@ -1,4 +1,4 @@
-"""What reading a data set yields: images as bytes, labels, names of the classes, normalisation."""
+"""What reading a data set yields: images as bytes, labels, names of the classes, normalisation; and its splits."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,6 +26,34 @@ class Source:
     standard_deviation: Sequence[float]
     validation_images: Tensor | None = None
     validation_labels: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Split:
+    """uint8 images `(n, C, H, W)` and class indices `(n,)`."""
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, indices: Tensor) -> "Split":
+        return Split(self.images[indices], self.labels[indices])
+
+
+@dataclass(frozen=True)
+class Images:
+    """A data set that has been read, split and resized.
+
+    `splits` has train, validation and test: uint8 `(n, 3, image_size, image_size)`, channels last, on the device of
+    the module. `mean` and `standard_deviation` are those of the `Source`.
+    """
+
+    splits: dict[str, Split]
+    class_names: tuple[str, ...]
+    mean: Sequence[float]
+    standard_deviation: Sequence[float]
 
 
 def prepared(images: Tensor, image_size: int) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from compress.building import build
+from compress.arguments import construct
 
 # The key that every optimizer has beside the arguments of its constructor.
 DECAY = "decay_norm_and_bias"
@@ -28,7 +28,7 @@ class OptimizerFactory:
 def optimizer_factory(node: Mapping[str, Any]) -> OptimizerFactory:
     """That of a plain `optimizer` node of the configuration, such as those in `conf/optimizer`."""
     options = {key: value for key, value in node.items() if key != DECAY}
-    return OptimizerFactory(build(options), node.get(DECAY, True))
+    return OptimizerFactory(construct(options), node.get(DECAY, True))
 
 
 def as_groups(parameters: Iterable[Any]) -> list[dict[str, Any]]:

@@ -9,10 +9,9 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from compress import models
-from compress.arguments import parameter_names
 from compress.config import ensemble
 from compress.config.compose import Job, compose_jobs
-from compress.config.rules import check_rules
+from compress.config.rules import check_rules, uses_peers
 from compress.config.stage_plan import compose_stages
 from compress.config.values import check_values, construction
 from compress.data.shared import DataSets
@@ -74,7 +73,7 @@ def check(job: Job, data_sets: DataSets, start: nn.Module | None = None) -> nn.M
     parts = Parts(job.config, data_sets, start)
     with construction("data"):
         data = parts.data
-    processes.check(job.config, data.record()["images"], "peers" in parameter_names(parts.method))
+    processes.check(job.config, data.record()["images"], uses_peers(job.config))
     _check_teacher_files(parts)
     _check_method(parts)
     _check_image_sizes(parts)
@@ -94,13 +93,13 @@ def _check_teacher_files(parts: Parts) -> None:
 
 
 def _check_method(parts: Parts) -> None:
-    if "peers" in parameter_names(parts.method) and _is_pruned(parts):
+    if uses_peers(parts.config) and _is_pruned(parts):
         raise UserError(
             "student.checkpoint: found a pruned network for a method whose peers would not be pruned; accepted: null, "
             "or a method without peers"
         )
     teacher = parts.teacher_network() if parts.teacher_keys == ["teacher"] else None
-    parts.method.check_networks(parts.plain["method"], parts.fresh_student, teacher, parts.data.input_shape)
+    parts.method.check_networks(parts.method_options, parts.fresh_student, teacher, parts.data.input_shape)
 
 
 def _is_pruned(parts: Parts) -> bool:

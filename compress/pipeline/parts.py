@@ -11,10 +11,9 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from compress import models
-from compress.arguments import check_arguments, parameter_names
-from compress.building import build
+from compress.arguments import arguments_of, construct
 from compress.config import ensemble
-from compress.config.rules import uses_teacher
+from compress.config.rules import uses_peers, uses_teacher
 from compress.data.shared import DataSets
 from compress.export.weights import build_network
 from compress.methods.classifier import Classifier
@@ -55,13 +54,18 @@ class Parts:
     def method(self) -> type[Classifier]:
         return get_class(self.plain["method"]["_target_"])
 
+    @property
+    def method_options(self) -> dict[str, Any]:
+        """The arguments of the method that the configuration gives."""
+        return arguments_of(self.plain["method"])
+
     @cached_property
     def loss(self) -> Any:
-        return build(self.plain["loss"])
+        return construct(self.plain["loss"])
 
     @cached_property
     def mixup(self) -> Any | None:
-        return build(self.plain["mixup"]) if self.plain["mixup"] else None
+        return construct(self.plain["mixup"]) if self.plain["mixup"] else None
 
     @cached_property
     def optimizer(self) -> OptimizerFactory:
@@ -69,11 +73,11 @@ class Parts:
 
     @cached_property
     def scheduler(self) -> Any:
-        return build(self.plain["scheduler"])
+        return construct(self.plain["scheduler"])
 
     @cached_property
     def recipe(self) -> Recipe | None:
-        return build(self.plain["pruning"]) if self.plain["pruning"] else None
+        return construct(self.plain["pruning"]) if self.plain["pruning"] else None
 
     @property
     def mask_recipe(self) -> MaskRecipe | None:
@@ -87,12 +91,12 @@ class Parts:
 
     @cached_property
     def quantizer(self) -> Quantizer | None:
-        return build(self.plain["quantizer"]) if self.plain["quantizer"] else None
+        return construct(self.plain["quantizer"]) if self.plain["quantizer"] else None
 
     @property
     def grids(self) -> FakeQuantization | None:
         """Those that the method trains on."""
-        return self.method.grids(self.plain["method"])
+        return self.method.grids(self.method_options)
 
     @cached_property
     def fresh_student(self) -> nn.Module:
@@ -107,10 +111,13 @@ class Parts:
     @cached_property
     def peers(self) -> list[nn.Module]:
         """The other networks of a method with peers."""
-        if "peers" not in parameter_names(self.method):
+        if not uses_peers(self.config):
             return []
         node = self.peer_node | {"checkpoint": None}
-        networks = [build_network(node, self.data.num_classes) for _ in range(self.plain["method"]["peers"] - 1)]
+        networks = [
+            build_network(node, self.data.num_classes)
+            for _ in range(self.method.number_of_peers(self.method_options) - 1)
+        ]
         return [self._shrunk(network) for network in networks]
 
     @property
@@ -138,7 +145,7 @@ class Parts:
     @property
     def updates_teacher(self) -> bool:
         """Whether the teacher learns on while it teaches."""
-        return bool(self.plain["method"].get("update_teacher"))
+        return self.method.updates_teacher(self.method_options)
 
     @property
     def teacher_keys(self) -> list[str]:
@@ -166,21 +173,17 @@ class Parts:
 
     def learner(self, teacher: Any | None) -> Classifier:
         """The LightningModule that is trained; `teacher` is what the method calls, if it uses one."""
-        supplied: dict[str, Any] = {
-            "student": self.student,
-            "loss": self.loss,
-            "optimizer": self.optimizer,
-            "scheduler": self.scheduler,
-            "mixup": self.mixup,
-            "num_classes": self.data.num_classes,
-            "seed": self.plain["seed"],
-        }
-        takes = parameter_names(self.method)
-        if "input_shape" in takes:
-            supplied["input_shape"] = self.data.input_shape
-        if teacher is not None:
-            supplied["teacher"] = teacher
-        if "peers" in takes:
-            supplied["others"] = self.peers
-        # Not by `build`, which would turn the frozen dataclasses among the parts into configurations.
-        return self.method(**check_arguments(self.method, self.plain["method"], "method"), **supplied)
+        # Not by `construct`, which would turn the frozen dataclasses among the parts into configurations.
+        return self.method(
+            **self.method_options,
+            student=self.student,
+            others=self.peers,
+            teacher=teacher,
+            loss=self.loss,
+            optimizer=self.optimizer,
+            scheduler=self.scheduler,
+            mixup=self.mixup,
+            num_classes=self.data.num_classes,
+            input_shape=self.data.input_shape,
+            seed=self.plain["seed"],
+        )

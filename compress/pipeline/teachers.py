@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
 from compress import models
-from compress.building import build
+from compress.arguments import construct
 from compress.config import ensemble
 from compress.errors import UserError
 from compress.evaluation import evaluate
@@ -190,7 +190,7 @@ class _Member:
             student=network,
             loss=CrossEntropy(training["label_smoothing"]),
             optimizer=optimizer_factory(training["optimizer"]),
-            scheduler=build(training["scheduler"]),
+            scheduler=construct(training["scheduler"]),
             num_classes=data.num_classes,
             seed=training["seed"],
         )

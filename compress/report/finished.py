@@ -21,7 +21,7 @@ from compress.results.tradeoff import Row
 YAML = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 MOST_POINTS = 300
 # They change neither what is trained nor the images: where files lie and what is said meanwhile.
-NOT_COMPARED = ("seed", "output_directory", "logger", "data.root", "trainer.log_every")
+NOT_COMPARED = ("seed", "output_directory", "logger", "data.root", "trainer.log_every", "trainer.stem")
 
 
 @dataclass(frozen=True)
@@ -144,8 +144,7 @@ def read_run(directory: Path, name: str, problems: list[str]) -> Run:
     return Run(
         directory=directory,
         name=name,
-        # The word on the command line says more than the module: kd_mixup is a variant of kd.
-        method=typed.get("method") or str(settings.get("method._target_", "")).split(".")[-2:][0] or "unknown",
+        method=settings.get("method.stem", "unknown"),
         student=record.student.model,
         teacher=record.teacher.model if record.teacher else "",
         teacher_accuracy=record.teacher.test_accuracy if record.teacher else None,

@@ -92,9 +92,7 @@ class WandbRun(WandbLogger):
         from wandb.sdk.lib.runid import generate_id
 
         sweep = next((each for each in self.directory.parents if (each / "sweep.yaml").is_file()), None)
-        # The typed word tells variants of one method apart, such as kd and kd_mixup.
-        typed = [each.removeprefix("method=") for each in overrides if each.startswith("method=")]
-        method = typed[-1] if typed else config.method._target_.rpartition(".")[0].rpartition(".")[2]
+        method = config.method.stem
         name = f"{method} {config.student.stem} {config.data._target_.rpartition('.')[2]} seed {config.seed}"
         proposed = {
             "name": name if sweep is None else f"{name} ({self.directory.relative_to(sweep).as_posix()})",

@@ -267,7 +267,7 @@ def capstone(folder, method, seed, accuracies, *typed, quantizer="gpfq", data="C
     ]
     (directory / "result.json").write_text(json.dumps(record))
     config = yaml.safe_load((directory / "config.yaml").read_text())
-    config |= {"seed": seed, "method": {"_target_": f"compress.methods.{method}.X", "typed": list(typed)}}
+    config |= {"seed": seed, "method": {"stem": method, "typed": list(typed)}}
     (directory / "config.yaml").write_text(yaml.safe_dump(config))
 
 
