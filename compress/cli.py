@@ -8,7 +8,7 @@ from pathlib import Path
 
 from compress.config.help import help_text
 from compress.errors import UserError
-from compress.paths import CONF, searching
+from compress.paths import CONF, import_from_here, searching
 from compress.stopping import StoppedError, stoppable
 
 
@@ -37,6 +37,7 @@ def _main(arguments: list[str]) -> int:
     # Not at the top: PyTorch takes seconds to import, and help needs none of it.
     from compress.config.compose import searched_folders
 
+    import_from_here()
     dry_run = "--dry-run" in arguments
     arguments = [argument for argument in arguments if argument != "--dry-run"]
     parsed, overrides = _parsed(arguments)

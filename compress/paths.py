@@ -1,6 +1,7 @@
 """Where the YAML groups lie: beside the package in a checkout, inside it in a wheel, and in the user's own folders."""
 
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,6 +34,13 @@ def searching(folders: Sequence[Path]) -> Iterator[None]:
             del os.environ[CONFIG_PATH]
         else:
             os.environ[CONFIG_PATH] = before
+
+
+def import_from_here() -> None:
+    """Lets `_target_` name a module in the working directory, after everything that is installed."""
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.append(here)
 
 
 def option_file(group: str, stem: str) -> Path | None:

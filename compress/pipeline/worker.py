@@ -7,12 +7,14 @@ from pathlib import Path
 import torch
 from omegaconf import OmegaConf
 
+from compress.paths import import_from_here
 from compress.pipeline.run import train
 from compress.progress import console
 from compress.training import distributed, processes
 
 
 def main(directory: Path) -> int:
+    import_from_here()
     processes.ignore_signals()
     distributed.end_with_parent()
     # The job has said what there is to say before the training.

@@ -12,7 +12,7 @@ from typing import ClassVar
 from compress.config.compose import searched_folders
 from compress.data.shared import DataSets
 from compress.errors import UserError
-from compress.paths import searching, user_folders
+from compress.paths import import_from_here, searching, user_folders
 from compress.progress import console
 from compress.sweeps.outcomes import outcome, record_failure
 from compress.sweeps.perform import job_in, perform, report_failure
@@ -37,6 +37,7 @@ class Call:
 
     def __call__(self) -> None:
         os.chdir(self.working_directory)
+        import_from_here()
         self.directory.mkdir(parents=True, exist_ok=True)
         stream = (self.directory / OUTPUT).open("a", buffering=1, encoding="utf-8")
         folders = searching([*self.folders, *searched_folders(self.hydra)])
