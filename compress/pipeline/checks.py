@@ -187,7 +187,7 @@ def check_job(config: DictConfig, overrides: Sequence[str]) -> None:
 
 
 def _is_pruned(node: Mapping[str, Any], student: nn.Module, data: pl.LightningDataModule) -> bool:
-    return bool(masks.found(student)) or "channels" in models.architecture(node, data.num_classes, student)
+    return bool(masks.masks_of(student)) or "channels" in models.architecture(node, data.num_classes, student)
 
 
 def _check_image_size(config: DictConfig, role: str, data: pl.LightningDataModule) -> None:
