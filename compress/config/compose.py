@@ -101,7 +101,7 @@ def initialized() -> Iterator[None]:
     version.setbase("1.3")
     search_path = create_config_search_path(str(CONF))
     for folder in user_folders():
-        search_path.append("command-line", f"file://{folder}")
+        search_path.prepend("command-line", f"file://{folder}", anchor="schema")
     Hydra.create_main_hydra2(task_name="run", config_search_path=search_path)
     try:
         yield

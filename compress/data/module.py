@@ -73,7 +73,7 @@ class DataModule(pl.LightningDataModule):
 
     @abstractmethod
     def read(self) -> Source:
-        """The data set, its files having been found by `prepare_data`. Raises UserError for files it cannot read."""
+        """The data set, from files that `prepare_data` has checked or downloaded. Raises UserError for damaged ones."""
 
     @classmethod
     def decisive(cls, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -116,7 +116,7 @@ class DataModule(pl.LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         images = self._images("train", self.augmentation, self.seed)
         rank, world_size = self._place()
-        # A last batch of one image would break BatchNorm; what is left over comes up in another epoch.
+        # A last batch of one image would break BatchNorm; the order of another epoch has its images earlier.
         return DataLoader(
             images,
             self.batch_size // world_size,

@@ -60,7 +60,7 @@ def prepared(images: Tensor, image_size: int) -> Tensor:
     """uint8 `(n, C, H, W)` as `(n, 3, image_size, image_size)` with the channels last in memory.
 
     Resizing is bilinear with antialiasing; grey is repeated over the channels, here and not in every batch, where it
-    would cost more than the augmentation itself. Works in chunks, so that no float copy of a whole set ever exists.
+    would cost more than the augmentation itself. Works in chunks, so that no float copy of all images ever exists.
     """
     result = torch.empty((len(images), 3, image_size, image_size), dtype=torch.uint8, memory_format=torch.channels_last)
     for start in range(0, len(images), CHUNK):

@@ -130,7 +130,7 @@ class Classifier(pl.LightningModule, ABC):
 
     def on_train_epoch_start(self) -> None:
         # Dropout draws from the global generator: seeding it by epoch makes a resumed run draw the same masks.
-        # Each process of a training in several draws its own.
+        # Processes that train together draw different masks.
         torch.manual_seed(1_000_003 * self.seed + self.current_epoch + 7_368_787 * self.global_rank)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor | None:

@@ -30,7 +30,7 @@ def build(stem: str, num_classes: int, **options: Any) -> nn.Module:
 
 
 def check_options(stem: str, options: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """All arguments that `build` would pass beside `num_classes`; raises the same errors, naming `where`."""
+    """All arguments that `build` would pass, without `num_classes`; raises the same errors, naming `where`."""
     return _description(stem, options, where, where)[1]
 
 

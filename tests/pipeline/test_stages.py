@@ -39,9 +39,9 @@ def whole(tmp_path_factory):
 def masks_of(checkpoint: Path) -> dict[str, torch.Tensor]:
     model = models.build("resnet8", 10)
     load_weights(model, checkpoint)
-    for name, mask in masks.found(model).items():
+    for name, mask in masks.masks_of(model).items():
         assert (model.get_submodule(name).weight[~mask] == 0).all()
-    return masks.found(model)
+    return masks.masks_of(model)
 
 
 def trainer_of(directory: Path) -> DictConfig:
