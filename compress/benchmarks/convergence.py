@@ -161,9 +161,10 @@ def verdict(name: str, reference: list[list[Point]], tried: list[list[Point]]) -
     ends = [statistics.mean(run[-1].loss for run in runs) for runs in (reference, tried)]
     by_seed = ", ".join("not reached" if share == math.inf else f"{100 * share:.0f} %" for share in shares)
     mean = statistics.mean(shares)
-    verdict_in_words = "not in every seed" if mean == math.inf else f"after {100 * mean:.0f} % of the steps on average"
+    when = "not in every seed" if mean == math.inf else f"after {100 * mean:.0f} % of the steps on average"
     return (
-        f"{name}, rate {tried[0][-1].rate:.2g}: AdamW's final loss (rate {reference[0][-1].rate:.2g}) {verdict_in_words} ({by_seed}); "
+        f"{name}, rate {tried[0][-1].rate:.2g}: AdamW's final loss (rate {reference[0][-1].rate:.2g}) {when} "
+        f"({by_seed}); 
         f"final losses {ends[1]:.4f} after {tried[0][-1].step} steps and {ends[0]:.4f} after {reference[0][-1].step}"
     )
 
@@ -200,12 +201,12 @@ def _draw(path: Path, tuned: dict[str, list[list[Point]]]) -> None:
         losses = [[run[index].loss for run in runs] for index in range(len(steps))]
         [line] = axes.plot(
             steps,
-            [statistics.mean(losses_at_step) for losses_at_step in losses],
+            [statistics.mean(column) for column in losses],
             label=f"{name}, {runs[0][0].rate:.2g}",
         )
         lowest, highest = (
-            [min(losses_at_step) for losses_at_step in losses],
-            [max(losses_at_step) for losses_at_step in losses],
+            [min(column) for column in losses],
+            [max(column) for column in losses],
         )
         axes.fill_between(steps, lowest, highest, color=line.get_color(), alpha=0.15)
     axes.axhline(statistics.mean(run[-1].loss for run in tuned["AdamW"]), color="0.6", linewidth=1, linestyle="--")

@@ -82,7 +82,7 @@ def resume(directory: Path, overrides: Sequence[str] = ()) -> int:
     overrides: of trainer.* and logger.* for these jobs, and of the launcher.
     """
     sweep = _read(directory)
-    launcher = [override for override in overrides if _key(override).startswith(("hydra/launcher", "hydra.launcher."))]
+    launcher = list(filter(_is_for_launcher, overrides))
     settings = tuple(override for override in overrides if override not in launcher)
     for override in settings:
         if not override.startswith(("trainer.", "logger.")) or "=" not in override:
@@ -274,6 +274,10 @@ def _read(directory: Path) -> Sweep:
     except (yaml.YAMLError, ValueError, KeyError, TypeError, OSError):
         raise UserError(f"sweep: found {path}, which cannot be read; accepted: the directory of a sweep") from None
     return Sweep(directory, tuple(map(tuple, jobs)), tuple(hydra))
+
+
+def _is_for_launcher(override: str) -> bool:
+    return _key(override).startswith(("hydra/launcher", "hydra.launcher."))
 
 
 def _key(override: str) -> str:
