@@ -164,7 +164,7 @@ def verdict(name: str, reference: list[list[Point]], tried: list[list[Point]]) -
     when = "not in every seed" if mean == math.inf else f"after {100 * mean:.0f} % of the steps on average"
     return (
         f"{name}, rate {tried[0][-1].rate:.2g}: AdamW's final loss (rate {reference[0][-1].rate:.2g}) {when} "
-        f"({by_seed}); 
+        f"({by_seed}); "
         f"final losses {ends[1]:.4f} after {tried[0][-1].step} steps and {ends[0]:.4f} after {reference[0][-1].step}"
     )
 

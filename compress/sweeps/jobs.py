@@ -92,9 +92,7 @@ def resume(directory: Path, overrides: Sequence[str] = ()) -> int:
             )
     hydra = sweep.hydra
     if any(_key(override) == "hydra/launcher" for override in launcher):
-        hydra = tuple(
-            override for override in hydra if not _key(override).startswith(("hydra/launcher", "hydra.launcher."))
-        )
+        hydra = tuple(override for override in hydra if not _is_for_launcher(override))
     sweep = Sweep(directory, sweep.jobs, (*hydra, *launcher), settings)
     with searching(searched_folders(sweep.hydra)):
         check_launcher(sweep.hydra)
@@ -121,9 +119,7 @@ def latest(output_directory: Path) -> Path:
 
 def check_launcher(overrides: Sequence[str], multirun: bool = True) -> None:
     """Raises UserError where the launcher of a sweep is not installed or is given what it does not take."""
-    typed = next(
-        (override for override in overrides if _key(override).startswith(("hydra/launcher", "hydra.launcher"))), None
-    )
+    typed = next(filter(_is_for_launcher, overrides), None)
     if typed and not multirun:
         raise UserError(f"{typed}: found it without -m; accepted: none, or -m before it")
     if not multirun:
