@@ -221,9 +221,12 @@ def _compose(overrides: list[str]) -> DictConfig:
 def add_stems(config: DictConfig, choices: Mapping[str, str]) -> None:
     """Writes into the node of each part, as its `stem`, the option that Hydra's `choices` name for its group."""
     for group in WITH_STEM:
-        if config[group]:
-            with flag_override(config[group], "struct", False):
-                config[group].stem = choices[group]
+        node = config.get(group)
+        if node and isinstance(node, DictConfig):
+            if "stem" in node:
+                raise UserError(f"{group}.stem: found {node.stem!r}; accepted: no such key, it is set to the option")
+            with flag_override(node, "struct", False):
+                node.stem = choices[group]
 
 
 def _first_line(failure: Exception) -> str:
