@@ -144,12 +144,19 @@ def first_line(failure: Exception) -> str:
 
 
 def _add_stems(config: DictConfig, choices: Mapping[str, str]) -> None:
-    """Writes into every node with a `_target_` the word that chose it."""
+    """Writes into every node with a `_target_` the word that chose it; the nodes of networks have it already."""
     for group, stem in choices.items():
         package = group.partition("@")[2] or group.replace("/", ".")
         node = None if package.startswith("hydra") else OmegaConf.select(config, package)
-        if isinstance(node, DictConfig) and "_target_" in node and "stem" not in node:
-            node.stem = stem
+        if (
+            not isinstance(node, DictConfig)
+            or "_target_" not in node
+            or group.startswith(("student", "peer", "model@"))
+        ):
+            continue
+        if "stem" in node:
+            raise UserError(f"{package}.stem: found {node.stem!r}; accepted: no such key, it is the word of the option")
+        node.stem = stem
 
 
 def _with_grid(overrides: Sequence[str]) -> list[str]:

@@ -78,8 +78,8 @@ class DataModule(pl.LightningDataModule):
     @classmethod
     def decisive(cls, options: Mapping[str, Any]) -> dict[str, Any]:
         """Those of the constructor's `options` that decide which images there are."""
-        of = annotations(cls)
-        return {name: value for name, value in options.items() if not has_mark(of.get(name), _OF_BATCHES)}
+        annotated = annotations(cls)
+        return {name: value for name, value in options.items() if not has_mark(annotated.get(name), _OF_BATCHES)}
 
     def setup(self, stage: str | None = None) -> None:
         """Reads and splits the images, unless the module has some."""
