@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics.classification import MulticlassAccuracy
 
 from compress.collective import mean_of_processes
-from compress.export.weights import BEST_NETWORK
+from compress.export.state_dicts import BEST_NETWORK
 from compress.methods.mixup import Blend, Mixup
 from compress.optim.schedules import Schedule
 from compress.quantization.lsq import FakeQuantization

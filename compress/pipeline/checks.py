@@ -28,12 +28,14 @@ from compress.arguments import check_arguments, parameter_names
 from compress.config import ensemble
 from compress.config.compose import GROUPS, compose_jobs, compose_stages
 from compress.errors import UserError
+from compress.export.description import describe
+from compress.export.exporter import Exporter
+from compress.export.formats import check_exporters
 from compress.export.packed import file_bytes
 from compress.export.weights import build_network, load_weights
 from compress.models import masks
 from compress.optim.groups import DECAY
 from compress.pipeline import teachers
-from compress.pipeline.variants import describe
 from compress.quantization import Quantizer, check_layers
 from compress.quantization.mixed_precision import sensitivities
 from compress.quantization.quantizer import too_small
@@ -54,7 +56,6 @@ STAGE = {
     "share": Annotated[float, Field(gt=0, le=1)] | None,
     "overrides": list[str],
 }
-EXPORT = {"packed": bool, "onnx": bool}
 OPTIMIZER = {
     "lr": Positive,
     "momentum": BelowOne,
@@ -178,8 +179,7 @@ def check(config: DictConfig, overrides: Sequence[str] = (), student: nn.Module 
     quantizer = check_quantizer(config, student) if config.quantizer else None
     if quantizer is not None:
         check_budget(quantizer, student, models.architecture(node, data.num_classes, student), data)
-    if config.export.onnx:
-        _check_onnx(quantizer)
+    check_exporters([instantiate(exporter) for exporter in config.export.values()], quantizer)
     return student
 
 
@@ -235,7 +235,7 @@ def check_values(config: DictConfig) -> None:
         # An experiment spreads over the other groups and leaves nothing of its own.
         if key != "experiment" and not isinstance(config.get(key), DictConfig):
             raise UserError(f"{key}: found {config.get(key)!r}; accepted: {key}=OPTION, see --help")
-    for group, before in (("pruning", {}), ("export", {"packed": True, "onnx": False}), ("stages", []), ("grid", {})):
+    for group, before in (("pruning", {}), ("stages", []), ("grid", {})):
         if group not in config:  # a run from before there was a choice
             with open_dict(config):
                 config[group] = before
@@ -257,7 +257,7 @@ def check_values(config: DictConfig) -> None:
         # The first four are the problem, and the columns worked on at once are the quantizer's.
         own = [name for name in parameter_names(solver)[4:] if name != "block_size"]
         _coerce(config, "quantizer.solver", solver, accepted=own)
-    _coerce(config, "export", EXPORT, required=EXPORT)
+    _check_formats(config)
     _coerce_optimizer(config, "optimizer")
     _check_model(config, "student")
     if config.peer:
@@ -463,6 +463,17 @@ def _check_loggers(config: DictConfig) -> None:
             _check_wandb(node)
 
 
+def _check_formats(config: DictConfig) -> None:
+    for name, node in config.export.items():
+        where = f"export.{name}"
+        if not isinstance(node, DictConfig):
+            raise UserError(f"{where}: found {node!r}; accepted: its keys, such as {where}.KEY=VALUE, or export=OPTION")
+        target = _target(config, where)
+        if not (inspect.isclass(target) and issubclass(target, Exporter)):
+            raise UserError(f"{where}: found {node._target_!r}, which is no Exporter; accepted: export=OPTION")
+        _coerce_own(config, where)
+
+
 def _check_wandb(node: DictConfig) -> None:
     offline = node.get("offline") or os.environ.get("WANDB_MODE") in ("offline", "disabled")
     if not offline and not _has_wandb_key():
@@ -530,25 +541,10 @@ def check_budget(
     # A width takes about as many bytes whatever the weights are, so that fresh ones will do.
     options = quantizer.options | {"solver": rtn, "bias_correction": True, "refine": None}
     rounded = sensitivities(student, data.calibration_batches(2), [min(quantizer.bits)], images=1, **options)
-    smallest = file_bytes(rounded.model(rounded.smallest()), **description)
-    budget = quantizer.budget.bytes(file_bytes(student, **description))
+    smallest = file_bytes(rounded.model(rounded.smallest()), description)
+    budget = quantizer.budget.bytes(file_bytes(student, description))
     if budget < smallest:
         raise UserError(too_small(budget, smallest))
-
-
-def _check_onnx(quantizer: Quantizer | None) -> None:
-    from compress.export.onnx import require_all
-
-    require_all()
-    if quantizer is None:
-        return
-    widths = [*quantizer.bits, *([quantizer.first_last_bits] if quantizer.first_last_bits else [])]
-    wide = next((bits for bits in widths if quantizer.levels(bits) > 256), None)
-    if wide is not None:
-        raise UserError(
-            f"export: found onnx with {quantizer.levels(wide)} levels at {wide} bits; accepted: up to 256 levels, "
-            "which is 8 bits, or export=packed"
-        )
 
 
 @contextmanager

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from compress import models
-from compress.export.weights import BEST_NETWORK
+from compress.export.exporter import Exporter
+from compress.export.state_dicts import BEST_NETWORK
 from compress.models import masks
 from compress.pipeline.variants import Variants
 from compress.progress import console
@@ -28,7 +29,7 @@ class PostTrainingQuantization(pl.Callback):
     files; the one that the checkpoint calls its best is taken: `network` is its name, `student` itself in float32
     and `trained` as it was trained, on its grids perhaps.
     Metrics go to every logger as `tradeoff/<variant>/<name>`. `before` is called with "student" when training is over.
-    `data`, `directory` and `export` are those of `compress.pipeline.variants.Variants`. A failure here fails the fit.
+    `data`, `directory` and `exporters` are those of `compress.pipeline.variants.Variants`. A failure fails the fit.
     """
 
     def __init__(
@@ -37,7 +38,7 @@ class PostTrainingQuantization(pl.Callback):
         directory: Path,
         architectures: Mapping[str, Mapping[str, Any]],
         quantizer: Quantizer | None,
-        export: Mapping[str, bool],
+        exporters: Sequence[Exporter],
         on_grids: FakeQuantization | None = None,
         start: nn.Module | None = None,
         before: Callable[[str], None] = lambda part: None,
@@ -45,7 +46,7 @@ class PostTrainingQuantization(pl.Callback):
         self.data = data
         self.directory = directory
         self.quantizer = quantizer
-        self.export = export
+        self.exporters = exporters
         self.on_grids = on_grids
         self.start = start
         self.architectures = architectures
@@ -72,7 +73,7 @@ class PostTrainingQuantization(pl.Callback):
             self.student = best
         else:
             self.student = float_network(best) if self.start is None else self.start.eval().to(self.data.device)
-        variants = Variants(self.data, self.directory, self.architectures[self.network], self.export)
+        variants = Variants(self.data, self.directory, self.architectures[self.network], self.exporters)
         variants.add_float(self.student)
         if self.on_grids is not None:
             self._add_trained(variants, best)

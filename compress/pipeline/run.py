@@ -159,7 +159,7 @@ def _run(
         directory,
         architectures,
         quantizer,
-        plain["export"],
+        [instantiate(exporter) for exporter in config.export.values()],
         on_grids=module.on_grids,
         start=_start(plain["student"], data.num_classes, architectures["model"], reference),
         before=clock.lap,

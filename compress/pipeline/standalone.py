@@ -72,7 +72,8 @@ def quantize_checkpoint(overrides: Sequence[str]) -> Path:
     directory = make_directory(Path(config.output_directory) / "quantized", name)
     kept = {key: plain[key] for key in ("seed", "data", "student", "quantizer", "export")}
     write_text(directory / "config.yaml", OmegaConf.to_yaml({"checkpoint": str(path), **kept}))
-    variants = Variants(data, directory, architecture, plain["export"])
+    exporters = [instantiate(exporter) for exporter in config.export.values()]
+    variants = Variants(data, directory, architecture, exporters)
     try:
         # Convolutions on recent GPUs would otherwise round to TF32, and the table promises float32.
         with torch.backends.cudnn.flags(allow_tf32=False):

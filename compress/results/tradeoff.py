@@ -65,7 +65,7 @@ class Row:
             mixed = "mixed " if self.levels is None and self.bits < 32 else ""
             inputs = f" a{self.activation_bits}" if self.activation_bits < 32 else ""
             name = f"{self.quantizer} {mixed}{self.bits:.3g} bit{inputs}"
-        return name + (" onnx" if self.runtime == "onnxruntime" else "")
+        return name if self.runtime == "torch" else f"{name} {self.runtime}"
 
 
 def read_rows(record: Mapping[str, Any]) -> list[Row]:
@@ -105,7 +105,7 @@ def table(rows: Sequence[Row], title: str) -> Table:
         collapse_padding=True,
         pad_edge=False,
     )
-    printed.add_column("variant", no_wrap=True)
+    printed.add_column("variant")
     for heading in ("val %", "test %", "change", "same %", "size kB", "smaller", "ms"):
         printed.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
