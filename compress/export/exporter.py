@@ -53,8 +53,9 @@ class Exporter(ABC):
 
     @abstractmethod
     def read(self, path: Path, threads: int = 1) -> tuple[Callable[[Tensor], Tensor], dict[str, Any]]:
-        """(model, description) of a file that `write` made; the model gives normalised images `(B, 3, H, W)` logits.
+        """(model, description) of a file that `write` made.
 
+        The model, a function or a module in eval mode, takes normalised images `(B, 3, H, W)` and gives logits.
         threads: those that the runtime may use; torch keeps its own number. The description has the keys of
         `NetworkDescription`. Raises UserError, naming the file, where it is missing, damaged or foreign.
         """
