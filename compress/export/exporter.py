@@ -13,7 +13,7 @@ from compress.quantization import QuantizedModel, Quantizer
 
 
 class Exporter(ABC):
-    """A format of model files. A subclass is a frozen dataclass; its fields are the keys that its YAML node may have.
+    """A format of model files. A subclass is a frozen dataclass; its fields, which have defaults, are the keys of its YAML node.
 
     suffix: the end of a file's name, such as ".onnx", by which `compress.predict` knows the format of a file.
     runtime: what runs the file, as the column `runtime` and, unless it is torch, the name of a row say.
@@ -32,8 +32,10 @@ class Exporter(ABC):
     movable: ClassVar[bool] = False
 
     def check(self, quantizer: Quantizer | None) -> None:
-        """Raises UserError, before any work, where a package is missing, and in a subclass that calls this first, where
-        the format cannot hold the networks that `quantizer` makes.
+        """Raises UserError, before any work, where a package is missing.
+
+        A format with limits extends this by what it cannot hold of the networks that `quantizer` makes; without a
+        quantizer there are only float ones.
         """
         self.require_packages()
 

@@ -1,6 +1,6 @@
 """The formats of a run, those that `conf/export` names, and the one that a file has."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from importlib import import_module
 from pathlib import Path
 
@@ -35,16 +35,24 @@ def check_exporters(exporters: Iterable[Exporter], quantizer: Quantizer | None) 
         exporter.check(quantizer)
 
 
-def available() -> Sequence[Exporter]:
-    """An exporter, with its default options, of each class that the options in `conf/export` name."""
-    nodes = [
-        node
+def available() -> list[Exporter]:
+    """An exporter, with its default options, of each class that the options in `conf/export` name.
+
+    Raises UserError, naming the YAML file, for a class that cannot be imported.
+    """
+    files = {
+        node["_target_"]: file
         for file in sorted((CONF / "export").glob("*.yaml"))
         for node in (yaml.safe_load(file.read_text(encoding="utf-8")) or {}).values()
-    ]
-    targets = sorted({node["_target_"] for node in nodes if "_target_" in node})
-    modules = [target.rpartition(".") for target in targets]
-    return [getattr(import_module(module), name)() for module, _, name in modules]
+    }
+    exporters = []
+    for target, file in sorted(files.items()):
+        module, _, name = target.rpartition(".")
+        try:
+            exporters.append(getattr(import_module(module), name)())
+        except (ImportError, AttributeError):
+            raise UserError(f"{file}: found {target!r}, which cannot be imported; accepted: a class") from None
+    return exporters
 
 
 def exporter_of(path: Path) -> Exporter:

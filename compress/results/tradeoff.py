@@ -7,7 +7,7 @@
 | levels | values that a weight of those layers can take; empty for floats and mixed precision |
 | first_last_bits | width of the first and the last layer |
 | activation_bits | width of the activations; 32: not quantized |
-| runtime | what ran the file: torch or onnxruntime |
+| runtime | what ran the file: torch the packed one, onnxruntime an ONNX file |
 | sparsity | share of exact zeros among the weights of convolutions and linear layers, 0..1 |
 | macs | multiply-accumulates of one image, zeros counted like other weights |
 | validation_accuracy, test_accuracy | 0..1, of the model read back from `file`, in float32 by torch |

@@ -94,6 +94,9 @@ def test_a_format_of_ones_own_is_one_file_and_one_node(program, tmp_path, monkey
     [expected], [prediction] = (Predictor.read(result.directory / row["file"])(["grey.png"]) for row in rows[2:])
     assert prediction.classes == expected.classes
     assert prediction.probabilities == pytest.approx(expected.probabilities, abs=1e-4)
+    (tmp_path / "conf" / "export" / "lost.yaml").write_text("lost: {_target_: lost_format.Lost}\n")
+    with pytest.raises(UserError, match=r"lost\.yaml: found 'lost_format.Lost', which cannot be imported"):
+        Predictor.read(result.directory / rows[0]["file"])
 
 
 MISTAKES = [
