@@ -13,10 +13,12 @@ from compress.quantization import QuantizedModel, Quantizer
 
 
 class Exporter(ABC):
-    """A format of model files. A subclass is a frozen dataclass; its fields, which have defaults, are the keys of its YAML node.
+    """A format of model files.
+
+    A subclass is a frozen dataclass; its fields, which have defaults, are the keys that its YAML node may have.
 
     suffix: the end of a file's name, such as ".onnx", by which `compress.predict` knows the format of a file.
-    runtime: what runs the file, as the column `runtime` and, unless it is torch, the name of a row say.
+    runtime: what runs the file, for the column `runtime` and, unless it is torch, for the name of the row.
     packages: the modules that have to be installed, and `extra` the optional extra of this project that has them.
     movable: whether `read` gives a module that `.to(device)` moves. Any other model computes on the CPU, and takes
     images from every device.
