@@ -179,7 +179,9 @@ def check(config: DictConfig, overrides: Sequence[str] = (), student: nn.Module 
     quantizer = check_quantizer(config, student) if config.quantizer else None
     if quantizer is not None:
         check_budget(quantizer, student, models.architecture(node, data.num_classes, student), data)
-    check_exporters([instantiate(exporter) for exporter in config.export.values()], quantizer)
+    with _construction("export"):
+        exporters = [instantiate(exporter) for exporter in config.export.values()]
+    check_exporters(exporters, quantizer)
     return student
 
 
