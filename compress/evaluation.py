@@ -52,8 +52,8 @@ def paired_latency_ms(
 ) -> list[float]:
     """Median milliseconds that each of `models` takes for `(batch, *input_shape)`, on one thread of this process.
 
-    The models take turns, so that whatever else the machine does falls on all of them alike. An OnnxModel brings its
-    own number of threads.
+    The models take turns, so that whatever else the machine does falls on all of them alike. A model that torch does
+    not compute keeps the number of threads that it was read with.
     """
     images = torch.randn(batch, *input_shape, generator=torch.Generator().manual_seed(0))
     threads = torch.get_num_threads()

@@ -13,6 +13,7 @@ from compress.data.image_file import centred, read_rgb
 from compress.data.normalisation import Normalisation
 from compress.data.source import prepared
 from compress.errors import UserError
+from compress.export.formats import exporter_of
 
 BATCH = 64
 ACCEPTED = "an image such as a .png or .jpg"
@@ -41,33 +42,23 @@ class Predictor:
 
     @classmethod
     def read(cls, path: str | Path, threads: int = 1) -> "Predictor":
-        """The network in a .safetensors file (packed or float32) or an .onnx file that compress wrote.
+        """The network in a file of any of the formats that `conf/export` names.
 
-        threads: those of ONNX Runtime; a .safetensors file is computed by torch, with torch's own number.
+        threads: those that the runtime of the file may use; torch keeps its own number.
         Raises UserError, naming the file, where it is missing, damaged or foreign.
         """
         path = Path(path)
-        if path.suffix == ".onnx":
-            from compress.export.onnx_runtime import OnnxModel
-
-            model = OnnxModel.read(path, threads)
-            description = model.description
-        elif path.suffix == ".safetensors":
-            from compress.export.packed import read_model
-
-            model, description = read_model(path)
-        else:
-            raise UserError(f"{path}: found no model file; accepted: a .safetensors or .onnx file that compress wrote")
+        model, description = exporter_of(path).read(path, threads)
         try:
             return cls(model, description)
         except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
             raise UserError(f"{path}: found a description without its classes or its input ({error})") from None
 
     def image(self, path: str | Path) -> Tensor:
-        """The image in a file, of any size and mode, as the network wants it: float32 `(3, H, W)`, normalised.
+        """The image in a file, of any size and mode, as the network takes it: float32 `(3, H, W)`, normalised.
 
-        A square one is resized as a data set's images are; of another one the centre is kept, as in a folder of
-        images. Raises UserError where the file is none that can be read.
+        A square image is resized as the images of a data set are; of any other the centre is cut out, as in a folder of
+        images. Raises UserError where the file cannot be read as an image.
         """
         path = Path(path)
         if not path.is_file():
@@ -82,13 +73,13 @@ class Predictor:
         """The `top` likeliest classes of each image file, in their order. Raises UserError as `image` does."""
         if not 1 <= top <= len(self.class_names):
             raise UserError(f"top: found {top}; accepted: 1 to {len(self.class_names)}, the number of classes")
-        found = []
+        predictions = []
         for start in range(0, len(paths), BATCH):
-            some = paths[start : start + BATCH]
-            images = torch.stack([self.image(path) for path in some])
+            batch = paths[start : start + BATCH]
+            images = torch.stack([self.image(path) for path in batch])
             with torch.inference_mode():
                 best = self.model(images).float().softmax(1).topk(top, dim=1)
-            for path, values, indices in zip(some, best.values.tolist(), best.indices.tolist(), strict=True):
+            for path, values, indices in zip(batch, best.values.tolist(), best.indices.tolist(), strict=True):
                 classes = tuple(self.class_names[index] for index in indices)
-                found.append(Prediction(str(path), classes, tuple(values)))
-        return found
+                predictions.append(Prediction(str(path), classes, tuple(values)))
+        return predictions

@@ -10,7 +10,7 @@ from compress.predict import Predictor
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("file", help="a .safetensors or .onnx file from a run's models/")
+    parser.add_argument("file", help="a model file from a run's models/")
     parser.add_argument("images", nargs="+", help="image files of any size")
     parser.add_argument("--top", type=int, default=1, metavar="K", help="print the K likeliest classes (default 1)")
     parser.add_argument("--json", action="store_true", help="print a JSON list")
@@ -21,16 +21,16 @@ def main() -> int:
 def predict(arguments: argparse.Namespace) -> None:
     """Prints the classes of the images, as lines or as JSON."""
     predictions = Predictor.read(arguments.file)(arguments.images, arguments.top)
-    ranked = [list(zip(each.classes, each.probabilities, strict=True)) for each in predictions]
+    ranked = [list(zip(image.classes, image.probabilities, strict=True)) for image in predictions]
     if arguments.json:
         content = [
-            {"path": each.path, "classes": [{"class": name, "probability": value} for name, value in pairs]}
-            for each, pairs in zip(predictions, ranked, strict=True)
+            {"path": image.path, "classes": [{"class": name, "probability": value} for name, value in pairs]}
+            for image, pairs in zip(predictions, ranked, strict=True)
         ]
         print(json.dumps(content, indent=2))
     else:
-        for each, pairs in zip(predictions, ranked, strict=True):
-            print(f"{each.path}: " + ", ".join(f"{name} {100 * value:.1f} %" for name, value in pairs))
+        for image, pairs in zip(predictions, ranked, strict=True):
+            print(f"{image.path}: " + ", ".join(f"{name} {100 * value:.1f} %" for name, value in pairs))
 
 
 if __name__ == "__main__":

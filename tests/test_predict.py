@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,19 +17,20 @@ from compress.data.normalisation import Normalisation
 from compress.data.source import prepared
 from compress.errors import UserError
 from compress.export import write_float, write_packed
-from compress.export.onnx import write_onnx
+from compress.export.description import NetworkDescription
+from compress.export.onnx import Onnx
 from compress.predict import Predictor
 from compress.quantization import quantize
 
 NAMES = [f"class {index}" for index in range(10)]
 MEAN, DEVIATION = [0.5, 0.4, 0.3], [0.2, 0.25, 0.3]
-ABOUT = {
-    "architecture": {"stem": "resnet8", "options": {}, "num_classes": 10},
-    "class_names": NAMES,
-    "mean": MEAN,
-    "standard_deviation": DEVIATION,
-    "input_shape": (3, 16, 16),
-}
+ABOUT = NetworkDescription(
+    architecture={"stem": "resnet8", "options": {}, "num_classes": 10},
+    class_names=NAMES,
+    mean=MEAN,
+    standard_deviation=DEVIATION,
+    input_shape=(3, 16, 16),
+)
 
 
 @pytest.fixture(scope="module")
@@ -45,9 +47,9 @@ def quantized():
 def folder(quantized, tmp_path_factory):
     """A directory of the three kinds of model files and of images of several sizes and modes."""
     directory = tmp_path_factory.mktemp("predict")
-    write_packed(directory / "packed.safetensors", quantized, **ABOUT)
-    write_float(directory / "float.safetensors", models.build("resnet8", 10), **ABOUT)
-    write_onnx(directory / "model.onnx", quantized, **ABOUT)
+    write_packed(directory / "packed.safetensors", quantized, ABOUT)
+    write_float(directory / "float.safetensors", models.build("resnet8", 10), ABOUT)
+    Onnx().write(directory / "model.onnx", quantized, ABOUT)
     draw = np.random.default_rng(0)
     Image.fromarray(draw.integers(0, 256, (16, 16, 3), np.uint8)).save(directory / "same.png")
     Image.fromarray(draw.integers(0, 256, (40, 40, 3), np.uint8)).save(directory / "large.png")
@@ -102,8 +104,8 @@ def test_classes_and_probabilities_are_those_of_the_network(folder, quantized, f
 
 
 def test_one_mean_stands_for_three_channels(folder, quantized, tmp_path):
-    about = ABOUT | {"mean": [0.5], "standard_deviation": [0.25]}
-    write_packed(tmp_path / "model.safetensors", quantized, **about)
+    about = replace(ABOUT, mean=[0.5], standard_deviation=[0.25])
+    write_packed(tmp_path / "model.safetensors", quantized, about)
     found = Predictor.read(tmp_path / "model.safetensors").image(folder / "grey.png")
     expected = (pixels(folder / "grey.png")[0].float() / 255 - 0.5) / 0.25
     assert torch.allclose(found, expected.expand(3, 16, 16), atol=1e-5)
@@ -169,6 +171,7 @@ def test_foreign_files_are_refused(name, tmp_path):
 def test_images_are_classified_without_the_libraries_that_only_training_needs(folder, name):
     code = """
 import sys
+from dataclasses import replace
 from compress.predict import Predictor
 Predictor.read(sys.argv[1])([sys.argv[2]])
 heavy = {"pytorch_lightning", "hydra", "wandb", "torchvision", "torchmetrics", "sklearn", "matplotlib", "onnx"}

@@ -44,9 +44,8 @@ def measure(run: Path, options: Mapping[str, Sequence[str]], known: dict[str, An
     """
     data = Parts(OmegaConf.load(run / "config.yaml")).data
     student, about = read_model(run / "models" / "student-fp32.safetensors")
-    exported = {"packed": False, "onnx": False}
     with tempfile.TemporaryDirectory() as folder:
-        variants = Variants(data, Path(folder), about["architecture"], exported)
+        variants = Variants(data, Path(folder), about["architecture"], exporters=[])
         variants.add_float(student)
         for name, overrides in options.items():
             if name in known:

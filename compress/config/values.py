@@ -3,6 +3,7 @@
 Constructors of this project say in their annotations what they accept; `compress.config.ranges` says it for the rest.
 """
 
+import inspect
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import is_dataclass
@@ -30,6 +31,7 @@ from compress.config.ranges import (
     TRAINER_SUPPLIED,
 )
 from compress.errors import UserError
+from compress.export.exporter import Exporter
 from compress.optim.groups import DECAY
 
 GROUPS = (
@@ -49,7 +51,6 @@ GROUPS = (
     "logger",
     "experiment",
 )
-EXPORT = {"packed": bool, "onnx": bool}
 
 
 def check_values(config: DictConfig) -> None:
@@ -68,7 +69,7 @@ def check_values(config: DictConfig) -> None:
         # The first four are the problem, and the columns worked on at once are the quantizer's.
         names = [name for name in parameter_names(solver)[4:] if name != "block_size"]
         _coerce(config, "quantizer.solver", solver, accepted=names)
-    _coerce(config, "export", EXPORT, required=EXPORT)
+    _check_exporters(config)
     _coerce_optimizer(config, "optimizer")
     for role in ("student", "peer"):
         if config[role]:
@@ -146,6 +147,17 @@ def _check_teachers(config: DictConfig) -> None:
         _coerce(config, where, TEACHER, required=TEACHER)
         _coerce_training(config, f"{where}.training")
         _check_model(config, f"{where}.model")
+
+
+def _check_exporters(config: DictConfig) -> None:
+    for name, node in config.export.items():
+        where = f"export.{name}"
+        if not isinstance(node, DictConfig):
+            raise UserError(f"{where}: found {node!r}; accepted: its keys, such as {where}.KEY=VALUE, or export=OPTION")
+        exporter = target(config, where)
+        if not (inspect.isclass(exporter) and issubclass(exporter, Exporter)):
+            raise UserError(f"{where}: found {node._target_!r}, which is no Exporter; accepted: export=OPTION")
+        _coerce_part(config, where)
 
 
 def _check_loggers(config: DictConfig) -> None:

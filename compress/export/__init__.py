@@ -1,4 +1,4 @@
-"""Files of models: packed quantized weights, and plain float32 ones."""
+"""Files of models: one module per format, `weights` for any file with weights."""
 
 from compress.export.packed import read_model, read_packed, write_float, write_packed
 

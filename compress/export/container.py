@@ -36,12 +36,12 @@ class NoDescriptionError(UserError):
 def write(path: Path, kind: str, description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> int:
     """Write `tensors` and a JSON-able `description` under the format name `kind`; returns the size in bytes.
 
-    The file gets its name only when it is whole.
+    The file gets its name only when it is complete.
     """
     tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     # Wide elements first, so that every tensor starts at a multiple of its element's size.
     order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    text = _json(description)
+    text = to_json(description)
     header: dict[str, Any] = {
         "__metadata__": {"format": kind, "description": text, "sha256": _checksum(kind, text, tensors)}
     }
@@ -93,7 +93,8 @@ def read(path: Path) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
     return metadata["format"], description, tensors
 
 
-def _json(content: Any) -> str:
+def to_json(content: Any) -> str:
+    """One line of JSON, the same for the same content."""
     return json.dumps(content, separators=(",", ":"), sort_keys=True, allow_nan=False)
 
 
@@ -105,7 +106,7 @@ def _checksum(kind: str, text: str, tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 over the format name, the description, and each tensor's name, type, shape and bytes, by name."""
     digest = hashlib.sha256()
     layout = [[name, str(tensors[name].dtype), list(tensors[name].shape)] for name in sorted(tensors)]
-    digest.update(_json([kind, text, layout]).encode())
+    digest.update(to_json([kind, text, layout]).encode())
     for name in sorted(tensors):
         digest.update(_bytes(tensors[name]))
     return digest.hexdigest()

@@ -1,16 +1,16 @@
 """ONNX files `compress-onnx-1`: quantized networks whose integers other runtimes read, and float ones to compare with.
 
-What the graph of a quantized network looks like says `compress.export.onnx_graph`. The metadata of the model holds the
+`compress.export.onnx_graph` says what the graph of a quantized network looks like. The metadata of the model hold the
 name of the format, the description that packed files have too, as JSON, and a checksum over the file, so a reader
 needs nothing else. The packages `onnx`, `onnxruntime` and `onnxscript` are the optional extra `onnx`.
 """
 
 import contextlib
 import copy
-import json
 import logging
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,94 +18,90 @@ import torch
 from torch import Tensor, nn
 
 from compress.errors import UserError
-from compress.export.onnx_runtime import (
-    FORMAT,
-    INPUT,
-    OUTPUT,
-    UNSIGNED,
-    OnnxModel,
-    checksum,
-    required,
-    tensor_ranges,
-)
-from compress.export.packed import grids_description, network_description
+from compress.export.container import to_json
+from compress.export.description import NetworkDescription, check_float32, grids_as_json
+from compress.export.exporter import Exporter
+from compress.export.onnx_runtime import FORMAT, INPUT, OUTPUT, UNSIGNED, OnnxModel, checksum, tensor_ranges
 from compress.files import write_atomically
 from compress.models.folding import fold_batch_norm
+from compress.quantization import QuantizedModel, Quantizer
 from compress.quantization.activations import detach_input_quantizer, input_quantizers
-from compress.quantization.post_training import QuantizedModel
 
-__all__ = ["OnnxModel", "write_onnx", "write_onnx_float"]
+__all__ = ["Onnx", "OnnxModel"]
 
 OPSET = 18  # the oldest that torch's exporter writes, and so the one that most runtimes read
+LEVELS = 256  # the most that an integer type of ONNX weights has
 
 
-def write_onnx(
-    path: str | Path,
-    quantized: QuantizedModel,
-    *,
-    architecture: Mapping[str, Any],
-    class_names: Sequence[str],
-    mean: Sequence[float],
-    standard_deviation: Sequence[float],
-    input_shape: Sequence[int],
-    calibration_batches: Iterable[Tensor] = (),
-    extra: Mapping[str, Any] | None = None,
-) -> int:
-    """Write `quantized` with its integers; returns the size in bytes. The same content gives the same bytes.
+@dataclass(frozen=True)
+class Onnx(Exporter):
+    """`export=onnx`: QuantizeLinear and DequantizeLinear around integers, run by ONNX Runtime."""
 
-    The arguments are those of `compress.export.write_packed`. calibration_batches: normalised images `(B, 3, H, W)`.
-    Where inputs of layers are quantized, they give the ranges of the residual additions, which then run on integers
-    too; without any, these additions stay float and the convolutions before them are slower.
+    suffix, runtime = ".onnx", "onnxruntime"
+    packages, extra = ("onnx", "onnxruntime", "onnxscript"), "onnx"
 
-    Raises UserError for weights on more than 256 levels, for a network that is not in float32 or that torch cannot
-    export, and where the extra `onnx` is not installed.
-    """
-    require_all()
+    def check(self, quantizer: Quantizer | None) -> None:
+        super().check(quantizer)
+        if quantizer is None:
+            return
+        widths = [*quantizer.bits, *([quantizer.first_last_bits] if quantizer.first_last_bits else [])]
+        wide = next((bits for bits in widths if quantizer.levels(bits) > LEVELS), None)
+        if wide is not None:
+            raise UserError(
+                f"export: found onnx with {quantizer.levels(wide)} levels at {wide} bits; accepted: up to {LEVELS} "
+                "levels, which is 8 bits, or export=packed"
+            )
+
+    def write(
+        self,
+        path: Path,
+        network: nn.Module | QuantizedModel,
+        description: NetworkDescription,
+        calibration_batches: Iterable[Tensor] = (),
+    ) -> None:
+        """Write a quantized `network` with its integers, a float one with its BatchNorm folded.
+
+        The same content gives the same bytes. Where inputs of layers are quantized, the calibration batches give the
+        ranges of the residual additions, which then run on integers too; without any, these additions stay float and
+        the convolutions before them are slower.
+
+        Raises UserError for weights on more than 256 levels, for a network that is not in float32 or that torch cannot
+        export, and where the extra `onnx` is not installed.
+        """
+        self.require_packages()
+        if isinstance(network, QuantizedModel):
+            graph = _quantized_graph(path, network, description.input_shape, list(calibration_batches))
+            grids = grids_as_json(network)
+        else:
+            graph = _float_graph(path, fold_batch_norm(network), description.input_shape, OPSET)
+            grids = {"layers": [], "inputs": [], "folded": [], "skipped": {}}
+        _write(path, graph, description.as_json() | grids)
+
+    def read(self, path: Path, threads: int = 1) -> tuple[OnnxModel, dict[str, Any]]:
+        model = OnnxModel.read(path, threads)
+        return model, model.description
+
+
+def _quantized_graph(
+    path: Path, quantized: QuantizedModel, input_shape: Sequence[int], batches: Sequence[Tensor]
+) -> Any:
+    """An onnx.ModelProto with the integers of `quantized`."""
     from compress.export.onnx_graph import quantize_additions, quantize_graph, storage
 
-    path = Path(path)
-    opset = OPSET
-    for name, layer in quantized.layers.items():
-        if layer.grid.scale.dtype != torch.float32:
-            raise UserError(f"{path}: found {layer.grid.scale.dtype} weights in {name}; accepted: torch.float32")
-        opset = max(opset, storage(layer.grid.levels)[1])
+    check_float32(path, quantized)
+    opset = max([OPSET, *(storage(layer.grid.levels)[1] for layer in quantized.layers.values())])
     plain = copy.deepcopy(quantized.model)
-    for name in input_quantizers(plain):
+    inputs = input_quantizers(plain)
+    for name in inputs:
         detach_input_quantizer(plain.get_submodule(name))
-    graph = _exported(path, plain, input_shape, opset)
+    graph = _float_graph(path, plain, input_shape, opset)
     quantize_graph(graph, quantized)
-    batches = list(calibration_batches)
-    if batches and input_quantizers(quantized.model):
+    if batches and inputs:
         quantize_additions(graph, lambda model, tensors: _ranges(model, tensors, batches))
-    description = network_description(architecture, class_names, mean, standard_deviation, input_shape, extra)
-    return _write(path, graph, description | grids_description(quantized))
+    return graph
 
 
-def write_onnx_float(
-    path: str | Path,
-    model: nn.Module,
-    *,
-    architecture: Mapping[str, Any],
-    class_names: Sequence[str],
-    mean: Sequence[float],
-    standard_deviation: Sequence[float],
-    input_shape: Sequence[int],
-    extra: Mapping[str, Any] | None = None,
-) -> int:
-    """Write `model` in float32, its BatchNorm folded; returns the size in bytes. See `write_onnx`."""
-    require_all()
-    graph = _exported(Path(path), fold_batch_norm(model), input_shape, OPSET)
-    description = network_description(architecture, class_names, mean, standard_deviation, input_shape, extra)
-    return _write(Path(path), graph, description | {"layers": [], "inputs": [], "folded": [], "skipped": {}})
-
-
-def require_all() -> None:
-    """Raises UserError, naming the extra, where a package of it is not installed."""
-    for module in ("onnx", "onnxruntime", "onnxscript"):
-        required(module)
-
-
-def _exported(path: Path, model: nn.Module, input_shape: Sequence[int], opset: int) -> Any:
+def _float_graph(path: Path, model: nn.Module, input_shape: Sequence[int], opset: int) -> Any:
     """The graph of `model` in eval mode, an onnx.ModelProto with the metadata of torch's exporter."""
     from onnx import helper
 
@@ -132,7 +128,7 @@ def _exported(path: Path, model: nn.Module, input_shape: Sequence[int], opset: i
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """No warnings and no log of an exporter that has much to say about its own passes."""
+    """No warnings and no log of torch's exporter, which has much to say about its passes."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -155,11 +151,11 @@ def _ranges(model: Any, tensors: Sequence[str], batches: Sequence[Tensor]) -> di
             watched.graph.node.append(helper.make_node(operator, [tensor], [name], keepdims=0))
             watched.graph.output.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, []))
         outputs.append(pair)
-    found = tensor_ranges(watched.SerializeToString(), outputs, batches)
-    return {tensor: found[lowest] for tensor, (lowest, _) in zip(tensors, outputs, strict=True)}
+    ranges = tensor_ranges(watched.SerializeToString(), outputs, batches)
+    return {tensor: ranges[lowest] for tensor, (lowest, _) in zip(tensors, outputs, strict=True)}
 
 
-def _write(path: Path, graph: Any, description: Mapping[str, Any]) -> int:
+def _write(path: Path, graph: Any, description: Mapping[str, Any]) -> None:
     """Strip what differs between machines, add the metadata and the checksum, and write the file."""
     from onnx import helper
 
@@ -167,10 +163,8 @@ def _write(path: Path, graph: Any, description: Mapping[str, Any]) -> int:
         del part.metadata_props[:]
         part.doc_string = ""
     del graph.graph.value_info[:]
-    text = json.dumps(description, separators=(",", ":"), sort_keys=True, allow_nan=False)
-    metadata = {"description": text, "format": FORMAT, "sha256": UNSIGNED.decode()}
+    metadata = {"description": to_json(description), "format": FORMAT, "sha256": UNSIGNED.decode()}
     helper.set_model_props(graph, metadata)
     digest = checksum(graph.SerializeToString(deterministic=True))
     helper.set_model_props(graph, metadata | {"sha256": digest})
     write_atomically(path, lambda temporary: temporary.write_bytes(graph.SerializeToString(deterministic=True)))
-    return path.stat().st_size

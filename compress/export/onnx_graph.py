@@ -9,13 +9,12 @@ models".
 
 import ast
 from collections.abc import Callable, Mapping
-from itertools import count
-from typing import Any
 
 import numpy as np
-from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
 
 from compress.errors import UserError
+from compress.export.onnx_editor import GraphEditor
 from compress.quantization.activations import InputQuantizer, input_quantizers
 from compress.quantization.post_training import QuantizedLayer, QuantizedModel
 
@@ -27,70 +26,10 @@ SCOPES = "pkg.torch.onnx.name_scopes"  # where torch's exporter notes which modu
 
 def storage(levels: int) -> tuple[int, int]:
     """(type of the initializer, opset) for weights on `levels` levels. Raises UserError for more than 256."""
-    for most, kind, opset in STORAGE:
-        if levels <= most:
+    for largest, kind, opset in STORAGE:
+        if levels <= largest:
             return kind, opset
     raise UserError(f"levels: found a weight on {levels}; accepted in an ONNX file: at most 256, or 8 bits")
-
-
-class GraphEditor:
-    """The nodes of a graph in a new order of execution, and constants beside them."""
-
-    def __init__(self, model: ModelProto) -> None:
-        self.graph = model.graph
-        self.constants = {each.name: each for each in self.graph.initializer}
-        self.nodes: list[NodeProto] = []
-        self.pairs: dict[tuple, str] = {}
-
-    def constant(self, name: str, array: np.ndarray, kind: int | None = None) -> str:
-        """Adds an initializer, of the ONNX type `kind` where numpy has none of its own; returns `name`."""
-        if kind is not None:
-            array = array.astype(helper.tensor_dtype_to_np_dtype(kind))
-        self.constants[name] = numpy_helper.from_array(array, name)
-        return name
-
-    def add(self, operator: str, inputs: list[str], output: str, **attributes: Any) -> str:
-        self.nodes.append(helper.make_node(operator, inputs, [output], name=f"node_{output}", **attributes))
-        return output
-
-    def quantized(self, tensor: str, scale: float, zero_point: int, levels: int = 256) -> str:
-        """The name of `tensor` on a grid of uint8 codes; readers that want the same grid share one pair of nodes."""
-        key = tensor, float(scale), int(zero_point), levels
-        if key not in self.pairs:
-            stem = next(
-                stem for stem in (f"{tensor}_grid{i}" for i in count()) if f"{stem}_scale" not in self.constants
-            )
-            grid = [
-                self.constant(f"{stem}_scale", np.float32(scale)),
-                self.constant(f"{stem}_zero_point", np.uint8(zero_point)),
-            ]
-            codes = self.add("QuantizeLinear", [tensor, *grid], f"{stem}_codes")
-            if levels < 256:
-                # Clipped as integers: a narrower type than uint8 would keep the layer out of the integer kernels.
-                top = self.constant(f"{stem}_top", np.uint8(levels - 1))
-                codes = self.add("Clip", [codes, "", top], f"{stem}_clipped")
-            self.pairs[key] = self.add("DequantizeLinear", [codes, *grid], f"{stem}_values")
-        return self.pairs[key]
-
-    def finish(self) -> None:
-        """Puts the nodes, producers before their readers, and the constants that any of them reads into the graph."""
-        producers = {output: node for node in self.nodes for output in node.output}
-        ordered: dict[int, NodeProto] = {}
-
-        def place(node: NodeProto) -> None:
-            # The nodes are almost in order, so this goes only a few calls deep.
-            for name in node.input:
-                if name in producers and id(producers[name]) not in ordered:
-                    place(producers[name])
-            ordered[id(node)] = node
-
-        for node in self.nodes:
-            if id(node) not in ordered:
-                place(node)
-        used = {name for node in self.nodes for name in node.input}
-        del self.graph.node[:], self.graph.initializer[:]
-        self.graph.node.extend(ordered.values())
-        self.graph.initializer.extend(self.constants[name] for name in sorted(self.constants) if name in used)
 
 
 def quantize_graph(model: ModelProto, quantized: QuantizedModel) -> None:
@@ -128,7 +67,7 @@ def quantize_additions(model: ModelProto, ranges: Callable[[ModelProto, list[str
     already has an 8-bit grid, as the input of the next layer, keeps that one.
     """
     producers = {output: node for node in model.graph.node for output in node.output}
-    constants = {each.name for each in model.graph.initializer}
+    constants = {tensor.name for tensor in model.graph.initializer}
 
     def is_integer(tensor: str) -> bool:
         node = producers.get(tensor)
@@ -149,14 +88,14 @@ def quantize_additions(model: ModelProto, ranges: Callable[[ModelProto, list[str
         and producers[node.input[0]].op_type == "QuantizeLinear"
     }
     missing = sorted({tensor for node in additions for tensor in node.input} - set(grids))
-    found = ranges(model, missing) if missing else {}
+    measured = ranges(model, missing) if missing else {}
     added = {id(node) for node in additions}
     editor = GraphEditor(model)
     for node in list(model.graph.node):
         if id(node) in added:
             for index, tensor in enumerate(node.input):
                 if tensor not in grids:
-                    low, high = min(0.0, found[tensor][0]), max(0.0, found[tensor][1])
+                    low, high = min(0.0, measured[tensor][0]), max(0.0, measured[tensor][1])
                     scale = (high - low) / 255 or 1.0
                     node.input[index] = editor.quantized(tensor, scale, min(255, round(-low / scale)))
                 else:
@@ -175,7 +114,7 @@ def _layer_of(node: NodeProto) -> str | None:
 
 def _check_weight(name: str, node: NodeProto, editor: GraphEditor, weight: np.ndarray) -> bool:
     """Whether `node` reads the (N, d) `weight` of its layer turned around, as (d, N); UserError for another weight."""
-    transposed = any(each.name == "transB" and each.i for each in node.attribute)
+    transposed = any(attribute.name == "transB" and attribute.i for attribute in node.attribute)
     turned = node.op_type == "MatMul" or (node.op_type == "Gemm" and not transposed)
     initializer = editor.constants.get(node.input[1])
     expected = weight.T if turned else weight

@@ -14,22 +14,15 @@ import torch
 from torch import Tensor
 
 from compress.errors import UserError
+from compress.export.exporter import import_package
 
 FORMAT = "compress-onnx-1"
 INPUT, OUTPUT = "images", "logits"
 UNSIGNED = b"0" * 64  # stands for the checksum while it is computed
 
 
-def required(module: str) -> Any:
-    """The module of that name. Raises UserError, naming the extra, where it is not installed."""
-    try:
-        return __import__(module)
-    except ImportError:
-        raise UserError(f"{module} is not installed; pip install 'compress[onnx]'") from None
-
-
 def checksum(content: bytes) -> str:
-    """SHA-256 of a file whose own checksum reads 64 zeros, or of one that states it already."""
+    """SHA-256 of the content of a file in which 64 zeros (`UNSIGNED`) stand for the checksum."""
     return hashlib.sha256(content).hexdigest()
 
 
@@ -48,7 +41,7 @@ class OnnxModel:
         """Raises UserError, naming the file, where it is missing, damaged or not written by compress."""
         path = Path(path)
         accepted = "accepted: an .onnx file that compress wrote"
-        required("onnxruntime")
+        import_package("onnxruntime", "onnx")
         if not path.is_file():
             raise UserError(f"{path}: found no such file; {accepted}")
         content = path.read_bytes()
@@ -86,7 +79,7 @@ def start(
     save: str | Path | None = None,
 ) -> Any:
     """An `onnxruntime.InferenceSession` on the CPU; `save` is where to write the optimised graph."""
-    runtime = required("onnxruntime")
+    runtime = import_package("onnxruntime", "onnx")
     options = runtime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.log_severity_level = 4
@@ -98,9 +91,9 @@ def start(
         options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
     if save is not None:
         options.optimized_model_filepath = str(save)
-    # That pass rounds weights that were left float; what is to be integer is so in the file.
-    left_out = ["WeightBiasQuantization"]
-    return runtime.InferenceSession(content, options, ["CPUExecutionProvider"], disabled_optimizers=left_out)
+    # That pass rounds weights that stayed float; what is to be integer is so in the file.
+    disabled = ["WeightBiasQuantization"]
+    return runtime.InferenceSession(content, options, ["CPUExecutionProvider"], disabled_optimizers=disabled)
 
 
 def _sums_hold() -> bool:
@@ -109,8 +102,8 @@ def _sums_hold() -> bool:
     The kernels that avoid this are slower (measured: 3.8 against 2.2 ms for a ResNet-18), so they are asked for
     only where they are needed; processors other than x86 ignore the request.
     """
-    found = getattr(torch.cpu, "get_capabilities", dict)()
-    return bool(found.get("avx512_vnni") or found.get("avx_vnni"))
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(capabilities.get("avx512_vnni") or capabilities.get("avx_vnni"))
 
 
 def tensor_ranges(
@@ -119,8 +112,8 @@ def tensor_ranges(
     """Lowest and highest value over all `batches` of the scalars named by (lowest, highest) output pairs."""
     session = start(content, optimized=False)
     names = [name for pair in outputs for name in pair]
-    found = np.stack(
+    extremes = np.stack(
         [np.stack(session.run(names, {INPUT: batch.cpu().float().contiguous().numpy()})).ravel() for batch in batches]
     )
-    low, high = found.min(0)[0::2], found.max(0)[1::2]
+    low, high = extremes.min(0)[0::2], extremes.max(0)[1::2]
     return {lowest: (float(a), float(b)) for (lowest, _), a, b in zip(outputs, low, high, strict=True)}

@@ -13,7 +13,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from compress.arguments import Supplied
 from compress.collective import mean_of_processes
-from compress.export.weights import BEST_NETWORK
+from compress.export.state_dicts import BEST_NETWORK
 from compress.methods.frozen_teacher import FrozenEnsemble, FrozenTeacher
 from compress.methods.learning_teacher import LearningTeacher
 from compress.methods.mixup import Blend, Mixup

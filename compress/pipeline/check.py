@@ -16,11 +16,12 @@ from compress.config.stage_plan import compose_stages
 from compress.config.values import check_values, construction
 from compress.data.shared import DataSets
 from compress.errors import UserError
+from compress.export.description import describe
+from compress.export.formats import check_exporters
 from compress.export.packed import file_bytes
 from compress.export.weights import build_network, load_weights
 from compress.models import masks
 from compress.pipeline.parts import Parts
-from compress.pipeline.variants import describe
 from compress.quantization import check_layers
 from compress.quantization.mixed_precision import sensitivities
 from compress.quantization.quantizer import too_small
@@ -80,8 +81,8 @@ def check(job: Job, data_sets: DataSets, start: nn.Module | None = None) -> nn.M
     student = _pruned_student(parts)
     if parts.quantizer is not None:
         check_quantizer(parts, student)
-    if parts.plain["export"]["onnx"]:
-        _check_onnx(parts)
+    with construction("export"):
+        check_exporters(parts.exporters, parts.quantizer)
     return student
 
 
@@ -166,23 +167,7 @@ def _check_budget(parts: Parts, student: nn.Module) -> None:
     # A width takes about as many bytes whatever the weights are, so that fresh ones will do.
     options = quantizer.options | {"solver": rtn, "bias_correction": True, "refine": None}
     rounded = sensitivities(student, data.calibration_batches(2), [min(quantizer.bits)], images=1, **options)
-    smallest = file_bytes(rounded.model(rounded.smallest()), **description)
-    budget = quantizer.budget.bytes(file_bytes(student, **description))
+    smallest = file_bytes(rounded.model(rounded.smallest()), description)
+    budget = quantizer.budget.bytes(file_bytes(student, description))
     if budget < smallest:
         raise UserError(too_small(budget, smallest))
-
-
-def _check_onnx(parts: Parts) -> None:
-    from compress.export.onnx import require_all
-
-    require_all()
-    quantizer = parts.quantizer
-    if quantizer is None:
-        return
-    widths = [*quantizer.bits, *([quantizer.first_last_bits] if quantizer.first_last_bits else [])]
-    wide = next((bits for bits in widths if quantizer.levels(bits) > 256), None)
-    if wide is not None:
-        raise UserError(
-            f"export: found onnx with {quantizer.levels(wide)} levels at {wide} bits; accepted: up to 256 levels, "
-            "which is 8 bits, or export=packed"
-        )

@@ -14,10 +14,10 @@ from torch import nn
 from compress import models
 from compress.config.compose import Job
 from compress.data.shared import DataSets
+from compress.export.description import describe
 from compress.export.packed import file_bytes
 from compress.pipeline.parts import Parts
 from compress.pipeline.teachers import cache_path
-from compress.pipeline.variants import describe
 from compress.progress import console
 from compress.quantization import quantize
 
@@ -79,13 +79,13 @@ def _sizes(parts: Parts, student: nn.Module) -> dict[str, int]:
     if parts.grids is not None:
         # Steps and codes of an untrained network take as many bytes, but its zeros are none that training would leave.
         baked = parts.grids.bake(parts.grids.prepare(student))
-        sizes["lsq"] = file_bytes(baked, **description, bitmaps=parts.recipe is not None)
+        sizes["lsq"] = file_bytes(baked, description, bitmaps=parts.recipe is not None)
     if parts.quantizer is not None:
         # The size depends on the zeros alone, so a few images will do, and whatever the options do for the accuracy.
         options = parts.quantizer.options | {"refine": None}
         batches = parts.data.calibration_batches(parts.data.num_classes)
         for bits in parts.quantizer.bits:
-            sizes[f"{bits} bit"] = file_bytes(quantize(student, batches, bits, **options), **description)
+            sizes[f"{bits} bit"] = file_bytes(quantize(student, batches, bits, **options), description)
     return sizes
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from compress import models
-from compress.export.weights import BEST_NETWORK
+from compress.export.state_dicts import BEST_NETWORK
 from compress.models import masks
 from compress.pipeline.parts import Parts
 from compress.pipeline.variants import Variants
@@ -62,7 +62,7 @@ def measure_best(parts: Parts, directory: Path, reference: Path | None = None) -
     if parts.grids is not None:
         start = parts.float_start(reference)
         student = float_network(trained) if start is None else start.eval().to(parts.data.device)
-    variants = Variants(parts.data, directory, parts.architectures[name], parts.plain["export"])
+    variants = Variants(parts.data, directory, parts.architectures[name], parts.exporters)
     # Convolutions on recent GPUs would otherwise round to TF32, and the table promises float32.
     with torch.backends.cudnn.flags(allow_tf32=False):
         variants.add_float(student)

@@ -15,6 +15,7 @@ from compress.arguments import arguments_of, construct
 from compress.config import ensemble
 from compress.config.rules import uses_peers, uses_teacher
 from compress.data.shared import DataSets
+from compress.export.exporter import Exporter
 from compress.export.weights import build_network
 from compress.methods.classifier import Classifier
 from compress.optim.groups import OptimizerFactory, optimizer_factory
@@ -92,6 +93,10 @@ class Parts:
     @cached_property
     def quantizer(self) -> Quantizer | None:
         return construct(self.plain["quantizer"]) if self.plain["quantizer"] else None
+
+    @cached_property
+    def exporters(self) -> list[Exporter]:
+        return [construct(node) for node in self.plain["export"].values()]
 
     @property
     def grids(self) -> FakeQuantization | None:

@@ -54,7 +54,7 @@ def quantize_checkpoint(overrides: Sequence[str]) -> Path:
     directory = make_directory(parent, f"{datetime.now():%Y-%m-%d_%H-%M-%S}-{stem}")
     groups = {key: parts.plain[key] for key in ("seed", "data", "student", "quantizer", "export")}
     write_text(directory / "config.yaml", OmegaConf.to_yaml({"checkpoint": str(path), **groups}))
-    variants = Variants(parts.data, directory, parts.architecture, parts.plain["export"])
+    variants = Variants(parts.data, directory, parts.architecture, parts.exporters)
     try:
         # Convolutions on recent GPUs would otherwise round to TF32, and the table promises float32.
         with torch.backends.cudnn.flags(allow_tf32=False):

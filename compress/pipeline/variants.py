@@ -1,7 +1,7 @@
 """Variants of one network: each written, read back and measured; what comes out are the rows of the trade-off."""
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,11 @@ from torch import Tensor, nn
 
 from compress import models
 from compress.evaluation import Evaluation, evaluate, paired_latency_ms
-from compress.export.packed import encoding, file_bytes, layer_bytes, read_model, write_float, write_packed
+from compress.export.description import describe
+from compress.export.encodings import encoding, layer_bytes
+from compress.export.exporter import Exporter
+from compress.export.formats import REFERENCE, with_reference
+from compress.export.packed import file_bytes
 from compress.progress import bar, console
 from compress.quantization import Measures, QuantizedModel, Quantizer
 from compress.quantization.activations import input_quantizers
@@ -25,9 +29,10 @@ TIMED = {"latency_ms": (1, 20), "latency_32_ms": (32, 5)}
 class Variants:
     """Collects `rows`, the float32 network first; see `compress.results.tradeoff` for what is measured.
 
-    Files go to `directory`/models; with export["packed"] false they are measured and removed, with export["onnx"] true
-    an ONNX file is written, measured and kept beside each. architecture: {"stem", "options", "num_classes"}.
-    `layers` says for each packed file which layers were quantized, to how many bits and with which relative output
+    Every network gets a file of each of the `exporters` in `directory`/models, and a row for each file. The reference
+    format comes first, because the other rows are compared with its row; its files are removed again where it is not
+    among the `exporters`. architecture: {"stem", "options", "num_classes"}.
+    `layers` says for each reference file which layers were quantized, to how many bits and with which relative output
     error, and `quantized` has the networks by name; `test` is the evaluation of the float32 network, `student`, on the
     test set.
     """
@@ -37,9 +42,9 @@ class Variants:
         data: pl.LightningDataModule,
         directory: Path,
         architecture: Mapping[str, Any],
-        export: Mapping[str, bool],
+        exporters: Sequence[Exporter],
     ) -> None:
-        self.data, self.directory, self.export = data, directory, export
+        self.data, self.directory, self.exporters = data, directory, list(exporters)
         self.rows: list[Row] = []
         self.layers: dict[str, dict[str, Any]] = {}
         self.quantized: dict[str, QuantizedModel] = {}
@@ -51,37 +56,26 @@ class Variants:
     def add_float(self, student: nn.Module) -> None:
         """The reference of all others."""
         self.student = student
-        path = self._path("student-fp32")
-        write_float(path, student, **self._description)
         columns = {"quantizer": "none", "bits": 32, "levels": None, "first_last_bits": None, "activation_bits": 32}
-        self._measure_packed(path, columns)
-        if self.export["onnx"]:
-            from compress.export.onnx import write_onnx_float
-
-            path = path.with_suffix(".onnx")
-            write_onnx_float(path, student, **self._description)
-            self._measure_onnx(path, columns, self.test)
+        self._measure("student-fp32", student, (), columns)
 
     def add(self, name: str, quantized: QuantizedModel, calibration: Iterable[Tensor], **columns: Any) -> None:
-        """`quantized` as the file `name`; `columns` are those of its row that say how it was made."""
-        path = self._path(name)
-        write_packed(path, quantized, **self._description)
+        """`quantized` as the files `name`; `columns` are those of its rows that say how it was made."""
         inputs = {layer: grid.bits for layer, grid in input_quantizers(quantized.model).items()}
-        self.layers[path.name] = {
+        self.layers[f"{name}{REFERENCE.suffix}"] = {
             "quantized": {
-                layer: {"bits": each.bits, "levels": each.grid.levels, "error": each.error, "encoding": encoding(each)}
-                for layer, each in quantized.layers.items()
+                layer_name: {
+                    "bits": layer.bits,
+                    "levels": layer.grid.levels,
+                    "error": layer.error,
+                    "encoding": encoding(layer),
+                }
+                for layer_name, layer in quantized.layers.items()
             },
             "skipped": dict(quantized.skipped),
         } | ({"input_bits": inputs} if inputs else {})
         self.quantized[name] = quantized
-        test = self._measure_packed(path, columns)
-        if self.export["onnx"]:
-            from compress.export.onnx import write_onnx
-
-            path = path.with_suffix(".onnx")
-            write_onnx(path, quantized, **self._description, calibration_batches=calibration if inputs else ())
-            self._measure_onnx(path, columns, test)
+        self._measure(name, quantized, calibration, columns)
 
     def quantize(self, student: nn.Module, quantizer: Quantizer) -> None:
         """Every variant that `quantizer` makes of `student`."""
@@ -119,90 +113,78 @@ class Variants:
     def finish(self) -> None:
         """Fills in the latencies, for which all variants take turns on one thread of the CPU."""
         for column, (batch, repeats) in TIMED.items():
-            found = paired_latency_ms(self._runnable, self.data.input_shape, batch, repeats)
-            pairs = zip(self.rows, found, strict=True)
+            medians = paired_latency_ms(self._runnable, self.data.input_shape, batch, repeats)
+            pairs = zip(self.rows, medians, strict=True)
             self.rows = [replace(row, **{column: milliseconds}) for row, milliseconds in pairs]
         self._runnable.clear()
         folder = self.directory / "models"
         if not any(folder.iterdir()):
             folder.rmdir()
 
-    def _path(self, name: str) -> Path:
-        return self.directory / "models" / f"{name}.safetensors"
-
     def _bytes(self, quantized: QuantizedModel) -> int:
-        return file_bytes(quantized, **self._description)
+        return file_bytes(quantized, self._description)
 
     def _validation_accuracy(self, model: nn.Module) -> float:
         return evaluate(model, self.data.val_dataloader(), self.data.num_classes).accuracy
 
-    def _measure_packed(self, path: Path, columns: Mapping[str, Any]) -> Evaluation:
-        model = read_model(path)[0]
-        size = path.stat().st_size
-        if not self.export["packed"]:
-            path.unlink()
-        macs = models.count_macs(model, self.data.input_shape)
-        test = self._measure(path, size, model.to(self.data.device), columns, sparsity(model), macs, "torch")
-        self._runnable.append(model.cpu())
-        return test
-
-    def _measure_onnx(self, path: Path, columns: Mapping[str, Any], torch_test: Evaluation) -> None:
-        from compress.export.onnx import OnnxModel
-
-        model = OnnxModel.read(path, threads=torch.get_num_threads())
-        last, size = self.rows[-1], path.stat().st_size
-        self._measure(path, size, model, columns, last.sparsity, last.macs, "onnxruntime", torch_test)
-        self._runnable.append(OnnxModel.read(path, threads=1))
-
     def _measure(
         self,
-        path: Path,
-        size: int,
-        model: Callable[[Tensor], Tensor],
+        name: str,
+        network: nn.Module | QuantizedModel,
+        calibration: Iterable[Tensor],
         columns: Mapping[str, Any],
-        zeros: float,
-        macs: int | None,
-        runtime: str,
-        torch_test: Evaluation | None = None,
+    ) -> None:
+        """Writes `network` in every format, reads it back and adds the rows."""
+        reference = None
+        for exporter in with_reference(self.exporters):
+            path = self.directory / "models" / f"{name}{exporter.suffix}"
+            exporter.write(path, network, self._description, calibration)
+            model, _ = exporter.read(path, torch.get_num_threads())
+            if reference is None:
+                macs = models.count_macs(model, self.data.input_shape)
+                columns = {**columns, "macs": macs, "sparsity": sparsity(model)}
+            if exporter.movable:
+                model = model.to(self.data.device)
+            test = self._add_row(path, exporter, model, reference, columns)
+            reference = reference or test
+            self._runnable.append(model.cpu() if exporter.movable else exporter.read(path, threads=1)[0])
+            if exporter not in self.exporters:
+                path.unlink()
+
+    def _add_row(
+        self,
+        path: Path,
+        exporter: Exporter,
+        model: Callable[[Tensor], Tensor],
+        reference: Evaluation | None,
+        columns: Mapping[str, Any],
     ) -> Evaluation:
-        classes = self.data.num_classes
-        validation = evaluate(model, self.data.val_dataloader(), classes)
-        test = evaluate(model, self.data.test_dataloader(), classes)
+        """Adds the row of the `model` read from `path`; returns its evaluation on the test set, as `reference` is."""
+        validation = evaluate(model, self.data.val_dataloader(), self.data.num_classes)
+        test = evaluate(model, self.data.test_dataloader(), self.data.num_classes)
         if self.test is None:
             self.test = test
+        size = path.stat().st_size
         self.rows.append(
             Row(
                 **columns,
-                runtime=runtime,
-                sparsity=zeros,
-                macs=macs,
+                runtime=exporter.runtime,
                 validation_accuracy=validation.accuracy,
                 test_accuracy=test.accuracy,
                 agreement=test.agreement(self.test),
-                runtime_agreement=None if torch_test is None else test.agreement(torch_test),
-                logit_difference=None if torch_test is None else (test.logits - torch_test.logits).abs().max().item(),
+                runtime_agreement=reference and test.agreement(reference),
+                logit_difference=reference and (test.logits - reference.logits).abs().max().item(),
                 bytes=size,
                 ratio=(self.rows[0].bytes if self.rows else size) / size,
                 latency_ms=0.0,
                 latency_32_ms=0.0,
-                file=str(path.relative_to(self.directory)) if path.exists() else "",
+                file=str(path.relative_to(self.directory)) if exporter in self.exporters else "",
             )
         )
         return test
 
 
-def describe(architecture: Mapping[str, Any], data: pl.LightningDataModule) -> dict[str, Any]:
-    """What a file says of a network of that `architecture` for those `data`: arguments of `write_packed`."""
-    return {
-        "architecture": architecture,
-        "class_names": data.class_names,
-        "mean": data.mean,
-        "standard_deviation": data.standard_deviation,
-        "input_shape": data.input_shape,
-    }
-
-
 def sparsity(model: nn.Module) -> float:
     """The share, 0..1, of exact zeros among the weights of the convolutions and linear layers."""
-    weights = [each.weight for each in model.modules() if isinstance(each, nn.Conv2d | nn.Linear)]
+    weights = [module.weight for module in model.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
     return sum(int((weight == 0).sum()) for weight in weights) / sum(weight.numel() for weight in weights)

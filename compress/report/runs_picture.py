@@ -26,7 +26,7 @@ def draw_runs(path: Path, runs: Sequence[Run]) -> None:
         colours = colormaps["viridis" if len(own) > 2 else "tab10"]
         for number, (group, label) in enumerate(zip(own, labels, strict=True)):
             variants = sorted(
-                (each for each in group.variants if each.row.runtime != "onnxruntime"), key=lambda each: each.bytes
+                (each for each in group.variants if each.row.runtime == "torch"), key=lambda each: each.bytes
             )
             axes.errorbar(
                 [each.bytes / 1e6 for each in variants],

@@ -29,7 +29,7 @@ def draw_tradeoff(path: Path, rows: Sequence[Row], title: str, teacher_accuracy:
             (row.bytes / 1e6, 100 * row.test_accuracy),
             textcoords="offset points",
             # The packed file of the same network is just as accurate and about as large.
-            xytext=(0, 7 if row.runtime == "onnxruntime" else -14),
+            xytext=(0, -14 if row.runtime == "torch" else 7),
             ha="center",
             fontsize=8,
         )
@@ -55,4 +55,4 @@ def _family(row: Row) -> str:
     """What the rows of one line have in common."""
     name = "fp32" if row.quantizer == "none" else row.quantizer
     inputs = f", inputs {row.activation_bits} bit" if row.activation_bits < 32 else ""
-    return f"{name}{inputs}" + (", ONNX" if row.runtime == "onnxruntime" else "")
+    return f"{name}{inputs}" + ("" if row.runtime == "torch" else f", {row.runtime}")

@@ -7,7 +7,7 @@
 | levels | values that a weight of those layers can take; empty for floats and mixed precision |
 | first_last_bits | width of the first and the last layer |
 | activation_bits | width of the activations; 32: not quantized |
-| runtime | what ran the file: torch or onnxruntime |
+| runtime | what ran the file: torch the packed one, onnxruntime an ONNX file |
 | sparsity | share of exact zeros among the weights of convolutions and linear layers, 0..1 |
 | macs | multiply-accumulates of one image, zeros counted like other weights |
 | validation_accuracy, test_accuracy | 0..1, of the model read back from `file`, in float32 by torch |
@@ -65,7 +65,7 @@ class Row:
             mixed = "mixed " if self.levels is None and self.bits < 32 else ""
             inputs = f" a{self.activation_bits}" if self.activation_bits < 32 else ""
             name = f"{self.quantizer} {mixed}{self.bits:.3g} bit{inputs}"
-        return name + (" onnx" if self.runtime == "onnxruntime" else "")
+        return name if self.runtime == "torch" else f"{name} {self.runtime}"
 
 
 def read_rows(record: Mapping[str, Any]) -> list[Row]:
@@ -105,7 +105,7 @@ def table(rows: Sequence[Row], title: str) -> Table:
         collapse_padding=True,
         pad_edge=False,
     )
-    printed.add_column("variant", no_wrap=True)
+    printed.add_column("variant")
     for heading in ("val %", "test %", "change", "same %", "size kB", "smaller", "ms"):
         printed.add_column(heading, justify="right", no_wrap=True)
     for row in rows:

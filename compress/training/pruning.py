@@ -7,7 +7,7 @@ import pytorch_lightning as pl
 from torch import nn
 from torch.optim import Optimizer
 
-from compress.export.weights import CHANNELS
+from compress.export.state_dicts import CHANNELS
 from compress.models import masks
 from compress.pruning.recipe import MaskRecipe
 

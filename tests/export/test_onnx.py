@@ -19,7 +19,8 @@ from torch.nn import functional as F
 from compress import models
 from compress.errors import UserError
 from compress.evaluation import paired_latency_ms
-from compress.export.onnx import OnnxModel, write_onnx, write_onnx_float
+from compress.export.description import NetworkDescription
+from compress.export.onnx import Onnx, OnnxModel
 from compress.quantization import Grid, quantize
 from compress.quantization.activations import InputQuantizer, attach_input_quantizer
 from compress.quantization.post_training import QuantizedLayer, QuantizedModel, state_beside
@@ -28,13 +29,13 @@ IMAGES = torch.randn(32, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 
 
 def describe(stem):
-    return {
-        "architecture": {"stem": stem, "options": {}, "num_classes": 10},
-        "class_names": [str(digit) for digit in range(10)],
-        "mean": [0.5],
-        "standard_deviation": [0.25],
-        "input_shape": (3, 8, 8),
-    }
+    return NetworkDescription(
+        architecture={"stem": stem, "options": {}, "num_classes": 10},
+        class_names=[str(digit) for digit in range(10)],
+        mean=[0.5],
+        standard_deviation=[0.25],
+        input_shape=(3, 8, 8),
+    )
 
 
 def make(stem):
@@ -105,8 +106,7 @@ def optimised(path, folder):
 def test_a_file_has_the_codes_and_the_logits_that_were_evaluated(stem, bits, options, kind, opset, tmp_path):
     quantized = quantize(make(stem), [IMAGES[:8]], bits, **options)
     path = tmp_path / "model.onnx"
-    size = write_onnx(path, quantized, **describe(stem), extra={"seed": 3})
-    assert size == path.stat().st_size
+    Onnx().write(path, quantized, dataclasses.replace(describe(stem), extra={"seed": 3}))
     onnx.checker.check_model(onnx.load(path), full_check=True)
     assert onnx.load(path).opset_import[0].version == opset
 
@@ -134,7 +134,7 @@ def test_a_file_has_the_codes_and_the_logits_that_were_evaluated(stem, bits, opt
 
 def test_weights_of_2_bits_take_a_quarter_of_a_byte(small, tmp_path):
     quantized = quantize(small, [IMAGES[:8]], 2, first_last_bits=None)
-    write_onnx(tmp_path / "model.onnx", quantized, **describe("resnet8"))
+    Onnx().write(tmp_path / "model.onnx", quantized, describe("resnet8"))
     for name, layer in quantized.layers.items():
         stored = initializers(tmp_path / "model.onnx")[f"{name}.weight.codes"]
         assert len(stored.raw_data) == -(-layer.codes.numel() // 4)
@@ -159,7 +159,7 @@ def test_linear_layers_on_tokens_have_their_codes_turned(inputs, tmp_path):
     if inputs:
         with_inputs(quantized)
     path = tmp_path / "model.onnx"
-    write_onnx(path, quantized, **describe("mixer"))
+    Onnx().write(path, quantized, describe("mixer"))
     stored = numpy_helper.to_array(initializers(path)["mix.weight.codes"]).astype(int)
     assert np.array_equal(stored.T + 8, quantized.layers["mix"].codes.numpy())
     assert distance(OnnxModel.read(path)(IMAGES), logits(quantized.model)) < (0.02 if inputs else 1e-5)
@@ -182,7 +182,7 @@ def test_a_convolution_on_quantized_inputs_computes_the_sum_of_its_codes(tmp_pat
     """Against integers: scale_x scale_w sum (x - x0)(w - w0) + bias, the bias rounded to a step of that product."""
     quantized, codes = lone_convolution([0.01, 0.02], [0.7, -0.4])
     path = tmp_path / "model.onnx"
-    write_onnx(path, quantized, **describe("conv"))
+    Onnx().write(path, quantized, describe("conv"))
     x = ((IMAGES.double() / 0.03).round() + 120).clamp(0, 255) - 120
     weight = codes.double() - torch.tensor([128.0, 127.0]).reshape(2, 1, 1, 1)
     step = torch.tensor([0.0003, 0.0006], dtype=torch.float64)
@@ -195,7 +195,7 @@ def test_a_convolution_on_quantized_inputs_computes_the_sum_of_its_codes(tmp_pat
 def test_the_bias_of_a_channel_that_is_almost_off_is_not_cut(weight_scale, tmp_path):
     quantized, _ = lone_convolution([weight_scale, 0.01], [3.0, -2.0])
     path = tmp_path / "model.onnx"
-    write_onnx(path, quantized, **describe("conv"))
+    Onnx().write(path, quantized, describe("conv"))
     found, expected = OnnxModel.read(path)(IMAGES), logits(quantized.model)
     assert (found[:, 0] - expected[:, 0]).abs().max() < 1e-5
     assert (found[:, 1] - expected[:, 1]).abs().max() < 1e-3
@@ -207,7 +207,7 @@ def test_quantized_inputs_give_the_classes_of_the_network(small, bits, levels, t
     unrounded = logits(quantized.model)
     expected = logits(with_inputs(quantized, levels).model)
     path = tmp_path / "model.onnx"
-    write_onnx(path, quantized, **describe("resnet8"), calibration_batches=[IMAGES])
+    Onnx().write(path, quantized, describe("resnet8"), calibration_batches=[IMAGES])
     read = OnnxModel.read(path)
     # One code that is rounded the other way moves codes of all later layers, so the error is compared with the one that
     # quantizing the inputs makes; the test of a lone convolution has no such excuse.
@@ -224,13 +224,13 @@ def test_all_convolutions_of_a_resnet_run_on_integer_kernels(small, bits, tmp_pa
     quantized = with_inputs(quantize(small, [IMAGES], bits))
     convolutions = sum(isinstance(module, nn.Conv2d) for module in quantized.model.modules())
     path = tmp_path / "model.onnx"
-    write_onnx(path, quantized, **describe("resnet8"), calibration_batches=[IMAGES])
+    Onnx().write(path, quantized, describe("resnet8"), calibration_batches=[IMAGES])
     operators = optimised(path, tmp_path)
     assert operators["QLinearConv"] == convolutions
     assert operators["QLinearAdd"] == 2  # of three: the last one's sum goes on as float
     assert operators["QGemm"] == 1
     assert not {"Conv", "FusedConv", "Gemm"} & set(operators)
-    write_onnx(path, quantized, **describe("resnet8"))
+    Onnx().write(path, quantized, describe("resnet8"))
     assert 0 < optimised(path, tmp_path)["QLinearConv"] < convolutions
 
 
@@ -251,7 +251,7 @@ def test_a_sum_that_comes_before_the_reader_whose_grid_it_shares_is_computed_aft
     torch.manual_seed(0)
     quantized = with_inputs(quantize(LateReader(), [IMAGES], 8))
     path = tmp_path / "model.onnx"
-    write_onnx(path, quantized, **describe("late"), calibration_batches=[IMAGES])
+    Onnx().write(path, quantized, describe("late"), calibration_batches=[IMAGES])
     onnx.checker.check_model(onnx.load(path), full_check=True)
     assert distance(OnnxModel.read(path)(IMAGES), logits(quantized.model)) < 0.01
 
@@ -259,7 +259,7 @@ def test_a_sum_that_comes_before_the_reader_whose_grid_it_shares_is_computed_aft
 def test_depth_wise_convolutions_run_on_integer_kernels_too(tmp_path):
     quantized = with_inputs(quantize(make("mobilenetv2"), [IMAGES], 8))
     path = tmp_path / "model.onnx"
-    write_onnx(path, quantized, **describe("mobilenetv2"), calibration_batches=[IMAGES])
+    Onnx().write(path, quantized, describe("mobilenetv2"), calibration_batches=[IMAGES])
     assert optimised(path, tmp_path)["QLinearConv"] >= 52
     assert distance(OnnxModel.read(path)(IMAGES), logits(quantized.model)) < 0.02
 
@@ -271,13 +271,13 @@ def test_a_layer_of_float_weights_on_quantized_inputs_keeps_them(small, tmp_path
             layer = quantized.model.get_submodule(name)
             layer.weight.copy_(layer.weight * 1.001 + 1e-4)  # off the grid
     float_weights = dataclasses.replace(quantized, layers={})
-    write_onnx(tmp_path / "model.onnx", float_weights, **describe("resnet8"))
+    Onnx().write(tmp_path / "model.onnx", float_weights, describe("resnet8"))
     assert distance(OnnxModel.read(tmp_path / "model.onnx")(IMAGES), logits(quantized.model)) < 0.003
 
 
 def test_the_float_file_has_the_logits_of_the_network_and_no_batch_norm(small, tmp_path):
     path = tmp_path / "float.onnx"
-    assert write_onnx_float(path, small, **describe("resnet8")) == path.stat().st_size
+    Onnx().write(path, small, describe("resnet8"))
     read = OnnxModel.read(path)
     assert distance(read(IMAGES), logits(small)) < 1e-5
     assert read.description["class_names"] == [str(digit) for digit in range(10)]
@@ -288,12 +288,13 @@ def test_the_float_file_has_the_logits_of_the_network_and_no_batch_norm(small, t
 def test_the_same_network_gives_the_same_bytes_in_another_process_and_nothing_is_printed(tmp_path):
     script = """
 import sys, torch
+from pathlib import Path
 sys.path.insert(0, "tests/export")
 from test_onnx import IMAGES, describe, make, with_inputs
-from compress.export.onnx import write_onnx
+from compress.export.onnx import Onnx
 from compress.quantization import quantize
 quantized = with_inputs(quantize(make("resnet8"), [IMAGES], 4))
-write_onnx(sys.argv[1], quantized, **describe("resnet8"), calibration_batches=[IMAGES])
+Onnx().write(Path(sys.argv[1]), quantized, describe("resnet8"), calibration_batches=[IMAGES])
 """
     done = subprocess.run(
         [sys.executable, "-c", script, tmp_path / "a.onnx"], capture_output=True, text=True, check=False
@@ -301,7 +302,7 @@ write_onnx(sys.argv[1], quantized, **describe("resnet8"), calibration_batches=[I
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     for _ in range(2):
         quantized = with_inputs(quantize(make("resnet8"), [IMAGES], 4))
-        write_onnx(tmp_path / "b.onnx", quantized, **describe("resnet8"), calibration_batches=[IMAGES])
+        Onnx().write(tmp_path / "b.onnx", quantized, describe("resnet8"), calibration_batches=[IMAGES])
         assert (tmp_path / "a.onnx").read_bytes() == (tmp_path / "b.onnx").read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.onnx", "b.onnx"]
     assert str(tmp_path).encode() not in (tmp_path / "a.onnx").read_bytes()
@@ -311,7 +312,7 @@ write_onnx(sys.argv[1], quantized, **describe("resnet8"), calibration_batches=[I
 def test_writing_leaves_the_network_with_its_quantized_inputs(small, tmp_path):
     quantized = with_inputs(quantize(small, [IMAGES], 4))
     before = logits(quantized.model)
-    write_onnx(tmp_path / "model.onnx", quantized, **describe("resnet8"), calibration_batches=[IMAGES])
+    Onnx().write(tmp_path / "model.onnx", quantized, describe("resnet8"), calibration_batches=[IMAGES])
     assert torch.equal(logits(quantized.model), before)
 
 
@@ -319,14 +320,14 @@ def test_writing_leaves_the_network_with_its_quantized_inputs(small, tmp_path):
 def test_more_than_256_levels_are_refused(small, bits, options, tmp_path):
     quantized = quantize(small, [IMAGES[:4]], bits, **options)
     with pytest.raises(UserError, match=r"found a weight on \d+; accepted in an ONNX file: at most 256"):
-        write_onnx(tmp_path / "model.onnx", quantized, **describe("resnet8"))
+        Onnx().write(tmp_path / "model.onnx", quantized, describe("resnet8"))
     assert not list(tmp_path.iterdir())
 
 
 @pytest.fixture(scope="module")
 def file(small, tmp_path_factory):
     path = tmp_path_factory.mktemp("onnx") / "model.onnx"
-    write_onnx(path, quantize(small, [IMAGES[:4]], 8), **describe("resnet8"))
+    Onnx().write(path, quantize(small, [IMAGES[:4]], 8), describe("resnet8"))
     return path
 
 
@@ -363,7 +364,7 @@ def test_a_missing_package_is_named_with_the_extra(small, file, missing, monkeyp
     quantized = quantize(small, [IMAGES[:4]], 8)
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(UserError, match=rf"{missing} is not installed; pip install 'compress\[onnx\]'"):
-        write_onnx(tmp_path / "model.onnx", quantized, **describe("resnet8"))
+        Onnx().write(tmp_path / "model.onnx", quantized, describe("resnet8"))
     if missing == "onnxruntime":
         with pytest.raises(UserError, match="onnxruntime is not installed"):
             OnnxModel.read(file)

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,19 +13,20 @@ from compress import models
 from compress.errors import UserError
 from compress.export import container, read_model, read_packed, write_float, write_packed
 from compress.export.bits import packed_length
+from compress.export.description import NetworkDescription
 from compress.export.weights import load_weights
 from compress.pruning.magnitude import Magnitude
 from compress.quantization import quantize
 
 
 def describe(stem, **options):
-    return {
-        "architecture": {"stem": stem, "options": options, "num_classes": 10},
-        "class_names": [str(digit) for digit in range(10)],
-        "mean": [0.5],
-        "standard_deviation": [0.25],
-        "input_shape": (3, 8, 8),
-    }
+    return NetworkDescription(
+        architecture={"stem": stem, "options": options, "num_classes": 10},
+        class_names=[str(digit) for digit in range(10)],
+        mean=[0.5],
+        standard_deviation=[0.25],
+        input_shape=(3, 8, 8),
+    )
 
 
 def make(stem, **options):
@@ -58,7 +60,7 @@ def small():
 def test_the_model_read_back_has_exactly_the_logits_that_were_evaluated(small, bits, options, tmp_path):
     quantized = quantize(small, [IMAGES], bits, **options)
     path = tmp_path / "model.safetensors"
-    size = write_packed(path, quantized, **describe("resnet8"), extra={"seed": 3})
+    size = write_packed(path, quantized, replace(describe("resnet8"), extra={"seed": 3}))
     assert size == path.stat().st_size
     model, description = read_packed(path)
     assert not model.training
@@ -74,7 +76,7 @@ def test_the_model_read_back_has_exactly_the_logits_that_were_evaluated(small, b
 def test_five_levels_take_three_bits_and_no_step_counter_is_kept(small, tmp_path):
     quantized = quantize(small, [IMAGES], 2, levels="published", first_last_bits=None)
     path = tmp_path / "model.safetensors"
-    write_packed(path, quantized, **describe("resnet8"))
+    write_packed(path, quantized, describe("resnet8"))
     tensors = load_file(path)
     for name, layer in quantized.layers.items():
         assert tensors[f"{name}.weight.codes"].numel() == packed_length(layer.codes.numel(), 3)
@@ -85,7 +87,7 @@ def test_five_levels_take_three_bits_and_no_step_counter_is_kept(small, tmp_path
 @pytest.mark.parametrize("stem", ["resnet18"])
 def test_a_2_bit_resnet18_takes_less_than_3_megabytes(stem, tmp_path):
     quantized = quantize(make(stem), [IMAGES[:4]], 2)
-    size = write_packed(tmp_path / "model.safetensors", quantized, **describe(stem))
+    size = write_packed(tmp_path / "model.safetensors", quantized, describe(stem))
     assert sum(layer.codes.numel() for layer in quantized.layers.values()) > 11_000_000
     assert size <= 3_000_000
 
@@ -95,7 +97,7 @@ def test_batch_norm_that_stays_float_is_kept(tmp_path):
     model = make(stem)
     quantized = quantize(model, [IMAGES], 4)
     assert any(isinstance(module, nn.BatchNorm2d) for module in quantized.model.modules())
-    write_packed(tmp_path / "model.safetensors", quantized, **describe(stem))
+    write_packed(tmp_path / "model.safetensors", quantized, describe(stem))
     read, _ = read_packed(tmp_path / "model.safetensors")
     with torch.no_grad():
         assert torch.equal(read(IMAGES), quantized.model(IMAGES))
@@ -104,7 +106,7 @@ def test_batch_norm_that_stays_float_is_kept(tmp_path):
 def test_options_of_the_architecture_are_followed(tmp_path):
     options = {"widths": [8, 8, 12, 20]}
     quantized = quantize(make("resnet8", **options), [IMAGES], 4)
-    write_packed(tmp_path / "model.safetensors", quantized, **describe("resnet8", **options))
+    write_packed(tmp_path / "model.safetensors", quantized, describe("resnet8", **options))
     read, _ = read_model(tmp_path / "model.safetensors")
     with torch.no_grad():
         assert torch.equal(read(IMAGES), quantized.model(IMAGES))
@@ -112,14 +114,14 @@ def test_options_of_the_architecture_are_followed(tmp_path):
 
 def test_the_same_content_gives_the_same_bytes_and_leaves_nothing_beside_the_file(small, tmp_path):
     for name in ("a.safetensors", "b.safetensors", "a.safetensors"):
-        write_packed(tmp_path / name, quantize(small, [IMAGES], 2), **describe("resnet8"))
+        write_packed(tmp_path / name, quantize(small, [IMAGES], 2), describe("resnet8"))
     assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.safetensors", "b.safetensors"]
 
 
 def test_a_float_file_is_the_whole_state_dict_and_a_checkpoint_too(small, tmp_path):
     path = tmp_path / "float.safetensors"
-    size = write_float(path, small, **describe("resnet8"))
+    size = write_float(path, small, describe("resnet8"))
     assert size == path.stat().st_size
     state = {name: value for name, value in small.state_dict().items() if "num_batches_tracked" not in name}
     tensors = load_file(path)
@@ -132,12 +134,12 @@ def test_a_float_file_is_the_whole_state_dict_and_a_checkpoint_too(small, tmp_pa
     with torch.no_grad():
         assert torch.equal(read(IMAGES), small(IMAGES))
         assert torch.equal(fresh(IMAGES), small(IMAGES))
-    with pytest.raises(UserError, match=r"found the format compress-float-1; accepted: compress-packed-1, .*-2$"):
+    with pytest.raises(UserError, match=r"found the format compress-float-1; accepted: compress-packed-1$"):
         read_packed(path)
 
 
 def test_reading_draws_no_random_numbers(small, tmp_path):
-    write_float(tmp_path / "float.safetensors", small, **describe("resnet8"))
+    write_float(tmp_path / "float.safetensors", small, describe("resnet8"))
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
@@ -149,7 +151,7 @@ def test_reading_draws_no_random_numbers(small, tmp_path):
 def intact(request, small, tmp_path_factory):
     path = tmp_path_factory.mktemp("intact") / "model.safetensors"
     network = Magnitude(sparsity=request.param).pruned(copy.deepcopy(small), (3, 8, 8))
-    write_packed(path, quantize(network, [IMAGES], 2), **describe("resnet8"))
+    write_packed(path, quantize(network, [IMAGES], 2), describe("resnet8"))
     _, description, _ = container.read(path)
     assert any("encoding" in layer for layer in description["layers"]) == bool(request.param)
     return path.read_bytes()
@@ -300,5 +302,5 @@ def test_a_forged_file_without_a_change_is_accepted(intact, tmp_path):
 def test_a_float64_network_is_not_written_with_float32_scales(small, tmp_path):
     quantized = quantize(models.build("resnet8", 10).double(), [IMAGES], 4)
     with pytest.raises(UserError, match=r"found torch.float64 weights in conv1; accepted: torch.float32"):
-        write_packed(tmp_path / "model.safetensors", quantized, **describe("resnet8"))
+        write_packed(tmp_path / "model.safetensors", quantized, describe("resnet8"))
     assert not list(tmp_path.iterdir())

@@ -9,6 +9,7 @@ import torch
 import compress
 from compress import models
 from compress.cli import main
+from compress.export.description import NetworkDescription
 from compress.export.packed import read_model, write_float
 from compress.export.weights import load_weights
 from compress.models import masks
@@ -155,7 +156,7 @@ def test_a_copy_keeps_its_masks_and_a_file_its_zeros(tmp_path):
     assert masks.masks_of(twin)["conv1"] is not masks.masks_of(model)["conv1"]
     architecture = {"stem": "resnet8", "options": {}, "num_classes": 10}
     path = tmp_path / "model.safetensors"
-    write_float(path, model, architecture=architecture, **DESCRIPTION, input_shape=(3, 8, 8))
+    write_float(path, model, NetworkDescription(architecture, **DESCRIPTION, input_shape=(3, 8, 8)))
     again = models.build("resnet8", 10)
     load_weights(again, path)
     assert all(torch.equal(mask, masks.masks_of(model)[name]) for name, mask in masks.masks_of(again).items())
@@ -171,16 +172,17 @@ def test_a_shrunken_network_is_a_quarter_and_its_file_builds_it_again(tmp_path):
     assert models.count_macs(model, (3, 32, 32)) <= 0.26 * macs
     architecture = models.architecture({"stem": "resnet18"}, 10, model)
     path = tmp_path / "model.safetensors"
-    write_float(path, model, architecture=architecture, **DESCRIPTION, input_shape=(3, 32, 32))
+    description = NetworkDescription(architecture, **DESCRIPTION, input_shape=(3, 32, 32))
+    write_float(path, model, description)
     read, _ = read_model(path)
     loaded = models.build("resnet18", 10).eval()
     load_weights(loaded, path)
     images = torch.randn(4, 3, 32, 32)
     assert torch.equal(read(images), model(images))
     assert torch.equal(loaded(images), model(images))
-    from compress.export.onnx import OnnxModel, write_onnx_float
+    from compress.export.onnx import Onnx, OnnxModel
 
-    write_onnx_float(tmp_path / "m.onnx", model, architecture=architecture, **DESCRIPTION, input_shape=(3, 32, 32))
+    Onnx().write(tmp_path / "m.onnx", model, description)
     torch.testing.assert_close(OnnxModel.read(tmp_path / "m.onnx")(images), model(images), atol=1e-5, rtol=1e-5)
 
 

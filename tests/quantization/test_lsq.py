@@ -1,6 +1,7 @@
 """Learned steps: the formula and its gradients, and that baked codes compute what was trained."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,16 +10,17 @@ from torch.nn import functional as F
 
 from compress import models
 from compress.errors import UserError
+from compress.export.description import NetworkDescription
 from compress.export.packed import read_packed, write_packed
 from compress.quantization.lsq import FakeQuantization, InputStep, WeightStep, _FakeQuantize, float_network, steps
 
-ABOUT = {
-    "architecture": {"stem": "resnet8", "options": {}, "num_classes": 10},
-    "class_names": [str(digit) for digit in range(10)],
-    "mean": [0.5],
-    "standard_deviation": [0.25],
-    "input_shape": [3, 8, 8],
-}
+ABOUT = NetworkDescription(
+    architecture={"stem": "resnet8", "options": {}, "num_classes": 10},
+    class_names=[str(digit) for digit in range(10)],
+    mean=[0.5],
+    standard_deviation=[0.25],
+    input_shape=[3, 8, 8],
+)
 
 
 def network(stem="resnet8", **options):
@@ -115,8 +117,8 @@ def test_what_is_baked_and_read_back_is_what_was_trained(tmp_path, stem, weight_
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
     path = tmp_path / "model.safetensors"
-    about = ABOUT | {"architecture": ABOUT["architecture"] | {"stem": stem}}
-    write_packed(path, baked, **about)
+    about = replace(ABOUT, architecture={**ABOUT.architecture, "stem": stem})
+    write_packed(path, baked, about)
     read, description = read_packed(path)
     assert torch.equal(read(images(64)), baked.model(images(64)))
     assert {each["name"] for each in description["layers"]} == set(baked.layers)
@@ -206,6 +208,6 @@ def test_a_foreign_file_with_an_input_grid_that_is_none_is_refused(tmp_path):
     fake = FakeQuantization(2, 2)
     baked = fake.bake(trained(network(), fake))
     baked.float_state["fc.input_quantizer.scale"] = torch.tensor(-1.0)
-    write_packed(tmp_path / "model.safetensors", baked, **ABOUT)
+    write_packed(tmp_path / "model.safetensors", baked, ABOUT)
     with pytest.raises(UserError, match=r"scale: -1\.0"):
         read_packed(tmp_path / "model.safetensors")

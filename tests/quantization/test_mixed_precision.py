@@ -11,20 +11,22 @@ from torch.nn import functional as F
 
 from compress import models
 from compress.errors import UserError
-from compress.export.packed import file_bytes, layer_bytes, read_packed, write_packed
+from compress.export.description import NetworkDescription
+from compress.export.encodings import layer_bytes
+from compress.export.packed import file_bytes, read_packed, write_packed
 from compress.paths import CONF
 from compress.quantization import Measures
 from compress.quantization.allocation import allocate
 from compress.quantization.mixed_precision import sensitivities
 from compress.quantization.quantizer import Budget
 
-DESCRIPTION = {
-    "architecture": {"stem": "resnet8", "options": {}, "num_classes": 10},
-    "class_names": list("0123456789"),
-    "mean": [0.5] * 3,
-    "standard_deviation": [0.25] * 3,
-    "input_shape": [3, 8, 8],
-}
+DESCRIPTION = NetworkDescription(
+    architecture={"stem": "resnet8", "options": {}, "num_classes": 10},
+    class_names=list("0123456789"),
+    mean=[0.5] * 3,
+    standard_deviation=[0.25] * 3,
+    input_shape=[3, 8, 8],
+)
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +48,7 @@ def quantizer(**options):
 
 
 def measures(accuracy=lambda model: 1.0):
-    return Measures(lambda each: file_bytes(each, **DESCRIPTION), layer_bytes, accuracy, 319_288)
+    return Measures(lambda each: file_bytes(each, DESCRIPTION), layer_bytes, accuracy, 319_288)
 
 
 def only(quantizer, network, images, measured):
@@ -101,7 +103,7 @@ def test_the_written_file_is_within_the_budget_and_close_to_it(network, images, 
     chosen = quantizer(bits=[2, 3, 4, 8], budget=budget, activation_bits=activation_bits)
     variant = only(chosen, network, images, measures())
     path = tmp_path / "mixed.safetensors"
-    write_packed(path, variant.model, **DESCRIPTION)
+    write_packed(path, variant.model, DESCRIPTION)
     allowed = Budget.parse(budget).bytes(319_288)
     assert 0.93 * allowed < path.stat().st_size <= allowed
     widths = {name: layer.bits for name, layer in variant.model.layers.items()}
@@ -119,9 +121,9 @@ def test_the_written_file_is_within_the_budget_and_close_to_it(network, images, 
 
 def test_mixed_precision_is_closer_to_the_float_network_than_one_width_of_the_same_size(network, images):
     [uniform] = quantizer(bits=[3]).variants(network, images, measures(), lambda *done: None)
-    size = file_bytes(uniform.model, **DESCRIPTION)
+    size = file_bytes(uniform.model, DESCRIPTION)
     mixed = only(quantizer(bits=[2, 3, 4, 5, 6], budget=size), network, images, measures())
-    assert file_bytes(mixed.model, **DESCRIPTION) <= size
+    assert file_bytes(mixed.model, DESCRIPTION) <= size
 
     def distance(model):
         with torch.no_grad():
@@ -147,8 +149,8 @@ def test_the_smallest_file_within_the_drop_is_found(network, images):
     assert {layer.bits for layer in exact.model.layers.values()} == {2, 8}
     strict = only(quantizer(bits=[2, 3, 4, 8], max_drop=0.2), network, images, measures(accuracy))
     assert accuracy(strict.model.model) >= 0.998
-    size = file_bytes(strict.model, **DESCRIPTION)
-    assert file_bytes(exact.model, **DESCRIPTION) < size
+    size = file_bytes(strict.model, DESCRIPTION)
+    assert file_bytes(exact.model, DESCRIPTION) < size
     # What has a twentieth fewer bytes loses more.
     smaller = only(quantizer(bits=[2, 3, 4, 8], budget=int(0.95 * size)), network, images, measures(accuracy))
     assert accuracy(smaller.model.model) < 0.998
@@ -161,7 +163,7 @@ def test_layers_that_grow_together_are_too_small_a_budget_and_no_mistake(network
     grown = []
 
     def size(each):
-        return file_bytes(each, **DESCRIPTION) + 100 * any(each is other for other in grown)
+        return file_bytes(each, DESCRIPTION) + 100 * any(each is other for other in grown)
 
     measured = Measures(size, layer_bytes, lambda model: 1.0, 319_288)
     options = {"bits": [2, 4]}

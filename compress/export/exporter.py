@@ -1,0 +1,79 @@
+"""What an export format is: a subclass of `Exporter`, in one Python file and one YAML file in `conf/export`."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from compress.errors import UserError
+from compress.export.description import NetworkDescription
+from compress.quantization import QuantizedModel, Quantizer
+
+
+class Exporter(ABC):
+    """A format of model files.
+
+    A subclass is a frozen dataclass; its fields, which have defaults, are the keys that its YAML node may have.
+
+    suffix: the end of a file's name, such as ".onnx", by which `compress.predict` knows the format of a file.
+    runtime: what runs the file, for the column `runtime` and, unless it is torch, for the name of the row.
+    packages: the modules that have to be installed, and `extra` the optional extra of this project that has them.
+    movable: whether `read` gives a module that `.to(device)` moves. Any other model computes on the CPU, and takes
+    images from every device.
+
+    The formats of a run differ in suffix and runtime. The module of a format imports its packages late, so that it can
+    be imported where they are not installed.
+    """
+
+    suffix: ClassVar[str]
+    runtime: ClassVar[str]
+    packages: ClassVar[tuple[str, ...]] = ()
+    extra: ClassVar[str | None] = None
+    movable: ClassVar[bool] = False
+
+    def check(self, quantizer: Quantizer | None) -> None:
+        """Raises UserError, before any work, where a package is missing.
+
+        A format with limits extends this by what it cannot hold of the networks that `quantizer` makes; without a
+        quantizer there are only float ones.
+        """
+        self.require_packages()
+
+    @abstractmethod
+    def write(
+        self,
+        path: Path,
+        network: nn.Module | QuantizedModel,
+        description: NetworkDescription,
+        calibration_batches: Iterable[Tensor] = (),
+    ) -> None:
+        """Writes a float or a quantized `network`, and what `read` needs to give the description again.
+
+        calibration_batches: normalised images `(B, 3, H, W)`, for what a format wants to measure. The file gets its
+        name only when it is complete (see `compress.files.write_atomically`).
+        """
+
+    @abstractmethod
+    def read(self, path: Path, threads: int = 1) -> tuple[Callable[[Tensor], Tensor], dict[str, Any]]:
+        """(model, description) of a file that `write` made.
+
+        The model, a function or a module in eval mode, takes normalised images `(B, 3, H, W)` and gives logits.
+        threads: those that the runtime may use; torch keeps its own number. The description has the keys of
+        `NetworkDescription`. Raises UserError, naming the file, where it is missing, damaged or foreign.
+        """
+
+    def require_packages(self) -> None:
+        """Raises UserError, naming the extra, where one of `packages` is not installed."""
+        for package in self.packages:
+            import_package(package, self.extra)
+
+
+def import_package(package: str, extra: str | None) -> Any:
+    """The module of that name. Raises UserError, saying what to install, where it is missing."""
+    try:
+        return __import__(package)
+    except ImportError:
+        wanted = package if extra is None else f"'compress[{extra}]'"
+        raise UserError(f"{package} is not installed; pip install {wanted}") from None

@@ -1,0 +1,65 @@
+"""The formats of a run, those that `conf/export` names, and the one that a file has."""
+
+from collections.abc import Iterable
+from importlib import import_module
+from pathlib import Path
+
+import yaml
+
+from compress.errors import UserError
+from compress.export.exporter import Exporter
+from compress.export.packed import Packed
+from compress.paths import option_file, options
+from compress.quantization import Quantizer
+
+# The format in which every network is measured, and which the others are compared with.
+REFERENCE = Packed()
+
+
+def with_reference(exporters: Iterable[Exporter]) -> list[Exporter]:
+    """The reference format, and `exporters` behind it."""
+    return [REFERENCE, *(exporter for exporter in exporters if exporter != REFERENCE)]
+
+
+def check_exporters(exporters: Iterable[Exporter], quantizer: Quantizer | None) -> None:
+    """Raises UserError for formats that would write the same files, lack a package or cannot hold what they get."""
+    exporters = with_reference(exporters)
+    for attribute in ("suffix", "runtime"):
+        values = [getattr(exporter, attribute) for exporter in exporters]
+        shared = next((value for value in values if values.count(value) > 1), None)
+        if shared is not None:
+            raise UserError(
+                f"export: found two formats with the {attribute} {shared}; accepted: formats that differ in it"
+            )
+    for exporter in exporters:
+        exporter.check(quantizer)
+
+
+def available() -> list[Exporter]:
+    """An exporter, with its default options, of each class that the options in `conf/export` name.
+
+    Raises UserError, naming the YAML file, for a class that cannot be imported.
+    """
+    files = {
+        node["_target_"]: file
+        for file in (option_file("export", stem) for stem in options("export"))
+        for node in (yaml.safe_load(file.read_text(encoding="utf-8")) or {}).values()
+    }
+    exporters = []
+    for target, file in sorted(files.items()):
+        module, _, name = target.rpartition(".")
+        try:
+            exporters.append(getattr(import_module(module), name)())
+        except (ImportError, AttributeError):
+            raise UserError(f"{file}: found {target!r}, which cannot be imported; accepted: a class") from None
+    return exporters
+
+
+def exporter_of(path: Path) -> Exporter:
+    """The exporter whose suffix the file has; of several the one with the longest. Raises UserError where none has."""
+    exporters = available()
+    fitting = [exporter for exporter in exporters if path.name.endswith(exporter.suffix)]
+    if not fitting:
+        suffixes = " or ".join(sorted(exporter.suffix for exporter in exporters))
+        raise UserError(f"{path}: found no model file; accepted: a {suffixes} file that compress wrote")
+    return max(fitting, key=lambda exporter: len(exporter.suffix))
