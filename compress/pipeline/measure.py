@@ -1,6 +1,6 @@
 """The Lightning callback that quantizes and measures the best checkpoint when training is over."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from compress.pipeline.variants import Variants
 from compress.progress import console
 from compress.quantization import Quantizer
 from compress.quantization.lsq import FakeQuantization, float_network
+from compress.results.loggers import log_tradeoff
 from compress.training.fit import BEST
 
 
@@ -62,7 +63,7 @@ class PostTrainingQuantization(pl.Callback):
         # Convolutions on recent GPUs would otherwise round to TF32, and the table promises float32.
         with torch.backends.cudnn.flags(allow_tf32=False):
             self._measure()
-        log(self.variants, trainer.loggers, trainer.global_step)
+        log_tradeoff(trainer.loggers, self.variants.rows, trainer.global_step)
 
     def _measure(self) -> None:
         quantizes = self.quantizer or self.on_grids
@@ -112,15 +113,3 @@ class PostTrainingQuantization(pl.Callback):
         masks.restore(student, state, BEST)
         student.load_state_dict(state)
         return student.eval().to(self.data.device)
-
-
-def log(variants: Variants, loggers: Sequence[Any], step: int) -> None:
-    """Hands the figures of every variant to every logger."""
-    metrics = {
-        f"tradeoff/{row.name.replace(' ', '_')}/{name}": float(getattr(row, name))
-        for row in variants.rows
-        for name in ("validation_accuracy", "test_accuracy", "agreement", "bytes", "ratio")
-    }
-    for logger in loggers:
-        logger.log_metrics(metrics, step=step)
-        logger.save()

@@ -27,11 +27,13 @@ from compress.optim.groups import optimizer_factory
 from compress.pipeline import resume, teachers
 from compress.pipeline.measure import PostTrainingQuantization
 from compress.pipeline.resume import STARTED
+from compress.pipeline.weight_panels import weight_panels
 from compress.progress import console
 from compress.pruning.recipe import MaskRecipe
-from compress.results.record import surroundings
-from compress.results.tradeoff import DAMAGED, Row, read_rows
-from compress.results.wandb_run import open_loggers
+from compress.results.loggers import open_loggers
+from compress.results.record import Record
+from compress.results.surroundings import surroundings
+from compress.results.tradeoff import Row
 from compress.results.writing import show, write_results
 from compress.training import distributed, processes
 from compress.training.fit import BEST, device, epoch_of, fit
@@ -40,11 +42,14 @@ from compress.training.pruning import Pruning
 
 @dataclass(frozen=True)
 class Result:
-    """Where a finished run lies, its trade-off rows and the content of its `result.json`."""
+    """Where a finished run lies, and what it recorded."""
 
     directory: Path
-    rows: tuple[Row, ...]
-    record: dict[str, Any]
+    record: Record
+
+    @property
+    def rows(self) -> tuple[Row, ...]:
+        return self.record.rows
 
 
 def run(
@@ -75,10 +80,10 @@ def run(
                     )
             except BaseException:
                 # The process that had opened them is dead; what they keep elsewhere has to end all the same.
-                with open_loggers(config, directory, started["overrides"]):
+                with open_loggers(config, directory):
                     raise
             clock.lap("distributed")
-        with open_loggers(config, directory, started["overrides"]) as loggers:
+        with open_loggers(config, directory) as loggers:
             return _run(config, directory, started, clock, loggers, reference)
 
 
@@ -98,7 +103,7 @@ def _have_teacher(config: DictConfig, directory: Path) -> None:
 def train(config: DictConfig, directory: Path) -> None:
     """The part of `run` that belongs to each process of a training in several; the rest follows elsewhere."""
     started = record_start(directory, ())
-    with open_loggers(config, directory, started["overrides"]) as loggers:
+    with open_loggers(config, directory) as loggers:
         _run(config, directory, started, _Clock(), loggers)
 
 
@@ -183,16 +188,15 @@ def _run(
 
     variants = quantization.variants
     stem = architectures[quantization.network]["stem"]
-    record = {
-        "format": 1,
+    record = Record(
         **started,
         **surroundings(),
-        "seed": config.seed,
-        "seconds": clock.laps,
-        "data": data.record(),
-        "teacher": teacher_record,
-        "pruning": recipe.record(quantization.trained) if recipe is not None else None,
-        "student": {
+        seed=config.seed,
+        seconds=clock.laps,
+        data=data.record(),
+        teacher=teacher_record,
+        pruning=recipe.record(quantization.trained) if recipe is not None else None,
+        student={
             "model": stem,
             "network": quantization.network,
             "parameters": models.count_parameters(quantization.student),
@@ -203,13 +207,14 @@ def _run(
             "test_accuracy": variants.rows[0].test_accuracy,
             "test_accuracy_per_class": dict(zip(data.class_names, variants.test.per_class, strict=True)),
         },
-    }
-    title = f"{method_name(config)} {stem} on {config.data._target_.rpartition('.')[2]}"
-    teacher_accuracy = teacher_record["test_accuracy"] if teacher_record else None
-    record = write_results(directory, variants, record, title, teacher_accuracy, loggers)
+        rows=variants.rows,
+        layers=variants.layers,
+    )
+    title = f"{method_name(config)} {stem} on {record.data.name}"
+    write_results(directory, record, title, weight_panels(variants.student, variants.quantized), loggers)
     (directory / STARTED).unlink()
-    show(directory, variants.rows, title)
-    return Result(directory, tuple(variants.rows), record)
+    show(directory, record.rows, title)
+    return Result(directory, record)
 
 
 def _start(
@@ -226,15 +231,9 @@ def _start(
 
 def finished(directory: Path) -> Result:
     """The result of a run that was finished before, which is printed again."""
-    path = directory / "result.json"
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        rows = read_rows(record)
-        model = record["student"]["model"]
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"resume: found {path}, {DAMAGED}") from None
-    show(directory, rows, f"{model}: this run was finished before")
-    return Result(directory, tuple(rows), record)
+    record = Record.read(directory / "result.json")
+    show(directory, record.rows, f"{record.student.model}: this run was finished before")
+    return Result(directory, record)
 
 
 def record_start(directory: Path, overrides: Sequence[str]) -> dict[str, Any]:

@@ -21,7 +21,9 @@ from compress.files import make_directory, write_text
 from compress.pipeline import checks
 from compress.pipeline.checks import checked_jobs
 from compress.pipeline.variants import Variants
-from compress.results.record import surroundings
+from compress.pipeline.weight_panels import weight_panels
+from compress.results.record import Record
+from compress.results.surroundings import surroundings
 from compress.results.writing import show, write_results
 from compress.training.fit import device
 
@@ -82,14 +84,13 @@ def quantize_checkpoint(overrides: Sequence[str]) -> Path:
     except UserError:
         shutil.rmtree(directory)
         raise
-    record = {
-        "format": 1,
-        "overrides": list(overrides),
+    record = Record(
+        overrides=list(overrides),
         **surroundings(),
-        "seed": config.seed,
-        "data": data.record(),
-        "teacher": None,
-        "student": {
+        seed=config.seed,
+        data=data.record(),
+        teacher=None,
+        student={
             "model": stem,
             "checkpoint": str(path),
             "parameters": models.count_parameters(student),
@@ -98,10 +99,12 @@ def quantize_checkpoint(overrides: Sequence[str]) -> Path:
             "test_accuracy": variants.rows[0].test_accuracy,
             "test_accuracy_per_class": dict(zip(data.class_names, variants.test.per_class, strict=True)),
         },
-    }
+        rows=variants.rows,
+        layers=variants.layers,
+    )
     title = f"{stem} of {path.name}"
-    write_results(directory, variants, record, title)
-    show(directory, variants.rows, title)
+    write_results(directory, record, title, weight_panels(variants.student, variants.quantized))
+    show(directory, record.rows, title)
     return directory
 
 
