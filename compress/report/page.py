@@ -154,8 +154,10 @@ def _lines(group: Group, number: Mapping[str, int]) -> list[list[Any]]:
 
 
 def _short(value: float | None) -> float | None:
-    """Six digits, which is more than a screen shows and half the size of the page; None for what is no number."""
-    return None if value is None or not math.isfinite(value) else float(f"{value:.6g}")
+    """At least six digits, which is more than a screen shows and half the size of the page; None for no number."""
+    if value is None or not math.isfinite(value):
+        return None
+    return round(value) if abs(value) > 1e5 else float(f"{value:.6g}")
 
 
 def _duration(seconds: float) -> str:

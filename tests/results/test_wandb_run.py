@@ -22,7 +22,8 @@ from compress.config.compose import compose_jobs
 from compress.methods.supervised import Supervised
 from compress.paths import PACKAGE
 from compress.pipeline.checks import checked_jobs
-from compress.results.wandb_run import WandbRun, open_loggers
+from compress.results.loggers import open_loggers
+from compress.results.wandb_run import WandbRun
 from compress.stopping import StoppedError
 from compress.training import distributed
 
@@ -136,7 +137,7 @@ def test_each_job_of_a_sweep_is_a_finished_run_in_the_group_of_the_sweep(sweep):
     for number, read in enumerate((one, other)):
         assert read.run.run_group == sweep.name
         assert read.run.job_type == "supervised"
-        assert read.run.display_name == f"supervised resnet8 Digits seed {number} ({number})"
+        assert read.run.display_name == f"supervised resnet8 digits seed {number} ({number})"
         assert (read.run.project, read.run.entity, read.run.notes) == ("digits", "team", "what for")
         assert list(read.run.tags) == ["first", "small"]
         assert read.exit_code == 0
@@ -255,7 +256,7 @@ def test_a_run_that_failed_says_so_and_goes_on_as_the_same_run_when_it_is_resume
     assert (failed.exit_code, resumed.exit_code) == (1, 0)
     assert resumed.run.notes == "resumed"
     assert failed.run.run_group == ""
-    assert failed.run.display_name == resumed.run.display_name == "supervised resnet8 Digits seed 0"
+    assert failed.run.display_name == resumed.run.display_name == "supervised resnet8 digits seed 0"
     # One epoch each, and no step twice.
     assert max(failed.history) < min(resumed.history)
     assert "val/accuracy" in failed.history[max(failed.history)]
@@ -305,7 +306,7 @@ def test_a_run_that_was_interrupted_is_ended_too(tmp_path):
 def test_variants_of_a_method_have_a_job_type_each(tmp_path):
     typed = [*OPTIONS, "method=supervised_mixup"]
     [(_, composed)] = checked_jobs(typed)
-    with open_loggers(composed, tmp_path, typed):
+    with open_loggers(composed, tmp_path):
         pass
     [read] = read_all(tmp_path)
     assert read.run.job_type == "supervised_mixup"

@@ -67,7 +67,7 @@ function sorted(lines, column, descending) {
 
 function cell(column, line) {
   const value = line[column.key];
-  if (column === FRONT) return element("td", {class: "front"}, value ? "●" : "");
+  if (column === FRONT) return element("td", {class: "number front"}, value ? "●" : "");
   if (column.text) return element("td", {class: "text", title: value}, value);
   if (column.show) return element("td", {class: "number"}, column.show(value));
   const deviation = column.deviation ? line[`${column.key}_deviation`] : null;
