@@ -16,7 +16,7 @@ from compress.pipeline.variants import Variants
 PLAIN = ["quantizer.scale_candidates=1", "quantizer.sweeps=0", "quantizer.refit=false"]
 TUNED = ["quantizer.scale_candidates=12", "quantizer.sweeps=4", "quantizer.refit=true"]
 ALL, LOW = "quantizer.bits=[8,4,3,2]", "quantizer.bits=[3,2]"
-# What is said of it in the table, and the options; those of the first list are measured on every network.
+# Names in the table, and options; those of the first list are measured on every network.
 MAIN = {
     "gpfq": ["quantizer=gpfq", *TUNED, ALL],
     "gpfq, all layers": ["quantizer=gpfq", *TUNED, "quantizer.bits=[2]", "quantizer.first_last_bits=null"],
@@ -42,8 +42,8 @@ def measure(run: Path, options: Mapping[str, Sequence[str]], known: dict[str, An
 
     What is known already is not measured again; `save` is called after each one that is.
     """
-    kept = OmegaConf.load(run / "config.yaml")
-    data = instantiate(kept.data, seed=kept.seed)
+    config = OmegaConf.load(run / "config.yaml")
+    data = instantiate(config.data, seed=config.seed)
     data.setup()
     student, about = read_model(run / "models" / "student-fp32.safetensors")
     exported = {"packed": False, "onnx": False}

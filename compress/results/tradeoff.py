@@ -8,7 +8,7 @@ default, so that the rows of earlier runs can still be read.
 
 import csv
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
@@ -26,15 +26,14 @@ TABLES = ("terminal", "markdown", "page")
 class Column:
     """What a field of `Row` means and how it is shown; its name and type are those of the field.
 
-    `meaning` is a phrase, and `unit` that of the value in files. A column with a `heading` stands in the `tables`
-    named, which print `scale` times the value with `digits` decimals and a `suffix`. `deviation`: means over seeds
-    stand with their sample deviation. `change`: the heading of one more column, the difference from the float32
-    student. `caption`: the table in the terminal explains the heading. `loggers`: which of them get the value as
+    `meaning` is a phrase with the unit of the value in files. A column with a `heading` stands in the `tables` named,
+    which print `scale` times the value with `digits` decimals and a `suffix`. `deviation`: means over seeds have their
+    sample deviation beside them. `change`: the heading of one more column, the difference from the float32 student.
+    `caption`: the table in the terminal explains the heading. `loggers`: which of them get the value as
     `tradeoff/<variant>/<name>`. `derive` computes the value from the other columns of a row.
     """
 
     meaning: str
-    unit: str = ""
     heading: str = ""
     tables: tuple[str, ...] = TABLES
     scale: float = 1.0
@@ -53,100 +52,45 @@ class Column:
         return "" if value is None else f"{self.scale * value:{sign},.{self.digits}f}{self.suffix}"
 
 
-Share = Annotated[float, Field(ge=0, le=1)]
-Count = Annotated[int, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]  # files hold 0..1, tables percent
+Positive = Field(gt=0)
+percent = partial(Column, scale=100)
+NARROW = ("terminal", "page")  # Markdown has enough columns
 
 
 @dataclass(frozen=True)
 class Row:
     """One variant: a file, what it holds, and what was measured of the model read back from it."""
 
-    quantizer: Annotated[
-        str, Column("`none` for the float32 student, `lsq` for one trained on its grids, otherwise the solver")
-    ]
-    bits: Annotated[
-        int | float,
-        Field(gt=0),
-        Column("width of the codes of the layers that are neither first nor last, or their mean; 32 for floats"),
-    ]
-    levels: Annotated[
-        int | None, Column("values that a weight of those layers can take; empty for floats and mixed precision")
-    ]
-    first_last_bits: Annotated[int | None, Column("width of the codes of the first and the last layer")]
-    activation_bits: Annotated[int, Column("width of the layers' inputs; 32: not quantized", loggers="wandb")]
+    quantizer: Annotated[str, Column("`none`: the float32 student; `lsq`: trained on its grids; otherwise the solver")]
+    bits: Annotated[int | float, Positive, Column("width, or mean width, of inner layers' codes in bits; 32: floats")]
+    levels: Annotated[int | None, Column("values that a weight there can take; empty: floats or mixed precision")]
+    first_last_bits: Annotated[int | None, Column("width of the codes of the first and the last layer in bits")]
+    activation_bits: Annotated[int, Column("width of the layers' inputs in bits; 32: floats", loggers="wandb")]
     runtime: Annotated[str, Column("what ran the file: torch or onnxruntime")]
-    sparsity: Annotated[
-        Share,
-        Column("share of exact zeros in the weights of convolutions and linear layers", unit="0..1", loggers="wandb"),
-    ]
-    macs: Annotated[
-        int | None,
-        Column("multiply-accumulates of one image, those with zeros counted like others", loggers="wandb"),
-    ] = field(default=None, kw_only=True)
+    sparsity: Annotated[Share, Column("exact zeros in convolutions' and linear layers' weights", loggers="wandb")]
+    macs: Annotated[int | None, Column("multiply-accumulates of an image, by zeros too", loggers="wandb")] = field(
+        default=None, kw_only=True
+    )
     validation_accuracy: Annotated[
-        Share,
-        Column(
-            "accuracy on the validation images, in float32",
-            unit="0..1",
-            heading="val %",
-            scale=100,
-            deviation=True,
-            loggers="all",
-        ),
+        Share, percent("accuracy on the validation images, in float32", "val %", deviation=True, loggers="all")
     ]
     test_accuracy: Annotated[
         Share,
-        Column(
-            "accuracy on the test images, in float32",
-            unit="0..1",
-            heading="test %",
-            scale=100,
-            deviation=True,
-            change="change",
-            loggers="all",
-        ),
+        percent("accuracy on the test images, in float32", "test %", deviation=True, change="change", loggers="all"),
     ]
     agreement: Annotated[
-        Share,
-        Column(
-            "test images that get the same class as from the float32 student",
-            unit="0..1",
-            heading="same %",
-            tables=("terminal", "page"),
-            scale=100,
-            caption=True,
-            loggers="all",
-        ),
+        Share, percent("test images classified as by fp32", "same %", tables=NARROW, caption=True, loggers="all")
     ]
-    runtime_agreement: Annotated[
-        Share | None,
-        Column("test images that get the same class from torch; empty for torch itself", unit="0..1"),
-    ]
-    logit_difference: Annotated[
-        float | None, Column("largest difference of a logit from torch's on the test set; empty for torch itself")
-    ]
-    bytes: Annotated[
-        Count,
-        Column("size of the file", unit="bytes", heading="size kB", scale=1e-3, digits=1, loggers="all"),
-    ]
-    ratio: Annotated[
-        float,
-        Column("bytes of the float32 student over bytes", heading="smaller", digits=1, suffix="x", loggers="all"),
-    ]
+    runtime_agreement: Annotated[Share | None, Column("test images classified as by torch; empty for torch itself")]
+    logit_difference: Annotated[float | None, Column("largest difference from torch's logits on the test set")]
+    bytes: Annotated[int, Positive, Column("size of the file in bytes", "size kB", scale=1e-3, digits=1, loggers="all")]
+    ratio: Annotated[float, Column("bytes of fp32 over bytes", "smaller", digits=1, suffix="x", loggers="all")]
     latency_ms: Annotated[
         float,
-        Column(
-            "median time of one image on one thread of the CPU",
-            unit="milliseconds",
-            heading="ms",
-            tables=("terminal", "page"),
-            caption=True,
-            loggers="wandb",
-        ),
+        Column("median milliseconds for an image, one thread", "ms", tables=NARROW, caption=True, loggers="wandb"),
     ]
-    latency_32_ms: Annotated[
-        float, Column("median time of 32 images on one thread of the CPU", unit="milliseconds", loggers="wandb")
-    ]
+    latency_32_ms: Annotated[float, Column("median milliseconds for 32 images, one thread", loggers="wandb")]
     file: Annotated[str, Column("model file, relative to the run directory; empty where it was not kept")]
 
     def __post_init__(self) -> None:
@@ -164,15 +108,9 @@ class Row:
         return name + (" onnx" if self.runtime == "onnxruntime" else "")
 
 
-def _columns() -> dict[str, Column]:
-    hints = get_type_hints(Row, include_extras=True)
-    return {
-        each.name: next(part for part in hints[each.name].__metadata__ if isinstance(part, Column))
-        for each in fields(Row)
-    }
-
-
-COLUMNS = _columns()
+COLUMNS: dict[str, Column] = {
+    name: annotation.__metadata__[-1] for name, annotation in get_type_hints(Row, include_extras=True).items()
+}
 
 
 def columns_of(table: str) -> dict[str, Column]:
@@ -182,7 +120,7 @@ def columns_of(table: str) -> dict[str, Column]:
         if column.heading and table in column.tables:
             shown[name] = column
             if column.change:
-                meaning = f"difference of {column.heading} from the float32 student"
+                meaning = f"difference of {column.heading} from fp32"
                 shown[f"{name}_change"] = replace(
                     column, meaning=meaning, heading=column.change, signed=True, deviation=False, caption=True
                 )

@@ -48,10 +48,10 @@ def run(name, seed=0, accuracy=0.9, size=1000, overrides=(), settings=None, star
 @pytest.mark.parametrize("count", [2, 3, 10])
 def test_mean_and_sample_deviation_are_those_of_numpy(count):
     values = np.random.default_rng(count).uniform(0, 100, count)
-    found = statistic(values.tolist())
-    assert found.mean == pytest.approx(values.mean(), rel=1e-12)
-    assert found.deviation == pytest.approx(values.std(ddof=1), rel=1e-12)
-    assert found.count == count
+    measured = statistic(values.tolist())
+    assert measured.mean == pytest.approx(values.mean(), rel=1e-12)
+    assert measured.deviation == pytest.approx(values.std(ddof=1), rel=1e-12)
+    assert measured.count == count
 
 
 def test_one_value_has_no_deviation_and_an_unknown_one_no_mean():
@@ -74,7 +74,7 @@ def test_the_front_holds_exactly_the_points_that_no_other_beats(seed):
 def test_runs_that_differ_in_the_seed_alone_are_one_group_with_their_mean():
     runs = [run("a", 0, 0.90, 1000), run("b", 2, 0.96, 1030), run("c", 1, 0.93, 1000)]
     [group] = groups(runs)
-    assert [each.name for each in group.runs] == ["a", "c", "b"]
+    assert [run.name for run in group.runs] == ["a", "c", "b"]
     [variant] = group.variants
     accuracy = variant.statistic("test_accuracy")
     assert (accuracy.mean, accuracy.deviation) == (pytest.approx(0.93), pytest.approx(0.03))

@@ -46,9 +46,9 @@ def script(*arguments, **options):
 
 
 def test_a_real_run_is_read_back_whole(real):
-    found = collect([real])
-    assert (len(found.runs), found.problems, found.unfinished) == (2, (), ())
-    for seed, run in enumerate(sorted(found.runs, key=lambda run: run.seed)):
+    collection = collect([real])
+    assert (len(collection.runs), collection.problems, collection.unfinished) == (2, (), ())
+    for seed, run in enumerate(sorted(collection.runs, key=lambda run: run.seed)):
         assert (run.seed, run.method, run.student, run.data) == (seed, "supervised", "resnet8", "Digits (200 images)")
         assert run.record.overrides == [*SMALL, f"seed={seed}", f"output_directory={real}"]
         record = json.loads((run.directory / "result.json").read_text())
@@ -116,9 +116,9 @@ def test_columns_and_keys_that_are_new_or_not_there_yet_are_no_damage(runs):
     record["weather"] = record["student"]["mood"] = "good"
     del record["layers"], record["started"]
     path.write_text(json.dumps(record))
-    found = collect([runs])
-    assert (len(found.runs), found.problems) == (3, ())
-    assert found.runs[0].rows[1].macs is None
+    collection = collect([runs])
+    assert (len(collection.runs), collection.problems) == (3, ())
+    assert collection.runs[0].rows[1].macs is None
     for name in ("report.html", "report.md", "report.csv"):
         write_reports([runs], [runs / name])
 
@@ -164,12 +164,12 @@ def test_what_is_damaged_is_named_and_the_others_are_shown(runs, name, damage, m
         path.unlink()
     else:
         path.write_text(changed)
-    found = collect([runs])
-    [problem] = found.problems
+    collection = collect([runs])
+    [problem] = collection.problems
     assert str(runs / "1") in problem
     assert message in problem
     assert len(problem.splitlines()) == 1
-    assert len(found.runs) == remaining
+    assert len(collection.runs) == remaining
     write_reports([runs], [runs / "report.md", runs / "report.html"])
     assert "Not in this report" in (runs / "report.md").read_text()
 

@@ -138,11 +138,11 @@ def test_no_chart_offers_to_upload_itself(opened, two):
 def test_the_table_and_the_chart_have_every_variant(opened, two):
     page = opened(two)
     assert page.locator("#table tbody tr").count() == 10
-    found = sorted((x, y) for trace in points(page) for x, y in zip(trace["x"], trace["y"], strict=True))
+    drawn = sorted((x, y) for trace in points(page) for x, y in zip(trace["x"], trace["y"], strict=True))
     rows = sorted(
         (row["bytes"], row["test_accuracy"]) for record in records(two).values() for row in record["tradeoff"]
     )
-    assert [(x, pytest.approx(y, rel=1e-5)) for x, y in found] == [(size, 100 * accuracy) for size, accuracy in rows]
+    assert [(x, pytest.approx(y, rel=1e-5)) for x, y in drawn] == [(size, 100 * accuracy) for size, accuracy in rows]
 
 
 def test_means_and_deviations_are_those_of_the_seeds(opened, many):

@@ -129,5 +129,5 @@ def test_a_new_column_reaches_the_loggers(used):
 
 
 def test_every_field_of_a_row_says_what_it_means():
-    assert list(COLUMNS) == [each.name for each in fields(Row)]
+    assert list(COLUMNS) == [field.name for field in fields(Row)]
     assert all(column.meaning for column in COLUMNS.values())

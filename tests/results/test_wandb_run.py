@@ -68,7 +68,7 @@ class Read:
     @staticmethod
     def _records(content: bytes):
         assert content[:4] == b":W&B"
-        at, whole = 7, b""
+        at, fragments = 7, b""
         while at + 7 <= len(content):
             if 32768 - at % 32768 < 7:
                 at += 32768 - at % 32768
@@ -76,11 +76,11 @@ class Read:
             length, kind = int.from_bytes(content[at + 4 : at + 6], "little"), content[at + 6]
             if at + 7 + length > len(content):
                 return  # being written
-            whole += content[at + 7 : at + 7 + length]
+            fragments += content[at + 7 : at + 7 + length]
             at += 7 + length
-            if kind in (1, 4):  # whole in one piece, or the last of several
-                yield Record.FromString(whole)
-                whole = b""
+            if kind in (1, 4):  # in one piece, or the last of several
+                yield Record.FromString(fragments)
+                fragments = b""
 
 
 def _update(content: dict, items) -> None:
@@ -131,7 +131,7 @@ def first(sweep):
 
 def test_each_job_of_a_sweep_is_a_finished_run_in_the_group_of_the_sweep(sweep):
     runs = [read_all(sweep / number) for number in ("0", "1")]
-    assert [len(each) for each in runs] == [1, 1]
+    assert [len(reads) for reads in runs] == [1, 1]
     [one], [other] = runs
     assert one.run.run_id != other.run.run_id
     for number, read in enumerate((one, other)):
@@ -146,13 +146,13 @@ def test_each_job_of_a_sweep_is_a_finished_run_in_the_group_of_the_sweep(sweep):
 
 def test_the_configuration_is_the_composed_one_with_the_commit_and_the_directory(first):
     directory, read, record = first
-    found = dict(read.config)
+    config = dict(read.config)
     commit = record["versions"]["commit"]
-    assert found.pop("commit") == commit
+    assert config.pop("commit") == commit
     assert read.run.git.commit == (commit or "").removesuffix("-dirty")
-    assert found.pop("directory") == str(directory)
-    found.pop("_wandb")
-    assert found == yaml.safe_load((directory / "config.yaml").read_text())
+    assert config.pop("directory") == str(directory)
+    config.pop("_wandb")
+    assert config == yaml.safe_load((directory / "config.yaml").read_text())
 
 
 def test_every_metric_is_there_at_its_step(first):
@@ -291,7 +291,7 @@ def test_a_run_is_finished_only_after_it_was_uploaded(monkeypatch, tmp_path):
     [directory] = Path("outputs/runs").iterdir()
     assert not (directory / "result.json").exists()
     assert main([f"resume={directory}"]) == 0
-    assert [each.exit_code for each in read_all(directory)] == [0, 0]
+    assert [read.exit_code for read in read_all(directory)] == [0, 0]
 
 
 def test_a_run_that_was_interrupted_is_ended_too(tmp_path):
