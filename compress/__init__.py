@@ -1,21 +1,27 @@
 """Distil, prune and quantize image classifiers: the most accuracy per byte, and the file."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from compress.pipeline.run import Result
 
 
-def run(overrides: Sequence[str] = ()) -> "Result":
+def run(overrides: Sequence[str] = (), config_dir: str | Path | None = None) -> "Result":
     """Does one run from Python as the command line would: `compress.run(["method=dkd", "student=resnet18"])`.
 
-    Paths such as `output_directory` are relative to the working directory. Raises `compress.errors.UserError` for a
-    mistake in `overrides` before anything is written.
+    Paths such as `output_directory` are relative to the working directory; `config_dir` is a folder of YAML groups of
+    your own, laid out as `conf/`. Raises `compress.errors.UserError` for a mistake before anything is written.
     """
-    from compress.cli import run_directory
-    from compress.pipeline import stages
-    from compress.pipeline.checks import checked_jobs
+    from compress.config.compose import searched_folders
+    from compress.data.shared import DataSets
+    from compress.paths import searching
+    from compress.pipeline.check import checked_jobs
+    from compress.pipeline.execute import execute
+    from compress.pipeline.resume import run_directory
 
-    [(typed, composed)] = checked_jobs(overrides)
-    return stages.run(composed, run_directory(composed), typed)
+    data_sets = DataSets()
+    with searching(searched_folders(overrides, config_dir)):
+        [job] = checked_jobs(overrides, data_sets=data_sets)
+        return execute(job, run_directory(job, overrides), data_sets)

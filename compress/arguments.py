@@ -8,7 +8,7 @@ import typing
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union
+from typing import Annotated, Any, Literal, TypeVar, Union
 
 from omegaconf import OmegaConf
 from pydantic import BeforeValidator, Strict, TypeAdapter, ValidationError
@@ -16,7 +16,8 @@ from pydantic.fields import FieldInfo
 
 from compress.errors import UserError
 
-HYDRA_KEYS = frozenset({"_target_", "_partial_", "_recursive_", "_convert_"})
+# Keys of a node that are no arguments: Hydra's, and the option that chose the node.
+NOT_ARGUMENTS = frozenset({"_target_", "_partial_", "_recursive_", "_convert_", "stem"})
 LISTS = (list, Sequence, Iterable, Collection)
 MAPPINGS = (dict, Mapping)
 COMPARISONS = (
@@ -27,6 +28,10 @@ COMPARISONS = (
     ("multiple_of", "divisible by {}"),
 )
 UNKNOWN = inspect.Parameter.empty
+_SUPPLIED = object()
+T = TypeVar("T")
+# The annotation of an argument that the run supplies and no YAML: `seed: Supplied[int]`.
+Supplied = Annotated[T, _SUPPLIED]
 
 
 def _number(value: Any) -> Any:
@@ -68,8 +73,8 @@ def check_arguments(
     `**kwargs`), or a mapping from name to annotation. `accepted` names the keys that may occur; left out, they are
     the parameters with an annotation that a YAML value can meet, so networks and callables are not among them.
     An accepted key without such an annotation is passed on as it is. Parameters that `arguments` does not name are
-    not looked at (the caller may supply them), and Hydra's own keys (`_target_` and the like) are left out of the
-    answer. `where` is the key of the node, such as "optimizer".
+    not looked at (the caller may supply them), and keys that are no arguments (`_target_`, `stem` and the like) are
+    left out of the answer. `where` is the key of the node, such as "optimizer".
 
     Raises UserError for an unknown key and for the first value that does not meet its annotation.
     """
@@ -87,7 +92,7 @@ def check_arguments(
 
     values = {}
     for name, value in arguments.items():
-        if name in HYDRA_KEYS:
+        if name in NOT_ARGUMENTS:
             continue
         key = f"{where}.{name}" if where else str(name)
         if name not in accepted:
@@ -103,7 +108,45 @@ def check_arguments(
 
 def parameter_names(target: Callable[..., Any]) -> tuple[str, ...]:
     """The names that `target` can be called with, its parents' constructors included while one takes `**kwargs`."""
-    return tuple(_parameters(target))
+    return tuple(annotations(target))
+
+
+def settable(target: Callable[..., Any]) -> tuple[str, ...]:
+    """The names of those parameters of `target` that a YAML node sets: all that are not annotated as `Supplied`."""
+    return tuple(name for name, (annotation, _) in _parameters(target).items() if not has_mark(annotation, _SUPPLIED))
+
+
+def has_mark(annotation: Any, mark: Any) -> bool:
+    """Whether `annotation` is an `Annotated[...]` that carries `mark`."""
+    return any(item is mark for item in getattr(annotation, "__metadata__", ()))
+
+
+def annotations(target: Callable[..., Any]) -> dict[str, Any]:
+    """The annotation of each of `parameter_names`, `inspect.Parameter.empty` where there is none."""
+    return {name: annotation for name, (annotation, _) in _parameters(target).items()}
+
+
+def arguments_of(node: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments in a configuration node, as plain values: its keys without `_target_`, `stem` and the like."""
+    plain = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
+    return {key: value for key, value in plain.items() if key not in NOT_ARGUMENTS}
+
+
+def construct(node: Mapping[str, Any], **supplied: Any) -> Any:
+    """What Hydra makes of a configuration node: its `_target_`, called with the other keys and what is `supplied`.
+
+    A UserError of the constructor is passed on as it is.
+    """
+    from hydra.errors import InstantiationException  # late, because programs that only classify start without Hydra
+    from hydra.utils import instantiate
+
+    plain = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
+    try:
+        return instantiate({key: value for key, value in plain.items() if key != "stem"}, **supplied)
+    except InstantiationException as failure:
+        if isinstance(failure.__cause__, UserError):
+            raise failure.__cause__ from None
+        raise
 
 
 def _checked(kind: Any, value: Any, key: str) -> Any:
@@ -152,6 +195,8 @@ def _yaml_type(annotation: Any) -> Any:
     if origin is Literal:
         return Annotated[annotation, BeforeValidator(partial(_same_kind, inner))]
     if origin is Annotated:
+        if has_mark(annotation, _SUPPLIED):
+            return UNKNOWN
         base, metadata = inner[0], annotation.__metadata__
         if base in NUMBERS:  # pydantic begins at the end: text becomes a number, which is then compared
             return Annotated[(base, Strict(), *metadata, NUMBERS[base])]

@@ -1,6 +1,54 @@
-"""Where the YAML groups lie: beside the package in a checkout, inside it in a wheel."""
+"""Where the YAML groups lie: beside the package in a checkout, inside it in a wheel, and in the user's own folders."""
 
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent
 CONF = PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "conf"
+# In the environment, so that the processes which this one starts look in the same folders.
+CONFIG_PATH = "COMPRESS_CONFIG_PATH"
+
+
+def user_folders() -> list[Path]:
+    """The folders of YAML groups that the user has named by `--config-dir` or `hydra.searchpath`."""
+    return [Path(folder) for folder in os.environ.get(CONFIG_PATH, "").split(os.pathsep) if folder]
+
+
+def config_folders() -> list[Path]:
+    """All folders of YAML groups; an option is taken from the first that has it."""
+    return [CONF, *user_folders()]
+
+
+@contextmanager
+def searching(folders: Sequence[Path]) -> Iterator[None]:
+    """Within it, `folders` are searched too, by this process and those that it starts."""
+    before = os.environ.get(CONFIG_PATH)
+    os.environ[CONFIG_PATH] = os.pathsep.join(dict.fromkeys(map(str, [*user_folders(), *map(Path.absolute, folders)])))
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[CONFIG_PATH]
+        else:
+            os.environ[CONFIG_PATH] = before
+
+
+def import_from_here() -> None:
+    """Lets `_target_` name a module in the working directory, after everything that is installed."""
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.append(here)
+
+
+def option_file(group: str, stem: str) -> Path | None:
+    """The YAML file of the option `stem` of a `group`; None where no folder has one."""
+    files = [folder / group / f"{stem}.yaml" for folder in config_folders()]
+    return next((file for file in files if file.is_file()), None)
+
+
+def options(group: str) -> list[str]:
+    """The options of a `group`, in alphabetical order."""
+    return sorted({file.stem for folder in config_folders() for file in (folder / group).glob("*.yaml")})

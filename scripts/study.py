@@ -8,10 +8,11 @@ import sys
 from pathlib import Path
 
 from compress.benchmarks.study_table import study_table
+from compress.data.shared import DataSets
 from compress.errors import exit_code
 from compress.files import write_text
-from compress.pipeline import run as pipeline
-from compress.pipeline.checks import checked_jobs
+from compress.pipeline.check import checked_jobs
+from compress.pipeline.execute import execute
 from compress.results.tradeoff import Row
 
 TEACHER = ["teacher=resnet20", "teacher.training.epochs=20", "teacher.training.optimizer.lr=1e-2"]
@@ -29,16 +30,17 @@ METHODS = {
 def study(output: Path, overrides: list[str], seeds: list[int]) -> str:
     """The table of all methods, each run below `output`; `overrides` hold for all of them."""
     runs: dict[str, list[list[Row]]] = {method: [] for method in METHODS}
+    data_sets = DataSets()
     for seed in seeds:
         for method, variants in METHODS.items():
             rows: list[Row] = []
             for index, variant in enumerate(variants):
                 own = ["experiment=fashion_mnist_study", f"method={method}", *variant, f"seed={seed}"]
                 own += [f"output_directory={output}", *overrides]
-                [(typed, composed)] = checked_jobs(own)
+                [job] = checked_jobs(own, data_sets=data_sets)
                 directory = output / f"{method}-{index}-seed{seed}"
                 directory.mkdir(parents=True, exist_ok=True)
-                rows += pipeline.run(composed, directory, typed).rows
+                rows += execute(job, directory, data_sets).rows
             # The float weights behind a grid were never meant to be used without it.
             runs[method].append([row for row in rows if method != "qat" or row.quantizer == "lsq"])
     return study_table(runs)

@@ -6,11 +6,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from compress.config.compose import compose_jobs
 from compress.export.packed import read_model
+from compress.pipeline.parts import Parts
 from compress.pipeline.variants import Variants
 
 PLAIN = ["quantizer.scale_candidates=1", "quantizer.sweeps=0", "quantizer.refit=false"]
@@ -42,9 +42,7 @@ def measure(run: Path, options: Mapping[str, Sequence[str]], known: dict[str, An
 
     What is known already is not measured again; `save` is called after each one that is.
     """
-    config = OmegaConf.load(run / "config.yaml")
-    data = instantiate(config.data, seed=config.seed)
-    data.setup()
+    data = Parts(OmegaConf.load(run / "config.yaml")).data
     student, about = read_model(run / "models" / "student-fp32.safetensors")
     exported = {"packed": False, "onnx": False}
     with tempfile.TemporaryDirectory() as folder:
@@ -57,10 +55,10 @@ def measure(run: Path, options: Mapping[str, Sequence[str]], known: dict[str, An
                 size = next(row["bytes"] for row in known["gpfq"]["rows"] if row["bits"] == 3)
                 overrides = [*overrides, f"quantizer.budget={size}"]
             typed = [*overrides, "quantizer.calibration_images=512"]
-            [(_, composed)] = compose_jobs(typed)
+            [job] = compose_jobs(typed)
             before = len(variants.rows)
             variants.layers.clear()
-            variants.quantize(student, instantiate(composed.quantizer))
+            variants.quantize(student, Parts(job.config).quantizer)
             rows = [asdict(row) for row in variants.rows[before:]]
             errors = [_error(layers["quantized"]) for layers in variants.layers.values()]
             known[name] = {"float": asdict(variants.rows[0]), "rows": rows, "errors": errors}

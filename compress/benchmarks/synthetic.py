@@ -11,8 +11,8 @@ from compress.files import write_text
 from compress.results.record import Record
 from compress.results.tradeoff import Row, write_csv
 
-METHODS = ("supervised", "kd", "dkd", "at", "dml")
 STUDENTS = {"resnet8": 78_042, "resnet20": 272_474, "resnet56": 855_770, "resnet18": 11_173_962}
+METHODS = ("supervised", "kd", "dkd", "at", "dml")
 LEARNING_RATES = (0.001, 0.003, 0.01, 0.03, 0.1)
 
 

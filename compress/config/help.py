@@ -1,6 +1,6 @@
 """The text of `--help`: the groups, their options and what each file says of itself."""
 
-from compress.paths import CONF
+from compress.paths import option_file, options
 
 GROUPS = {
     "data": "images and their augmentation",
@@ -28,6 +28,7 @@ compress: distil a student from a teacher, quantize it, and see the accuracy per
 
   --cfg job       print the composed configuration        --help       this text
   --dry-run       print models, sizes and times           -m           sweep over comma-separated values
+  --config-dir D  a folder of YAML files of your own, laid out as conf/
 
 Choose an option with group=option, set a key with group.key=value, add a key with +group.key=value."""
 
@@ -35,25 +36,28 @@ Choose an option with group=option, set a key with group.key=value, add a key wi
 def help_text() -> str:
     """Groups and options, with the first comment line of each option's file."""
     parts = [HEAD]
-    models = [path.stem for path in sorted((CONF / "model").glob("*.yaml"))]
     parts.append(
-        f"student, teacher, peer: the networks (peer=none: copies of the student)\n{_wrapped(models)}\n"
+        f"student, teacher, peer: the networks (peer=none: copies of the student)\n{_wrapped(options('model'))}\n"
         "  teacher=ensemble teacher.members=[resnet50,wrn_40_2]  the mean of their logits"
     )
     for group, purpose in GROUPS.items():
         lines = [f"{group}: {purpose}"]
-        options = sorted((CONF / group).glob("*.yaml"))
-        width = max(len(path.stem) for path in options)
-        for path in options:
-            comments = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("# ")]
-            said = next((line for line in comments if not line.startswith("# @package")), "#")
-            lines.append(f"  {path.stem:<{width}}  {said.removeprefix('#').strip()}")
+        stems = options(group)
+        width = max(map(len, stems))
+        lines += [f"  {stem:<{width}}  {_first_comment(group, stem)}" for stem in stems]
         parts.append("\n".join(lines))
     parts.append(
         "Keys of an option: --cfg job, or the files in conf/. "
         "Other keys: seed, output_directory, stages (runs one after the other), grid (what a sweep goes through)."
     )
     return "\n\n".join(parts)
+
+
+def _first_comment(group: str, stem: str) -> str:
+    """What an option's file says of itself in its first line."""
+    lines = option_file(group, stem).read_text(encoding="utf-8").splitlines()
+    comments = [line for line in lines if line.startswith("# ") and not line.startswith("# @package")]
+    return comments[0].removeprefix("# ").strip() if comments else ""
 
 
 def _wrapped(words: list[str], width: int = 100) -> str:

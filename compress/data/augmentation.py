@@ -1,4 +1,4 @@
-"""Augmentation of whole batches of bytes: crop, mirror, RandAugment, normalisation and cut-out.
+"""Augmentation of batches of bytes: crop, mirror, RandAugment, normalisation and cut-out.
 
 Cut-out: DeVries & Taylor 2017, https://arxiv.org/abs/1708.04552. Images are `(B, C, H, W)` tensors whose channels lie
 last in memory: a row of pixels is then one run of bytes, which makes a crop a copy of runs and normalisation one
@@ -87,7 +87,7 @@ def crop_and_mirror(
     `top`, `left`: int64 `(B,)` in 0..2*padding, None for the middle; `mirrored`: bool `(B,)`, None for no image.
     All crops are one gather of rows: a strided view of the padded batch has a row starting at every byte, and the
     rows that begin where the crops do are taken from it. Mirrored images are padded mirrored (their crop then begins
-    at `2 * padding - left`) at the end of the padded batch; the gather puts them back in their places.
+    at `2 * padding - left`) at the end of the padded batch; the gather restores the order.
     """
     batch, channels, height, width = images.shape
     pixels = images.permute(0, 2, 3, 1)

@@ -1,4 +1,4 @@
-"""A data set that answers whole batches, and the sampler that gives it its epoch."""
+"""A data set that returns batches instead of single images, and the sampler that gives it its epoch."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ class ImageBatches(Dataset[Batch]):
     """Images and labels in memory, augmented and normalised a batch at a time.
 
     `images`: uint8 `(n, 3, H, W)`, channels last; `labels`: int64 `(n,)`; batches come out on their device. Without an
-    augmentation the images are only normalised. The random choices of an epoch are tables over the whole set, drawn
+    augmentation the images are only normalised. The random choices of an epoch are tables over all its images, drawn
     by `set_epoch` from (seed, epoch), so what happens to an image depends on (seed, epoch, index) and not on its batch.
     """
 
@@ -31,7 +31,7 @@ class ImageBatches(Dataset[Batch]):
     ) -> None:
         self.images = images
         self.labels = labels
-        # (n, H, W, C): selecting along the first dimension then copies whole images.
+        # (n, H, W, C): selecting along the first dimension then copies one run of bytes per image.
         self._pixels = images.permute(0, 2, 3, 1)
         self._normalisation = normalisation
         self._augmentation = augmentation
@@ -63,9 +63,9 @@ class ImageBatches(Dataset[Batch]):
 
 @dataclass(frozen=True)
 class Share:
-    """What the process `rank` of `world_size` has of every `batch_size` images: a slice, as large as that of any other.
+    """The slice of every batch of `batch_size` images that the process `rank` of `world_size` trains on.
 
-    `batch_size` is a multiple of `world_size`.
+    All slices are of equal size: `batch_size` is a multiple of `world_size`.
     """
 
     rank: int = 0
@@ -73,13 +73,13 @@ class Share:
     batch_size: int = 1
 
     def count(self, images: int) -> int:
-        """How many of that many images it has."""
+        """How many of so many images an epoch of this process has."""
         if self.world_size == 1:
             return images
         return images // self.batch_size * (self.batch_size // self.world_size)
 
     def of(self, order: list[int]) -> list[int]:
-        """Its part of `order`, of whose whole batches all processes together have all; one process has all of it."""
+        """This process's part of `order`: its slices of the full batches; all of `order` where there is one process."""
         if self.world_size == 1:
             return order
         size = self.batch_size // self.world_size
@@ -90,7 +90,8 @@ class Share:
 def evaluation_batches(count: int, batch_size: int, rank: int, world_size: int) -> list[list[int]]:
     """The batches of the process `rank`: every index below `count` is in one batch of one process.
 
-    All processes have as many batches, because they meet at each. Raises ValueError for more processes than indices.
+    All processes have the same number of batches, because they synchronise after every one. Raises ValueError for
+    more processes than indices.
     """
     if count < world_size:
         raise ValueError(f"{count} images cannot be shared by {world_size} processes")
@@ -100,7 +101,7 @@ def evaluation_batches(count: int, batch_size: int, rank: int, world_size: int) 
 
 
 class EpochSampler(Sampler[int]):
-    """All indices in an order that follows from (seed, epoch), or of each batch the `share` of one process.
+    """All indices in an order that follows from (seed, epoch), or the `share` of one process in it.
 
     Lightning calls `set_epoch` on the sampler of a loader and on nothing else, so the sampler hands it on to the set.
     """

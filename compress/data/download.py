@@ -1,4 +1,4 @@
-"""Fetching an archive: checked before it takes its name, and nothing left behind where it cannot be had."""
+"""Downloading a file: it gets its name once its sum is checked, and a failure leaves nothing behind."""
 
 import contextlib
 import hashlib

@@ -45,8 +45,8 @@ def stratified_order(labels: Tensor, seed: int) -> Tensor:
     """A shuffled order of all images of which every prefix holds the classes in proportion.
 
     `labels` is int64 `(n,)`, the answer an int64 permutation `(n,)` on the CPU. In a prefix of k images, a class with
-    n_c of the n images has n_c k / n, up to rounding, and exactly that where the numbers of all classes come out
-    whole. So a split, a slice for a quick try and a calibration set are all prefixes of such an order.
+    n_c of the n images has n_c k / n, up to rounding, and exactly that where these are integers for all
+    classes. So a split, a slice for a quick try and a calibration set are all prefixes of such an order.
     """
     classes = labels.cpu().numpy()
     total = len(classes)

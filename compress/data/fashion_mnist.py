@@ -74,7 +74,7 @@ def _checked(images: Tensor, labels: Tensor, folder: Path) -> tuple[Tensor, Tens
     if not shapes_fit or not len(labels) or labels.max() > 9:
         raise UserError(
             f"data.root: {folder} holds images {tuple(images.shape)} and labels {tuple(labels.shape)}; accepted: the "
-            "same number of each, 28x28 pixels, labels 0..9"
+            "same number of both, 28x28 pixels, labels 0..9"
         )
     return images[:, None], labels.long()
 
@@ -92,6 +92,6 @@ def read_idx(path: Path) -> Tensor:
     values = np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions)
     if zeros != 0 or kind != UNSIGNED_BYTES or not shape or values.size != np.prod(shape):
         raise UserError(
-            f"{path}: {values.size:,} bytes behind a header for {shape}; accepted: a whole idx file of unsigned bytes"
+            f"{path}: {values.size:,} bytes behind a header for {shape}; accepted: all of an idx file of unsigned bytes"
         )
     return torch.from_numpy(values.reshape(shape).copy())

@@ -19,7 +19,7 @@ MEAN, STANDARD_DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class Folder(DataModule):
-    """`data=folder data.root=DIRECTORY`: images become RGB, the shorter side `image_size`, the centre kept."""
+    """`data=folder data.root=DIRECTORY`: images become RGB, the shorter side `image_size`, cropped to the centre."""
 
     def __init__(self, root: Annotated[str, Field(min_length=1)], **options: Any) -> None:
         super().__init__(**options)
@@ -36,8 +36,8 @@ class Folder(DataModule):
         for split in ("test", "val"):
             if split == "val" and not (self.root / split).exists():
                 continue
-            if (found := self._classes(split)) != classes:
-                different = ", ".join(sorted(set(found) ^ set(classes)))
+            if (others := self._classes(split)) != classes:
+                different = ", ".join(sorted(set(others) ^ set(classes)))
                 raise UserError(
                     f"data.root: train and {split} differ in {different}; accepted: the same classes in both"
                 )
@@ -59,15 +59,14 @@ class Folder(DataModule):
         folder = self.root / split
         if not folder.is_dir():
             raise UserError(f"data.root: found no folder {folder}; accepted: a folder that holds train/ and test/")
-        return sorted(each.name for each in folder.iterdir() if each.is_dir() and not each.name.startswith("."))
+        return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
 
     def _files(self, split: str, name: str) -> list[Path]:
-        found = (self.root / split / name).rglob("*")
-        # Hidden ones are what file managers leave beside the images, such as ._cat.png.
+        # File managers write hidden files between the images, such as ._cat.png.
         return sorted(
-            each
-            for each in found
-            if each.suffix.lower() in ENDINGS and not each.name.startswith(".") and each.is_file()
+            path
+            for path in (self.root / split / name).rglob("*")
+            if path.suffix.lower() in ENDINGS and not path.name.startswith(".") and path.is_file()
         )
 
     def _split(self, split: str, classes: list[str]) -> tuple[Tensor, Tensor]:

@@ -1,9 +1,8 @@
 """The Lightning DataModule that all data sets share."""
 
 from abc import abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Annotated, Any
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, TypeVar
 
 import pytorch_lightning as pl
 import torch
@@ -11,44 +10,49 @@ from pydantic import Field
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from compress.arguments import Supplied, annotations, has_mark
 from compress.data.augmentation import Augmentation, Normalisation
 from compress.data.dataset import EpochSampler, ImageBatches, Share, as_it_is, evaluation_batches
 from compress.data.draws import stratified_order
 from compress.data.randaugment import GREATEST_MAGNITUDE
-from compress.data.source import Source, prepared
+from compress.data.source import Images, Source, Split, prepared
 from compress.errors import UserError
 
 Count = Annotated[int, Field(ge=1)]
 Pixels = Annotated[int, Field(ge=0)]
+_OF_BATCHES = object()
+T = TypeVar("T")
+# The annotation of an argument that decides how batches are made of the images, and not which images there are.
+OfBatches = Annotated[T, _OF_BATCHES]
 
 
 class DataModule(pl.LightningDataModule):
     """Training, validation and test batches `(B, 3, image_size, image_size)` with labels `(B,)`.
 
     A data set implements `read`, and `prepare_data` where it needs files. `split_seed` decides which training images
-    are kept for validation; `seed`, which the run gives, decides order and augmentation. `limit` keeps that many
+    are for validation; `seed`, which the run supplies, decides order and augmentation. `limit` takes only that many
     images of each split that the data set comes with, for quick tries. `mean` and `standard_deviation` (one number or
-    three) replace the data set's own.
+    three) replace those of the data set.
     """
 
     def __init__(
         self,
         *,
         image_size: Annotated[int, Field(ge=4)],
-        batch_size: Count = 64,
-        evaluation_batch_size: Count = 500,
+        batch_size: OfBatches[Count] = 64,
+        evaluation_batch_size: OfBatches[Count] = 500,
         validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1,
         split_seed: Pixels = 0,
         limit: Count | None = None,
-        crop_padding: Pixels = 0,
-        horizontal_flip: bool = False,
-        cutout: Pixels = 0,
-        randaugment: Pixels = 0,
-        randaugment_magnitude: Annotated[int, Field(ge=0, le=GREATEST_MAGNITUDE)] = 9,
-        mean: list[float] | None = None,
-        standard_deviation: list[Annotated[float, Field(gt=0)]] | None = None,
-        seed: int = 0,
-        device: Any = "cpu",
+        crop_padding: OfBatches[Pixels] = 0,
+        horizontal_flip: OfBatches[bool] = False,
+        cutout: OfBatches[Pixels] = 0,
+        randaugment: OfBatches[Pixels] = 0,
+        randaugment_magnitude: OfBatches[Annotated[int, Field(ge=0, le=GREATEST_MAGNITUDE)]] = 9,
+        mean: OfBatches[list[float] | None] = None,
+        standard_deviation: OfBatches[list[Annotated[float, Field(gt=0)]] | None] = None,
+        seed: Supplied[int] = 0,
+        device: Supplied[torch.device | str] = "cpu",
     ) -> None:
         super().__init__()
         self.image_size = image_size
@@ -69,36 +73,50 @@ class DataModule(pl.LightningDataModule):
 
     @abstractmethod
     def read(self) -> Source:
-        """The data set, its files having been found by `prepare_data`. Raises UserError for files it cannot read."""
+        """The data set, from files that `prepare_data` has checked or downloaded. Raises UserError for damaged ones."""
+
+    @classmethod
+    def decisive(cls, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Those of the constructor's `options` that decide which images there are."""
+        of = annotations(cls)
+        return {name: value for name, value in options.items() if not has_mark(of.get(name), _OF_BATCHES)}
 
     def setup(self, stage: str | None = None) -> None:
-        """Reads and splits the images; a second call does nothing."""
-        if self.splits:
-            return
+        """Reads and splits the images, unless the module has some."""
+        if not self.splits:
+            self.use(self.load())
+
+    def load(self) -> Images:
+        """The images of this data set, read, split and resized."""
         source = self.read()
-        self.class_names = source.class_names
-        self.num_classes = len(source.class_names)
-        self.mean, self.standard_deviation = (
-            self._three(key, getattr(source, key)) for key in ("mean", "standard_deviation")
-        )
-        train = self._limited(Split(source.train_images, source.train_labels), "training")
-        test = self._limited(Split(source.test_images, source.test_labels), "test")
+        classes = len(source.class_names)
+        train = self._limited(Split(source.train_images, source.train_labels), "training", classes)
+        test = self._limited(Split(source.test_images, source.test_labels), "test", classes)
         if source.validation_images is None:
             order = stratified_order(train.labels, self.split_seed)
             count = round(self.validation_fraction * len(train))
-            self._check_classes(train, order, count)
+            self._check_classes(train, order, count, classes)
             train, validation = train[order[count:].sort().values], train[order[:count].sort().values]
         else:
-            validation = self._limited(Split(source.validation_images, source.validation_labels), "validation")
-        self.splits = {
-            name: Split(prepared(each.images, self.image_size).to(self.device), each.labels.to(self.device))
-            for name, each in (("train", train), ("validation", validation), ("test", test))
+            validation = Split(source.validation_images, source.validation_labels)
+            validation = self._limited(validation, "validation", classes)
+        splits = {
+            name: Split(prepared(split.images, self.image_size).to(self.device), split.labels.to(self.device))
+            for name, split in (("train", train), ("validation", validation), ("test", test))
         }
+        return Images(splits, source.class_names, source.mean, source.standard_deviation)
+
+    def use(self, images: Images) -> None:
+        """Makes batches of `images`, those that `load` returns or has returned to an equal module."""
+        self.splits, self.class_names = images.splits, images.class_names
+        self.num_classes = len(images.class_names)
+        self.mean = _three(self.given["mean"] or images.mean)
+        self.standard_deviation = _three(self.given["standard_deviation"] or images.standard_deviation)
 
     def train_dataloader(self) -> DataLoader:
         images = self._images("train", self.augmentation, self.seed)
         rank, world_size = self._place()
-        # A last batch of one image would break BatchNorm; what is left over comes up in another epoch.
+        # A last batch of one image would break BatchNorm; the order of another epoch has its images earlier.
         return DataLoader(
             images,
             self.batch_size // world_size,
@@ -145,44 +163,31 @@ class DataModule(pl.LightningDataModule):
             "standard_deviation": list(self.standard_deviation),
         }
 
-    def _limited(self, split: "Split", name: str) -> "Split":
+    def _limited(self, split: Split, name: str, classes: int) -> Split:
         if self.limit is None or self.limit >= len(split):
             return split
         order = stratified_order(split.labels, self.split_seed)
         chosen = split[order[: self.limit].sort().values]
-        if len(chosen.labels.unique()) < self.num_classes or self.limit < 2 * self.num_classes:
+        if len(chosen.labels.unique()) < classes or self.limit < 2 * classes:
             raise UserError(
-                f"data.limit: found {self.limit}, too few {name} images for {self.num_classes} classes; "
-                f"accepted: at least {2 * self.num_classes}, or null"
+                f"data.limit: found {self.limit}, too few {name} images for {classes} classes; "
+                f"accepted: at least {2 * classes}, or null"
             )
         return chosen
 
-    def _check_classes(self, train: "Split", order: Tensor, count: int) -> None:
+    def _check_classes(self, train: Split, order: Tensor, count: int, classes: int) -> None:
         for part in (order[:count], order[count:]):
-            if len(train.labels[part].unique()) < self.num_classes:
+            if len(train.labels[part].unique()) < classes:
                 raise UserError(
                     f"data.validation_fraction: found {self.validation_fraction}, {count} of {len(train)} images, "
                     "which leaves a class without one; accepted: one that leaves each class an image on either side"
                 )
-
-    def _three(self, key: str, own: Sequence[float]) -> tuple[float, float, float]:
-        values = tuple(self.given[key] or own)
-        return values * 3 if len(values) == 1 else values
 
     def _images(self, split: str, augmentation: Augmentation | None = None, seed: int = 0) -> ImageBatches:
         normalisation = Normalisation(self.mean, self.standard_deviation, self.image_size).to(self.device)
         return ImageBatches(self.splits[split].images, self.splits[split].labels, normalisation, augmentation, seed)
 
 
-@dataclass(frozen=True)
-class Split:
-    """uint8 images `(n, C, H, W)` and class indices `(n,)`."""
-
-    images: Tensor
-    labels: Tensor
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, indices: Tensor) -> "Split":
-        return Split(self.images[indices], self.labels[indices])
+def _three(values: Sequence[float]) -> tuple[float, float, float]:
+    """One number or three as three."""
+    return tuple(values) * 3 if len(values) == 1 else tuple(values)

@@ -1,4 +1,4 @@
-"""RandAugment on whole batches: images that drew the same operation are transformed together.
+"""RandAugment on batches: images that drew the same operation are transformed together.
 
 Cubuk et al. 2019, https://arxiv.org/abs/1909.13719; operations, ranges and fill are those of torchvision's RandAugment.
 """
@@ -57,7 +57,7 @@ def rand_augment(images: Tensor, operations: Tensor, negative: Tensor, magnitude
     negated; `magnitude`: 0..30 for strengths 0..1. Both tables lie on the CPU, where the groups are formed.
     """
     table = list(OPERATIONS.values())
-    signed = torch.tensor([each[1] for each in table])
+    signed = torch.tensor([is_signed for _, is_signed in table])
     for operation, minus in zip(operations.unbind(1), negative.unbind(1), strict=True):
         group = 2 * operation + (minus & signed[operation])
         result = torch.empty_like(images)

@@ -1,4 +1,4 @@
-"""What reading a data set yields: images as bytes, labels, names of the classes, normalisation."""
+"""What reading a data set yields: images as bytes, labels, names of the classes, normalisation; and its splits."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,11 +28,39 @@ class Source:
     validation_labels: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Split:
+    """uint8 images `(n, C, H, W)` and class indices `(n,)`."""
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, indices: Tensor) -> "Split":
+        return Split(self.images[indices], self.labels[indices])
+
+
+@dataclass(frozen=True)
+class Images:
+    """A data set that has been read, split and resized.
+
+    `splits` has train, validation and test: uint8 `(n, 3, image_size, image_size)`, channels last, on the device of
+    the module. `mean` and `standard_deviation` are those of the `Source`.
+    """
+
+    splits: dict[str, Split]
+    class_names: tuple[str, ...]
+    mean: Sequence[float]
+    standard_deviation: Sequence[float]
+
+
 def prepared(images: Tensor, image_size: int) -> Tensor:
     """uint8 `(n, C, H, W)` as `(n, 3, image_size, image_size)` with the channels last in memory.
 
     Resizing is bilinear with antialiasing; grey is repeated over the channels, here and not in every batch, where it
-    would cost more than the augmentation itself. Works in chunks, so that no float copy of a whole set ever exists.
+    would cost more than the augmentation itself. Works in chunks, so that no float copy of all images ever exists.
     """
     result = torch.empty((len(images), 3, image_size, image_size), dtype=torch.uint8, memory_format=torch.channels_last)
     for start in range(0, len(images), CHUNK):

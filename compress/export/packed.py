@@ -25,7 +25,7 @@ from compress.errors import UserError
 from compress.export import container
 from compress.export.bits import pack, packed_length, unpack
 from compress.models.folding import bake_parametrizations, fold_pairs
-from compress.models.masks import found, is_mask
+from compress.models.masks import is_mask, masks_of
 from compress.quantization.activations import InputQuantizer, attach_input_quantizer, input_quantizers
 from compress.quantization.grid import Grid
 from compress.quantization.post_training import QuantizedLayer, QuantizedModel
@@ -117,7 +117,7 @@ def write_float(
         if not name.endswith(COUNTER) and not is_mask(name)
     }
     description = network_description(architecture, class_names, mean, standard_deviation, input_shape, extra)
-    if masked := list(found(plain)):
+    if masked := list(masks_of(plain)):
         description["masked"] = masked
     return container.write(Path(path), FLOAT_2 if "channels" in architecture else FLOAT, description, tensors)
 

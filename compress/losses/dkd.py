@@ -20,7 +20,7 @@ from compress.losses.standardisation import standardise
 def dkd_terms(
     student_logits: Tensor, teacher_logits: Tensor, target: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """TCKD and NCKD of the paper, each times T^2 and averaged over the batch: two scalars in nats.
+    """TCKD and NCKD of the paper, both times T^2 and averaged over the batch: two scalars in nats.
 
     Logits are `(B, C)` with C >= 2, `target` holds class indices `(B,)`. TCKD is the divergence of the two-way
     distributions [p_y, 1 - p_y]; NCKD that of the softmax over the C - 1 other classes, which are gathered, not

@@ -11,7 +11,7 @@ from compress.losses.precision import at_least_float32
 
 
 def distance_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Huber loss between the pairwise distances of `(B, D)` and of `(B, E)`, each over their own mean, a scalar.
+    """Huber loss between the pairwise distances of `(B, D)` and of `(B, E)`, both divided by their mean, a scalar.
 
     Equations 5 to 7; the mean is over all B^2 pairs, those of an image with itself included. No gradient reaches the
     teacher.

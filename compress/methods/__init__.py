@@ -1,1 +1,1 @@
-"""Training methods, each a LightningModule that joins networks, a loss, an optimizer and a schedule."""
+"""Training methods: LightningModules that join networks, a loss, an optimizer and a schedule."""

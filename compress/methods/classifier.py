@@ -1,4 +1,4 @@
-"""What all methods share: one network is trained, validated and checkpointed as `model`, others perhaps beside it."""
+"""What all methods share: a network is trained, validated and checkpointed as `model`, its peers beside it."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -11,39 +11,51 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics.classification import MulticlassAccuracy
 
+from compress.arguments import Supplied
 from compress.collective import mean_of_processes
 from compress.export.weights import BEST_NETWORK
+from compress.methods.frozen_teacher import FrozenEnsemble, FrozenTeacher
+from compress.methods.learning_teacher import LearningTeacher
 from compress.methods.mixup import Blend, Mixup
 from compress.optim.schedules import Schedule
 from compress.quantization.lsq import FakeQuantization
 
 OptimizerFactory = Callable[..., Optimizer]
+Loss = Callable[..., dict[str, Tensor]]
+Teacher = FrozenTeacher | FrozenEnsemble | LearningTeacher
 
 
 class Classifier(pl.LightningModule, ABC):
-    """A LightningModule around classifiers `(B, 3, H, W) -> (B, C)`: `model`, and `others` that train beside it.
+    """A LightningModule around classifiers `(B, 3, H, W) -> (B, C)`: `model`, and its peers in `others`.
 
-    A method says in `losses` what is minimised. Loss terms are buffered on the device and logged once an epoch,
-    each as `train/<name>`, because a call of `self.log` in every step costs more than a small network's step.
-    `val/accuracy` is that of the best network; a checkpoint says under `best_network` which it was.
+    A method implements `losses`, which returns what is minimised. Loss terms are buffered on the device and logged
+    once an epoch, each as `train/<name>`, because a call of `self.log` in every step costs more than a small network's
+    step. `val/accuracy` is that of the best network; a checkpoint names it under `best_network`.
 
-    A method that trains `model` on quantization grids says so in `on_grids`.
+    The run supplies the arguments of this constructor to every method; `input_shape` is `(C, H, W)`. The arguments
+    that a method adds are its keys in YAML.
     """
 
-    # What a loss may compare with to fit the method: nothing but the labels, "teacher" or "peers".
+    # What the method cannot do without: "teacher", "peers", "features" (the feature maps of a single teacher network).
+    needs: ClassVar[frozenset[str]] = frozenset()
+    # What a loss may compare with to fit the method: None (the labels alone), "teacher", "peers".
     loss_compares_with: ClassVar[frozenset[str | None]] = frozenset({None})
+    # The quantization grids that `model` is trained on.
     on_grids: FakeQuantization | None = None
 
     def __init__(
         self,
-        student: nn.Module,
-        loss: Callable[..., dict[str, Tensor]],
-        optimizer: OptimizerFactory,
-        scheduler: Schedule,
-        num_classes: int,
-        seed: int = 0,
-        mixup: Mixup | None = None,
-        others: Sequence[nn.Module] = (),
+        *,
+        student: Supplied[nn.Module],
+        loss: Supplied[Loss],
+        optimizer: Supplied[OptimizerFactory],
+        scheduler: Supplied[Schedule],
+        num_classes: Supplied[int],
+        input_shape: Supplied[tuple[int, int, int] | None] = None,
+        seed: Supplied[int] = 0,
+        mixup: Supplied[Mixup | None] = None,
+        teacher: Supplied[Teacher | None] = None,
+        others: Supplied[Sequence[nn.Module]] = (),
     ) -> None:
         super().__init__()
         self.model = student
@@ -51,6 +63,8 @@ class Classifier(pl.LightningModule, ABC):
         self.loss = loss
         self.optimizer_factory = optimizer
         self.schedule = scheduler
+        self.num_classes = num_classes
+        self.input_shape = input_shape
         self.seed = seed
         self.mixup = mixup
         self.networks = {"model": self.model} | {f"others.{index}": other for index, other in enumerate(self.others)}
@@ -61,6 +75,17 @@ class Classifier(pl.LightningModule, ABC):
         )
         self.validation_loss: list[list[Tensor]] = [[] for _ in self.networks]
         self.train_terms: dict[str, list[Tensor]] = {}
+        self.teacher = teacher
+
+    @classmethod
+    def number_of_peers(cls, options: Mapping[str, Any]) -> int:
+        """How many networks a method with these `options` trains, the student among them."""
+        return 1
+
+    @classmethod
+    def updates_teacher(cls, options: Mapping[str, Any]) -> bool:
+        """Whether a method with these `options` trains the teacher further."""
+        return False
 
     @classmethod
     def grids(cls, options: Mapping[str, Any]) -> FakeQuantization | None:
@@ -83,7 +108,7 @@ class Classifier(pl.LightningModule, ABC):
     def losses(self, images: Tensor, target: Tensor, blend: Blend | None) -> tuple[Tensor, dict[str, Tensor]]:
         """The student's logits `(B, C)` and the weighted loss terms by name, whose sum is minimised.
 
-        `blend`, if there is one, is to be applied to the images and is heeded by `compared`.
+        `blend`, if there is one, is to be applied to the images and handed to `compared`.
         """
 
     def compared(
@@ -99,15 +124,19 @@ class Classifier(pl.LightningModule, ABC):
     def forward(self, images: Tensor) -> Tensor:
         return self.model(images)
 
+    def on_fit_start(self) -> None:
+        if self.teacher is not None:
+            self.teacher.to(self.device)
+
     def on_train_epoch_start(self) -> None:
         # Dropout draws from the global generator: seeding it by epoch makes a resumed run draw the same masks.
-        # Each process of a training in several draws its own.
+        # Processes that train together draw different masks.
         torch.manual_seed(1_000_003 * self.seed + self.current_epoch + 7_368_787 * self.global_rank)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor | None:
         images, target = batch
         logits, terms = self.losses(images, target, self.blend(len(images), batch_index))
-        return self.noted(logits, target, terms)
+        return self.record_terms(logits, target, terms)
 
     def blend(self, batch: int, batch_index: int) -> Blend | None:
         """How this batch is blended, if it is."""
@@ -115,8 +144,8 @@ class Classifier(pl.LightningModule, ABC):
             return None
         return self.mixup.draw(batch, self.seed, self.current_epoch, batch_index + 1_000_003 * self.global_rank)
 
-    def noted(self, logits: Tensor, target: Tensor, terms: dict[str, Tensor]) -> Tensor:
-        """The sum of the terms, all of them noted for the end of the epoch."""
+    def record_terms(self, logits: Tensor, target: Tensor, terms: dict[str, Tensor]) -> Tensor:
+        """The sum of the terms; all of them are recorded for the end of the epoch."""
         total = torch.stack(list(terms.values())).sum()
         self.train_accuracy.update(logits.detach(), target)
         for name, value in (terms | {"loss": total}).items():
@@ -149,7 +178,7 @@ class Classifier(pl.LightningModule, ABC):
 
     def on_validation_epoch_end(self) -> None:
         accuracies = [accuracy.compute() for accuracy in self.validation_accuracy]
-        losses = [self._mean(torch.cat(each)) for each in self.validation_loss]
+        losses = [self._mean(torch.cat(values)) for values in self.validation_loss]
         best = max(range(len(accuracies)), key=lambda index: accuracies[index])
         self.best_network = list(self.networks)[best]
         self.log("val/accuracy", accuracies[best])

@@ -3,6 +3,7 @@
 Zhang et al. 2018, https://arxiv.org/abs/1706.00384
 """
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import torch
@@ -14,26 +15,31 @@ from compress.methods.mixup import Blend
 
 
 class DML(Classifier):
-    """`method=dml`: the student and `others`, `peers` networks in all.
+    """`method=dml`: the student and `others` learn together, `peers` networks in all.
 
-    `alternate` updates one after the other, each against fresh logits of the rest, as the authors' code does;
-    `simultaneous` takes all logits first. The best network by validation accuracy is the one that goes on.
+    `alternate` updates one after the other, always against fresh logits of the rest, as the authors' code does;
+    `simultaneous` takes all logits first. The network of the highest validation accuracy is quantized and written.
     """
 
+    needs = frozenset({"peers"})
     loss_compares_with = frozenset({"peers"})
 
     def __init__(
         self,
         peers: Annotated[int, Field(ge=2)] = 2,
         update: Literal["alternate", "simultaneous"] = "alternate",
-        **classifier: Any,
+        **supplied: Any,
     ) -> None:
-        super().__init__(**classifier)
+        super().__init__(**supplied)
         if len(self.networks) != peers:
             raise ValueError(f"{len(self.networks)} networks were given for {peers} peers")
         self.update = update
         # Several optimizers that take turns within a batch.
         self.automatic_optimization = False
+
+    @classmethod
+    def number_of_peers(cls, options: Mapping[str, Any]) -> int:
+        return options["peers"]
 
     def configure_optimizers(self) -> list[dict[str, Any]]:
         return [self.optimized(network) for network in self.networks.values()]
@@ -44,8 +50,8 @@ class DML(Classifier):
         seen = blend(images) if blend else images
         step = self._alternate if self.update == "alternate" else self._simultaneous
         logits, terms = step(seen, target, blend)
-        mean = {name: torch.stack([each[name] for each in terms]).mean() for name in terms[0]}
-        self.noted(logits[0], target, mean)
+        mean = {name: torch.stack([of_peer[name] for of_peer in terms]).mean() for name in terms[0]}
+        self.record_terms(logits[0], target, mean)
         for schedule in self.lr_schedulers():
             schedule.step()
 
@@ -73,10 +79,11 @@ class DML(Classifier):
     def _simultaneous(self, images: Tensor, target: Tensor, blend: Blend | None) -> tuple[list[Tensor], list[dict]]:
         logits = self._logits(images)
         terms = [
-            self.compared(own, target, logits[:index] + logits[index + 1 :], blend) for index, own in enumerate(logits)
+            self.compared(of_peer, target, logits[:index] + logits[index + 1 :], blend)
+            for index, of_peer in enumerate(logits)
         ]
-        for optimizer, own in zip(self.optimizers(), terms, strict=True):
-            self._step(optimizer, own)
+        for optimizer, of_peer in zip(self.optimizers(), terms, strict=True):
+            self._step(optimizer, of_peer)
         return logits, terms
 
     def _step(self, optimizer: Any, terms: dict[str, Tensor]) -> None:

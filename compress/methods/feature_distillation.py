@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from compress.errors import UserError
 from compress.methods.classifier import Classifier
 from compress.methods.features import check_layers_of, feature_layers, shapes, tapped
-from compress.methods.frozen_teacher import FrozenTeacher
 from compress.methods.mixup import Blend
 
 Pairs = list[tuple[str, str]]
@@ -20,25 +19,20 @@ class FeatureDistillation(Classifier):
 
     `layers` names the student's modules, `teacher_layers` the teacher's; without the second they have the same names.
     Without either, they are the last part of both networks at each size of the feature maps (`feature_layers`); where
-    one network has more of these, its first ones are left out. `input_shape` `(C, H, W)` is that of an image.
+    one network has more of these, its first ones are dropped.
     """
 
+    needs = frozenset({"teacher", "features"})
     loss_compares_with = frozenset({None, "teacher"})
-    # Whether what goes into the modules is compared, rather than what comes out.
+    # Compares the inputs of the modules instead of their outputs.
     inputs = False
 
     def __init__(
-        self,
-        teacher: FrozenTeacher,
-        input_shape: tuple[int, int, int],
-        layers: Sequence[str] | None = None,
-        teacher_layers: Sequence[str] | None = None,
-        **classifier: Any,
+        self, layers: Sequence[str] | None = None, teacher_layers: Sequence[str] | None = None, **supplied: Any
     ) -> None:
-        super().__init__(**classifier)
-        self.teacher = teacher
+        super().__init__(**supplied)
         options = {"layers": layers, "teacher_layers": teacher_layers}
-        self.pairs = self.choose(options, self.model, teacher.network, input_shape)
+        self.pairs = self.choose(options, self.model, self.teacher.network, self.input_shape)
 
     @classmethod
     def check_networks(
@@ -55,41 +49,39 @@ class FeatureDistillation(Classifier):
         cls, options: Mapping[str, Any], student: nn.Module, teacher: nn.Module, input_shape: tuple[int, int, int]
     ) -> Pairs:
         """The pairs of modules; raises UserError, naming the key, for names that do not exist or do not fit."""
-        own, others = options["layers"], options["teacher_layers"]
-        if own is None and others is not None:
+        layers, teacher_layers = options["layers"], options["teacher_layers"]
+        if layers is None and teacher_layers is not None:
             raise UserError("method.teacher_layers: found it without method.layers; accepted: both, or neither")
-        if own is None:
-            pairs = cls.default_pairs(student, teacher, input_shape)
-            own, others = [one for one, _ in pairs], [other for _, other in pairs]
-        check_layers_of(student, own, "method.layers")
-        same = others is None
-        others = own if same else others
-        check_layers_of(teacher, others, "method.teacher_layers" if not same else "method.layers (of the teacher)")
-        if not own or len(own) != len(others):
+        if layers is None:
+            layers, teacher_layers = zip(*cls.default_pairs(student, teacher, input_shape), strict=True)
+        check_layers_of(student, layers, "method.layers")
+        where = "method.layers (of the teacher)" if teacher_layers is None else "method.teacher_layers"
+        teacher_layers = layers if teacher_layers is None else teacher_layers
+        check_layers_of(teacher, teacher_layers, where)
+        if not layers or len(layers) != len(teacher_layers):
             raise UserError(
-                f"method.teacher_layers: found {len(others)} names for {len(own)} of the student; "
+                f"method.teacher_layers: found {len(teacher_layers)} names for {len(layers)} of the student; "
                 "accepted: one for each, at least 1"
             )
-        for key, network, names in (("layers", student, own), ("teacher_layers", teacher, others)):
+        for key, network, names in (("layers", student, layers), ("teacher_layers", teacher, teacher_layers)):
             for name, shape in zip(names, shapes(network, names, input_shape, cls.inputs), strict=True):
                 cls.check_shape(f"method.{key}", name, shape)
-        return list(zip(own, others, strict=True))
+        return list(zip(layers, teacher_layers, strict=True))
 
     @classmethod
     def default_pairs(cls, student: nn.Module, teacher: nn.Module, input_shape: tuple[int, int, int]) -> Pairs:
-        own, others = feature_layers(student, input_shape), feature_layers(teacher, input_shape)
-        count = min(len(own), len(others))
+        """The pairs that are compared where no layers are named."""
+        layers, teacher_layers = feature_layers(student, input_shape), feature_layers(teacher, input_shape)
+        count = min(len(layers), len(teacher_layers))
         if count == 0:
             raise UserError("method.layers: found no feature maps in one of the networks; accepted: names of modules")
-        return list(zip(own[-count:], others[-count:], strict=True))
+        return list(zip(layers[-count:], teacher_layers[-count:], strict=True))
 
     @classmethod
     def check_shape(cls, key: str, name: str, shape: tuple[int, ...] | None) -> None:
+        """Raises UserError, naming `key`, where features of this `shape` of the module `name` cannot be compared."""
         if shape is None or len(shape) != 4:
             raise UserError(f"{key}: found {name!r}, which puts out no feature maps; accepted: a convolutional part")
-
-    def on_fit_start(self) -> None:
-        self.teacher.to(self.device)
 
     def losses(self, images: Tensor, target: Tensor, blend: Blend | None) -> tuple[Tensor, dict[str, Tensor]]:
         seen = blend(images) if blend else images

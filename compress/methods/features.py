@@ -12,7 +12,7 @@ from compress.errors import UserError
 
 @contextmanager
 def tapped(network: nn.Module, names: Sequence[str], inputs: bool = False) -> Iterator[dict[str, Tensor]]:
-    """Within it, every call of `network` leaves the outputs (or the first inputs) of the modules `names` in a dict."""
+    """Within it every call of `network` puts the outputs (or first inputs) of the modules `names` into the dict."""
     taken: dict[str, Tensor] = {}
 
     def take(name: str) -> Any:
@@ -30,9 +30,9 @@ def tapped(network: nn.Module, names: Sequence[str], inputs: bool = False) -> It
 
 
 def shapes(network: nn.Module, names: Sequence[str], input_shape: Sequence[int], inputs: bool = False) -> list[Any]:
-    """What each of `names` puts out (or takes in) for one image of `input_shape`: a shape, None where it is no tensor.
+    """The shape of the output (or input) of the modules `names` for one image, None where that is no tensor.
 
-    The network is run in eval mode and left as it was found.
+    `input_shape` is `(C, H, W)`. The network is run in eval mode; afterwards it is as before.
     """
     parameter = next(network.parameters())
     image = torch.zeros(1, *input_shape, device=parameter.device, dtype=parameter.dtype)
@@ -62,15 +62,15 @@ def feature_layers(network: nn.Module, input_shape: Sequence[int]) -> list[str]:
     }
 
     def parts(module: nn.Module, prefix: str) -> list[str]:
-        found = []
+        names_of_parts = []
         for name, child in module.named_children():
-            own = f"{prefix}{name}"
-            within = {size.get(f"{own}.{inner}") for inner, _ in child.named_children()} - {None}
-            if isinstance(child, nn.Sequential) and len(within) > 1:
-                found += parts(child, f"{own}.")
-            elif own in size:
-                found.append(own)
-        return found
+            path = f"{prefix}{name}"
+            sizes_within = {size.get(f"{path}.{inner}") for inner, _ in child.named_children()} - {None}
+            if isinstance(child, nn.Sequential) and len(sizes_within) > 1:
+                names_of_parts += parts(child, f"{path}.")
+            elif path in size:
+                names_of_parts.append(path)
+        return names_of_parts
 
     prefix, children = "", network
     while len(inner := [(name, child) for name, child in children.named_children() if _convolves(child)]) == 1:
@@ -91,9 +91,9 @@ def check_layers_of(network: nn.Module, names: Sequence[str], where: str) -> Non
     known = dict(network.named_modules())
     for name in names:
         if name not in known or not name:
-            upper = ", ".join(each for each in known if each and each.count(".") <= 1)
+            upper = ", ".join(module for module in known if module and module.count(".") <= 1)
             raise UserError(f"{where}: found {name!r}; accepted: {upper}")
 
 
 def _convolves(module: nn.Module) -> bool:
-    return any(isinstance(each, nn.Conv2d) for each in module.modules())
+    return any(isinstance(part, nn.Conv2d) for part in module.modules())

@@ -21,17 +21,18 @@ from compress.methods.features import shapes
 class FitNet(FeatureDistillation):
     """`method=fitnet`: the loss, and `beta` times the mean squared differences of all pairs, the middle one by default.
 
-    The convolutions in `regressors` learn with the student and are no part of it.
+    The convolutions in `regressors` learn with the student, but do not belong to it.
     """
 
     def __init__(self, beta: Annotated[float, Field(gt=0)] = 100.0, **options: Any) -> None:
         super().__init__(**options)
         self.beta = beta
         names, teacher_names = zip(*self.pairs, strict=True)
-        own = shapes(self.model, names, options["input_shape"])
-        others = shapes(self.teacher.network, teacher_names, options["input_shape"])
+        student_shapes = shapes(self.model, names, self.input_shape)
+        teacher_shapes = shapes(self.teacher.network, teacher_names, self.input_shape)
         self.regressors = nn.ModuleList(
-            nn.Conv2d(one[1], other[1], 1, bias=False) for one, other in zip(own, others, strict=True)
+            nn.Conv2d(student_shape[1], teacher_shape[1], 1, bias=False)
+            for student_shape, teacher_shape in zip(student_shapes, teacher_shapes, strict=True)
         )
 
     @classmethod

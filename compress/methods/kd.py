@@ -1,5 +1,6 @@
 """Distillation from a teacher's logits, with whichever loss compares them (`loss=kd`, `loss=dkd`)."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -7,7 +8,6 @@ from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
 from compress.methods.classifier import Classifier
-from compress.methods.frozen_teacher import FrozenEnsemble, FrozenTeacher
 from compress.methods.learning_teacher import LearningTeacher
 from compress.methods.mixup import Blend
 
@@ -16,27 +16,24 @@ class KD(Classifier):
     """`method=kd` and `method=dkd`: teacher and student see the same augmented images.
 
     With `update_teacher` the teacher learns too, from the labels and the student: it minimises the same loss with the
-    roles exchanged, noted as `train/teacher_loss`. It is then a part of this module, but `model` alone goes on.
+    roles exchanged, logged as `train/teacher_loss`. It is then a part of this module, but the student alone is
+    quantized and written.
     """
 
+    needs = frozenset({"teacher"})
     loss_compares_with = frozenset({"teacher"})
 
-    def __init__(
-        self,
-        teacher: FrozenTeacher | FrozenEnsemble | LearningTeacher,
-        update_teacher: bool = False,
-        **classifier: Any,
-    ) -> None:
-        super().__init__(**classifier)
-        if update_teacher != isinstance(teacher, LearningTeacher):
-            raise ValueError(f"a {type(teacher).__name__} was given for update_teacher={update_teacher}")
-        self.teacher = teacher
+    def __init__(self, update_teacher: bool = False, **supplied: Any) -> None:
+        super().__init__(**supplied)
+        if update_teacher != isinstance(self.teacher, LearningTeacher):
+            raise ValueError(f"a {type(self.teacher).__name__} was given for update_teacher={update_teacher}")
         self.update_teacher = update_teacher
         if update_teacher:
-            self.teacher_accuracy = MulticlassAccuracy(classifier["num_classes"], average="micro")
+            self.teacher_accuracy = MulticlassAccuracy(self.num_classes, average="micro")
 
-    def on_fit_start(self) -> None:
-        self.teacher.to(self.device)
+    @classmethod
+    def updates_teacher(cls, options: Mapping[str, Any]) -> bool:
+        return options.get("update_teacher", False)
 
     def losses(self, images: Tensor, target: Tensor, blend: Blend | None) -> tuple[Tensor, dict[str, Tensor]]:
         seen = blend(images) if blend else images
@@ -47,8 +44,8 @@ class KD(Classifier):
         logits = self.model(seen)
         terms = self.compared(logits, target, teacher_logits.detach(), blend)
         if teacher_logits.requires_grad:
-            own = self.compared(teacher_logits, target, logits.detach(), blend)
-            terms["teacher_loss"] = torch.stack(list(own.values())).sum()
+            teacher_terms = self.compared(teacher_logits, target, logits.detach(), blend)
+            terms["teacher_loss"] = torch.stack(list(teacher_terms.values())).sum()
         return logits, terms
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
@@ -63,6 +60,6 @@ class KD(Classifier):
             self.log("val/accuracy_of_teacher", self.teacher_accuracy)
 
     def configure_optimizers(self) -> Any:
-        # No gradient crosses between the two, so one optimizer moves each as an optimizer of its own would; a
-        # `trainer.gradient_clip_val` measures them together.
+        # No gradient crosses between the two, so one optimizer moves them as two optimizers would;
+        # `trainer.gradient_clip_val` bounds the norm of both together.
         return self.optimized(nn.ModuleList([self.model, self.teacher]) if self.update_teacher else self.model)

@@ -13,7 +13,7 @@ class LearningTeacher(nn.Module):
     def __init__(self, network: nn.Module, renormalise: tuple[Tensor, Tensor] | None = None) -> None:
         super().__init__()
         self.network = network
-        factor, offset = (None, None) if renormalise is None else (each.view(1, 3, 1, 1) for each in renormalise)
+        factor, offset = (None, None) if renormalise is None else (values.view(1, 3, 1, 1) for values in renormalise)
         self.register_buffer("factor", factor, persistent=False)
         self.register_buffer("offset", offset, persistent=False)
 

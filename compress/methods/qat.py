@@ -10,9 +10,9 @@ from typing import Annotated, Any
 from pydantic import Field
 from torch import Tensor, nn
 
+from compress.arguments import Supplied
 from compress.errors import UserError
 from compress.methods.classifier import Classifier
-from compress.methods.frozen_teacher import FrozenTeacher
 from compress.methods.kd import KD
 from compress.methods.mixup import Blend
 from compress.methods.supervised import Supervised
@@ -32,20 +32,18 @@ class QAT(Classifier):
 
     def __init__(
         self,
-        student: nn.Module,
+        student: Supplied[nn.Module],
         weight_bits: Width | None = 4,
         activation_bits: Width | None = None,
         first_last_bits: Width | None = 8,
         skip: Sequence[str] = (),
         freeze_bn_epoch: Annotated[int, Field(ge=0)] | None = None,
-        teacher: FrozenTeacher | None = None,
-        **classifier: Any,
+        **supplied: Any,
     ) -> None:
         grids = FakeQuantization(weight_bits, activation_bits, first_last_bits, tuple(skip))
-        super().__init__(student=grids.prepare(student), **classifier)
+        super().__init__(student=grids.prepare(student), **supplied)
         self.on_grids = grids
         self.freeze_bn_epoch = freeze_bn_epoch
-        self.teacher = teacher
 
     @classmethod
     def grids(cls, options: Mapping[str, Any]) -> FakeQuantization:
@@ -67,10 +65,6 @@ class QAT(Classifier):
         except UserError as mistake:
             raise UserError(f"method.skip: {str(mistake).removeprefix('skip: ')}") from None
 
-    def on_fit_start(self) -> None:
-        if self.teacher is not None:
-            self.teacher.to(self.device)
-
     def on_train_epoch_start(self) -> None:
         super().on_train_epoch_start()
         if self.freeze_bn_epoch is not None and self.current_epoch >= self.freeze_bn_epoch:
@@ -79,12 +73,12 @@ class QAT(Classifier):
                     module.eval()
 
     def losses(self, images: Tensor, target: Tensor, blend: Blend | None) -> tuple[Tensor, dict[str, Tensor]]:
-        learns_like = Supervised if self.teacher is None else KD
-        return learns_like.losses(self, images, target, blend)
+        method = Supervised if self.teacher is None else KD
+        return method.losses(self, images, target, blend)
 
     def parameters_to_learn(self, network: nn.Module) -> Iterable[Any]:
-        """Decay would pull steps to zero, where they have no business."""
-        own = steps(network)
-        identities = {id(step) for step in own}
+        """The step sizes form a group without weight decay, which would pull them to zero."""
+        step_sizes = steps(network)
+        identities = {id(step) for step in step_sizes}
         others = [parameter for parameter in network.parameters() if id(parameter) not in identities]
-        return [{"params": others}, {"params": own, "weight_decay": 0.0}]
+        return [{"params": others}, {"params": step_sizes, "weight_decay": 0.0}]

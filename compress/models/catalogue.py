@@ -7,16 +7,14 @@ from typing import Any
 from omegaconf import OmegaConf
 from torch import nn
 
+from compress import paths
 from compress.arguments import check_arguments
 from compress.errors import UserError
-from compress.paths import CONF
-
-FOLDER = CONF / "model"
 
 
 def available() -> tuple[str, ...]:
-    """The stems of conf/model, in alphabetical order."""
-    return tuple(sorted(file.stem for file in FOLDER.glob("*.yaml")))
+    """The stems of conf/model and of the user's own folders, in alphabetical order."""
+    return tuple(paths.options("model"))
 
 
 def build(stem: str, num_classes: int, **options: Any) -> nn.Module:
@@ -32,7 +30,7 @@ def build(stem: str, num_classes: int, **options: Any) -> nn.Module:
 
 
 def check_options(stem: str, options: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """All arguments that `build` would pass beside `num_classes`; raises the same errors, naming `where`."""
+    """All arguments that `build` would pass, without `num_classes`; raises the same errors, naming `where`."""
     return _description(stem, options, where, where)[1]
 
 
@@ -40,9 +38,10 @@ def described(stem: str, where: str) -> dict[str, Any]:
     """What `student=<stem>` composes: the keys of conf/model/<stem>.yaml and the stem; `where` is for the error."""
     if stem not in available():
         raise UserError(f"{where}: found {stem!r}; accepted: {', '.join(available())}")
-    keys = OmegaConf.to_container(OmegaConf.load(FOLDER / f"{stem}.yaml"))
+    file = paths.option_file("model", stem)
+    keys = OmegaConf.to_container(OmegaConf.load(file))
     if "_target_" not in keys or "defaults" in keys:
-        raise UserError(f"conf/model/{stem}.yaml: found {', '.join(keys)}; accepted: _target_ and its arguments")
+        raise UserError(f"{file}: found {', '.join(keys)}; accepted: _target_ and its arguments")
     return keys | {"stem": stem}
 
 

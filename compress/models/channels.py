@@ -35,8 +35,8 @@ def channels(model: nn.Module) -> dict[str, list[int]]:
 
 def changed_channels(model: nn.Module, fresh: nn.Module) -> dict[str, list[int]]:
     """Those of `model` that are not what they are in `fresh`, a network of the same architecture."""
-    whole = channels(fresh)
-    return {name: found for name, found in channels(model).items() if found != whole.get(name)}
+    original = channels(fresh)
+    return {name: widths for name, widths in channels(model).items() if widths != original.get(name)}
 
 
 def with_channels(model: nn.Module, wanted: Channels) -> nn.Module:
@@ -49,9 +49,9 @@ def with_channels(model: nn.Module, wanted: Channels) -> nn.Module:
         attributes = _attributes(module)
         if attributes is None or len(attributes) != len(widths):
             raise UserError(f"channels: found {list(widths)} for {name}; accepted: those of a layer of the network")
-        whole = [getattr(module, attribute) for attribute in attributes]
-        if not all(type(width) is int and 1 <= width <= most for width, most in zip(widths, whole, strict=True)):
-            raise UserError(f"channels: found {list(widths)} for {name}; accepted: from 1 to {whole}")
+        most = [getattr(module, attribute) for attribute in attributes]
+        if not all(type(width) is int and 1 <= width <= limit for width, limit in zip(widths, most, strict=True)):
+            raise UserError(f"channels: found {list(widths)} for {name}; accepted: from 1 to {most}")
         if isinstance(module, nn.Conv2d) and (widths[0] % widths[2] or widths[1] % widths[2]):
             raise UserError(f"channels: found {list(widths)} for {name}; accepted: those that the groups divide")
         for attribute, width in zip(attributes, widths, strict=True):
@@ -84,7 +84,7 @@ def _attributes(module: nn.Module | None) -> tuple[str, ...] | None:
 
 
 def _resize(module: nn.Module) -> None:
-    """Gives each parameter and running statistic the shape that the module's attributes ask for."""
+    """Gives the parameters and running statistics the shapes that the module's attributes ask for."""
     if isinstance(module, nn.Conv2d):
         shapes = {
             "weight": (module.out_channels, module.in_channels // module.groups, *module.kernel_size),

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Numbers in the parameters, a shared one counted once; buffers such as running means are not among them."""
+    """The number of values in the parameters; a shared one counts once, buffers such as running means do not count."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -17,7 +17,7 @@ def count_parameters(model: nn.Module) -> int:
 def count_macs(model: nn.Module, input_shape: tuple[int, ...]) -> int:
     """Multiply-accumulates of convolutions and matrix products for one image of `input_shape`, `(C, H, W)`.
 
-    Runs the model once, in eval mode, where it lies; it is left as it was found.
+    Runs the model once in eval mode on the device of its parameters; afterwards it is as before.
     """
     tensors = (tensor for tensor in chain(model.parameters(), model.buffers()) if tensor.is_floating_point())
     like = next(tensors, torch.empty(0))
@@ -25,7 +25,7 @@ def count_macs(model: nn.Module, input_shape: tuple[int, ...]) -> int:
     training = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        # As plain matrix products: what else computes attention on a CPU is not known to the counter.
+        # Attention as plain matrix products: the counter does not know the fused kernels of the CPU.
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             model(images)
     finally:

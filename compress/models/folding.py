@@ -17,7 +17,7 @@ FOLDABLE = {nn.BatchNorm2d: nn.Conv2d, nn.SyncBatchNorm: nn.Conv2d, nn.BatchNorm
 
 
 def trace(model: nn.Module) -> Graph:
-    """The torch.fx graph of `model` in eval mode; the modes of its modules are left as they were.
+    """The torch.fx graph of `model` in eval mode; the modes of its modules stay as they are.
 
     Raises UserError, naming the model's class, where torch.fx cannot follow its forward.
     """

@@ -39,8 +39,8 @@ def low_precision_dtype(device: torch.device | str) -> torch.dtype | None:
 def _cpu_computes_bfloat16() -> bool:
     capabilities = getattr(torch.cpu, "get_capabilities", None)
     if capabilities is not None:
-        found = capabilities()
-        return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
-    # Before that function; a processor with AMX BF16 has AVX-512 BF16 as well, so one question is enough.
-    question = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
-    return question is not None and bool(question())
+        flags = capabilities()
+        return bool(flags.get("avx512_bf16") or flags.get("amx_bf16"))
+    # Earlier PyTorch; a processor with AMX BF16 has AVX-512 BF16 as well, so this one flag is enough.
+    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    return supported is not None and bool(supported())

@@ -1,8 +1,8 @@
-"""Masks of pruned weights: a boolean buffer `weight_mask` beside each weight, True where the weight is kept.
+"""Masks of pruned weights: every pruned layer has a boolean buffer `weight_mask`, False where its weight is zero.
 
-A buffer is copied, moved, averaged, saved and loaded with its layer. Nothing reads it in the forward pass: the weight
-itself is set to zero, after each step of an optimizer, and so whoever writes or quantizes the network only needs that.
-A mask may lose weights, it never gets one back.
+A buffer is copied, moved, averaged, saved and loaded with its layer. Nothing reads it in the forward pass: after every
+step of an optimizer the weights themselves are set to zero, so that code that writes or quantizes a network needs no
+masks. A mask can drop further weights, but never takes one back.
 """
 
 from collections.abc import Iterable, Mapping
@@ -22,14 +22,14 @@ def layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def weight_of(layer: nn.Module) -> Tensor:
-    """The parameter that is trained: behind a fake quantizer the float weight, which is zero where its value is."""
+    """The parameter that is trained: of a fake-quantized layer the float weight, whose zeros stay zero on the grid."""
     if parametrize.is_parametrized(layer, "weight"):
         return layer.parametrizations.weight.original
     return layer.weight
 
 
 def attach(model: nn.Module, names: Iterable[str]) -> None:
-    """Gives each named layer a mask that keeps everything, unless it has a mask already."""
+    """Gives every named layer without a mask one that keeps all weights."""
     for name in names:
         layer = model.get_submodule(name)
         if not hasattr(layer, MASK):
@@ -38,51 +38,51 @@ def attach(model: nn.Module, names: Iterable[str]) -> None:
 
 def remove(model: nn.Module) -> None:
     """Takes all masks off; the weights stay zero until something trains them."""
-    for name in found(model):
+    for name in masks_of(model):
         delattr(model.get_submodule(name), MASK)
 
 
-def found(model: nn.Module) -> dict[str, Tensor]:
-    """The masks of `model` by the names of their layers, each in the shape of its weight."""
+def masks_of(model: nn.Module) -> dict[str, Tensor]:
+    """The masks of `model` by the names of their layers, in the shapes of the weights."""
     return {name: getattr(layer, MASK) for name, layer in model.named_modules() if hasattr(layer, MASK)}
 
 
 @torch.no_grad()
-def narrow(model: nn.Module, kept: Mapping[str, Tensor]) -> None:
-    """Takes from the masks of the named layers what `kept` does not keep, and sets these weights to zero."""
-    for name, mask in kept.items():
+def narrow(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
+    """Drops, from the masks of the named layers, what these `masks` drop, and sets these weights to zero."""
+    for name, mask in masks.items():
         getattr(model.get_submodule(name), MASK).logical_and_(mask)
     apply(model)
 
 
 @torch.no_grad()
 def apply(model: nn.Module) -> None:
-    """Sets every weight that a mask does not keep to zero, whatever it is now."""
+    """Sets every weight to zero that a mask drops."""
     for layer in model.modules():
         if hasattr(layer, MASK):
             weight_of(layer).masked_fill_(~getattr(layer, MASK), 0)
 
 
 def mask_zeros(model: nn.Module, names: Iterable[str]) -> None:
-    """Masks of the named layers that keep exactly what is not zero, as in a file that holds no masks."""
+    """Masks the zeros of the named layers, which come from a file that holds no masks."""
     attach(model, names)
     narrow(model, {name: weight_of(model.get_submodule(name)) != 0 for name in names})
 
 
 def restore(model: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
-    """Gives `model` the masks of a state dict, whose other entries are passed over, and applies them.
+    """Gives `model` the masks of a state dict, whose other entries are ignored, and applies them.
 
     Raises UserError, beginning with `where`, for a mask that fits no layer.
     """
     known = layers(model)
-    own = {name.removesuffix(f".{MASK}"): value for name, value in state.items() if is_mask(name)}
-    for name, mask in own.items():
+    masks = {name.removesuffix(f".{MASK}"): value for name, value in state.items() if is_mask(name)}
+    for name, mask in masks.items():
         shape = tuple(weight_of(known[name]).shape) if name in known else None
         if mask.dtype != torch.bool or tuple(mask.shape) != shape:
             wanted = "the mask of a layer" if shape is None else f"booleans {shape}"
             raise UserError(f"{where}: found {mask.dtype} {tuple(mask.shape)} as {name}.{MASK}; accepted: {wanted}")
-    attach(model, own)
-    narrow(model, {name: mask.to(weight_of(known[name]).device) for name, mask in own.items()})
+    attach(model, masks)
+    narrow(model, {name: mask.to(weight_of(known[name]).device) for name, mask in masks.items()})
 
 
 def is_mask(name: str) -> bool:
@@ -91,7 +91,6 @@ def is_mask(name: str) -> bool:
 
 
 def counted(model: nn.Module) -> dict[str, dict[str, int]]:
-    """By layer, the number of weights under a mask and how many of them it does not keep."""
-    return {
-        name: {"weights": mask.numel(), "pruned": mask.numel() - int(mask.sum())} for name, mask in found(model).items()
-    }
+    """By layer, the number of weights under a mask and how many of them it drops."""
+    masks = masks_of(model).items()
+    return {name: {"weights": mask.numel(), "pruned": mask.numel() - int(mask.sum())} for name, mask in masks}

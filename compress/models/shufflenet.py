@@ -21,15 +21,15 @@ class ShuffleUnit(nn.Module):
 
     def __init__(self, in_channels: int, channels: int, stride: int) -> None:
         super().__init__()
-        own = channels - in_channels if stride == 2 else channels
-        inner = own // 4
+        computed = channels - in_channels if stride == 2 else channels
+        inner = computed // 4
         self.groups = 1 if in_channels == STEM else GROUPS  # the stem has too few channels to be divided
         self.conv1 = nn.Conv2d(in_channels, inner, 1, groups=self.groups, bias=False)
         self.bn1 = nn.BatchNorm2d(inner)
         self.conv2 = nn.Conv2d(inner, inner, 3, stride, padding=1, groups=inner, bias=False)
         self.bn2 = nn.BatchNorm2d(inner)
-        self.conv3 = nn.Conv2d(inner, own, 1, groups=GROUPS, bias=False)
-        self.bn3 = nn.BatchNorm2d(own)
+        self.conv3 = nn.Conv2d(inner, computed, 1, groups=GROUPS, bias=False)
+        self.bn3 = nn.BatchNorm2d(computed)
         self.relu = nn.ReLU()
         self.pool = nn.AvgPool2d(3, stride=2, padding=1) if stride == 2 else None
 
@@ -79,10 +79,10 @@ class SplitUnit(nn.Module):
         self.relu = nn.ReLU()
 
     def forward(self, x: Tensor) -> Tensor:
-        kept, changed = torch.chunk(x, 2, 1)
+        passed, changed = torch.chunk(x, 2, 1)
         changed = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(changed)))))
         changed = self.relu(self.bn3(self.conv3(changed)))
-        return _shuffled(torch.cat([kept, changed], 1), 2)
+        return _shuffled(torch.cat([passed, changed], 1), 2)
 
 
 class HalvingUnit(nn.Module):
@@ -145,5 +145,5 @@ class CifarShuffleNetV2(nn.Module):
 
 
 def _shuffled(x: Tensor, groups: int) -> Tensor:
-    """The channels in turn from each of `groups` equal parts."""
+    """The channels of `groups` equal parts, taken from the parts in turn."""
     return x.unflatten(1, (groups, -1)).transpose(1, 2).flatten(1, 2)

@@ -4,11 +4,12 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from hydra.utils import instantiate
 from torch import Tensor
 from torch.optim import Optimizer
 
-# The key that every optimizer has beside the arguments of its constructor.
+from compress.arguments import construct
+
+# The key that every optimizer node has in addition to the arguments of the constructor.
 DECAY = "decay_norm_and_bias"
 
 
@@ -27,13 +28,13 @@ class OptimizerFactory:
 def optimizer_factory(node: Mapping[str, Any]) -> OptimizerFactory:
     """That of a plain `optimizer` node of the configuration, such as those in `conf/optimizer`."""
     options = {key: value for key, value in node.items() if key != DECAY}
-    return OptimizerFactory(instantiate(options), node.get(DECAY, True))
+    return OptimizerFactory(construct(options), node.get(DECAY, True))
 
 
 def as_groups(parameters: Iterable[Any]) -> list[dict[str, Any]]:
     """Parameters, or groups of them, as groups."""
     given = list(parameters)
-    groups = [each for each in given if isinstance(each, dict)] or [{"params": given}]
+    groups = [group for group in given if isinstance(group, dict)] or [{"params": given}]
     return [group | {"params": list(group["params"])} for group in groups]
 
 
@@ -43,15 +44,15 @@ def divided(
     first: Mapping[str, Any],
     second: Mapping[str, Any],
 ) -> list[dict[str, Any]]:
-    """Every group cut in two: the parameters that `belongs` accepts, with the options `first`, then the others.
+    """Every group in two: the parameters that `belongs` accepts, with the options `first`, then the others.
 
-    The first parts come before all second parts, and parts without parameters are left out.
+    All first parts come before all second parts; parts without parameters are dropped.
     """
     parts = []
     for wanted, options in ((True, first), (False, second)):
         for group in groups:
-            own = [parameter for parameter in group["params"] if belongs(parameter) == wanted]
-            parts += [group | options | {"params": own}] if own else []
+            parameters = [parameter for parameter in group["params"] if belongs(parameter) == wanted]
+            parts += [group | options | {"params": parameters}] if parameters else []
     return parts
 
 

@@ -17,7 +17,7 @@ def fold(shape: Sequence[int]) -> tuple[int, int, int]:
 
 
 def split(matrix: Tensor, size: int) -> list[Tensor]:
-    """The blocks of `matrix` `(m, n)`, at most `size` long on a side: one tensor `(b, r, c)` for each shape they have.
+    """The blocks of `matrix` `(m, n)`, at most `size` long on a side: one tensor `(b, r, c)` for all of the same shape.
 
     Each side is cut into pieces of `size` and what remains, so there are at most four shapes.
     """
@@ -43,7 +43,7 @@ def join(blocks: Sequence[Tensor], rows: int, columns: int, size: int) -> Tensor
 
 
 def inverse_root(factors: Tensor, power: int, damping: float) -> Tensor:
-    """`(F + damping * largest eigenvalue * I)^(-1/power)` of each symmetric `F` of `factors` `(b, n, n)`.
+    """`(F + damping * largest eigenvalue * I)^(-1/power)` of every symmetric `F` of `factors` `(b, n, n)`.
 
     In float64, because a float32 decomposition loses the small eigenvalues from condition 1e6 on. The root of a zero
     matrix is the identity, and that of one which is not finite is not a number.
@@ -60,6 +60,6 @@ def inverse_root(factors: Tensor, power: int, damping: float) -> Tensor:
 
 def _spans(length: int, size: int) -> list[tuple[int, int, int]]:
     """Start, end and piece length of the part of a side that is cut into pieces of `size`, and of the remainder."""
-    whole = length - length % size
-    spans = [(0, whole, size), (whole, length, length - whole)]
+    end = length - length % size  # of the blocks of full size
+    spans = [(0, end, size), (end, length, length - end)]
     return [span for span in spans if span[0] < span[1]]

@@ -28,8 +28,8 @@ def soap(
 ) -> Optimizer:
     """Adam in the eigenbasis of Shampoo (Vyas et al. 2024, https://arxiv.org/abs/2409.11321).
 
-    Each side of a weight, all four of a convolution's `(out, in, kh, kw)`, has a basis of its own, renewed every
-    `precondition_frequency` steps, unless it is longer than `max_precondition_dim`. Vectors are left to Adam. The
+    Every side of a weight, all four of a convolution's `(out, in, kh, kw)`, has its basis, which is renewed every
+    `precondition_frequency` steps, unless it is longer than `max_precondition_dim`. Adam updates vectors. The
     first step gathers statistics and moves nothing. Weight decay is decoupled.
 
     Raises ImportError where pytorch-optimizer is not installed.
@@ -65,7 +65,7 @@ def muon(
     """
     library = _pytorch_optimizer()
     groups = [{"weight_decay": weight_decay} | group for group in as_groups(params)]
-    groups = divided(groups, lambda each: fold(each.shape)[2] == 2, {"use_muon": True}, {"use_muon": False})
+    groups = divided(groups, lambda parameter: fold(parameter.shape)[2] == 2, {"use_muon": True}, {"use_muon": False})
     return library.Muon(
         groups,
         lr=lr,

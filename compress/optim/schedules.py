@@ -60,7 +60,7 @@ class Linear(Schedule):
 
 @dataclass(frozen=True, kw_only=True)
 class Multistep(Schedule):
-    """Times `gamma` at the start of each of the `milestones`, epochs counted from the start of training."""
+    """Times `gamma` at the start of every one of the `milestones`, epochs counted from the start of training."""
 
     milestones: list[Annotated[int, Field(ge=1)]]
     gamma: Annotated[float, Field(gt=0, le=1)] = 0.1
@@ -72,7 +72,7 @@ class Multistep(Schedule):
 
 @dataclass(frozen=True, kw_only=True)
 class Exponential(Schedule):
-    """Times `gamma` after each epoch."""
+    """Times `gamma` after every epoch."""
 
     gamma: Annotated[float, Field(gt=0, le=1)] = 0.95
 

@@ -28,11 +28,11 @@ class Shampoo(Optimizer):
     """`W <- (1 - lr * weight_decay) W - lr * M`, `M <- momentum * M + s L^(-1/2k) G R^(-1/2k)` for each parameter W.
 
     G is the gradient folded to `(m, n)`, k = 2; `L` `(m, m)` gathers `G G^T` and `R` `(n, n)` gathers `G^T G`. Sides
-    longer than `block_size` are cut, and every block `(r, c)` has an `L` `(r, r)` and an `R` `(c, c)` of its own. s
-    gives the whole parameter's direction the length of the step that the grafting optimizer would take. Vectors, such
-    as biases and the weights of norms, take that step itself, and without grafting `L^(-1/2) g` (k = 1).
+    longer than `block_size` are cut, and every block `(r, c)` has its `L` `(r, r)` and `R` `(c, c)`. s
+    gives the direction of a parameter, all blocks together, the length of the step of the grafting optimizer. Vectors,
+    such as biases and the weights of norms, take that step itself, and without grafting `L^(-1/2) g` (k = 1).
 
-    Parameters, all of which a parameter group may have for itself:
+    Parameters, all of which a parameter group may set differently:
     - `lr`: under `grafting=adam` about `1 - momentum` of Adam's rate, under `sgd` that of SGD.
     - `momentum`: of the preconditioned step, as PyTorch's SGD has it.
     - `beta2`: 1 sums the statistics over all steps (Gupta 2018); below 1 they are a moving average, without the bias
@@ -156,9 +156,9 @@ class Shampoo(Optimizer):
             lengths = torch._foreach_norm([steps[index] for index in shaped])
             directions = self._directions([gradients[i] for i in shaped], [states[i] for i in shaped], group, count)
             if group["grafting"] != "none":
-                own = torch._foreach_norm(directions)
-                torch._foreach_clamp_min_(own, torch.finfo(torch.float32).tiny)
-                torch._foreach_mul_(directions, torch._foreach_div(lengths, own))
+                norms = torch._foreach_norm(directions)
+                torch._foreach_clamp_min_(norms, torch.finfo(torch.float32).tiny)
+                torch._foreach_mul_(directions, torch._foreach_div(lengths, norms))
             steps = list(steps)
             for index, direction in zip(shaped, directions, strict=True):
                 steps[index] = direction
@@ -179,7 +179,7 @@ class Shampoo(Optimizer):
         seen_before, skipped = divmod(count - 1, group["statistics_interval"])
         roots_are_due = count % interval == 0 or (count < interval and count.bit_count() == 1)
         folded = [fold(gradient.shape) for gradient in gradients]
-        pieces = [split(each.view(shape[:2]), size) for each, shape in zip(gradients, folded, strict=True)]
+        pieces = [split(gradient.view(shape[:2]), size) for gradient, shape in zip(gradients, folded, strict=True)]
         kinds: dict[Any, list[tuple[int, int]]] = defaultdict(list)
         for index, (blocks, (*_, order)) in enumerate(zip(pieces, folded, strict=True)):
             for place, block in enumerate(blocks):
@@ -198,8 +198,8 @@ class Shampoo(Optimizer):
                     torch._foreach_copy_(roots, fresh.split(counts))
                 root = _concatenated(roots)
                 direction = root @ direction if side == "left" else direction @ root
-            for (index, place), own in zip(members, direction.split(counts), strict=True):
-                pieces[index][place] = own
+            for (index, place), part in zip(members, direction.split(counts), strict=True):
+                pieces[index][place] = part
         return [
             join(blocks, rows, columns, size).view(gradient.shape)
             for blocks, (rows, columns, _), gradient in zip(pieces, folded, gradients, strict=True)

@@ -5,84 +5,88 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from hydra.utils import get_class, instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from rich import box
 from rich.markup import escape
 from rich.table import Table
 from torch import nn
 
 from compress import models
-from compress.config import ensemble
+from compress.config.compose import Job
+from compress.data.shared import DataSets
 from compress.export.packed import file_bytes
-from compress.export.weights import build_network
-from compress.pipeline import teachers
+from compress.pipeline.parts import Parts
+from compress.pipeline.teachers import cache_path
 from compress.pipeline.variants import describe
 from compress.progress import console
 from compress.quantization import quantize
-from compress.training.fit import device
 
 
-def show(config: DictConfig, overrides: list[str]) -> None:
-    """Prints what the run of `config` would build and about how long it would take on this machine."""
-    plain = OmegaConf.to_container(config, resolve=True)
-    where = device(plain["trainer"]["accelerator"])
-    data = instantiate(config.data, device=where)
-    data.prepare_data()
-    data.setup()
-    images = data.record()["images"]
-    student = build_network(plain["student"], data.num_classes)
-    if config.pruning:
-        student = instantiate(config.pruning).pruned(student, data.input_shape)
-    student = student.to(where)
-    title = escape(f"dry run: {' '.join(overrides) or 'defaults'}")
+def show(job: Job, data_sets: DataSets) -> None:
+    """Prints what the checked `job` would build and about how long it would take on this machine."""
+    parts = Parts(job.config, data_sets)
+    student = parts.fresh_student
+    if parts.recipe is not None:
+        student = parts.recipe.pruned(student, parts.data.input_shape)
+    student = student.to(parts.device)
+    title = escape(f"dry run: {' '.join(job.overrides) or 'defaults'}")
     printed = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
     for heading in ("", "network", "parameters", "MACs/image", "fp32 kB"):
         printed.add_column(heading, justify="left" if heading in ("", "network") else "right")
-    minutes: dict[str, float] = {}
-    teacher_seconds = 0.0
-    if teachers.is_used(config):
-        batch = plain["data"]["batch_size"]
-        # What a student's step needs of the teacher.
-        work = _step if plain["method"].get("update_teacher") else _forward
-        for key in ensemble.keys(config):
-            alone = ensemble.alone(config, key)
-            node = OmegaConf.to_container(alone.teacher)
-            teacher = models.build(num_classes=data.num_classes, **node["model"]).to(where)
-            _add(printed, "teacher", node["model"]["stem"], teacher, data.input_shape)
-            teacher_seconds += _seconds(partial(work, teacher, batch, data.input_shape))
-            if node["checkpoint"] is None and not teachers.cache_path(alone).exists():
-                own = node["training"]
-                step = _seconds(partial(_step, teacher, own["batch_size"], data.input_shape))
-                training = own["epochs"] * (images["train"] / own["batch_size"]) * step / 60
-                minutes["teacher"] = minutes.get("teacher", 0.0) + training
-    _add(printed, "student", plain["student"]["stem"], student, data.input_shape)
+    minutes, teacher_seconds = _teacher(parts, printed)
+    _add(printed, "student", parts.plain["student"]["stem"], student, parts.data.input_shape)
     console.print(printed)
 
-    batch = plain["data"]["batch_size"]
-    step = _seconds(lambda: _step(student, batch, data.input_shape)) + teacher_seconds
-    minutes["student"] = plain["trainer"]["max_epochs"] * images["train"] / batch * step / 60
-    sizes = {}
-    grids = get_class(plain["method"]["_target_"]).grids(plain["method"])
-    description = describe(models.architecture(plain["student"], data.num_classes, student), data)
-    if grids is not None:
-        # Steps and codes of an untrained network take as many bytes, but its zeros are none that training would leave.
-        sizes["lsq"] = file_bytes(grids.bake(grids.prepare(student)), **description, bitmaps=bool(plain["pruning"]))
-    if plain["quantizer"]:
-        quantizer = instantiate(config.quantizer)
-        # The size depends on the zeros alone, so a few images will do, and whatever the options do for the accuracy.
-        options = quantizer.options | {"refine": None}
-        for bits in quantizer.bits:
-            solved = quantize(student, data.calibration_batches(data.num_classes), bits, **options)
-            sizes[f"{bits} bit"] = file_bytes(solved, **description)
+    batch, epochs = parts.plain["data"]["batch_size"], parts.plain["trainer"]["max_epochs"]
+    step = _seconds(lambda: _step(student, batch, parts.data.input_shape)) + teacher_seconds
+    minutes["student"] = epochs * parts.data.record()["images"]["train"] / batch * step / 60
+    sizes = _sizes(parts, student)
     if sizes:
         console.print("packed files: " + ", ".join(f"{name} {size / 1000:,.1f} kB" for name, size in sizes.items()))
     total = sum(minutes.values())
     unit, length = ("minutes", 1) if total >= 1 else ("seconds", 60)
-    parts = ", ".join(f"{part} {length * value:.1f}" for part, value in minutes.items())
+    shares = ", ".join(f"{part} {length * value:.1f}" for part, value in minutes.items())
     console.print(
-        f"training, about {length * total:.1f} {unit} on this machine ({parts}), and the quantization after it"
+        f"training, about {length * total:.1f} {unit} on this machine ({shares}), and the quantization after it"
     )
+
+
+def _teacher(parts: Parts, printed: Table) -> tuple[dict[str, float], float]:
+    """Minutes that training the teacher takes, if it has to be trained, and seconds of its part in a student's step."""
+    minutes: dict[str, float] = {}
+    seconds = 0.0
+    batch, input_shape = parts.plain["data"]["batch_size"], parts.data.input_shape
+    # What a student's step needs of the teacher.
+    work = _step if parts.updates_teacher else _forward
+    for key in parts.teacher_keys:
+        node = OmegaConf.to_container(OmegaConf.select(parts.config, key))
+        network = parts.teacher_network(key).to(parts.device)
+        _add(printed, "teacher", node["model"]["stem"], network, input_shape)
+        seconds += _seconds(partial(work, network, batch, input_shape))
+        if node["checkpoint"] is None and not cache_path(parts, key).exists():
+            training = node["training"]
+            step = _seconds(partial(_step, network, training["batch_size"], input_shape))
+            steps = training["epochs"] * parts.data.record()["images"]["train"] / training["batch_size"]
+            minutes["teacher"] = minutes.get("teacher", 0.0) + steps * step / 60
+    return minutes, seconds
+
+
+def _sizes(parts: Parts, student: nn.Module) -> dict[str, int]:
+    """Bytes of the packed files, by variant."""
+    architecture = models.architecture(parts.plain["student"], parts.data.num_classes, student)
+    description = describe(architecture, parts.data)
+    sizes = {}
+    if parts.grids is not None:
+        # Steps and codes of an untrained network take as many bytes, but its zeros are none that training would leave.
+        baked = parts.grids.bake(parts.grids.prepare(student))
+        sizes["lsq"] = file_bytes(baked, **description, bitmaps=parts.recipe is not None)
+    if parts.quantizer is not None:
+        # The size depends on the zeros alone, so a few images will do, and whatever the options do for the accuracy.
+        options = parts.quantizer.options | {"refine": None}
+        batches = parts.data.calibration_batches(parts.data.num_classes)
+        for bits in parts.quantizer.bits:
+            sizes[f"{bits} bit"] = file_bytes(quantize(student, batches, bits, **options), **description)
+    return sizes
 
 
 def _add(printed: Table, role: str, stem: str, network: nn.Module, input_shape: tuple[int, int, int]) -> None:

@@ -1,8 +1,8 @@
-"""The Lightning callback that quantizes and measures the best checkpoint when training is over."""
+"""What becomes of the best checkpoint when training is over: quantized, written, read back and measured."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -11,105 +11,95 @@ from torch import nn
 from compress import models
 from compress.export.weights import BEST_NETWORK
 from compress.models import masks
+from compress.pipeline.parts import Parts
 from compress.pipeline.variants import Variants
 from compress.progress import console
-from compress.quantization import Quantizer
-from compress.quantization.lsq import FakeQuantization, float_network
+from compress.quantization.lsq import float_network
 from compress.results.loggers import log_tradeoff
 from compress.training.fit import BEST
 
 
-class PostTrainingQuantization(pl.Callback):
-    """At the end of a fit: `variants`, with the float32 student and what `quantizer` (or none) makes of it.
+@dataclass(frozen=True)
+class Measured:
+    """The best network of a run and its variants, the float32 student first.
 
-    A network that was trained `on_grids` comes as the second row. The float32 student is then the one that it started
-    from, `start`, or where there was none, its weights before they are rounded.
-
-    `architectures` has, for each network of the method, the mapping {stem, options, num_classes} that goes into the
-    files; the one that the checkpoint calls its best is taken: `network` is its name, `student` itself in float32
-    and `trained` as it was trained, on its grids perhaps.
-    Metrics go to every logger as `tradeoff/<variant>/<name>`. `before` is called with "student" when training is over.
-    `data`, `directory` and `export` are those of `compress.pipeline.variants.Variants`. A failure here fails the fit.
+    `name` is the network's name in the method, `student` itself in float32, and `trained` as it was trained, on its
+    grids perhaps.
     """
 
-    def __init__(
-        self,
-        data: pl.LightningDataModule,
-        directory: Path,
-        architectures: Mapping[str, Mapping[str, Any]],
-        quantizer: Quantizer | None,
-        export: Mapping[str, bool],
-        on_grids: FakeQuantization | None = None,
-        start: nn.Module | None = None,
-        before: Callable[[str], None] = lambda part: None,
-    ) -> None:
-        self.data = data
-        self.directory = directory
-        self.quantizer = quantizer
-        self.export = export
-        self.on_grids = on_grids
-        self.start = start
-        self.architectures = architectures
-        self.network = ""
-        self.student: nn.Module | None = None
-        self.trained: nn.Module | None = None
-        self.before = before
-        self.variants: Variants | None = None
+    name: str
+    student: nn.Module
+    trained: nn.Module
+    variants: Variants
+
+
+class PostTrainingQuantization(pl.Callback):
+    """At the end of a fit calls `measure`, see `measure_best`, and hands the figures to every logger.
+
+    A failure of `measure` fails the fit.
+    """
+
+    def __init__(self, measure: Callable[[], Measured]) -> None:
+        self.measure = measure
+        self.measured: Measured | None = None
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self.variants is not None or not trainer.is_global_zero:
-            return
-        self.before("student")
-        # Convolutions on recent GPUs would otherwise round to TF32, and the table promises float32.
-        with torch.backends.cudnn.flags(allow_tf32=False):
-            self._measure()
-        log_tradeoff(trainer.loggers, self.variants.rows, trainer.global_step)
+        if self.measured is None and trainer.is_global_zero:
+            self.measured = self.measure()
+            log_tradeoff(trainer.loggers, self.measured.variants.rows, trainer.global_step)
 
-    def _measure(self) -> None:
-        quantizes = self.quantizer or self.on_grids
-        console.print("quantizing the best checkpoint" if quantizes else "measuring the best checkpoint", style="bold")
-        best = self.trained = self._best()
-        if self.on_grids is None:
-            self.student = best
-        else:
-            self.student = float_network(best) if self.start is None else self.start.eval().to(self.data.device)
-        variants = Variants(self.data, self.directory, self.architectures[self.network], self.export)
-        variants.add_float(self.student)
-        if self.on_grids is not None:
-            self._add_trained(variants, best)
-        if self.quantizer is not None:
-            variants.quantize(self.student, self.quantizer)
+
+def measure_best(parts: Parts, directory: Path, reference: Path | None = None) -> Measured:
+    """Measures the best checkpoint in `directory`/checkpoints and what the quantizer makes of it.
+
+    A network that was trained on grids comes as the second row. The float32 student is then the one that it started
+    from, or where there was none, its weights before they are rounded; `reference` is that of `Parts.float_start`.
+    """
+    quantizes = parts.quantizer or parts.grids
+    console.print("quantizing the best checkpoint" if quantizes else "measuring the best checkpoint", style="bold")
+    name, trained = best_network(parts, directory / "checkpoints" / BEST)
+    student = trained
+    if parts.grids is not None:
+        start = parts.float_start(reference)
+        student = float_network(trained) if start is None else start.eval().to(parts.data.device)
+    variants = Variants(parts.data, directory, parts.architectures[name], parts.plain["export"])
+    # Convolutions on recent GPUs would otherwise round to TF32, and the table promises float32.
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        variants.add_float(student)
+        if parts.grids is not None:
+            _add_trained(variants, parts, trained)
+        if parts.quantizer is not None:
+            variants.quantize(student, parts.quantizer)
         variants.finish()
-        self.variants = variants
+    return Measured(name, student, trained, variants)
 
-    def _add_trained(self, variants: Variants, prepared: nn.Module) -> None:
-        grids = self.on_grids
-        widths = "".join(
-            f"{letter}{bits}" for letter, bits in (("w", grids.weight_bits), ("a", grids.activation_bits)) if bits
-        )
-        variants.add(
-            f"student-lsq-{widths}",
-            grids.bake(prepared),
-            self.data.calibration_batches(256),
-            quantizer="lsq",
-            bits=grids.weight_bits or 32,
-            levels=grids.weight_bits and 2**grids.weight_bits,
-            first_last_bits=grids.first_last_bits,
-            activation_bits=grids.activation_bits or 32,
-        )
 
-    def _best(self) -> nn.Module:
-        """The best network of the best checkpoint, with its fake quantization if it was trained with one."""
-        saved = torch.load(self.directory / "checkpoints" / BEST, map_location="cpu", weights_only=True)
-        self.network = saved[BEST_NETWORK]
-        architecture = self.architectures[self.network]
-        student = models.rebuild(architecture)
-        if self.on_grids is not None:
-            student = self.on_grids.prepare(student)
-        prefix = f"{self.network}."
-        state = {
-            name.removeprefix(prefix): value for name, value in saved["state_dict"].items() if name.startswith(prefix)
-        }
-        masks.restore(student, state, BEST)
-        student.load_state_dict(state)
-        return student.eval().to(self.data.device)
+def best_network(parts: Parts, path: Path) -> tuple[str, nn.Module]:
+    """Name and network of the best of those in a checkpoint, with its fake quantization if it was trained with one."""
+    saved = torch.load(path, map_location="cpu", weights_only=True)
+    name = saved[BEST_NETWORK]
+    network = models.rebuild(parts.architectures[name])
+    if parts.grids is not None:
+        network = parts.grids.prepare(network)
+    prefix = f"{name}."
+    state = {key.removeprefix(prefix): value for key, value in saved["state_dict"].items() if key.startswith(prefix)}
+    masks.restore(network, state, path.name)
+    network.load_state_dict(state)
+    return name, network.eval().to(parts.data.device)
+
+
+def _add_trained(variants: Variants, parts: Parts, trained: nn.Module) -> None:
+    grids = parts.grids
+    widths = "".join(
+        f"{letter}{bits}" for letter, bits in (("w", grids.weight_bits), ("a", grids.activation_bits)) if bits
+    )
+    variants.add(
+        f"student-lsq-{widths}",
+        grids.bake(trained),
+        parts.data.calibration_batches(256),
+        quantizer="lsq",
+        bits=grids.weight_bits or 32,
+        levels=grids.weight_bits and 2**grids.weight_bits,
+        first_last_bits=grids.first_last_bits,
+        activation_bits=grids.activation_bits or 32,
+    )

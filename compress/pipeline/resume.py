@@ -5,11 +5,15 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
+from typing import Literal
 
+from compress.config.compose import Job, parse
 from compress.errors import UserError
-from compress.files import remove_leftovers
+from compress.files import make_chosen, make_directory, remove_leftovers
 from compress.stopping import under_way
+from compress.training.processes import node_rank
 
 STARTED = "started.json"
 
@@ -92,3 +96,33 @@ def _lock(handle: int) -> bool:
         # A file system without locks on directories cannot say.
         return True
     return True
+
+
+def run_directory(job: Job, overrides: Sequence[str]) -> Path:
+    """A directory for one run: the one in `hydra.run.dir` if that was typed, or one made just now.
+
+    Raises UserError for one that is not empty, and where several machines were given none to meet in.
+    """
+    name = f"{datetime.now():%Y-%m-%d_%H-%M-%S}-{job.config.method.stem}-{job.config.student.stem}"
+    return directory_for("run", job, overrides, Path(job.config.output_directory) / "runs", name)
+
+
+def directory_for(kind: Literal["run", "sweep"], job: Job, overrides: Sequence[str], parent: Path, name: str) -> Path:
+    """The directory that `overrides` name for a run or a sweep, or `parent`/`name`, made just now."""
+    key = f"hydra.{kind}.dir"
+    typed = [parse(override).value() for override in overrides if override.startswith(f"{key}=")]
+    # Every machine runs the command, and they have to meet in one directory.
+    if job.config.trainer.get("num_nodes", 1) > 1 and not typed:
+        raise UserError(f"{key}: found none for several machines; accepted: one directory for all of them")
+    if not typed:
+        return make_directory(parent, name)
+    directory = Path(str(typed[-1]))
+    if node_rank(job.config.trainer) > 0:
+        return directory
+    if directory.is_dir() and any(directory.iterdir()):
+        go_on = "sweep" if kind == "sweep" else "resume"
+        raise UserError(
+            f"{key}: found {directory}, which is not empty; accepted: a new directory, or {go_on}={directory}"
+        )
+    make_chosen(directory, key)
+    return directory

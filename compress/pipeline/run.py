@@ -4,39 +4,35 @@ import json
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-import torch
-from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.loggers import Logger
-from torch import nn
 
 from compress import models
-from compress.arguments import check_arguments, parameter_names
-from compress.config.compose import method_name
+from compress.config.compose import Job
+from compress.data.shared import DataSets
 from compress.errors import UserError
-from compress.export.weights import build_network
 from compress.files import write_json, write_text
-from compress.optim.groups import optimizer_factory
 from compress.pipeline import resume, teachers
-from compress.pipeline.measure import PostTrainingQuantization
+from compress.pipeline.measure import Measured, PostTrainingQuantization, measure_best
+from compress.pipeline.parts import Parts
 from compress.pipeline.resume import STARTED
+from compress.pipeline.teachers import Teacher
 from compress.pipeline.weight_panels import weight_panels
 from compress.progress import console
-from compress.pruning.recipe import MaskRecipe
 from compress.results.loggers import open_loggers
 from compress.results.record import Record
 from compress.results.surroundings import surroundings
 from compress.results.tradeoff import Row
 from compress.results.writing import show, write_results
 from compress.training import distributed, processes
-from compress.training.fit import BEST, device, epoch_of, fit
+from compress.training.fit import BEST, epoch_of, fit
 from compress.training.pruning import Pruning
 
 
@@ -52,181 +48,128 @@ class Result:
         return self.record.rows
 
 
-def run(
-    config: DictConfig, directory: Path, overrides: Sequence[str] = (), reference: Path | None = None
-) -> Result | None:
-    """Does what a checked `config` says and leaves the results in `directory`; a run found there is continued.
+def run(job: Job, directory: Path, data_sets: DataSets, reference: Path | None = None) -> Result | None:
+    """Does what a checked `job` without stages says and leaves the results in `directory`.
 
-    reference: the checkpoint of the float network that one trained on grids is compared with, if it is not
-    `student.checkpoint`, which may have been trained on grids itself.
+    A run found there is continued; of one that is finished the result is read and returned. Of several machines only
+    the first has a result. `reference` is the checkpoint of the float network that one trained on grids is compared
+    with, if it is not `student.checkpoint`, which may have been trained on grids itself.
 
-    Everything a run leaves is described in `compress.results`. The result of a finished run is read and returned. Of
-    several machines only the first has a result.
+    Everything a run leaves is described in `compress.results`.
     """
-    if processes.node_rank(config.trainer) > 0:
-        return distributed.join(config, directory, worker_command(directory))
+    if processes.node_rank(job.config.trainer) > 0:
+        return distributed.join(job.config, directory, _worker_command(directory))
     with resume.owned(directory):
         if (directory / "result.json").exists():
             return finished(directory)
         processes.act_alone()
-        started = record_start(directory, overrides)
-        write_text(directory / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
+        started = record_start(directory, job.overrides)
+        write_text(directory / "config.yaml", OmegaConf.to_yaml(job.config, resolve=True))
         clock = _Clock()
-        if processes.is_wanted(config.trainer):
-            try:
-                with distributed.ends_all(config.trainer, directory):
-                    distributed.train(
-                        config, directory, lambda: _have_teacher(config, directory), worker_command(directory)
-                    )
-            except BaseException:
-                # The process that had opened them is dead; what they keep elsewhere has to end all the same.
-                with open_loggers(config, directory):
-                    raise
+        if processes.is_wanted(job.config.trainer):
+            _train_in_processes(job.config, directory, data_sets)
             clock.lap("distributed")
-        with open_loggers(config, directory) as loggers:
-            return _run(config, directory, started, clock, loggers, reference)
-
-
-def worker_command(directory: Path) -> list[str]:
-    """What starts one of the processes that train the run in `directory` together."""
-    return [sys.executable, "-P", "-m", "compress.pipeline.worker", str(directory)]
-
-
-def _have_teacher(config: DictConfig, directory: Path) -> None:
-    if teachers.is_used(config):
-        data = instantiate(config.data, seed=config.seed, device=device(config.trainer.accelerator))
-        data.prepare_data()
-        data.setup()
-        teachers.resolve(config, data, OmegaConf.to_container(config.trainer, resolve=True), directory)
+        parts = Parts(job.config, data_sets)
+        with open_loggers(job.config, directory) as loggers:
+            teacher, trainer, measured = _train(parts, directory, loggers, clock, reference)
+            teacher_record = teachers.tested(teacher, parts) if teacher else None
+            clock.lap("quantization")
+            about = _about(parts, measured, trainer, directory)
+            record = Record(**started, seconds=clock.laps, teacher=teacher_record, **about)
+            return _write(parts, directory, measured, record, loggers)
 
 
 def train(config: DictConfig, directory: Path) -> None:
     """The part of `run` that belongs to each process of a training in several; the rest follows elsewhere."""
-    started = record_start(directory, ())
     with open_loggers(config, directory) as loggers:
-        _run(config, directory, started, _Clock(), loggers)
+        _train(Parts(config), directory, loggers, _Clock())
 
 
-def _run(
-    config: DictConfig,
-    directory: Path,
-    started: Mapping[str, Any],
-    clock: "_Clock",
-    loggers: Sequence[Logger],
-    reference: Path | None = None,
-) -> Result | None:
-    plain = OmegaConf.to_container(config, resolve=True)
-    pl.seed_everything(config.seed, verbose=False)
-
-    data = instantiate(config.data, seed=config.seed, device=device(config.trainer.accelerator))
-    data.prepare_data()
-    data.setup()
+def _train(
+    parts: Parts, directory: Path, loggers: Sequence[Logger], clock: "_Clock", reference: Path | None = None
+) -> tuple[Teacher | None, pl.Trainer, Measured | None]:
+    """The teacher and the trained student, measured; a process that trains with others does not measure."""
+    seed = parts.plain["seed"]
+    pl.seed_everything(seed, verbose=False)
+    data = parts.data
     clock.lap("data")
-
-    method = get_class(config.method._target_)
-    parts: dict[str, Any] = {"num_classes": data.num_classes, "seed": config.seed}
-    if "input_shape" in parameter_names(method):
-        parts["input_shape"] = data.input_shape
-    teacher, updates_teacher = None, config.method.get("update_teacher", False)
-    if teachers.is_used(config):
-        teacher = teachers.resolve(config, data, plain["trainer"], directory)
-        parts["teacher"] = teacher.learning if updates_teacher else teacher.frozen
+    teacher = teachers.resolve(parts, directory)
     clock.lap("teacher")
-
     # The teacher's training may have drawn random numbers; the student's first weights depend on the seed alone.
-    pl.seed_everything(config.seed, verbose=False)
-    student = build_network(plain["student"], data.num_classes)
-    recipe = instantiate(config.pruning) if config.pruning else None
-    if recipe is not None:
-        student = recipe.shrink(student, data.input_shape)
-    parts["student"] = student.to(memory_format=torch.channels_last)
-    parts |= {part: instantiate(config[part]) for part in ("loss", "scheduler")}
-    parts["optimizer"] = optimizer_factory(plain["optimizer"])
-    parts["mixup"] = instantiate(config.mixup) if config.mixup else None
-    architectures = {"model": models.architecture(plain["student"], data.num_classes, student)}
-    if "peers" in parameter_names(method):
-        peer = plain["peer"] or plain["student"]
-        fresh = peer | {"checkpoint": None}
-        others = [build_network(fresh, data.num_classes) for _ in range(config.method.peers - 1)]
-        if recipe is not None:
-            others = [recipe.shrink(other, data.input_shape) for other in others]
-        parts["others"] = [other.to(memory_format=torch.channels_last) for other in others]
-        for index, other in enumerate(others):
-            architectures[f"others.{index}"] = models.architecture(peer, data.num_classes, other)
-    # Not by `instantiate`, which would turn the frozen dataclasses among the parts into configurations.
-    module = method(**check_arguments(method, plain["method"], "method"), **parts)
-    if not processes.is_wanted(config.trainer):
-        console.print(f"student {config.student.stem}: training for {config.trainer.max_epochs} epochs", style="bold")
+    pl.seed_everything(seed, verbose=False)
+    module = parts.learner(teacher and (teacher.learning if parts.updates_teacher else teacher.frozen))
+    if not processes.is_wanted(parts.plain["trainer"]):
+        epochs = parts.plain["trainer"]["max_epochs"]
+        console.print(f"student {parts.plain['student']['stem']}: training for {epochs} epochs", style="bold")
 
-    quantizer = instantiate(config.quantizer) if config.quantizer else None
-    quantization = PostTrainingQuantization(
-        data,
-        directory,
-        architectures,
-        quantizer,
-        plain["export"],
-        on_grids=module.on_grids,
-        start=_start(plain["student"], data.num_classes, architectures["model"], reference),
-        before=clock.lap,
-    )
-    masked = isinstance(recipe, MaskRecipe)
-    pruning = Pruning(module.networks, recipe if masked else None, architectures)
+    def measure() -> Measured:
+        clock.lap("student")
+        return measure_best(parts, directory, reference)
+
+    quantization = PostTrainingQuantization(measure)
+    pruning = Pruning(module.networks, parts.mask_recipe, parts.architectures)
     trainer = fit(
         module,
         data,
-        plain["trainer"],
+        parts.plain["trainer"],
         directory / "checkpoints",
         label="student",
         loggers=loggers,
         callbacks=[pruning, processes.Worker() if processes.is_worker() else quantization],
-        first_best=max(recipe.window(config.trainer.max_epochs)[1] - 1, 0) if masked else 0,
+        first_best=parts.first_best_epoch,
     )
-    if processes.is_worker():
-        return None
-    teacher_record = teachers.test_record(teacher, data, updates_teacher) if teacher else None
-    clock.lap("quantization")
+    return teacher, trainer, quantization.measured
 
-    variants = quantization.variants
-    stem = architectures[quantization.network]["stem"]
-    record = Record(
-        **started,
+
+def _train_in_processes(config: DictConfig, directory: Path, data_sets: DataSets) -> None:
+    def have_teacher() -> None:
+        teachers.resolve(Parts(config, data_sets), directory)
+
+    try:
+        with distributed.ends_all(config.trainer, directory):
+            distributed.train(config, directory, have_teacher, _worker_command(directory))
+    except BaseException:
+        # The process that had opened them is dead; what they keep elsewhere has to end all the same.
+        with open_loggers(config, directory):
+            raise
+
+
+def _worker_command(directory: Path) -> list[str]:
+    """What starts one of the processes that train the run in `directory` together."""
+    return [sys.executable, "-P", "-m", "compress.pipeline.worker", str(directory)]
+
+
+def _about(parts: Parts, measured: Measured, trainer: pl.Trainer, directory: Path) -> dict[str, Any]:
+    """What the record says of this run, besides when it ran and of its teacher."""
+    data, variants = parts.data, measured.variants
+    return {
         **surroundings(),
-        seed=config.seed,
-        seconds=clock.laps,
-        data=data.record(),
-        teacher=teacher_record,
-        pruning=recipe.record(quantization.trained) if recipe is not None else None,
-        student={
-            "model": stem,
-            "network": quantization.network,
-            "parameters": models.count_parameters(quantization.student),
-            "macs": models.count_macs(quantization.student, data.input_shape),
+        "seed": parts.plain["seed"],
+        "data": data.record(),
+        "pruning": None if parts.recipe is None else parts.recipe.record(measured.trained),
+        "student": {
+            "model": parts.architectures[measured.name]["stem"],
+            "network": measured.name,
+            "parameters": models.count_parameters(measured.student),
+            "macs": models.count_macs(measured.student, data.input_shape),
             "epochs": trainer.current_epoch,
             "best_epoch": epoch_of(directory / "checkpoints" / BEST),
             "validation_accuracy": variants.rows[0].validation_accuracy,
             "test_accuracy": variants.rows[0].test_accuracy,
             "test_accuracy_per_class": dict(zip(data.class_names, variants.test.per_class, strict=True)),
         },
-        rows=variants.rows,
-        layers=variants.layers,
-    )
-    title = f"{method_name(config)} {stem} on {record.data.name}"
-    write_results(directory, record, title, weight_panels(variants.student, variants.quantized), loggers)
+        "rows": variants.rows,
+        "layers": variants.layers,
+    }
+
+
+def _write(parts: Parts, directory: Path, measured: Measured, record: Record, loggers: Sequence[Logger]) -> Result:
+    title = f"{parts.plain['method']['stem']} {record.student.model} on {record.data.name}"
+    panels = weight_panels(measured.student, measured.variants.quantized)
+    write_results(directory, record, title, panels, loggers)
     (directory / STARTED).unlink()
     show(directory, record.rows, title)
     return Result(directory, record)
-
-
-def _start(
-    node: dict[str, Any], num_classes: int, architecture: dict[str, Any], reference: Path | None
-) -> nn.Module | None:
-    """The float network that training started from, unless there is none or it has lost channels since."""
-    checkpoint = reference or node.get("checkpoint")
-    if checkpoint is None:
-        return None
-    with torch.random.fork_rng(devices=[]):
-        start = build_network(node | {"checkpoint": str(checkpoint)}, num_classes)
-    return start if models.architecture(node, num_classes, start) == architecture else None
 
 
 def finished(directory: Path) -> Result:
@@ -237,12 +180,13 @@ def finished(directory: Path) -> Result:
 
 
 def record_start(directory: Path, overrides: Sequence[str]) -> dict[str, Any]:
-    """What was typed and when, kept until the run is finished so that a resumed run can still say it."""
+    """What was typed and when, on the disk until the run is finished so that a resumed run can still say it."""
     path = directory / STARTED
     if not path.exists():
         now = datetime.now().astimezone().isoformat(timespec="seconds")
-        job = os.environ.get("SLURM_JOB_ID")
-        write_json(path, {"overrides": list(overrides), "started": now} | ({"slurm_job": job} if job else {}))
+        slurm_job = os.environ.get("SLURM_JOB_ID")
+        content = {"overrides": list(overrides), "started": now}
+        write_json(path, content | ({"slurm_job": slurm_job} if slurm_job else {}))
     try:
         started = json.loads(path.read_text(encoding="utf-8"))
         return {"overrides": list(started["overrides"]), **started}

@@ -1,7 +1,7 @@
-"""A run of several stages, each a run of its own in a sub-directory that starts from the student of the one before.
+"""A run of several stages, each a run in a sub-directory that starts from the student of the one before.
 
-`1-prune/`, `2-quantize/` and so on hold what any run leaves; the result and the table of the whole, beside them, are
-those of the last stage. An interrupted one is continued at the stage, and within it at the epoch, where it was.
+`1-prune/`, `2-quantize/` and so on hold what any run leaves; the result and the table beside them are those of the
+last stage. An interrupted run is continued at the stage, and within it at the epoch, where it was.
 """
 
 from collections.abc import Mapping, Sequence
@@ -9,75 +9,49 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from hydra.utils import get_class
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
-from compress.config import compose as configuration
-from compress.errors import UserError
+from compress.config.compose import Job
+from compress.data.shared import DataSets
 from compress.files import write_text
 from compress.pipeline import resume
-from compress.pipeline import run as pipeline
-from compress.pipeline.checks import check
-from compress.pipeline.run import Result
+from compress.pipeline.parts import Parts
+from compress.pipeline.run import Result, finished, record_start, run
 from compress.progress import console
 from compress.results.record import Stage
 from compress.results.writing import show, write_results
 from compress.training.fit import BEST
 
 
-def run(config: DictConfig, directory: Path, overrides: Sequence[str] = ()) -> Result | None:
-    """Does what a checked `config` says, in stages if it has any; without, this is `compress.pipeline.run.run`."""
-    if not config.get("stages"):
-        return pipeline.run(config, directory, overrides)
+def run_stages(job: Job, directory: Path, data_sets: DataSets) -> Result:
+    """Does what a checked `job` with stages says and leaves the results in `directory`."""
     with resume.owned(directory):
         if (directory / "result.json").exists():
-            return pipeline.finished(directory)
-        return _run(config, directory, overrides)
+            return finished(directory)
+        started = record_start(directory, job.overrides)
+        for stage in job.stages:
+            if not (directory / stage.name / "result.json").exists():
+                write_text(directory / stage.name / "config.yaml", OmegaConf.to_yaml(stage.config, resolve=True))
+        # Only now, because its presence says that the configurations of the stages are all there.
+        write_text(directory / "config.yaml", OmegaConf.to_yaml(job.config, resolve=True))
+        return _write(job, directory, started, _run_each(job, directory, data_sets, started["overrides"]))
 
 
-def _run(config: DictConfig, directory: Path, overrides: Sequence[str]) -> Result:
-    started = pipeline.record_start(directory, overrides)
-    if (directory / "config.yaml").exists():
-        _heed(config, directory, [each for each in overrides if each not in started["overrides"]])
-    else:
-        for name, composed in configuration.compose_stages(config, overrides):
-            write_text(directory / name / "config.yaml", OmegaConf.to_yaml(composed, resolve=True))
-    # Only now, because its presence says that the configurations of the stages are all there.
-    write_text(directory / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
-    names = configuration.stage_directories(config)
+def _run_each(job: Job, directory: Path, data_sets: DataSets, overrides: Sequence[str]) -> list[Result]:
     results: list[Result] = []
     reference = None
-    for number, name in enumerate(names, 1):
-        stage = configuration.read_config(directory / name)
+    for number, stage in enumerate(job.stages, 1):
         if results:
-            stage.student.checkpoint = str(results[-1].directory / "checkpoints" / BEST)
-        if not (directory / name / "result.json").exists():
-            check(stage)
-        console.print(f"stage {number} of {len(names)}: {config.stages[number - 1].name}", style="bold")
-        results.append(pipeline.run(stage, directory / name, started["overrides"], reference))
-        if get_class(stage.method._target_).grids(stage.method) is None:
+            stage.config.student.checkpoint = str(results[-1].directory / "checkpoints" / BEST)
+        console.print(f"stage {number} of {len(job.stages)}: {job.config.stages[number - 1].name}", style="bold")
+        stage = replace(stage, overrides=tuple(overrides))
+        results.append(run(stage, directory / stage.name, data_sets, reference))
+        if Parts(stage.config, data_sets).grids is None:
             reference = results[-1].directory / "checkpoints" / BEST
-    return _whole(config, directory, started, results)
+    return results
 
 
-def refuse_epochs(override: str) -> None:
-    """Raises UserError where `override` would change the epochs of stages that were shared out before."""
-    if override.startswith("trainer.max_epochs="):
-        raise UserError(f"{override}: the stages of a resumed run keep their epochs; accepted: other trainer.*=...")
-
-
-def _heed(config: DictConfig, directory: Path, overrides: Sequence[str]) -> None:
-    """Changes the stages that are not finished by `overrides` of trainer.* and logger.*, typed for a resumed run."""
-    for name in configuration.stage_directories(config):
-        if not (directory / name / "result.json").exists():
-            stage = configuration.read_config(directory / name)
-            for override in overrides:
-                refuse_epochs(override)
-                configuration.apply_override(stage, override)
-            write_text(directory / name / "config.yaml", OmegaConf.to_yaml(stage, resolve=True))
-
-
-def _whole(config: DictConfig, directory: Path, started: Mapping[str, Any], results: Sequence[Result]) -> Result:
+def _write(job: Job, directory: Path, started: Mapping[str, Any], results: Sequence[Result]) -> Result:
     last = results[-1].record
     stages = [
         Stage(
@@ -89,7 +63,7 @@ def _whole(config: DictConfig, directory: Path, started: Mapping[str, Any], resu
             student=result.record.student,
             variant=result.rows[-1],
         )
-        for stage, result in zip(config.stages, results, strict=True)
+        for stage, result in zip(job.config.stages, results, strict=True)
     ]
     folder = stages[-1].directory
     changes = {

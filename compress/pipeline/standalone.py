@@ -9,27 +9,28 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
+from torch import nn
 
 from compress import models
-from compress.config import compose as configuration
+from compress.config import values
+from compress.config.compose import compose_jobs
+from compress.config.recorded import apply_override
 from compress.errors import UserError
 from compress.export.packed import read_float_description
-from compress.export.weights import build_network, load_weights
+from compress.export.weights import load_weights
 from compress.files import make_directory, write_text
-from compress.pipeline import checks
-from compress.pipeline.checks import checked_jobs
+from compress.pipeline.check import check_quantizer
+from compress.pipeline.parts import Parts
 from compress.pipeline.variants import Variants
 from compress.pipeline.weight_panels import weight_panels
 from compress.results.record import Record
 from compress.results.surroundings import surroundings
 from compress.results.writing import show, write_results
-from compress.training.fit import device
 
 GROUPS = ("data", "quantizer", "export")
 # What scripts/run.py takes besides.
-OF_TRAINING = {*checks.GROUPS, "stages", "grid"} - {*GROUPS}
+OF_TRAINING = {*values.GROUPS, "stages", "grid"} - {*GROUPS}
 KEYS = ("checkpoint", "model", "seed", "output_directory", "trainer.accelerator")
 
 
@@ -46,66 +47,83 @@ def quantize_checkpoint(overrides: Sequence[str]) -> Path:
     path = Path(typed["checkpoint"]).expanduser()
     if not path.is_file():
         raise UserError(f"checkpoint: found no file at {path}; accepted: a checkpoint or model file")
-    budgets = [each for each in overrides if each.lstrip("+").startswith("quantizer.budget=")]
-    rest = [each for each in overrides if each.partition("=")[0] not in ("checkpoint", "model") and each not in budgets]
     about = read_float_description(path)
-    config = _composed([*_model(path, typed, about), *_data(path, typed, about), *rest])
-    # What its file takes depends on the network that is loaded below, which may be pruned.
-    for override in budgets:
-        configuration.apply_override(config, override)
-    checks.check_values(config)
-
-    plain = OmegaConf.to_container(config, resolve=True)
-    pl.seed_everything(config.seed, verbose=False)
-    data = instantiate(config.data, seed=config.seed, device=device(config.trainer.accelerator))
-    data.setup()
-    if about and about["class_names"] != list(data.class_names):
-        found = ", ".join(about["class_names"][:3])
-        raise UserError(f"data: found other classes than those of {path} ({found}, ...); accepted: its own data")
-    student = build_network(plain["student"], data.num_classes)
-    load_weights(student, path)
-    student = student.eval().to(data.device)
-    architecture = models.architecture(plain["student"], data.num_classes, student)
-    quantizer = checks.check_quantizer(config, student)
-    checks.check_budget(quantizer, student, architecture, data)
-
-    stem = plain["student"]["stem"]
-    name = f"{datetime.now():%Y-%m-%d_%H-%M-%S}-{stem}"
-    directory = make_directory(Path(config.output_directory) / "quantized", name)
-    kept = {key: plain[key] for key in ("seed", "data", "student", "quantizer", "export")}
-    write_text(directory / "config.yaml", OmegaConf.to_yaml({"checkpoint": str(path), **kept}))
-    variants = Variants(data, directory, architecture, plain["export"])
+    parts = Parts(_composed(path, overrides, typed, about))
+    student = _loaded(parts, path, about)
+    check_quantizer(parts, student)
+    stem = parts.plain["student"]["stem"]
+    parent = Path(parts.plain["output_directory"]) / "quantized"
+    directory = make_directory(parent, f"{datetime.now():%Y-%m-%d_%H-%M-%S}-{stem}")
+    groups = {key: parts.plain[key] for key in ("seed", "data", "student", "quantizer", "export")}
+    write_text(directory / "config.yaml", OmegaConf.to_yaml({"checkpoint": str(path), **groups}))
+    variants = Variants(parts.data, directory, parts.architecture, parts.plain["export"])
     try:
         # Convolutions on recent GPUs would otherwise round to TF32, and the table promises float32.
         with torch.backends.cudnn.flags(allow_tf32=False):
             variants.add_float(student)
-            variants.quantize(student, quantizer)
+            variants.quantize(student, parts.quantizer)
             variants.finish()
     except UserError:
         shutil.rmtree(directory)
         raise
-    record = Record(
-        overrides=list(overrides),
-        **surroundings(),
-        seed=config.seed,
-        data=data.record(),
-        teacher=None,
-        student={
-            "model": stem,
-            "checkpoint": str(path),
-            "parameters": models.count_parameters(student),
-            "macs": models.count_macs(student, data.input_shape),
-            "validation_accuracy": variants.rows[0].validation_accuracy,
-            "test_accuracy": variants.rows[0].test_accuracy,
-            "test_accuracy_per_class": dict(zip(data.class_names, variants.test.per_class, strict=True)),
-        },
-        rows=variants.rows,
-        layers=variants.layers,
-    )
     title = f"{stem} of {path.name}"
-    write_results(directory, record, title, weight_panels(variants.student, variants.quantized))
+    record = Record(overrides=list(overrides), **surroundings(), **_about(parts, student, path, variants))
+    write_results(directory, record, title, weight_panels(student, variants.quantized))
     show(directory, record.rows, title)
     return directory
+
+
+def _composed(
+    path: Path, overrides: Sequence[str], typed: Mapping[str, str], about: Mapping[str, Any] | None
+) -> DictConfig:
+    """The configuration of what was typed and of what the file at `path` and its run say, its values checked."""
+    budgets = [override for override in overrides if override.lstrip("+").startswith("quantizer.budget=")]
+    others = [
+        override
+        for override in overrides
+        if override.partition("=")[0] not in ("checkpoint", "model") and override not in budgets
+    ]
+    composed = ["method=supervised", *_model(path, typed, about), *_data(path, typed, about), *others]
+    [job] = compose_jobs(composed)
+    if not job.config.quantizer:
+        raise UserError("quantizer: found none, and nothing else is done here; accepted: gpfq, gptq, qronos, spfq, rtn")
+    # What its file takes depends on the network that is loaded, which may be pruned.
+    for override in budgets:
+        apply_override(job.config, override)
+    values.check_values(job.config)
+    return job.config
+
+
+def _loaded(parts: Parts, path: Path, about: Mapping[str, Any] | None) -> nn.Module:
+    """The student with the weights of the file at `path`, which has to be of the same classes as the data."""
+    pl.seed_everything(parts.plain["seed"], verbose=False)
+    class_names = list(parts.data.class_names)
+    if about and about["class_names"] != class_names:
+        names = ", ".join(about["class_names"][:3])
+        raise UserError(f"data: found other classes than those of {path} ({names}, ...); accepted: its own data")
+    load_weights(parts.student, path)
+    return parts.student.eval().to(parts.data.device)
+
+
+def _about(parts: Parts, student: nn.Module, path: Path, variants: Variants) -> dict[str, Any]:
+    """What the record says of the network and its variants."""
+    reference, names = variants.rows[0], parts.data.class_names
+    return {
+        "seed": parts.plain["seed"],
+        "data": parts.data.record(),
+        "teacher": None,
+        "student": {
+            "model": parts.plain["student"]["stem"],
+            "checkpoint": str(path),
+            "parameters": models.count_parameters(student),
+            "macs": models.count_macs(student, parts.data.input_shape),
+            "validation_accuracy": reference.validation_accuracy,
+            "test_accuracy": reference.test_accuracy,
+            "test_accuracy_per_class": dict(zip(names, variants.test.per_class, strict=True)),
+        },
+        "rows": variants.rows,
+        "layers": variants.layers,
+    }
 
 
 def _split(overrides: Sequence[str]) -> dict[str, str]:
@@ -150,9 +168,8 @@ def _data(path: Path, typed: Mapping[str, str], about: Mapping[str, Any] | None)
     run = _run_of(path)
     if run is not None and "data" not in typed:
         node = OmegaConf.to_container(run.data)
-        # A data set's module has the name of its option.
-        stem = node.pop("_target_").rpartition(".")[0].rpartition(".")[2]
-        found = _overrides("data", stem, node)
+        del node["_target_"]
+        found = _overrides("data", node.pop("stem"), node)
     if about:
         found += [f"data.{key}={json.dumps(about[key])}" for key in ("mean", "standard_deviation")]
     return found
@@ -172,10 +189,3 @@ def _run_of(path: Path) -> DictConfig | None:
         return None
     config = OmegaConf.load(file)
     return config if isinstance(config, DictConfig) and {"student", "data"} <= config.keys() else None
-
-
-def _composed(overrides: list[str]) -> DictConfig:
-    [(_, config)] = checked_jobs(["method=supervised", *overrides])
-    if not config.quantizer:
-        raise UserError("quantizer: found none, and nothing else is done here; accepted: gpfq, gptq, qronos, spfq, rtn")
-    return config

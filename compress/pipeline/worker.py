@@ -7,12 +7,14 @@ from pathlib import Path
 import torch
 from omegaconf import OmegaConf
 
-from compress.pipeline import run as pipeline
+from compress.paths import import_from_here
+from compress.pipeline.run import train
 from compress.progress import console
 from compress.training import distributed, processes
 
 
 def main(directory: Path) -> int:
+    import_from_here()
     processes.ignore_signals()
     distributed.end_with_parent()
     # The job has said what there is to say before the training.
@@ -21,7 +23,7 @@ def main(directory: Path) -> int:
         config = OmegaConf.load(directory / "config.yaml")
         if config.trainer.accelerator != "cpu" and torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        pipeline.train(config, directory)
+        train(config, directory)
     except BaseException as failure:
         distributed.note_failure(failure)
         return 1

@@ -11,7 +11,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from compress.pruning.recipe import MaskRecipe, left_dense
+from compress.pruning.recipe import MaskRecipe, dense_layers
 
 
 def largest(scores: Tensor, zeros: int) -> Tensor:
@@ -23,24 +23,24 @@ def largest(scores: Tensor, zeros: int) -> Tensor:
     if zeros == 0:
         return torch.ones_like(scores, dtype=torch.bool)
     threshold = flat.kthvalue(zeros).values
-    kept = flat > threshold
+    mask = flat > threshold
     ties = (flat == threshold).nonzero().squeeze(1)
-    kept[ties[zeros - int((flat < threshold).sum()) :]] = True
-    return kept.reshape(scores.shape)
+    mask[ties[zeros - int((flat < threshold).sum()) :]] = True
+    return mask.reshape(scores.shape)
 
 
 def magnitude_masks(
     weights: Mapping[str, Tensor],
     sparsity: float,
     scope: Literal["global", "layer"] = "global",
-    kept: Mapping[str, Tensor] | None = None,
+    current: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
-    """Masks of `weights` of any shapes, False for exactly round(sparsity n) of the n weights of each layer, or of all.
+    """Masks of `weights` of any shapes, False for exactly round(sparsity n) of the n weights of a layer, or of all.
 
-    `kept` has the masks so far: what they do not keep goes first.
+    `current` has the masks so far: what they drop goes first.
     """
     scores = {name: weight.detach().abs().float() for name, weight in weights.items()}
-    for name, mask in (kept or {}).items():
+    for name, mask in (current or {}).items():
         scores[name] = scores[name].masked_fill(~mask, -1.0)
     if scope == "layer":
         return {name: largest(score, round(sparsity * score.numel())) for name, score in scores.items()}
@@ -52,13 +52,13 @@ def magnitude_masks(
 
 @dataclass(frozen=True)
 class Magnitude(MaskRecipe):
-    """`pruning=magnitude`: the share `sparsity` of the weights of all layers together, or of each layer, goes."""
+    """`pruning=magnitude`: the share `sparsity` of the weights of all layers together, or of every layer, goes."""
 
     sparsity: Annotated[float, Field(ge=0, lt=1)] = 0.8
     scope: Literal["global", "layer"] = "global"
 
-    def masks(self, weights: Mapping[str, Tensor], kept: Mapping[str, Tensor], share: float) -> dict[str, Tensor]:
-        return magnitude_masks(weights, share * self.sparsity, self.scope, kept)
+    def masks(self, weights: Mapping[str, Tensor], current: Mapping[str, Tensor], share: float) -> dict[str, Tensor]:
+        return magnitude_masks(weights, share * self.sparsity, self.scope, current)
 
     def dense(self, network: nn.Module) -> dict[str, str]:
-        return left_dense(self, network, {})
+        return dense_layers(self, network, {})

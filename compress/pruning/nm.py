@@ -1,4 +1,4 @@
-"""N:M sparsity: of every M weights that follow each other along the input channels, the N largest are kept.
+"""N:M sparsity: of every M weights that follow each other along the input channels, the N largest stay.
 
 2:4 is what the sparse tensor cores of GPUs multiply (Mishra et al. 2021, 2104.08378).
 """
@@ -12,18 +12,17 @@ from torch import Tensor, nn
 
 from compress.errors import UserError
 from compress.models.masks import weight_of
-from compress.pruning.recipe import MaskRecipe, left_dense
+from compress.pruning.recipe import MaskRecipe, dense_layers
 
 
-def nm_mask(weight: Tensor, n: int, m: int, kept: Tensor | None = None) -> Tensor:
+def nm_mask(weight: Tensor, n: int, m: int, current: Tensor | None = None) -> Tensor:
     """A boolean mask of `weight` (O, I, ...), True for the `n` largest of every `m` along the I input channels.
 
-    I is divisible by m. Of equal weights those of lower index stay. What the mask so far, `kept`, does not keep goes
-    first.
+    I is divisible by m. Of equal weights those of lower index stay. What the `current` mask drops goes first.
     """
     scores = weight.detach().abs().float()
-    if kept is not None:
-        scores = scores.masked_fill(~kept, -1.0)
+    if current is not None:
+        scores = scores.masked_fill(~current, -1.0)
     grouped = scores.movedim(1, -1)
     shape = grouped.shape
     grouped = grouped.reshape(-1, m)
@@ -47,10 +46,10 @@ class NM(MaskRecipe):
         if self.n > self.m:
             raise UserError(f"pruning.n: found {self.n} of every {self.m}; accepted: 1 to pruning.m, {self.m}")
 
-    def masks(self, weights: Mapping[str, Tensor], kept: Mapping[str, Tensor], share: float) -> dict[str, Tensor]:
+    def masks(self, weights: Mapping[str, Tensor], current: Mapping[str, Tensor], share: float) -> dict[str, Tensor]:
         # Rounded, because 1 - (1 - 1)^3 need not be reached in floating point.
         n = self.m - int(share * (self.m - self.n) + 1e-9)
-        return {name: nm_mask(weight, n, self.m, kept.get(name)) for name, weight in weights.items()}
+        return {name: nm_mask(weight, n, self.m, current.get(name)) for name, weight in weights.items()}
 
     def dense(self, network: nn.Module) -> dict[str, str]:
         unfit = {}
@@ -58,4 +57,4 @@ class NM(MaskRecipe):
             channels = weight_of(layer).shape[1]
             if channels % self.m:
                 unfit[name] = f"{channels} input channels, not divisible by {self.m}"
-        return left_dense(self, network, unfit)
+        return dense_layers(self, network, unfit)

@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from compress.errors import UserError
-from compress.models.masks import attach, counted, found, layers, narrow, weight_of
+from compress.models.masks import attach, counted, layers, masks_of, narrow, weight_of
 
 Epoch = Annotated[int, Field(ge=0)]
 
@@ -27,8 +27,8 @@ def cubic(progress: float) -> float:
 class Recipe(ABC):
     """A way to prune a network.
 
-    `skip` names layers, or matches them by globs, that keep all their weights; `skip_first_last`: so do the first and
-    the last one, in the order in which the network defines them.
+    `skip` names the layers that keep all their weights, or matches them by globs; with `skip_first_last` so do the
+    first and the last one, in the order in which the network defines them.
     """
 
     skip: Sequence[str] = ()
@@ -58,15 +58,15 @@ class Recipe(ABC):
         """The layers that are pruned, by name. Raises UserError for a `skip` that matches no layer."""
         known = layers(network)
         names = list(known)
-        left = set(names[:1] + names[-1:]) if self.skip_first_last else set()
+        skipped = set(names[:1] + names[-1:]) if self.skip_first_last else set()
         for pattern in self.skip:
             matches = fnmatch.filter(names, pattern)
             if not matches:
                 raise UserError(
                     f"pruning.skip: found {pattern!r}, which matches no layer; accepted: {', '.join(names)}"
                 )
-            left.update(matches)
-        return {name: layer for name, layer in known.items() if name not in left}
+            skipped.update(matches)
+        return {name: layer for name, layer in known.items() if name not in skipped}
 
     @abstractmethod
     def record(self, trained: nn.Module) -> dict[str, Any]:
@@ -75,7 +75,7 @@ class Recipe(ABC):
 
 @dataclass(frozen=True)
 class MaskRecipe(Recipe):
-    """A recipe that keeps weights at zero by masks.
+    """A recipe that holds weights at zero by masks.
 
     `when`: at the `start`, before the first step; in a `schedule`, cubic from the beginning of epoch `start_epoch` to
     that of `end_epoch` (None: half of all, rounded up), every `interval` batches; or `after` training, which here is
@@ -89,10 +89,10 @@ class MaskRecipe(Recipe):
     finetune_epochs: Epoch = 1
 
     @abstractmethod
-    def masks(self, weights: Mapping[str, Tensor], kept: Mapping[str, Tensor], share: float) -> dict[str, Tensor]:
-        """Masks for the `weights`, of which `kept` are left, at the `share`, 0..1, of the final sparsity.
+    def masks(self, weights: Mapping[str, Tensor], current: Mapping[str, Tensor], share: float) -> dict[str, Tensor]:
+        """Masks for the `weights` at the `share`, 0..1, of the final sparsity; `current` has the masks so far.
 
-        All by layer and in the shapes of the weights; `kept` and the masks are booleans, True for what is kept.
+        All by layer and in the shapes of the weights; a mask is boolean, False for a weight that is dropped.
         """
 
     def pruned(self, network: nn.Module, input_shape: tuple[int, int, int]) -> nn.Module:
@@ -102,13 +102,14 @@ class MaskRecipe(Recipe):
 
     def prune(self, network: nn.Module, share: float) -> None:
         """Takes weights from the masks of `network` up to the `share`, 0..1, of the final sparsity."""
-        own = found(network)
-        kept = {name: own[name] for name in self.pruned_layers(network)}
-        narrow(network, self.masks({name: weight_of(network.get_submodule(name)) for name in kept}, kept, share))
+        masks = masks_of(network)
+        current = {name: masks[name] for name in self.pruned_layers(network)}
+        weights = {name: weight_of(network.get_submodule(name)) for name in current}
+        narrow(network, self.masks(weights, current, share))
 
     @abstractmethod
     def dense(self, network: nn.Module) -> dict[str, str]:
-        """Why each layer without a mask has none, by name."""
+        """The layers without a mask, and why they have none."""
 
     def pruned_layers(self, network: nn.Module) -> list[str]:
         """The names of the layers that get a mask."""
@@ -117,9 +118,9 @@ class MaskRecipe(Recipe):
 
     def record(self, trained: nn.Module) -> dict[str, Any]:
         by_layer = counted(trained)
-        pruned, weights = (sum(each[key] for each in by_layer.values()) for key in ("pruned", "weights"))
-        whole = {"weights": weights, "pruned": pruned, "sparsity": pruned / weights}
-        return {"recipe": self.name, **whole, "layers": by_layer, "dense": self.dense(trained)}
+        pruned, weights = (sum(counts[key] for counts in by_layer.values()) for key in ("pruned", "weights"))
+        total = {"weights": weights, "pruned": pruned, "sparsity": pruned / weights}
+        return {"recipe": self.name, **total, "layers": by_layer, "dense": self.dense(trained)}
 
     def window(self, max_epochs: int) -> tuple[int, int]:
         """The epochs, counted from 0, at whose beginnings pruning begins and ends; `max_epochs`: after the last."""
@@ -161,7 +162,7 @@ class MaskRecipe(Recipe):
         return cubic((batches - first) / (last - first))
 
 
-def left_dense(recipe: Recipe, network: nn.Module, unfit: Mapping[str, str]) -> dict[str, str]:
-    """Why layers have no mask: those that the options leave out, and the `unfit`."""
+def dense_layers(recipe: Recipe, network: nn.Module, unfit: Mapping[str, str]) -> dict[str, str]:
+    """The layers without a mask, and why: those that the options skip, and the `unfit`."""
     chosen = recipe.chosen(network)
     return {name: "skipped" for name in layers(network) if name not in chosen} | dict(unfit)

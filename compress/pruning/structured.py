@@ -7,7 +7,7 @@ Torch-Pruning finds which layers share a channel and chooses the channels of lea
 import contextlib
 import copy
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Annotated, Any
@@ -18,17 +18,17 @@ from torch import nn
 
 from compress.errors import UserError
 from compress.models import masks
-from compress.models.channels import changed_channels, channels, with_channels
+from compress.models.channels import Channels, changed_channels, channels, with_channels
 from compress.models.masks import layers
 from compress.pruning.recipe import Recipe
 
 
 @dataclass(frozen=True)
 class Structured(Recipe):
-    """`pruning=structured`: the share `ratio` of the channels of each layer goes; the classes stay.
+    """`pruning=structured`: the share `ratio` of the channels of every layer goes; the classes stay.
 
-    `round_to`: what is left of a layer's channels is a multiple of it, by keeping more. A layer that is skipped keeps
-    its output channels.
+    `round_to`: a layer's remaining channels are a multiple of it, rounded up. A layer that is skipped keeps its output
+    channels.
     """
 
     ratio: Annotated[float, Field(gt=0, lt=1)] = 0.5
@@ -42,41 +42,44 @@ class Structured(Recipe):
         self.shrink(copy.deepcopy(network), input_shape, role)
 
     def shrink(self, network: nn.Module, input_shape: tuple[int, int, int], role: str = "student") -> nn.Module:
-        """`network` without the channels; the parameters are new ones. Masks then cover what of their zeros is left.
+        """`network` without the channels; its parameters are new ones. Layers that had masks get masks of their zeros.
 
         Raises UserError where that cannot be done.
         """
         known, chosen = layers(network), self.chosen(network)
         classifier = next(reversed([name for name, layer in known.items() if isinstance(layer, nn.Linear)]), None)
-        for name, layer in chosen.items():
-            outputs = layer.weight.shape[0]
-            if name != classifier and not self.round_to and int(outputs * (1 - self.ratio)) < 1:
-                raise UserError(
-                    f"pruning.ratio: found {self.ratio}, which leaves none of the {outputs} channels of {name}; "
-                    f"accepted: at most {(outputs - 1) / outputs:.4g}"
-                )
-        masked = list(masks.found(network))
+        self._check_ratio({name: layer for name, layer in chosen.items() if name != classifier})
+        masked = list(masks.masks_of(network))
         masks.remove(network)
-        kept = [layer for name, layer in known.items() if name == classifier or name not in chosen]
+        ignored = [layer for name, layer in known.items() if name == classifier or name not in chosen]
         fresh = copy.deepcopy(network)
         training = network.training
         try:
             with _quiet():
-                self._prune(network.eval(), kept, input_shape)
-                found = changed_channels(network, fresh)
-                same = _as_described(network, fresh, found, input_shape)
+                self._prune(network.eval(), ignored, input_shape)
+                changed = changed_channels(network, fresh)
+                same = _as_described(network, fresh, changed, input_shape)
         except UserError:
             raise
         except Exception as failure:  # Torch-Pruning fails with whatever its arithmetic meets
             raise UserError(_unsupported(network, role, str(failure) or type(failure).__name__)) from None
-        if not found:
+        if not changed:
             raise UserError(f"pruning: found structured, which has nothing to prune in this {role}; accepted: none")
         if not same:
             raise UserError(_unsupported(network, role, "it changes more than the channels of known layers"))
         masks.mask_zeros(network, masked)
         return network.train(training)
 
-    def _prune(self, network: nn.Module, kept: list[nn.Module], input_shape: tuple[int, int, int]) -> None:
+    def _check_ratio(self, pruned: Mapping[str, nn.Module]) -> None:
+        for name, layer in pruned.items():
+            outputs = layer.weight.shape[0]
+            if not self.round_to and int(outputs * (1 - self.ratio)) < 1:
+                raise UserError(
+                    f"pruning.ratio: found {self.ratio}, which leaves none of the {outputs} channels of {name}; "
+                    f"accepted: at most {(outputs - 1) / outputs:.4g}"
+                )
+
+    def _prune(self, network: nn.Module, ignored: list[nn.Module], input_shape: tuple[int, int, int]) -> None:
         import torch_pruning
 
         torch_pruning.pruner.BasePruner(
@@ -84,7 +87,7 @@ class Structured(Recipe):
             torch.zeros(1, *input_shape, device=next(network.parameters()).device),
             importance=torch_pruning.importance.GroupMagnitudeImportance(p=2),
             pruning_ratio=self.ratio,
-            ignored_layers=kept,
+            ignored_layers=ignored,
             round_to=self.round_to,
         ).step()
 
@@ -100,9 +103,9 @@ def _unsupported(network: nn.Module, role: str, reason: str) -> str:
 
 
 @torch.no_grad()
-def _as_described(network: nn.Module, fresh: nn.Module, found: dict, input_shape: tuple[int, int, int]) -> bool:
-    """Whether `fresh` with the channels `found` and the weights of `network`, in eval mode, computes the same."""
-    again = with_channels(fresh, found).eval()
+def _as_described(network: nn.Module, fresh: nn.Module, widths: Channels, input_shape: tuple[int, int, int]) -> bool:
+    """Whether `fresh` with the channels `widths` and the weights of `network`, in eval mode, computes the same."""
+    again = with_channels(fresh, widths).eval()
     again.load_state_dict(network.state_dict())
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(2, *input_shape, generator=generator).to(next(network.parameters()).device)

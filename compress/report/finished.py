@@ -20,7 +20,7 @@ from compress.results.tradeoff import Row
 YAML = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 MOST_POINTS = 300
 # They change neither what is trained nor the images: where files lie and what is said meanwhile.
-NOT_COMPARED = ("seed", "output_directory", "logger", "data.root", "trainer.log_every")
+NOT_COMPARED = ("seed", "output_directory", "logger", "data.root", "trainer.log_every", "trainer.stem")
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from compress.paths import PACKAGE
 from compress.results.record import Record
 from compress.results.surroundings import commit
 from compress.results.tradeoff import COLUMNS, metrics
+from compress.results.wandb_account import check_account
 
 IDENTITY = "wandb.json"
 # The drop in validation accuracy, 0..1, up to which a smaller file is the better one.
@@ -49,6 +50,11 @@ class WandbRun(WandbLogger):
     `group`, `job_type` and `name` are, where they are not given, the name of the sweep's directory, the method, and
     method, student, data, seed and number in the sweep. `log_models`: the files of `models/` go along as artifacts.
     """
+
+    @classmethod
+    def check(cls, options: Mapping[str, Any]) -> None:
+        """Raises UserError where a run with these `options` could not begin."""
+        check_account(bool(options.get("offline")))
 
     def __init__(
         self,

@@ -3,22 +3,19 @@
 Its directory holds `sweep.yaml` (the jobs and who runs them), a numbered directory per job, and `summary.csv`.
 """
 
-import gc
 import sys
-import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from importlib.util import find_spec
 from pathlib import Path
 
-import torch
 import yaml
 from filelock import FileLock, Timeout
 from hydra._internal.callbacks import Callbacks
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
 from hydra.types import HydraContext, RunMode
 from hydra.utils import get_class
@@ -27,46 +24,56 @@ from pydantic import TypeAdapter
 from rich.markup import escape
 
 from compress.arguments import check_arguments
-from compress.config import compose as configuration
-from compress.config.compose import compose_jobs
+from compress.config.compose import Job, initialized, is_for_hydra, parse, searched_folders
+from compress.config.roles import register
+from compress.data.shared import DataSets
 from compress.errors import UserError
 from compress.files import write_text
-from compress.pipeline import checks, stages
-from compress.pipeline.checks import checked_jobs
-from compress.pipeline.resume import OwnedError
+from compress.paths import searching
+from compress.pipeline.resume import directory_for
 from compress.progress import console
-from compress.stopping import raise_if_stopped, under_way
-from compress.sweeps.launchers.separate import SeparateLauncher
-from compress.sweeps.outcomes import FAILED, exit_code, outcome, record_failure, summarise, sweep_table
-from compress.training import processes
+from compress.stopping import under_way
+from compress.sweeps.launchers.separate import Call, SeparateLauncher
+from compress.sweeps.outcomes import exit_code, outcome, summarise, sweep_table
+from compress.sweeps.perform import hydra_task, job_in, perform
 
 SWEEP = "sweep.yaml"
 # What a sweep decides itself: jobs are expanded before they are checked, and lie in numbered directories.
 NOT_OF_THE_USER = ("hydra/sweeper", "hydra.sweeper", "hydra.sweep.subdir", "hydra.job.num")
 PLACE = ("hydra.sweep.dir", "hydra.mode")
+BASIC_LAUNCHER = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """`jobs`: the overrides of each, its number being its place; `hydra`: those for Hydra itself, the launcher's."""
+    """`jobs`: the overrides of each, its number being its place; `hydra`: those for Hydra itself, the launcher's.
+
+    `settings` are overrides of trainer.* and logger.* that were typed when the sweep was resumed, for all its jobs.
+    """
 
     directory: Path
     jobs: tuple[tuple[str, ...], ...]
     hydra: tuple[str, ...]
+    settings: tuple[str, ...] = ()
 
     def place(self, number: int) -> Path:
         return self.directory / str(number)
 
+    def missing(self) -> list[int]:
+        """The numbers of the jobs that are not finished."""
+        return [number for number in range(len(self.jobs)) if outcome(self.place(number)).state != "finished"]
 
-def start(directory: Path, jobs: Sequence[Sequence[str]], overrides: Sequence[str]) -> int:
-    """Runs the composed and checked `jobs` of the command line `overrides` in a new `directory`; the exit code."""
-    jobs = tuple(tuple(each for each in job if not is_for_hydra(each)) for job in jobs)
-    hydra = tuple(each for each in overrides if is_for_hydra(each) and _key(each) not in PLACE)
-    sweep = Sweep(directory, jobs, hydra)
-    content = {"hydra": list(hydra), "jobs": [list(job) for job in jobs]}
+
+def start(jobs: Sequence[Job], overrides: Sequence[str], data_sets: DataSets) -> int:
+    """Runs the checked `jobs` of the command line `overrides` in a new directory; returns the exit code."""
+    parent = Path(jobs[0].config.output_directory) / "sweeps"
+    directory = directory_for("sweep", jobs[0], overrides, parent, f"{datetime.now():%Y-%m-%d_%H-%M-%S}")
+    hydra = tuple(override for override in overrides if is_for_hydra(override) and _key(override) not in PLACE)
+    sweep = Sweep(directory, tuple(job.overrides for job in jobs), hydra)
+    content = {"hydra": list(hydra), "jobs": [list(job) for job in sweep.jobs]}
     write_text(directory / SWEEP, yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=1000))
     with _alone(directory):
-        return _run(sweep)
+        return _run(sweep, dict(enumerate(jobs)), data_sets)
 
 
 def resume(directory: Path, overrides: Sequence[str] = ()) -> int:
@@ -75,8 +82,8 @@ def resume(directory: Path, overrides: Sequence[str] = ()) -> int:
     overrides: of trainer.* and logger.* for these jobs, and of the launcher.
     """
     sweep = _read(directory)
-    launcher = [each for each in overrides if _key(each).startswith(("hydra/launcher", "hydra.launcher."))]
-    settings = [each for each in overrides if each not in launcher]
+    launcher = [override for override in overrides if _key(override).startswith(("hydra/launcher", "hydra.launcher."))]
+    settings = tuple(override for override in overrides if override not in launcher)
     for override in settings:
         if not override.startswith(("trainer.", "logger.")) or "=" not in override:
             raise UserError(
@@ -84,60 +91,30 @@ def resume(directory: Path, overrides: Sequence[str] = ()) -> int:
                 "hydra/launcher=..."
             )
     hydra = sweep.hydra
-    if any(_key(each) == "hydra/launcher" for each in launcher):
+    if any(_key(override) == "hydra/launcher" for override in launcher):
         hydra = tuple(each for each in hydra if not _key(each).startswith(("hydra/launcher", "hydra.launcher.")))
-    sweep = Sweep(directory, sweep.jobs, (*hydra, *launcher))
-    compose_jobs([*sweep.jobs[0], *settings, *sweep.hydra])
-    check_launcher(sweep.hydra)
-    for number in _missing(sweep):
-        checked_jobs([*sweep.jobs[number], *settings])
-    with _alone(directory):
-        return _run(sweep, settings)
+    sweep = Sweep(directory, sweep.jobs, (*hydra, *launcher), settings)
+    with searching(searched_folders(sweep.hydra)):
+        check_launcher(sweep.hydra)
+        data_sets = DataSets()
+        jobs = {
+            number: job_in(sweep.place(number), sweep.jobs[number], sweep.settings, sweep.hydra, data_sets)
+            for number in sweep.missing()
+        }
+        with _alone(directory):
+            return _run(sweep, jobs, data_sets)
 
 
 def latest(output_directory: Path) -> Path:
     """The sweep with jobs to run that was started last and is not going on."""
     found = output_directory.glob(f"sweeps/*/{SWEEP}")
     for path in sorted(found, key=lambda path: (path.stat().st_mtime_ns, str(path)), reverse=True):
-        if _missing(_read(path.parent)) and not _is_running(path.parent):
+        if _read(path.parent).missing() and not _is_running(path.parent):
             return path.parent
     raise UserError(
         f"sweep: found no unfinished sweep in {output_directory}/sweeps; accepted: sweep=DIRECTORY, or "
         "output_directory=... beside sweep=latest"
     )
-
-
-def job(config: DictConfig) -> None:
-    """What Hydra calls for each job, in this process or another: a run whose failure stays in its directory."""
-    hydra = HydraConfig.get()
-    directory = Path(hydra.runtime.output_dir)
-    first = processes.node_rank(config.trainer) == 0
-    if first:
-        (directory / FAILED).unlink(missing_ok=True)
-    try:
-        checks.check_values(config)
-        stages.run(config, directory, list(hydra.overrides.task))
-    except OwnedError:
-        # A job of a launcher may outlive the process that started it.
-        print(f"{directory}: another process is running this job; it is left alone", file=sys.stderr)
-    except Exception as failure:
-        raise_if_stopped()
-        mistake = isinstance(failure, UserError)
-        if mistake:
-            print(f"error: {failure}", file=sys.stderr)
-        else:
-            traceback.print_exc()
-        if first:
-            record_failure(directory, failure, "" if mistake else traceback.format_exc())
-    finally:
-        # Networks, trainers and loops know each other, so that nothing but the collector frees them.
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-
-
-def is_for_hydra(override: str) -> bool:
-    return _key(override).startswith(("hydra.", "hydra/"))
 
 
 def check_launcher(overrides: Sequence[str], multirun: bool = True) -> None:
@@ -151,10 +128,10 @@ def check_launcher(overrides: Sequence[str], multirun: bool = True) -> None:
         key = _key(override)
         if any(key == each or key.startswith(f"{each}.") for each in NOT_OF_THE_USER):
             raise UserError(f"{key}: found it for a sweep, whose jobs are expanded and numbered here; accepted: none")
-        if is_for_hydra(override) and OverridesParser.create().parse_override(override).is_sweep_override():
+        if is_for_hydra(override) and parse(override).is_sweep_override():
             raise UserError(f"{key}: found several values; accepted: one for the whole sweep")
     with _composed([each for each in overrides if is_for_hydra(each)]) as (config, _):
-        launcher = _own_launcher(config.hydra.launcher)
+        launcher = _our_launcher(config.hydra.launcher)
     if launcher is None:
         return
     if find_spec(launcher.library) is None:
@@ -165,7 +142,7 @@ def check_launcher(overrides: Sequence[str], multirun: bool = True) -> None:
     launcher.check()
 
 
-def _own_launcher(node: DictConfig) -> SeparateLauncher | None:
+def _our_launcher(node: DictConfig) -> SeparateLauncher | None:
     """One of `compress.sweeps.launchers`; None where it is Hydra's or that of a plugin."""
     try:
         kind = get_class(node._target_)
@@ -173,15 +150,16 @@ def _own_launcher(node: DictConfig) -> SeparateLauncher | None:
         raise UserError(
             f"hydra.launcher._target_: found {node._target_!r}, which cannot be imported; accepted: see --help"
         ) from None
-    own = issubclass(kind, SeparateLauncher)
-    return kind(**check_arguments(kind, node, "hydra.launcher")) if own else None
+    if not issubclass(kind, SeparateLauncher):
+        return None
+    return kind(**check_arguments(kind, node, "hydra.launcher"))
 
 
 @contextmanager
 def _composed(overrides: Sequence[str]) -> Iterator[tuple[DictConfig, HydraContext]]:
     """Hydra's own configuration under `overrides`, and what its launchers ask for."""
-    configuration.register()
-    with configuration.initialize():
+    register()
+    with initialized():
         loader = GlobalHydra.instance().config_loader()
         config = loader.load_configuration("run", list(overrides), RunMode.MULTIRUN)
         HydraConfig.instance().set_config(config)
@@ -214,16 +192,15 @@ def _is_running(directory: Path) -> bool:
         return True
 
 
-def _run(sweep: Sweep, settings: Sequence[str] = ()) -> int:
-    missing = _missing(sweep)
-    done = len(sweep.jobs) - len(missing)
+def _run(sweep: Sweep, jobs: Mapping[int, Job], data_sets: DataSets) -> int:
+    """Runs the checked `jobs`, by their numbers; returns the exit code of the sweep."""
+    done = len(sweep.jobs) - len(jobs)
     if done:
         console.print(f"sweep {sweep.directory}: {done} of {len(sweep.jobs)} jobs are finished", style="bold")
-    jobs = [[*sweep.jobs[number], *settings, f"hydra.sweep.subdir={number}"] for number in missing]
     try:
         if jobs:
             with under_way(f"sweep={sweep.directory}"):
-                _launch(sweep, jobs)
+                _launch(sweep, jobs, data_sets)
     finally:
         code = _report(sweep)
     if code:
@@ -231,18 +208,36 @@ def _run(sweep: Sweep, settings: Sequence[str] = ()) -> int:
     return code
 
 
-def _launch(sweep: Sweep, jobs: Sequence[Sequence[str]]) -> None:
-    place = hydra_override("hydra.sweep.dir", str(sweep.directory.absolute()))
-    with _composed([*sweep.hydra, place]) as (config, context):
+def _launch(sweep: Sweep, jobs: Mapping[int, Job], data_sets: DataSets) -> None:
+    directory = sweep.directory.absolute()
+    with _composed([*sweep.hydra, hydra_override("hydra.sweep.dir", str(directory))]) as (config, context):
         context.callbacks.on_multirun_start(config=config, config_name="run")
-        parts = {"hydra_context": context, "task_function": job, "config": config}
-        launcher = _own_launcher(config.hydra.launcher)
-        if launcher is None:
-            launcher = Plugins.instance().instantiate_launcher(**parts)
+        launcher = _our_launcher(config.hydra.launcher)
+        if launcher is not None:
+            calls = [
+                Call(sweep.jobs[number], sweep.settings, sweep.hydra, number, directory / str(number), Path.cwd())
+                for number in jobs
+            ]
+            launcher.launch(calls, directory)
+        elif config.hydra.launcher._target_ == BASIC_LAUNCHER:
+            for number, job in jobs.items():
+                console.print(f"job {number}: {escape(' '.join(_varying(sweep, number)))}", style="bold")
+                perform(job, directory / str(number), number, data_sets)
         else:
-            launcher.setup(**parts)
-        launcher.launch(jobs, initial_job_idx=0)
+            _by_plugin(sweep, list(jobs), config, context)
         context.callbacks.on_multirun_end(config=config, config_name="run")
+
+
+def _by_plugin(sweep: Sweep, numbers: Sequence[int], config: DictConfig, context: HydraContext) -> None:
+    """Hands the jobs to the launcher of a published plugin of Hydra."""
+    launcher = Plugins.instance().instantiate_launcher(hydra_context=context, task_function=hydra_task, config=config)
+    jobs = [[*sweep.jobs[number], *sweep.settings, f"hydra.sweep.subdir={number}"] for number in numbers]
+    launcher.launch(jobs, initial_job_idx=0)
+
+
+def _varying(sweep: Sweep, number: int) -> list[str]:
+    """The overrides that distinguish a job from the others."""
+    return [override for override in sweep.jobs[number] if any(override not in job for job in sweep.jobs)]
 
 
 def _report(sweep: Sweep) -> int:
@@ -258,10 +253,6 @@ def _report(sweep: Sweep) -> int:
     if (sweep.directory / "summary.csv").exists():
         console.print(f"results in {escape(str(sweep.directory))}/: summary.csv, and a directory per job")
     return exit_code(outcomes)
-
-
-def _missing(sweep: Sweep) -> list[int]:
-    return [number for number in range(len(sweep.jobs)) if outcome(sweep.place(number)).state != "finished"]
 
 
 def _read(directory: Path) -> Sweep:

@@ -226,10 +226,12 @@ class _Search:
 def _work(space: Space, directory: Path, limit: int) -> None:
     """Runs one trial after the other until there are `limit`."""
     # Not at the top: PyTorch takes seconds to import, and the checks of the file need none of it.
-    from compress.pipeline import stages
-    from compress.pipeline.checks import checked_jobs
+    from compress.data.shared import DataSets
+    from compress.pipeline.check import checked_jobs
+    from compress.pipeline.execute import execute
 
     own = _Search(space, directory)
+    data_sets = DataSets()
     while True:
         with ExitStack() as held:
             found = own.next(limit, held)
@@ -241,9 +243,9 @@ def _work(space: Space, directory: Path, limit: int) -> None:
             words = " ".join(f"{key}={value}" for key, value in values.items())
             console.print(f"trial {run_directory.name}: {words}", style="bold", markup=False)
             try:
-                [(typed, composed)] = checked_jobs(overrides)
+                [job] = checked_jobs(overrides, data_sets=data_sets)
                 run_directory.mkdir(parents=True, exist_ok=True)
-                row = chosen(stages.run(composed, run_directory, typed).rows)
+                row = chosen(execute(job, run_directory, data_sets).rows)
             except UserError as mistake:
                 raise_if_stopped()
                 console.print(f"trial {run_directory.name}: {mistake}", markup=False)

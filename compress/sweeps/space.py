@@ -214,15 +214,17 @@ def check_space(space: Space) -> None:
     Raises UserError with what is wrong with the first value that none of the tried combinations takes.
     """
     # Not at the top: the file itself can be read without PyTorch.
-    from compress.pipeline.checks import checked_jobs
+    from compress.data.shared import DataSets
+    from compress.pipeline.check import checked_jobs
 
+    data_sets = DataSets()
     said: dict[tuple[str, ...], str | None] = {}
 
     def mistake(values: Mapping[str, str]) -> str | None:
         overrides = tuple(space.overrides_of(values))
         if overrides not in said:
             try:
-                checked_jobs(overrides)
+                checked_jobs(overrides, data_sets=data_sets)
                 said[overrides] = None
             except UserError as failure:
                 said[overrides] = str(failure)

@@ -12,6 +12,7 @@ from lightning_fabric.plugins.io.torch_io import TorchCheckpointIO
 from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
 from pytorch_lightning.loggers import Logger
 
+from compress.arguments import arguments_of
 from compress.errors import UserError
 from compress.files import write_atomically
 from compress.progress import console
@@ -42,7 +43,7 @@ def fit(
 
     Raises UserError where training diverges in the first epoch.
     """
-    options = {key: value for key, value in trainer_options.items() if key != "_target_"}
+    options = arguments_of(trainer_options)
     patience, log_every = options.pop("early_stopping"), options.pop("log_every")
     decay = options.pop("ema_decay", None)
     options |= processes.lightning_options(options)

@@ -1,6 +1,7 @@
 """Every data set from files in its real format, and what it says of files that are not."""
 
 import gzip
+import hashlib
 import os
 import pickle
 import struct
@@ -38,7 +39,7 @@ def write_fashion(root, unpacked=False):
 
 
 def write_cifar(root, hundred=False):
-    """Batches as the archive has them: protocol 2, keys as text, rows of 3,072 bytes."""
+    """Batches as the archive has them: protocol 2, keys as text, rows of 3,072 bytes. Not those of its MD5 sums."""
     base = root / ("cifar-100-python" if hundred else "cifar-10-batches-py")
     base.mkdir(parents=True)
     random = np.random.default_rng(0)
@@ -54,6 +55,11 @@ def write_cifar(root, hundred=False):
     key, meta = ("fine_label_names", "meta") if hundred else ("label_names", "batches.meta")
     (base / meta).write_bytes(pickle.dumps({key: [f"class {index}" for index in range(classes)]}, protocol=2))
     return base, rows
+
+
+def accept(monkeypatch, kind, *paths):
+    sums = {path.name: hashlib.md5(path.read_bytes()).hexdigest() for path in paths}
+    monkeypatch.setattr(kind, "sums", kind.sums | sums)
 
 
 def write_folder(root, splits=("train", "val", "test"), classes=("cat", "dog")):
@@ -135,13 +141,14 @@ def test_the_real_fashion_mnist():
 
 
 @pytest.mark.parametrize("hundred", [False, True])
-def test_cifar_is_read_from_its_folder_and_from_its_archive(tmp_path, hundred):
+def test_cifar_is_read_from_its_folder_and_from_its_archive(tmp_path, monkeypatch, hundred):
     base, rows = write_cifar(tmp_path / "made", hundred)
     kind = cifar.CIFAR100 if hundred else cifar.CIFAR10
     archive = tmp_path / "packed" / kind.published.filename
     archive.parent.mkdir()
     with tarfile.open(archive, "w:gz") as opened:
         opened.add(base, base.name)
+    accept(monkeypatch, kind, archive, *base.iterdir())
     for root in (tmp_path / "made", tmp_path / "packed"):
         data = kind(root=str(root), image_size=32, validation_fraction=0.25)
         data.prepare_data()
@@ -158,8 +165,9 @@ def test_cifar_is_read_from_its_folder_and_from_its_archive(tmp_path, hundred):
         assert len(data.calibration_batches(8)[0]) == 8
 
 
-def test_a_pickle_that_names_code_is_refused_and_not_run(tmp_path):
+def test_a_pickle_that_names_code_is_refused_and_not_run(tmp_path, monkeypatch):
     base, _ = write_cifar(tmp_path)
+    accept(monkeypatch, cifar.CIFAR10, *base.iterdir())
     witness = tmp_path / "witness"
 
     class Payload:
@@ -173,6 +181,13 @@ def test_a_pickle_that_names_code_is_refused_and_not_run(tmp_path):
     assert not witness.exists()
 
 
+def test_the_sums_are_those_that_torchvision_publishes():
+    assert cifar.CIFAR10.sums["cifar-10-python.tar.gz"] == "c58f30108f718f92721af3b95e74349a"
+    assert cifar.CIFAR100.sums["cifar-100-python.tar.gz"] == "eb9058c3a382ffc7106e4002c42a8d85"
+    assert len(cifar.CIFAR10.sums) == 8
+    assert set(cifar.CIFAR100.sums) == {"cifar-100-python.tar.gz", "train", "test", "meta"}
+
+
 def test_missing_cifar_files_and_a_broken_archive_are_named(tmp_path):
     base, _ = write_cifar(tmp_path / "a")
     (base / "data_batch_2").unlink()
@@ -180,7 +195,7 @@ def test_missing_cifar_files_and_a_broken_archive_are_named(tmp_path):
         cifar.CIFAR10(root=str(tmp_path / "a"), image_size=32).prepare_data()
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "cifar-10-python.tar.gz").write_bytes(b"not an archive")
-    with pytest.raises(UserError, match=r"cifar-10-python.tar.gz cannot be unpacked"):
+    with pytest.raises(UserError, match=r"cifar-10-python.tar.gz: found the MD5 sum \w+; accepted: c58f30108f718f92"):
         cifar.CIFAR10(root=str(tmp_path / "b"), image_size=32).prepare_data()
 
 

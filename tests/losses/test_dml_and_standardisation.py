@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from compress.losses import dkd, kd
 from compress.losses.dml import DML, dml_loss
 from compress.losses.standardisation import standardise
-from compress.pipeline.checks import checked_jobs
+from compress.pipeline.check import checked_jobs
 
 
 def logits(seed, batch=8, classes=10, scale=3.0):
@@ -67,9 +67,9 @@ def test_standardised_losses_compare_standardised_logits():
 
 def test_standardise_brings_the_weights_of_its_paper():
 
-    [(_, composed)] = checked_jobs(["method=kd", "teacher=resnet8", "loss.standardise=true"])
+    composed = checked_jobs(["method=kd", "teacher=resnet8", "loss.standardise=true"])[0].config
     assert (composed.loss.temperature, composed.loss.alpha, composed.loss.kd_weight) == (2.0, 0.9, 10.0)
-    [(_, composed)] = checked_jobs(["method=dkd", "teacher=resnet8", "loss.standardise=true"])
+    composed = checked_jobs(["method=dkd", "teacher=resnet8", "loss.standardise=true"])[0].config
     assert (composed.loss.temperature, composed.loss.alpha, composed.loss.beta) == (2.0, 9.0, 72.0)
-    [(_, composed)] = checked_jobs(["method=dkd", "teacher=resnet8"])
+    composed = checked_jobs(["method=dkd", "teacher=resnet8"])[0].config
     assert (composed.loss.temperature, composed.loss.alpha, composed.loss.beta) == (4.0, 1.0, 8.0)

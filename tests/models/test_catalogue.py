@@ -6,7 +6,8 @@ import torchvision
 from torch import nn
 
 from compress.errors import UserError
-from compress.models import available, build, catalogue, check_options, described
+from compress.models import available, build, check_options, described
+from compress.paths import searching
 from compress.quantization import quantize
 from compress.quantization.solvers import rtn
 
@@ -395,14 +396,17 @@ def test_options_cannot_name_code():
         build("resnet20", 10, widths={"_target_": "os.getcwd"})
 
 
-def test_a_new_file_is_a_new_model(tmp_path, monkeypatch):
+def test_a_new_file_is_a_new_model(tmp_path):
     text = "_target_: torchvision.models.squeezenet1_1\nweights: null\ndropout: 0.25\n"
-    (tmp_path / "squeezenet.yaml").write_text(text)
-    (tmp_path / "broken.yaml").write_text("defaults: [resnet20]\n")
-    monkeypatch.setattr(catalogue, "FOLDER", tmp_path)
-    assert available() == ("broken", "squeezenet")
-    model = build("squeezenet", 6)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "squeezenet.yaml").write_text(text)
+    (tmp_path / "model" / "broken.yaml").write_text("defaults: [resnet20]\n")
+    before = available()
+    with searching([tmp_path]):
+        assert set(available()) == {*before, "broken", "squeezenet"}
+        model = build("squeezenet", 6)
+        with pytest.raises(UserError, match=r"model/broken\.yaml: found defaults; accepted: _target_"):
+            build("broken", 6)
+    assert available() == before
     assert model.classifier[0].p == 0.25
     assert model(torch.randn(1, 3, 64, 64)).shape == (1, 6)
-    with pytest.raises(UserError, match=r"^conf/model/broken\.yaml: found defaults; accepted: _target_"):
-        build("broken", 6)

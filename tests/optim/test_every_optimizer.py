@@ -12,7 +12,7 @@ from compress.cli import main
 from compress.optim.groups import optimizer_factory, without_decay
 from compress.optim.library import muon, soap
 from compress.paths import CONF
-from compress.pipeline.checks import checked_jobs
+from compress.pipeline.check import checked_jobs
 from compress.results.record import Record
 from compress.training.fit import Checkpoint
 
@@ -63,7 +63,7 @@ def test_biases_and_norms_decay_or_not_as_chosen(stem):
     network = models.build("resnet8", 10)
     expected = [each for name, each in network.named_parameters() if "bn" in name or each.ndim == 1]
     for overrides, kept in (([], []), ([NO_DECAY], expected)):
-        [(_, config)] = checked_jobs([*SMALL, f"optimizer={stem}", "optimizer.weight_decay=0.1", *overrides])
+        config = checked_jobs([*SMALL, f"optimizer={stem}", "optimizer.weight_decay=0.1", *overrides])[0].config
         optimizer = optimizer_factory(config.optimizer)(network.parameters())
         without, decayed = [], []
         for group in optimizer.param_groups:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
@@ -15,10 +14,12 @@ import compress
 from compress import models
 from compress.cli import main
 from compress.config import ensemble
+from compress.config.values import check_values
 from compress.evaluation import evaluate
 from compress.methods.kd import KD
-from compress.pipeline import checks, teachers
-from compress.pipeline.checks import checked_jobs
+from compress.pipeline.check import checked_jobs
+from compress.pipeline.parts import Parts
+from compress.pipeline.teachers import cache_path, resolve
 from compress.results.record import Record
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "run.py"
@@ -31,8 +32,7 @@ def _in_an_empty_folder(tmp_path, monkeypatch):
 
 
 def composed(*overrides):
-    [(_, job)] = checked_jobs([*SMALL, *overrides])
-    return job
+    return checked_jobs([*SMALL, *overrides])[0].config
 
 
 def test_a_run_shares_the_cache_with_single_teachers_and_records_every_member(capsys):
@@ -60,8 +60,7 @@ def test_a_run_shares_the_cache_with_single_teachers_and_records_every_member(ca
     lines = [line for line in said if line.startswith("teacher ") and "validation accuracy" in line]
     assert [line.split()[1] for line in lines] == ["resnet8", "resnet8", "wrn_16_1", "ensemble"]
 
-    data = instantiate(composed().data)
-    data.setup()
+    data = Parts(composed()).data
     networks = []
     for member in record["members"]:
         network = models.build(member["model"], data.num_classes)
@@ -81,7 +80,7 @@ def test_a_run_shares_the_cache_with_single_teachers_and_records_every_member(ca
     assert (again.file, again.trained_in_this_run) == (trained["file"], False)
     kept = OmegaConf.load(result.directory / "config.yaml")
     before = OmegaConf.to_container(kept)
-    checks.check_values(kept)
+    check_values(kept)
     assert OmegaConf.to_container(kept) == before
     (result.directory / "result.json").unlink()
     assert main([f"resume={result.directory}"]) == 0
@@ -101,8 +100,8 @@ def test_a_member_has_the_key_of_a_single_teacher():
     shared += ["teacher.training.batch_size=32"]
     own = ["teacher.model.dropout=0.1", "teacher.training.epochs=20", "teacher.training.optimizer.lr=0.01"]
     singles = [composed("teacher=wrn_16_1", *shared), composed("teacher=resnet20", *shared, *own)]
-    assert [teachers.cache_path(ensemble.alone(job, key)) for key in ensemble.keys(job)] == [
-        teachers.cache_path(single) for single in singles
+    assert [cache_path(Parts(job), key) for key in ensemble.keys(job)] == [
+        cache_path(Parts(single), "teacher") for single in singles
     ]
 
 
@@ -114,9 +113,9 @@ def test_the_logits_are_the_mean_of_those_of_the_members_each_with_its_own_norma
         torch.save(networks[-1].state_dict(), f"{stem}.pt")
     foreign = "{model:wrn_16_1,checkpoint:wrn_16_1.pt,mean:[0.1,0.2,0.3],standard_deviation:[0.5]}"
     job = composed("teacher=ensemble", f"teacher.members=[{{model:resnet8,checkpoint:resnet8.pt}},{foreign}]")
-    data = instantiate(job.data)
-    data.setup()
-    teacher = teachers.resolve(job, data, OmegaConf.to_container(job.trainer), Path("run"))
+    parts = Parts(job)
+    data = parts.data
+    teacher = resolve(parts, Path("run"))
     assert [member["file"] for member in teacher.record["members"]] == ["resnet8.pt", "wrn_16_1.pt"]
     assert not hasattr(teacher.frozen, "network")
 

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
-from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 import compress
+from compress.arguments import construct
 from compress.evaluation import evaluate
 from compress.export.packed import read_model
 from compress.paths import CONF
@@ -30,11 +30,11 @@ def test_gpfq_keeps_the_accuracy_that_rounding_loses(tmp_path, monkeypatch):
         assert 100 * (reference.test_accuracy - row.test_accuracy) <= ALLOWED[row.bits], row
 
     config = OmegaConf.load(result.directory / "config.yaml")
-    data = instantiate(config.data)
+    data = construct(config.data)
     data.setup()
     student, _ = read_model(result.directory / reference.file)
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        rounding = instantiate(compose("quantizer/rtn").quantizer)
+        rounding = construct(compose("quantizer/rtn").quantizer)
     rounded = rounding(student, data.calibration_batches(128), 2).model
     accuracy = evaluate(rounded, data.test_dataloader(), data.num_classes).accuracy
     assert 100 * (variants[-1].test_accuracy - accuracy) >= 10

@@ -19,7 +19,7 @@ import compress
 from compress.cli import main
 from compress.errors import UserError
 from compress.methods.supervised import Supervised
-from compress.pipeline.checks import checked_jobs
+from compress.pipeline.check import checked_jobs
 from compress.pipeline.resume import latest, owned
 from compress.results.record import Record
 from compress.stopping import StoppedError, stoppable
@@ -47,7 +47,7 @@ WHOLE = [
 # Processes are forked from one that has imported everything, which takes longer than a run.
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(
-    ["compress.pipeline.run", "compress.pipeline.checks", "compress.cli", "compress.data.digits"]
+    ["compress.pipeline.run", "compress.pipeline.check", "compress.cli", "compress.data.digits"]
 )
 
 
@@ -244,7 +244,7 @@ def test_the_latest_run_is_the_one_that_was_started_last_of_those_neither_finish
 
 def test_a_run_that_is_going_on_is_not_resumed(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    [(_, config)] = checked_jobs(SUPERVISED)
+    config = checked_jobs(SUPERVISED)[0].config
     DIRECTORY.mkdir(parents=True)
     (DIRECTORY / "config.yaml").write_text(OmegaConf.to_yaml(config))
     with owned(DIRECTORY):

@@ -20,7 +20,8 @@ from compress.errors import UserError
 from compress.evaluation import evaluate
 from compress.export.packed import read_model
 from compress.methods.supervised import Supervised
-from compress.pipeline.checks import checked_jobs
+from compress.pipeline.check import checked_jobs
+from compress.pipeline.parts import Parts
 from compress.quantization.post_training import quantize
 from compress.results.record import Record
 
@@ -95,11 +96,7 @@ def test_the_bytes_in_the_table_are_those_of_the_files_and_their_accuracy_is_tha
         rows = list(csv.DictReader(stream))
     assert [row["bits"] for row in rows] == ["32", "4", "2"]
 
-    [(_, composed)] = checked_jobs(SMALL)
-    from hydra.utils import instantiate
-
-    data = instantiate(composed.data)
-    data.setup()
+    data = Parts(checked_jobs(SMALL)[0].config).data
     reference = None
     for row in rows:
         assert int(row["bytes"]) == (directory / row["file"]).stat().st_size

@@ -12,11 +12,12 @@ from omegaconf import DictConfig, OmegaConf
 import compress
 from compress import models
 from compress.cli import main
-from compress.config.compose import compose_jobs, compose_stages
+from compress.config.compose import compose_jobs
+from compress.config.stage_plan import compose_stages
 from compress.export.packed import read_model
 from compress.export.weights import load_weights
 from compress.models import masks
-from compress.pipeline.checks import checked_jobs
+from compress.pipeline.check import checked_jobs
 from compress.report.collect import collect
 
 SMALL = ["student=resnet8", "teacher=resnet8", "teacher.training.epochs=1", "data.limit=300", "trainer.log_every=0"]
@@ -38,9 +39,9 @@ def whole(tmp_path_factory):
 def masks_of(checkpoint: Path) -> dict[str, torch.Tensor]:
     model = models.build("resnet8", 10)
     load_weights(model, checkpoint)
-    for name, mask in masks.found(model).items():
+    for name, mask in masks.masks_of(model).items():
         assert (model.get_submodule(name).weight[~mask] == 0).all()
-    return masks.found(model)
+    return masks.masks_of(model)
 
 
 def trainer_of(directory: Path) -> DictConfig:
@@ -122,8 +123,8 @@ def test_every_order_has_the_same_epochs_and_stays_quantized():
     orders = [["experiment=glob(*prune*)", *SMALL, "trainer.max_epochs=20"]]
     jobs = checked_jobs(*orders, multirun=True)
     assert len(jobs) == 6
-    for typed, config in jobs:
-        stages = dict(compose_stages(config, typed))
+    for job in jobs:
+        stages = {stage.name: stage.config for stage in job.stages}
         epochs = {name.partition("-")[2]: stage.trainer.max_epochs for name, stage in stages.items()}
         assert epochs == {"prune": 4, "quantize": 8, "distill": 8}
         on_grids = [stage.method._target_.endswith("QAT") for stage in stages.values()]
@@ -133,16 +134,15 @@ def test_every_order_has_the_same_epochs_and_stays_quantized():
 
 
 def test_an_epoch_each_comes_before_the_shares():
-    [(typed, config)] = compose_jobs([*CHAIN, "trainer.max_epochs=3"])
-    assert [stage.trainer.max_epochs for _, stage in compose_stages(config, typed)] == [1, 1, 1]
-    [(typed, config)] = compose_jobs([*CHAIN, "trainer.max_epochs=11"])
-    assert [stage.trainer.max_epochs for _, stage in compose_stages(config, typed)] == [2, 5, 4]
+    for epochs, shares in ((3, [1, 1, 1]), (11, [2, 5, 4])):
+        [job] = compose_jobs([*CHAIN, f"trainer.max_epochs={epochs}"])
+        assert [stage.config.trainer.max_epochs for stage in compose_stages(job)] == shares
 
 
 def test_what_is_typed_holds_where_the_stage_does_not_choose():
     overrides = [*CHAIN, "method.weight_bits=4", "pruning.sparsity=0.5", "optimizer.lr=0.1"]
-    [(typed, config)] = compose_jobs(overrides)
-    prune, quantize, distill = (stage for _, stage in compose_stages(config, typed))
+    [job] = compose_jobs(overrides)
+    prune, quantize, distill = (stage.config for stage in compose_stages(job))
     assert prune.pruning.sparsity == 0.5
     assert quantize.method.weight_bits == distill.method.weight_bits == 4
     assert {stage.optimizer.lr for stage in (prune, quantize, distill)} == {0.1}
@@ -208,6 +208,6 @@ def test_a_peer_that_was_the_best_is_what_the_next_run_starts_from(tmp_path):
 def test_a_sweep_goes_through_the_grid_of_its_experiment():
     typed = ["experiment=pruning_sweep", "quantizer.bits=[4]"]
     jobs = compose_jobs(typed, multirun=True)
-    assert [config.pruning.sparsity for _, config in jobs] == [0, 0.5, 0.7, 0.8, 0.9, 0.95]
+    assert [job.config.pruning.sparsity for job in jobs] == [0, 0.5, 0.7, 0.8, 0.9, 0.95]
     jobs = compose_jobs([*typed, "pruning.sparsity=0.8,0.85"], multirun=True)
-    assert [config.pruning.sparsity for _, config in jobs] == [0.8, 0.85]
+    assert [job.config.pruning.sparsity for job in jobs] == [0.8, 0.85]

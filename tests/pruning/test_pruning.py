@@ -152,14 +152,14 @@ def test_a_copy_keeps_its_masks_and_a_file_its_zeros(tmp_path):
     model = models.build("resnet8", 10)
     Magnitude(sparsity=0.5).pruned(model, (3, 8, 8))
     twin = copy.deepcopy(model)
-    assert masks.found(twin)["conv1"] is not masks.found(model)["conv1"]
+    assert masks.masks_of(twin)["conv1"] is not masks.masks_of(model)["conv1"]
     architecture = {"stem": "resnet8", "options": {}, "num_classes": 10}
     path = tmp_path / "model.safetensors"
     write_float(path, model, architecture=architecture, **DESCRIPTION, input_shape=(3, 8, 8))
     again = models.build("resnet8", 10)
     load_weights(again, path)
-    assert all(torch.equal(mask, masks.found(model)[name]) for name, mask in masks.found(again).items())
-    assert zeros(masks.found(again)) == round(0.5 * 77360)
+    assert all(torch.equal(mask, masks.masks_of(model)[name]) for name, mask in masks.masks_of(again).items())
+    assert zeros(masks.masks_of(again)) == round(0.5 * 77360)
 
 
 def test_a_shrunken_network_is_a_quarter_and_its_file_builds_it_again(tmp_path):

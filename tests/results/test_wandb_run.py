@@ -21,7 +21,7 @@ from compress.cli import main
 from compress.config.compose import compose_jobs
 from compress.methods.supervised import Supervised
 from compress.paths import PACKAGE
-from compress.pipeline.checks import checked_jobs
+from compress.pipeline.check import checked_jobs
 from compress.results.loggers import open_loggers
 from compress.results.wandb_run import WandbRun
 from compress.stopping import StoppedError
@@ -295,7 +295,7 @@ def test_a_run_is_finished_only_after_it_was_uploaded(monkeypatch, tmp_path):
 
 
 def test_a_run_that_was_interrupted_is_ended_too(tmp_path):
-    [(_, composed)] = checked_jobs([*OPTIONS, "logger.wandb.name=mine", "logger.wandb.group=g"])
+    composed = checked_jobs([*OPTIONS, "logger.wandb.name=mine", "logger.wandb.group=g"])[0].config
     with pytest.raises(KeyboardInterrupt), open_loggers(composed, tmp_path):
         raise KeyboardInterrupt
     [read] = read_all(tmp_path)
@@ -305,7 +305,7 @@ def test_a_run_that_was_interrupted_is_ended_too(tmp_path):
 
 def test_variants_of_a_method_have_a_job_type_each(tmp_path):
     typed = [*OPTIONS, "method=supervised_mixup"]
-    [(_, composed)] = checked_jobs(typed)
+    composed = checked_jobs(typed)[0].config
     with open_loggers(composed, tmp_path):
         pass
     [read] = read_all(tmp_path)
@@ -328,5 +328,5 @@ def test_several_loggers_can_be_chosen_at_once():
         "logger=[wandb,tensorboard]": {"csv", "wandb", "tensorboard"},
         "logger=[csv,tensorboard]": {"csv", "tensorboard"},
     }.items():
-        [(_, composed)] = compose_jobs([typed])
+        composed = compose_jobs([typed])[0].config
         assert set(composed.logger) == expected

@@ -18,7 +18,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from compress.errors import UserError
-from compress.pipeline.checks import checked_jobs
+from compress.pipeline.check import checked_jobs
 from compress.report.collect import collect
 from compress.sweeps.search import TRIES, _Search, search
 from compress.sweeps.space import check_space, read_space

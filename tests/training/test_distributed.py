@@ -18,9 +18,10 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_only
 import compress
 from compress.cli import main
 from compress.data.dataset import Share, evaluation_batches
+from compress.data.shared import DataSets
 from compress.errors import UserError
-from compress.pipeline import run as pipeline
-from compress.pipeline.checks import checked_jobs
+from compress.pipeline.check import checked_jobs
+from compress.pipeline.execute import execute
 from compress.quantization.lsq import InputStep
 from compress.stopping import StoppedError, stoppable
 from compress.training import distributed
@@ -45,7 +46,7 @@ RUN = [
 
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(
-    ["compress.pipeline.run", "compress.pipeline.checks", "compress.cli", "compress.data.digits"]
+    ["compress.pipeline.run", "compress.pipeline.check", "compress.cli", "compress.data.digits"]
 )
 
 
@@ -290,7 +291,7 @@ def test_two_machines_may_come_in_any_order(sweep, tmp_path, monkeypatch):
 def test_the_second_machine_does_not_wait_for_a_first_that_is_done_or_gone(sweep, tmp_path, monkeypatch):
     for key, value in a_meeting_point().items():
         monkeypatch.setenv(key, value)
-    [(_, config)] = checked_jobs(["trainer=ddp_cpu", "trainer.devices=1", "trainer.num_nodes=2", *RUN])
+    config = checked_jobs(["trainer=ddp_cpu", "trainer.devices=1", "trainer.num_nodes=2", *RUN])[0].config
     distributed.join(config, sweep / "0", [])
     trained = tmp_path / "trained/checkpoints/last.ckpt"
     trained.parent.mkdir(parents=True)
@@ -320,9 +321,9 @@ def test_the_second_machine_does_not_wait_for_a_first_that_is_done_or_gone(sweep
 def test_what_machines_are_told_is_checked(key, value, said, monkeypatch, tmp_path):
     for name, each in (a_meeting_point() | {key: value}).items():
         monkeypatch.setenv(name, each)
-    [(_, config)] = checked_jobs(["trainer=ddp_cpu", "trainer.devices=1", "trainer.num_nodes=2", *RUN])
+    [job] = checked_jobs(["trainer=ddp_cpu", "trainer.devices=1", "trainer.num_nodes=2", *RUN])
     with pytest.raises(UserError, match=said):
-        pipeline.run(config, tmp_path)
+        execute(job, tmp_path, DataSets())
 
 
 @pytest.mark.slow

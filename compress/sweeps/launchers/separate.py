@@ -2,86 +2,72 @@
 
 import os
 import sys
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from hydra._internal.callbacks import Callbacks
-from hydra.core.global_hydra import GlobalHydra
-from hydra.core.utils import run_job
-from hydra.plugins.launcher import Launcher
-from hydra.types import HydraContext, RunMode, TaskFunction
-from omegaconf import DictConfig, open_dict
-
-from compress.config import compose as configuration
+from compress.config.compose import searched_folders
+from compress.data.shared import DataSets
+from compress.errors import UserError
+from compress.paths import import_from_here, searching, user_folders
 from compress.progress import console
 from compress.sweeps.outcomes import outcome, record_failure
+from compress.sweeps.perform import job_in, perform, report_failure
 
 OUTPUT = "output.txt"
 
 
 @dataclass(frozen=True)
 class Call:
-    """One job in words and names that any process can act on which has this package and sees the same files."""
+    """One job in words and names that any process can act on which has this package and sees the same files.
 
-    task: TaskFunction
+    `overrides`, `settings` and `hydra` are those of `compress.sweeps.perform.job_in`.
+    """
+
     overrides: tuple[str, ...]
+    settings: tuple[str, ...]
+    hydra: tuple[str, ...]
     number: int
     directory: Path
     working_directory: Path
+    folders: tuple[Path, ...] = field(default_factory=lambda: tuple(user_folders()))
 
     def __call__(self) -> None:
         os.chdir(self.working_directory)
+        import_from_here()
         self.directory.mkdir(parents=True, exist_ok=True)
         stream = (self.directory / OUTPUT).open("a", buffering=1, encoding="utf-8")
-        with stream, redirect_stdout(stream), redirect_stderr(stream):
-            self._run()
+        folders = searching([*self.folders, *searched_folders(self.hydra)])
+        with stream, redirect_stdout(stream), redirect_stderr(stream), folders:
+            self._perform()
 
-    def _run(self) -> None:
-        configuration.register()
-        with configuration.initialize():
-            loader = GlobalHydra.instance().config_loader()
-            config = loader.load_configuration("run", list(self.overrides), RunMode.RUN)
-            with open_dict(config):
-                config.hydra.job.num = self.number
-                config.hydra.job.id = str(self.number)
-            ended = run_job(
-                task_function=self.task,
-                config=config,
-                job_dir_key="hydra.sweep.dir",
-                job_subdir_key="hydra.sweep.subdir",
-                hydra_context=HydraContext(config_loader=loader, callbacks=Callbacks(config)),
-            )
-            _ = ended.return_value  # raises what the job raised
+    def _perform(self) -> None:
+        data_sets = DataSets()
+        try:
+            job = job_in(self.directory, self.overrides, self.settings, self.hydra, data_sets)
+        except UserError as mistake:
+            report_failure(mistake, self.directory)
+        else:
+            perform(job, self.directory, self.number, data_sets)
 
 
-class SeparateLauncher(Launcher):
+class SeparateLauncher(ABC):
     """Says in `run` how calls are run elsewhere."""
 
     library: ClassVar[str]  # the module that has to be installed, and the extra that brings it
 
-    def check(self) -> None:
+    def check(self) -> None:  # noqa: B027 - a launcher need not have one
         """Raises UserError where the launcher cannot work here."""
 
     @abstractmethod
     def run(self, calls: Sequence[Call]) -> Iterator[tuple[Call, Exception | None]]:
         """Runs all `calls` and gives each as it ends; with an exception where its process did not live to its end."""
 
-    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        self.task = task_function
-        self.config = config
-
-    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[Any]:
-        own = list(self.config.hydra.overrides.hydra)
-        directory = Path(self.config.hydra.sweep.dir)
-        calls = []
-        for place, overrides in enumerate(job_overrides, initial_job_idx):
-            typed = [each for each in overrides if each.startswith("hydra.sweep.subdir=")]
-            number = int(typed[-1].partition("=")[2]) if typed else place
-            calls.append(Call(self.task, (*own, *overrides), number, directory / str(number), Path.cwd()))
+    def launch(self, calls: Sequence[Call], directory: Path) -> None:
+        """Runs all `calls` of the sweep in `directory` and prints how each ended."""
         console.print(f"{len(calls)} jobs by {self.library}, what they say is in {directory}/NUMBER/{OUTPUT}")
         for count, (call, failure) in enumerate(self.run(calls), 1):
             if failure is not None and outcome(call.directory).state == "not finished":
@@ -89,4 +75,3 @@ class SeparateLauncher(Launcher):
             ended = outcome(call.directory)
             console.print(f"  {count} of {len(calls)}: job {call.number} {ended}", markup=False)
             sys.stdout.flush()
-        return []

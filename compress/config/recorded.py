@@ -1,0 +1,57 @@
+"""The configuration that a run left in its directory, read again so that the run can go on."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from compress.config.compose import first_line, parse
+from compress.config.roles import register
+from compress.config.stage_plan import refuse_epochs
+from compress.errors import UserError
+
+
+def read_config(directory: Path) -> DictConfig:
+    """The configuration of the run in `directory`. Raises UserError where there is none or it cannot be read."""
+    path = directory / "config.yaml"
+    accepted = "accepted: the directory of a run, or latest"
+    if not path.is_file() and (directory / "sweep.yaml").is_file():
+        raise UserError(f"resume: found {directory}, the directory of a sweep; accepted: sweep={directory}")
+    if not path.is_file():
+        raise UserError(f"resume: found no {path}; {accepted}")
+    register()
+    try:
+        config = OmegaConf.load(path)
+    except (YAMLError, UnicodeDecodeError, OSError, OmegaConfBaseException):
+        raise UserError(f"resume: found {path}, which cannot be read as YAML; {accepted}") from None
+    if not isinstance(config, DictConfig) or not {"method", "student", "data", "trainer"} <= config.keys():
+        raise UserError(f"resume: found {path}, which is no configuration of a run; {accepted}")
+    OmegaConf.set_struct(config, True)
+    return config
+
+
+def change(config: DictConfig, overrides: Sequence[str]) -> None:
+    """Applies `overrides` of trainer.* and logger.*, which are all that a resumed run takes.
+
+    Raises UserError for any other, for an unknown key, and for the epochs of a run in stages.
+    """
+    for override in overrides:
+        if not override.startswith(("trainer.", "logger.")) or "=" not in override:
+            raise UserError(
+                f"{override}: a resumed run keeps its configuration; accepted: trainer.*=... and logger.*=..."
+            )
+        if config.get("stages"):
+            refuse_epochs(override)
+        apply_override(config, override)
+
+
+def apply_override(config: DictConfig, override: str) -> None:
+    """Sets one typed `key=value` in `config`. Raises UserError for an unknown key."""
+    try:
+        parsed = parse(override)
+        OmegaConf.update(config, parsed.key_or_group, parsed.value())
+    except (HydraException, OmegaConfBaseException) as failure:
+        raise UserError(f"{override}: {first_line(failure)}") from None

@@ -1,0 +1,228 @@
+"""Every value of a composed configuration, checked against what receives it.
+
+Constructors of this project say in their annotations what they accept; `compress.config.ranges` says it for the rest.
+"""
+
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import is_dataclass
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from hydra.errors import InstantiationException
+from hydra.utils import get_object
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from compress import models
+from compress.arguments import check_arguments, construct, parameter_names, settable
+from compress.config import ensemble
+from compress.config.ranges import (
+    ENSEMBLE,
+    OPTIMIZER,
+    STAGE,
+    STUDENT,
+    TEACHER,
+    TEACHER_TRAINING,
+    TOP_LEVEL,
+    TRAINER,
+    TRAINER_REQUIRED,
+    TRAINER_SUPPLIED,
+)
+from compress.errors import UserError
+from compress.optim.groups import DECAY
+
+GROUPS = (
+    "data",
+    "student",
+    "teacher",
+    "peer",
+    "mixup",
+    "pruning",
+    "method",
+    "loss",
+    "optimizer",
+    "scheduler",
+    "quantizer",
+    "export",
+    "trainer",
+    "logger",
+    "experiment",
+)
+EXPORT = {"packed": bool, "onnx": bool}
+
+
+def check_values(config: DictConfig) -> None:
+    """Checks every value against what receives it, and puts in its place what that takes: 10 for 1e1, say.
+
+    Raises UserError for the first one that is wrong.
+    """
+    _check_groups(config)
+    _coerce(config, "", TOP_LEVEL, accepted=[*TOP_LEVEL, *GROUPS], required=TOP_LEVEL)
+    _check_stages(config)
+    for group in ("data", "method", "loss", "scheduler", "quantizer", "mixup", "pruning"):
+        if config[group]:
+            _coerce_part(config, group)
+    if config.quantizer:
+        solver = target(config, "quantizer.solver")
+        # The first four are the problem, and the columns worked on at once are the quantizer's.
+        names = [name for name in parameter_names(solver)[4:] if name != "block_size"]
+        _coerce(config, "quantizer.solver", solver, accepted=names)
+    _coerce(config, "export", EXPORT, required=EXPORT)
+    _coerce_optimizer(config, "optimizer")
+    for role in ("student", "peer"):
+        if config[role]:
+            _check_model(config, role)
+    accepted = sorted({*parameter_names(pl.Trainer), *TRAINER} - TRAINER_SUPPLIED)
+    _coerce(config, "trainer", TRAINER, accepted=accepted, required=TRAINER_REQUIRED)
+    _check_teachers(config)
+    _check_loggers(config)
+
+
+def target(config: DictConfig, where: str) -> Any:
+    """The class or function that the node `where` names. Raises UserError where it cannot be imported."""
+    node = OmegaConf.select(config, where)
+    name = node.get("_target_") if isinstance(node, DictConfig) else None
+    try:
+        return get_object(name)
+    except (ImportError, ValueError, TypeError, AttributeError):
+        raise UserError(f"{where}: found {name!r}, which cannot be imported; accepted: an option, see --help") from None
+
+
+@contextmanager
+def construction(where: str) -> Iterator[None]:
+    """Turns what a constructor has against its arguments into a line about the group `where`."""
+    try:
+        yield
+    except InstantiationException as failure:
+        raise UserError(f"{where}: {failure.__cause__ or failure}".splitlines()[0]) from None
+
+
+def _check_groups(config: DictConfig) -> None:
+    for key in config:
+        if key not in (*GROUPS, *TOP_LEVEL):
+            raise UserError(f"{key}: found an unknown key; accepted: {', '.join((*GROUPS, *TOP_LEVEL))}")
+    for key in GROUPS:
+        # An experiment spreads over the other groups and leaves nothing of its own.
+        if key != "experiment" and not isinstance(config.get(key), DictConfig):
+            raise UserError(f"{key}: found {config.get(key)!r}; accepted: {key}=OPTION, see --help")
+    for group in ("quantizer", "mixup", "pruning"):
+        # `none` on the command line leaves what an experiment says of the option that it chose itself.
+        if config[group] and "_target_" not in config[group]:
+            config[group] = {}
+    if config.teacher and not {"model", "members"} & config.teacher.keys():
+        config.teacher = {}
+
+
+def _check_stages(config: DictConfig) -> None:
+    stages = OmegaConf.to_container(config.stages, resolve=True)
+    for index, stage in enumerate(stages):
+        check_arguments(STAGE, stage, f"stages.{index}")
+        missing = [key for key in ("name", "overrides") if key not in stage]
+        if missing:
+            raise UserError(f"stages.{index}: found no {missing[0]}; accepted: {', '.join(STAGE)}")
+    if stages and config.trainer.get("num_nodes", 1) != 1:
+        raise UserError(f"trainer.num_nodes: found {config.trainer.num_nodes} for a run in stages; accepted: 1")
+    names = [stage["name"] for stage in stages]
+    if len({*names}) < len(names):
+        raise UserError(f"stages: found {', '.join(names)}; accepted: names that differ")
+    shares = [stage.get("share") for stage in stages]
+    if any(shares) and (None in shares or abs(sum(shares) - 1) > 1e-6):
+        found = ", ".join(map(str, shares))
+        raise UserError(f"stages: found the shares {found}; accepted: shares that sum to 1, or none at all")
+    epochs = config.trainer.get("max_epochs")
+    if any(shares) and isinstance(epochs, int) and epochs < len(stages):
+        raise UserError(
+            f"trainer.max_epochs: found {epochs} for {len(stages)} stages; accepted: at least {len(stages)}"
+        )
+
+
+def _check_teachers(config: DictConfig) -> None:
+    if config.teacher and ensemble.is_ensemble(config):
+        _coerce(config, "teacher", ENSEMBLE, required=ENSEMBLE)
+        _coerce_training(config, "teacher.training")
+        ensemble.complete_members(config)
+    for where in ensemble.keys(config):
+        _coerce(config, where, TEACHER, required=TEACHER)
+        _coerce_training(config, f"{where}.training")
+        _check_model(config, f"{where}.model")
+
+
+def _check_loggers(config: DictConfig) -> None:
+    """A logger that needs more than its arguments says so in `check`."""
+    for name, node in config.logger.items():
+        where = f"logger.{name}"
+        if not isinstance(node, DictConfig):
+            raise UserError(f"{where}: found {node!r}; accepted: its keys, such as {where}.KEY=VALUE, or logger=OPTION")
+        logger = target(config, where)
+        accepted = [key for key in parameter_names(logger) if key != "save_dir"]
+        checked = check_arguments(logger if _is_ours(logger) else {}, node, where, accepted=accepted)
+        if hasattr(logger, "check"):
+            logger.check(checked)
+
+
+def _is_ours(part: Any) -> bool:
+    return getattr(part, "__module__", "").startswith("compress.")
+
+
+def _coerce(
+    config: DictConfig,
+    where: str,
+    receiver: Any,
+    accepted: Collection[str] | None = None,
+    required: Collection[str] = (),
+) -> dict[str, Any]:
+    node = OmegaConf.select(config, where) if where else config
+    for key in required:
+        if key not in node:
+            raise UserError(
+                f"{where}.{key}: found no such key; accepted: a configuration that has it".removeprefix(".")
+            )
+    plain = OmegaConf.to_container(node, resolve=True)
+    values = check_arguments(receiver, plain, where, accepted=accepted)
+    with open_dict(config):
+        for key, value in values.items():
+            if not isinstance(value, Mapping):
+                node[key] = value
+    return values
+
+
+def _coerce_training(config: DictConfig, where: str) -> None:
+    _coerce(config, where, TEACHER_TRAINING, required=TEACHER_TRAINING)
+    _coerce_optimizer(config, f"{where}.optimizer")
+    _coerce_part(config, f"{where}.scheduler")
+
+
+def _coerce_part(config: DictConfig, where: str) -> None:
+    part = target(config, where)
+    _coerce(config, where, part, accepted=settable(part))
+    if is_dataclass(part):
+        with construction(where):
+            construct(OmegaConf.select(config, where))
+
+
+def _coerce_optimizer(config: DictConfig, where: str) -> None:
+    optimizer = target(config, where)
+    accepted = [name for name in parameter_names(optimizer) if name not in ("params", "defaults")] + [DECAY]
+    values = _coerce(config, where, optimizer if _is_ours(optimizer) else OPTIMIZER, accepted=accepted)
+    decays = values.pop(DECAY, True)
+    if not isinstance(decays, bool):
+        raise UserError(f"{where}.{DECAY}: found {decays!r}; accepted: true or false")
+    try:
+        optimizer([torch.nn.Parameter(torch.zeros(1))], **values)
+    except (ImportError, TypeError, ValueError, RuntimeError) as failure:
+        raise UserError(f"{where}: {failure}".splitlines()[0]) from None
+
+
+def _check_model(config: DictConfig, where: str) -> None:
+    node = OmegaConf.select(config, where)
+    if not isinstance(node, DictConfig) or "stem" not in node:
+        raise UserError(f"{where}: found {node!r}; accepted: {', '.join(models.available())}")
+    options = OmegaConf.to_container(node, resolve=True)
+    stem = options.pop("stem")
+    if "checkpoint" in options:
+        check_arguments(STUDENT, {"checkpoint": options.pop("checkpoint")}, where)
+    values = models.check_options(stem, options, where)
+    with open_dict(config):
+        for key in options.keys() & values.keys():
+            node[key] = values[key]

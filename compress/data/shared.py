@@ -1,0 +1,54 @@
+"""The data of one process: what several runs use is read once."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from hydra.utils import get_class
+
+from compress.arguments import arguments_of, construct
+from compress.data.module import DataModule
+from compress.data.source import Images
+
+MOST = 2  # data sets held in memory
+
+
+class DataSets:
+    """Makes data modules; those that differ in nothing but how batches are made share the images that one has read.
+
+    The images of the two data sets that were used last are held. A pickled copy holds none: a launcher sends what it
+    runs to other processes.
+    """
+
+    def __init__(self) -> None:
+        self._images: dict[str, Images] = {}
+
+    def __reduce__(self) -> tuple[type["DataSets"], tuple[()]]:
+        return type(self), ()
+
+    def module(
+        self,
+        node: Mapping[str, Any],
+        *,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+        batch_size: int | None = None,
+    ) -> DataModule:
+        """The data module of a `data` node of the configuration, set up on `device`; downloads what is missing.
+
+        `batch_size` replaces that of the node. Raises UserError for data that cannot be read.
+        """
+        replaced = {} if batch_size is None else {"batch_size": batch_size}
+        data = construct(node, seed=seed, device=device, **replaced)
+        decisive = get_class(node["_target_"]).decisive(arguments_of(node))
+        key = json.dumps([node["_target_"], decisive, str(device)], sort_keys=True)
+        images = self._images.pop(key, None)
+        if images is None:
+            while len(self._images) >= MOST:
+                del self._images[next(iter(self._images))]
+            data.prepare_data()
+            images = data.load()
+        self._images[key] = images  # at the end, as the one used last
+        data.use(images)
+        return data

@@ -1,0 +1,188 @@
+"""Everything that can be wrong with a run, found in one line before any work is done."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from omegaconf import OmegaConf
+from torch import nn
+
+from compress import models
+from compress.config import ensemble
+from compress.config.compose import Job, compose_jobs
+from compress.config.rules import check_rules, uses_peers
+from compress.config.stage_plan import compose_stages
+from compress.config.values import check_values, construction
+from compress.data.shared import DataSets
+from compress.errors import UserError
+from compress.export.packed import file_bytes
+from compress.export.weights import build_network, load_weights
+from compress.models import masks
+from compress.pipeline.parts import Parts
+from compress.pipeline.variants import describe
+from compress.quantization import check_layers
+from compress.quantization.mixed_precision import sensitivities
+from compress.quantization.quantizer import too_small
+from compress.quantization.solvers import rtn
+from compress.training import processes
+
+
+def checked_jobs(overrides: Sequence[str], multirun: bool = False, data_sets: DataSets | None = None) -> list[Job]:
+    """Every job of a command line, composed and checked. Raises UserError for the first thing that is wrong.
+
+    It looks at every value, at what the parts need of each other, at the files that the run reads and at what has
+    to be installed; data that are missing are downloaded here where that is possible. `data_sets` get what is read.
+    """
+    data_sets = data_sets or DataSets()
+    return [check_job(job, data_sets) for job in compose_jobs(overrides, multirun)]
+
+
+def check_job(job: Job, data_sets: DataSets) -> Job:
+    """The composed `job` with its values as their receivers take them, and with its stages composed."""
+    check_values(job.config)
+    if not job.config.stages:
+        check(job, data_sets)
+        return job
+    if job.config.trainer.get("num_nodes", 1) > 1:
+        count = len(job.config.stages)
+        raise UserError(f"stages: found {count} for several machines; accepted: trainer.num_nodes=1")
+    stages = compose_stages(job)
+    check_stages(stages, data_sets)
+    return replace(job, stages=stages)
+
+
+def check_stages(stages: Sequence[Job], data_sets: DataSets) -> None:
+    """Checks the composed `stages`, each with the student that the one before it will leave."""
+    student = None
+    for stage in stages:
+        try:
+            check_values(stage.config)
+            student = check(stage, data_sets, student)
+        except UserError as mistake:
+            raise UserError(f"stage {stage.name}: {mistake}") from None
+
+
+def check(job: Job, data_sets: DataSets, start: nn.Module | None = None) -> nn.Module:
+    """Raises UserError for the first thing in a `job`, whose values are checked, that could not work.
+
+    `start` is the student that a stage before will leave, but for the values of its weights; that which this run will
+    leave is returned.
+    """
+    check_rules(job.config, job.overrides)
+    parts = Parts(job.config, data_sets, start)
+    with construction("data"):
+        data = parts.data
+    processes.check(job.config, data.record()["images"], uses_peers(job.config))
+    _check_teacher_files(parts)
+    _check_method(parts)
+    _check_image_sizes(parts)
+    student = _pruned_student(parts)
+    if parts.quantizer is not None:
+        check_quantizer(parts, student)
+    if parts.plain["export"]["onnx"]:
+        _check_onnx(parts)
+    return student
+
+
+def _check_teacher_files(parts: Parts) -> None:
+    for key in ensemble.keys(parts.config):
+        checkpoint = OmegaConf.select(parts.config, key).checkpoint
+        if checkpoint:
+            load_weights(parts.teacher_network(key), Path(checkpoint), where=f"{key}.checkpoint")
+
+
+def _check_method(parts: Parts) -> None:
+    if uses_peers(parts.config) and _is_pruned(parts):
+        raise UserError(
+            "student.checkpoint: found a pruned network for a method whose peers would not be pruned; accepted: null, "
+            "or a method without peers"
+        )
+    teacher = parts.teacher_network() if parts.teacher_keys == ["teacher"] else None
+    parts.method.check_networks(parts.method_options, parts.fresh_student, teacher, parts.data.input_shape)
+
+
+def _is_pruned(parts: Parts) -> bool:
+    described = models.architecture(parts.plain["student"], parts.data.num_classes, parts.fresh_student)
+    return bool(masks.found(parts.fresh_student)) or "channels" in described
+
+
+def _check_image_sizes(parts: Parts) -> None:
+    """An image has to go through every network: one that shrinks images may have nothing left of them."""
+    taught_by = [f"{key}.model" for key in parts.teacher_keys]
+    for role in ("student", *(["peer"] if parts.config.peer else []), *taught_by):
+        node = OmegaConf.to_container(OmegaConf.select(parts.config, role), resolve=True)
+        mistake = _refusal(node | {"checkpoint": None}, parts)
+        if mistake is not None:
+            raise UserError(
+                f"data.image_size: found {parts.data.image_size}, which {role} {node['stem']} cannot take "
+                f"({str(mistake).splitlines()[0]}); accepted: a larger size, or another network"
+            )
+
+
+def _refusal(node: dict, parts: Parts) -> RuntimeError | None:
+    """What the network of a `node` has against an image of the data; None where it takes one."""
+    mistake = None
+    # Shapes alone are quick; a network that needs values shows on the CPU whether it works.
+    for device in ("meta", "cpu"):
+        try:
+            with torch.device(device), torch.no_grad():
+                network = build_network(node, parts.data.num_classes).eval()
+                network(torch.zeros(1, *parts.data.input_shape))
+            return None
+        except RuntimeError as failure:
+            mistake = failure
+    return mistake
+
+
+def _pruned_student(parts: Parts) -> nn.Module:
+    """The student as pruning will leave it, but for the values of its weights."""
+    if parts.recipe is None:
+        return parts.fresh_student
+    networks = {"student": parts.fresh_student}
+    if parts.config.peer:
+        networks["peer"] = build_network(parts.peer_node, parts.data.num_classes)
+    for role, network in networks.items():
+        parts.recipe.check(network, parts.config.trainer.max_epochs, parts.data.input_shape, role)
+    return parts.recipe.pruned(parts.fresh_student, parts.data.input_shape)
+
+
+def check_quantizer(parts: Parts, student: nn.Module) -> None:
+    """Raises UserError for options of the quantizer that do not fit `student`, or a budget that it cannot meet."""
+    try:
+        check_layers(student, parts.quantizer.options["skip"])
+    except UserError as mistake:
+        raise UserError(f"quantizer.skip: {str(mistake).removeprefix('skip: ')}") from None
+    _check_budget(parts, student)
+
+
+def _check_budget(parts: Parts, student: nn.Module) -> None:
+    """Raises UserError, naming the smallest possible file, for a budget that no widths of `student` can meet."""
+    quantizer, data = parts.quantizer, parts.data
+    if quantizer.budget is None:
+        return
+    architecture = models.architecture(parts.plain["student"], data.num_classes, student)
+    description = describe(architecture, data)
+    # A width takes about as many bytes whatever the weights are, so that fresh ones will do.
+    options = quantizer.options | {"solver": rtn, "bias_correction": True, "refine": None}
+    rounded = sensitivities(student, data.calibration_batches(2), [min(quantizer.bits)], images=1, **options)
+    smallest = file_bytes(rounded.model(rounded.smallest()), **description)
+    budget = quantizer.budget.bytes(file_bytes(student, **description))
+    if budget < smallest:
+        raise UserError(too_small(budget, smallest))
+
+
+def _check_onnx(parts: Parts) -> None:
+    from compress.export.onnx import require_all
+
+    require_all()
+    quantizer = parts.quantizer
+    if quantizer is None:
+        return
+    widths = [*quantizer.bits, *([quantizer.first_last_bits] if quantizer.first_last_bits else [])]
+    wide = next((bits for bits in widths if quantizer.levels(bits) > 256), None)
+    if wide is not None:
+        raise UserError(
+            f"export: found onnx with {quantizer.levels(wide)} levels at {wide} bits; accepted: up to 256 levels, "
+            "which is 8 bits, or export=packed"
+        )

@@ -1,0 +1,105 @@
+"""Doing a checked job, whoever asked for it: the command line, `compress.run`, a sweep, a search, a study, a resume."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from hydra._internal.callbacks import Callbacks
+from hydra.core.utils import run_job
+from hydra.types import HydraContext
+from omegaconf import DictConfig, open_dict, read_write
+
+from compress.config.compose import Job
+from compress.config.recorded import change, read_config
+from compress.config.stage_plan import stage_directories
+from compress.config.values import check_values
+from compress.data.shared import DataSets
+from compress.pipeline.check import check, check_stages
+from compress.pipeline.run import Result, run
+from compress.pipeline.stages import run_stages
+from compress.training.fit import BEST
+from compress.training.processes import node_rank
+
+
+def execute(job: Job, directory: Path, data_sets: DataSets, number: int | None = None) -> Result | None:
+    """Does a checked `job` in `directory`, in stages if it has any, and returns its result.
+
+    A job that was composed is run as Hydra runs one: with its callbacks, environment and logging (`run.log`), which
+    are taken back afterwards. `number` is that of a job of a sweep. Of several machines only the first has a result.
+    """
+    work = run_stages if job.config.stages else run
+    # A machine that is not the first leaves the directory to that.
+    if job.hydra is None or node_rank(job.config.trainer) > 0:
+        return work(job, directory, data_sets)
+    results: list[Result | None] = []
+    failures: list[Exception] = []
+
+    def task(config: DictConfig) -> None:
+        try:
+            results.append(work(job, directory, data_sets))
+        except Exception as failure:
+            # Hydra would print a line of its own before ours.
+            failures.append(failure)
+
+    with _logging_restored():
+        _as_hydra_does(job.hydra, directory, number, task)
+    if failures:
+        raise failures[0]
+    return results[0]
+
+
+def resumed_job(directory: Path, overrides: list[str], data_sets: DataSets) -> Job:
+    """The job that was begun in `directory`, changed by `overrides` of trainer.* and logger.*, and checked.
+
+    Raises UserError for the first thing that is wrong. What is finished is not checked again.
+    """
+    config = read_config(directory)
+    change(config, overrides)
+    check_values(config)
+    job = Job(tuple(overrides), config)
+    if (directory / "result.json").exists():
+        return job
+    if not config.stages:
+        check(replace(job, overrides=()), data_sets)
+        return job
+    stages = []
+    for name in stage_directories(config):
+        stage = Job((), read_config(directory / name), name=name)
+        if not (directory / name / "result.json").exists():
+            change(stage.config, overrides)
+            if stages and (directory / stages[-1].name / "result.json").exists():
+                stage.config.student.checkpoint = str(directory / stages[-1].name / "checkpoints" / BEST)
+        stages.append(stage)
+    check_stages([each for each in stages if not (directory / each.name / "result.json").exists()], data_sets)
+    return replace(job, stages=tuple(stages))
+
+
+def _as_hydra_does(composed: DictConfig, directory: Path, number: int | None, task: Any) -> None:
+    with read_write(composed), open_dict(composed):
+        composed.hydra.run.dir = str(directory)
+        if number is not None:
+            composed.hydra.job.num = number
+            composed.hydra.job.id = str(number)
+    run_job(
+        task_function=task,
+        config=composed,
+        job_dir_key="hydra.run.dir",
+        job_subdir_key=None,
+        hydra_context=HydraContext(config_loader=None, callbacks=Callbacks(composed)),
+    )
+
+
+@contextmanager
+def _logging_restored() -> Iterator[None]:
+    """The caller of `compress.run` has a root logger of their own."""
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    try:
+        yield
+    finally:
+        for handler in set(root.handlers) - set(handlers):
+            handler.close()
+        root.handlers[:], root.level = handlers, level

@@ -1,0 +1,189 @@
+"""The parts of a run, built from its configuration: data, networks, method, quantizer, exporters."""
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from hydra.utils import get_class
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from compress import models
+from compress.arguments import arguments_of, construct
+from compress.config import ensemble
+from compress.config.rules import uses_peers, uses_teacher
+from compress.data.shared import DataSets
+from compress.export.weights import build_network
+from compress.methods.classifier import Classifier
+from compress.optim.groups import OptimizerFactory, optimizer_factory
+from compress.pruning.recipe import MaskRecipe, Recipe
+from compress.quantization import Quantizer
+from compress.quantization.lsq import FakeQuantization
+from compress.training.fit import device
+
+
+class Parts:
+    """Everything that `config`, whose values were checked, describes; each part is built on first use and once.
+
+    `data_sets` has the images that other runs of this process have read. Networks get fresh weights from the global
+    generator, in the order in which they are first used: seed it before, where the weights matter. `start` takes the
+    place of the student that `student` in the configuration describes.
+    """
+
+    def __init__(self, config: DictConfig, data_sets: DataSets | None = None, start: nn.Module | None = None) -> None:
+        self.config = config
+        self.plain = OmegaConf.to_container(config, resolve=True)
+        self.data_sets = data_sets or DataSets()
+        self._start = start
+
+    @cached_property
+    def device(self) -> torch.device:
+        return device(self.plain["trainer"]["accelerator"])
+
+    @cached_property
+    def data(self) -> pl.LightningDataModule:
+        return self.data_with(seed=self.plain["seed"])
+
+    def data_with(self, seed: int, batch_size: int | None = None) -> pl.LightningDataModule:
+        """The same images in an order and augmentation that follow from `seed`."""
+        return self.data_sets.module(self.plain["data"], seed=seed, device=self.device, batch_size=batch_size)
+
+    @cached_property
+    def method(self) -> type[Classifier]:
+        return get_class(self.plain["method"]["_target_"])
+
+    @property
+    def method_options(self) -> dict[str, Any]:
+        """The arguments of the method that the configuration gives."""
+        return arguments_of(self.plain["method"])
+
+    @cached_property
+    def loss(self) -> Any:
+        return construct(self.plain["loss"])
+
+    @cached_property
+    def mixup(self) -> Any | None:
+        return construct(self.plain["mixup"]) if self.plain["mixup"] else None
+
+    @cached_property
+    def optimizer(self) -> OptimizerFactory:
+        return optimizer_factory(self.plain["optimizer"])
+
+    @cached_property
+    def scheduler(self) -> Any:
+        return construct(self.plain["scheduler"])
+
+    @cached_property
+    def recipe(self) -> Recipe | None:
+        return construct(self.plain["pruning"]) if self.plain["pruning"] else None
+
+    @property
+    def mask_recipe(self) -> MaskRecipe | None:
+        return self.recipe if isinstance(self.recipe, MaskRecipe) else None
+
+    @property
+    def first_best_epoch(self) -> int:
+        """The first epoch, counted from 0, that can be the best: the one at whose end pruning is complete."""
+        last = 0 if self.mask_recipe is None else self.mask_recipe.window(self.plain["trainer"]["max_epochs"])[1]
+        return max(last - 1, 0)
+
+    @cached_property
+    def quantizer(self) -> Quantizer | None:
+        return construct(self.plain["quantizer"]) if self.plain["quantizer"] else None
+
+    @property
+    def grids(self) -> FakeQuantization | None:
+        """Those that the method trains on."""
+        return self.method.grids(self.method_options)
+
+    @cached_property
+    def fresh_student(self) -> nn.Module:
+        """The student before any pruning, with the weights of its checkpoint if it has one."""
+        return self._start or build_network(self.plain["student"], self.data.num_classes)
+
+    @cached_property
+    def student(self) -> nn.Module:
+        """The student that is trained, without the channels that structured pruning takes away."""
+        return self._shrunk(self.fresh_student)
+
+    @cached_property
+    def peers(self) -> list[nn.Module]:
+        """The other networks of a method with peers."""
+        if not uses_peers(self.config):
+            return []
+        node = self.peer_node | {"checkpoint": None}
+        networks = [
+            build_network(node, self.data.num_classes)
+            for _ in range(self.method.number_of_peers(self.method_options) - 1)
+        ]
+        return [self._shrunk(network) for network in networks]
+
+    @property
+    def peer_node(self) -> dict[str, Any]:
+        return self.plain["peer"] or self.plain["student"]
+
+    def _shrunk(self, network: nn.Module) -> nn.Module:
+        shrunk = network if self.recipe is None else self.recipe.shrink(network, self.data.input_shape)
+        return shrunk.to(memory_format=torch.channels_last)
+
+    @cached_property
+    def architecture(self) -> dict[str, Any]:
+        """What a model file says of the student, see `compress.models.architecture`."""
+        return models.architecture(self.plain["student"], self.data.num_classes, self.student)
+
+    @cached_property
+    def architectures(self) -> dict[str, dict[str, Any]]:
+        """Those of all networks that learn, by their names in the method."""
+        peers = {
+            f"others.{index}": models.architecture(self.peer_node, self.data.num_classes, peer)
+            for index, peer in enumerate(self.peers)
+        }
+        return {"model": self.architecture, **peers}
+
+    @property
+    def updates_teacher(self) -> bool:
+        """Whether the teacher learns on while it teaches."""
+        return self.method.updates_teacher(self.method_options)
+
+    @property
+    def teacher_keys(self) -> list[str]:
+        """Where the configuration has the networks of the teacher; none for a method that uses no teacher."""
+        return ensemble.keys(self.config) if uses_teacher(self.config) else []
+
+    def teacher_network(self, key: str = "teacher") -> nn.Module:
+        """A fresh network of the teacher at `key`, one of `teacher_keys`."""
+        node = OmegaConf.to_container(OmegaConf.select(self.config, key), resolve=True)
+        return models.build(num_classes=self.data.num_classes, **node["model"])
+
+    def float_start(self, reference: Path | None) -> nn.Module | None:
+        """The float network that training starts from; None where there is none or it has lost channels since.
+
+        `reference` is a checkpoint that counts instead of that of the student.
+        """
+        node = self.plain["student"]
+        checkpoint = reference or node["checkpoint"]
+        if checkpoint is None:
+            return None
+        with torch.random.fork_rng(devices=[]):
+            start = build_network(node | {"checkpoint": str(checkpoint)}, self.data.num_classes)
+        described = models.architecture(node, self.data.num_classes, start)
+        return start if described == self.architecture else None
+
+    def learner(self, teacher: Any | None) -> Classifier:
+        """The LightningModule that is trained; `teacher` is what the method calls, if it uses one."""
+        # Not by `construct`, which would turn the frozen dataclasses among the parts into configurations.
+        return self.method(
+            **self.method_options,
+            student=self.student,
+            others=self.peers,
+            teacher=teacher,
+            loss=self.loss,
+            optimizer=self.optimizer,
+            scheduler=self.scheduler,
+            mixup=self.mixup,
+            num_classes=self.data.num_classes,
+            input_shape=self.data.input_shape,
+            seed=self.plain["seed"],
+        )

@@ -1,0 +1,77 @@
+"""Doing one job of a sweep, in this process or another: a run whose failure stays in its directory."""
+
+import gc
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from compress.config.compose import Job
+from compress.data.shared import DataSets
+from compress.errors import UserError
+from compress.pipeline.check import checked_jobs
+from compress.pipeline.execute import execute, resumed_job
+from compress.pipeline.resume import OwnedError
+from compress.stopping import raise_if_stopped
+from compress.sweeps.outcomes import FAILED, record_failure
+from compress.training.processes import node_rank
+
+
+def job_in(
+    directory: Path, overrides: Sequence[str], settings: Sequence[str], hydra: Sequence[str], data_sets: DataSets
+) -> Job:
+    """The checked job of a sweep, composed from its `overrides`; one in stages as it was begun in `directory`.
+
+    `settings` are overrides of trainer.* and logger.* beside them, `hydra` those for Hydra itself. Raises UserError.
+    """
+    [job] = checked_jobs([*overrides, *settings, *hydra], data_sets=data_sets)
+    if job.config.stages and (directory / "config.yaml").exists():
+        return resumed_job(directory, list(settings), data_sets)
+    return job
+
+
+def perform(job: Job, directory: Path, number: int, data_sets: DataSets) -> None:
+    """Runs a checked `job` in `directory`; a failure is printed and recorded there, and ends no other job."""
+    first = node_rank(job.config.trainer) == 0
+    if first:
+        (directory / FAILED).unlink(missing_ok=True)
+    try:
+        execute(job, directory, data_sets, number)
+    except OwnedError:
+        # A job of a launcher may outlive the process that started it.
+        print(f"{directory}: another process is running this job; it is left alone", file=sys.stderr)
+    except Exception as failure:
+        raise_if_stopped()
+        report_failure(failure, directory if first else None)
+    finally:
+        # Networks, trainers and loops know each other, so that nothing but the collector frees them.
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def report_failure(failure: Exception, directory: Path | None) -> None:
+    """Prints `failure`, a mistake of the user as one line, and records it in `directory` if there is one."""
+    mistake = isinstance(failure, UserError)
+    if mistake:
+        print(f"error: {failure}", file=sys.stderr)
+    else:
+        traceback.print_exception(failure)
+    if directory is not None:
+        record_failure(directory, failure, "" if mistake else "".join(traceback.format_exception(failure)))
+
+
+def hydra_task(config: DictConfig) -> None:
+    """What the launcher of a published plugin calls, with Hydra set up for the job."""
+    hydra = HydraConfig.get()
+    directory, data_sets = Path(hydra.runtime.output_dir), DataSets()
+    try:
+        job = job_in(directory, hydra.overrides.task, [], [], data_sets)
+    except UserError as mistake:
+        report_failure(mistake, directory)
+    else:
+        perform(job, directory, hydra.job.num, data_sets)

@@ -1,0 +1,76 @@
+"""Folders of the user's own YAML files: `--config-dir`, and Hydra's `hydra.searchpath`."""
+
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+import compress
+from compress.cli import main
+from compress.config.compose import searched_folders
+from compress.errors import UserError
+from compress.paths import user_folders
+
+SHORT = ["method=supervised", "trainer.max_epochs=1", "data.limit=200", "quantizer=none", "trainer.log_every=0"]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A working directory with a module and, in `mine`, a model and an experiment of the user's."""
+    (tmp_path / "tiny_network.py").write_text(
+        "from torch import nn\n\n"
+        "def tiny(num_classes: int, width: int = 4):\n"
+        "    return nn.Sequential(nn.Conv2d(3, width, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),\n"
+        "                         nn.Linear(width, num_classes))\n"
+    )
+    for group, text in {
+        "model": "_target_: tiny_network.tiny\nwidth: 6\n",
+        "experiment": "# @package _global_\n# Mine.\ndefaults: [{override /student: tiny}]\nseed: 3\n",
+    }.items():
+        (tmp_path / "mine" / group).mkdir(parents=True)
+        (tmp_path / "mine" / group / "tiny.yaml").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("typed", [["--config-dir", "mine"], ["hydra.searchpath=[file://mine]"]])
+@pytest.mark.slow
+def test_a_run_is_composed_from_the_users_options_and_goes_on_with_them(folder, typed):
+    assert main([*typed, "experiment=tiny", *SHORT, "hydra.run.dir=run"]) == 0
+    config = OmegaConf.load("run/config.yaml")
+    assert (config.student.stem, config.student.width, config.seed) == ("tiny", 6, 3)
+    assert user_folders() == []  # nothing is remembered
+    before = Path("run/tradeoff.csv").read_text().splitlines()[1].split(",")[:9]
+    Path("run/result.json").unlink()
+    assert main(["--config-dir", "mine", "resume=run"]) == 0
+    assert Path("run/tradeoff.csv").read_text().splitlines()[1].split(",")[:9] == before
+
+
+@pytest.mark.slow
+def test_a_sweep_in_other_processes_knows_them_too(folder):
+    options = ["-m", "seed=0,1", "student=tiny", *SHORT, "hydra.sweep.dir=swept", "hydra/launcher=joblib"]
+    assert main(["--config-dir=mine", *options]) == 0
+    assert {path.parent.name for path in Path("swept").glob("*/result.json")} == {"0", "1"}
+
+
+def test_they_can_be_given_from_python(folder):
+    with pytest.raises(UserError, match=r"student: found 'tiny'"):
+        compress.run(["student=tiny", *SHORT])
+    with pytest.raises(UserError, match=r"student\.width: found 'wide'; accepted: a whole number"):
+        compress.run(["student=tiny", "student.width=wide", *SHORT], config_dir="mine")
+
+
+def test_a_folder_that_is_not_there_is_a_mistake(folder, capsys):
+    for typed, key in (
+        (["--config-dir", "absent"], "--config-dir"),
+        (["hydra.searchpath=[absent]"], "hydra.searchpath"),
+    ):
+        assert main([*typed, *SHORT]) == 2
+        [line] = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"error: {key}: found absent, which is no folder; accepted: ")
+    assert searched_folders(["hydra.searchpath=[pkg://compress]"]) == []  # Hydra looks there itself
+
+
+def test_cfg_prints_what_is_composed_from_them(folder, capsys):
+    assert main(["--config-dir", "mine", "experiment=tiny", "--cfg", "job"]) == 0
+    assert "width: 6" in capsys.readouterr().out
