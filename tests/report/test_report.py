@@ -76,7 +76,7 @@ def test_markdown_has_the_mean_over_the_seeds_and_links_that_lead_somewhere(real
             values.append(f"{statistics.mean(accuracies):.2f} ± {statistics.stdev(accuracies):.2f}")
         assert f"| {name} | 2 | {' | '.join(values)} |" in text
     links = re.findall(r"\]\(([^)]+)\)", text)
-    assert len(links) == 2 * 8
+    assert len(links) == 2 * 9
     assert all((tmp_path / "deep" / link).is_file() for link in links)
 
 

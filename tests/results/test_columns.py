@@ -16,14 +16,8 @@ from compress.results.tradeoff import COLUMNS, Row
 FIELD = """\
     points_per_kb: Annotated[
         float,
-        Column(
-            "points of test accuracy for a kilobyte",
-            unit="points per kB",
-            heading="points/kB",
-            digits=3,
-            loggers="all",
-            derive=lambda row: 1e5 * row.test_accuracy / row.bytes,
-        ),
+        Column("points of test accuracy for a kilobyte", "points/kB", digits=3, loggers="all",
+               derive=lambda row: 1e5 * row.test_accuracy / row.bytes),
     ] = field(init=False)
 """
 # Everything that a run and a report make of rows, as they make it.
