@@ -24,11 +24,10 @@ SHOWN_ELSEWHERE = (
 
 @dataclass(frozen=True)
 class Statistic:
-    """Mean and sample standard deviation of `count` values; the deviation of one is None."""
+    """Mean and sample standard deviation of some values; the deviation of one is None."""
 
     mean: float
     deviation: float | None
-    count: int
 
     def __format__(self, form: str) -> str:
         """The mean in that form and, if there is one, the deviation with two decimals."""
@@ -84,7 +83,7 @@ def statistic(values: Sequence[float | None]) -> Statistic | None:
     """Mean and deviation; None where any value is unknown."""
     if not values or None in values:
         return None
-    return Statistic(statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None, len(values))
+    return Statistic(statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None)
 
 
 def groups(runs: Sequence[Run]) -> tuple[Group, ...]:

@@ -41,14 +41,14 @@ function paretoFront(lines, accuracy) {
 
 function hoverText(line, runs) {
   const names = line.runs.map((number) => runs[number].name);
-  const value = (kind) => `${kind} ${decimals(line[kind], 2)} %`
-    + (line[`${kind}_deviation`] === null ? "" : ` ± ${decimals(line[`${kind}_deviation`], 2)}`);
+  const value = (kind) => `${kind} ${line[kind].toFixed(2)} %`
+    + (line[`${kind}_deviation`] === null ? "" : ` ± ${line[`${kind}_deviation`].toFixed(2)}`);
   return [
     `<b>${plain(line.method)} ${plain(line.student)}, ${plain(line.variant)}</b>`,
     names.length === 1 ? `run ${plain(names[0])}, seed ${line.seed}` : `${names.length} seeds: ${plain(names.slice(0, 4).join(", "))}`,
     line.settings ? plain(line.settings.length > 70 ? line.settings.slice(0, 69) + "…" : line.settings) : null,
     value("test"), value("validation"),
-    size(line.bytes) + (line.quantizer === "none" ? "" : `, ${decimals(line.ratio, 1)}x smaller than fp32`),
+    size(line.bytes) + (line.quantizer === "none" ? "" : `, ${line.ratio.toFixed(1)}x smaller than fp32`),
   ].filter((part) => part).join("<br>");
 }
 

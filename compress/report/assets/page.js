@@ -103,9 +103,9 @@
     const by = `${state.accuracy} accuracy`;
     place("cards").replaceChildren(
       card("Shown", null, `${count.toLocaleString("en")} run${count === 1 ? "" : "s"}`, seeds),
-      best ? card(`Highest ${by}`, best, `${decimals(best[state.accuracy], 2)} % at ${size(best.bytes)}`, what(best))
+      best ? card(`Highest ${by}`, best, `${best[state.accuracy].toFixed(2)} % at ${size(best.bytes)}`, what(best))
         : card(`Highest ${by}`, null, "–", none),
-      smallest ? card("Smallest within one point of it", smallest, `${decimals(smallest[state.accuracy], 2)} % at ${size(smallest.bytes)}`, what(smallest))
+      smallest ? card("Smallest within one point of it", smallest, `${smallest[state.accuracy].toFixed(2)} % at ${size(smallest.bytes)}`, what(smallest))
         : card("Smallest within one point of it", null, "–", none));
   }
 
@@ -127,8 +127,8 @@
     }
     const run = runs[line.runs[state.run]];
     const single = lines.single.find((other) => other.runs[0] === line.runs[state.run] && other.file === line.file) || line;
-    const facts = [["test accuracy", `${decimals(single.test, 2)} %`],
-      ["validation accuracy", `${decimals(single.validation, 2)} %`], ["size", size(single.bytes)], ...run.facts];
+    const facts = [["test accuracy", `${single.test.toFixed(2)} %`],
+      ["validation accuracy", `${single.validation.toFixed(2)} %`], ["size", size(single.bytes)], ...run.facts];
     details.replaceChildren(...[
       element("h2", {}, `${line.method} ${line.student}, ${line.variant}`),
       element("h3", {}, run.name),

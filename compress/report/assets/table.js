@@ -25,10 +25,6 @@ function printed(column, value) {
   return sign + (column.scale * value).toLocaleString("en", digits) + column.suffix;
 }
 
-function decimals(value, digits) {
-  return value.toFixed(digits);
-}
-
 function size(bytes) {
   if (bytes < 1e3) return `${bytes} B`;
   return bytes < 1e6 ? `${(bytes / 1e3).toFixed(1)} kB` : `${(bytes / 1e6).toFixed(2)} MB`;
