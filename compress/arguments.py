@@ -43,7 +43,7 @@ def _number(value: Any) -> Any:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _whole_number(value: Any) -> Any:
+def _integer(value: Any) -> Any:
     """As above, and `1e4`, a float in YAML, to 10000."""
     if isinstance(value, str):
         with contextlib.suppress(ValueError):
@@ -58,7 +58,7 @@ def _same_kind(options: tuple[Any, ...], value: Any) -> Any:
     return value
 
 
-NUMBERS = {int: BeforeValidator(_whole_number), float: BeforeValidator(_number)}
+NUMBERS = {int: BeforeValidator(_integer), float: BeforeValidator(_number)}
 
 
 def check_arguments(
@@ -122,7 +122,7 @@ def has_mark(annotation: Any, mark: Any) -> bool:
 
 
 def annotations(target: Callable[..., Any]) -> dict[str, Any]:
-    """The annotation of each of `parameter_names`, `inspect.Parameter.empty` where there is none."""
+    """The annotation of every one of `parameter_names`, `inspect.Parameter.empty` where there is none."""
     return {name: annotation for name, (annotation, _) in _parameters(target).items()}
 
 
@@ -154,31 +154,32 @@ def _checked(kind: Any, value: Any, key: str) -> Any:
         return TypeAdapter(kind).validate_python(value)
     except ValidationError as failure:
         # A validator written for one parameter says in its ValueError what it accepts.
-        own = [str(error["ctx"]["error"]) for error in failure.errors() if error["type"] == "value_error"]
-        raise UserError(f"{key}: found {_shown(value)}; accepted: {own[0] if own else _described(kind)}") from None
+        reasons = [str(error["ctx"]["error"]) for error in failure.errors() if error["type"] == "value_error"]
+        accepted = reasons[0] if reasons else _described(kind)
+        raise UserError(f"{key}: found {_shown(value)}; accepted: {accepted}") from None
 
 
 def _parameters(target: Callable[..., Any]) -> dict[str, tuple[Any, Any]]:
-    """Annotation and default of each named parameter; UNKNOWN where there is none."""
+    """Annotation and default of every named parameter; UNKNOWN where there is none."""
     if inspect.isclass(target):
         constructors = [vars(parent).get("__init__") for parent in target.__mro__]
         constructors = [constructor for constructor in constructors if inspect.isfunction(constructor)]
     else:
         constructors = [target]
-    found: dict[str, tuple[Any, Any]] = {}
+    named: dict[str, tuple[Any, Any]] = {}
     for constructor in constructors:
         parameters = list(inspect.signature(constructor).parameters.values())
         try:
             hints = typing.get_type_hints(constructor, include_extras=True)
         except (NameError, AttributeError, TypeError):
             # A library may import the types that it names for its type checker alone.
-            hints = {each.name: each.annotation for each in parameters if not isinstance(each.annotation, str)}
-        for each in parameters[1:] if inspect.isclass(target) else parameters:
-            if each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY):
-                found.setdefault(each.name, (hints.get(each.name, UNKNOWN), each.default))
-        if not any(each.kind is each.VAR_KEYWORD for each in parameters):
+            hints = {one.name: one.annotation for one in parameters if not isinstance(one.annotation, str)}
+        for one in parameters[1:] if inspect.isclass(target) else parameters:
+            if one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY):
+                named.setdefault(one.name, (hints.get(one.name, UNKNOWN), one.default))
+        if not any(one.kind is one.VAR_KEYWORD for one in parameters):
             break
-    return found
+    return named
 
 
 def _yaml_type(annotation: Any) -> Any:
@@ -224,7 +225,7 @@ def _base(kind: Any) -> Any:
 
 
 def _without_conversion(kind: Any) -> Any:
-    return Annotated[(_base(kind), *(each for each in kind.__metadata__ if each is not NUMBERS[int]))]
+    return Annotated[(_base(kind), *(item for item in kind.__metadata__ if item is not NUMBERS[int]))]
 
 
 def _described(kind: Any) -> str:
@@ -248,7 +249,7 @@ def _described(kind: Any) -> str:
 
 
 def _constrained(kind: Any, metadata: Iterable[Any]) -> str:
-    items = [item for each in metadata for item in (each.metadata if isinstance(each, FieldInfo) else [each])]
+    items = [item for entry in metadata for item in (entry.metadata if isinstance(entry, FieldInfo) else [entry])]
 
     def limit(name: str) -> Any:
         return next((value for item in items if (value := getattr(item, name, None)) is not None), None)

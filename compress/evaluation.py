@@ -40,7 +40,7 @@ def evaluate(
     if getattr(model, "training", False):
         raise ValueError("a model must be in eval mode to be evaluated")
     batches = [(model(images).cpu(), target.cpu()) for images, target in loader]
-    logits = torch.cat([each for each, _ in batches])
+    logits = torch.cat([logits for logits, _ in batches])
     target = torch.cat([labels for _, labels in batches])
     predictions = logits.argmax(dim=1)
     per_class = multiclass_accuracy(predictions, target, num_classes, average="none")
@@ -62,11 +62,11 @@ def paired_latency_ms(
     try:
         with torch.inference_mode():
             for turn in range(repeats + 3):  # the first three warm up
-                for model, own in zip(models, times, strict=True):
+                for model, timings in zip(models, times, strict=True):
                     started = time.perf_counter()
                     model(images)
                     if turn >= 3:
-                        own.append(1000 * (time.perf_counter() - started))
+                        timings.append(1000 * (time.perf_counter() - started))
     finally:
         torch.set_num_threads(threads)
-    return [statistics.median(own) for own in times]
+    return [statistics.median(timings) for timings in times]

@@ -38,8 +38,8 @@ def stoppable() -> Iterator[None]:
     numbers = (signal.SIGINT, signal.SIGTERM)
 
     def stop(number: int, frame: FrameType | None) -> None:
-        for each in numbers:
-            signal.signal(each, signal.SIG_DFL)
+        for handled in numbers:
+            signal.signal(handled, signal.SIG_DFL)
         _stops.append(StoppedError(number))
         raise _stops[0]
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -12,7 +13,7 @@ from pydantic import AfterValidator, Field
 from pytorch_lightning import Trainer
 from torch import nn
 
-from compress.arguments import check_arguments, parameter_names
+from compress.arguments import Supplied, arguments_of, check_arguments, construct, parameter_names, settable
 from compress.errors import UserError
 
 
@@ -220,3 +221,22 @@ def test_the_signature_of_lightnings_trainer_is_understood():
     assert type(check_arguments(Trainer, options, "trainer")["limit_val_batches"]) is float
     with pytest.raises(UserError, match=r"^trainer\.precision: found 'half'; accepted: .*bf16-mixed"):
         check_arguments(Trainer, {"precision": "half"}, "trainer")
+
+
+def test_what_the_run_supplies_is_no_key():
+    class Method(Parent):
+        def __init__(self, seed: Supplied[int], network: Supplied[torch.nn.Module], plain=1, **rest):
+            super().__init__(**rest)
+
+    assert {"seed", "network", "plain"} <= set(parameter_names(Method))
+    assert "plain" in settable(Method)
+    assert not {"seed", "network"} & set(settable(Method))
+    with pytest.raises(UserError, match=r"^method\.seed: found an unknown key"):
+        check_arguments(Method, {"seed": 1}, "method", accepted=settable(Method))
+
+
+def test_the_arguments_of_a_node_are_its_keys_without_those_of_the_configuration():
+    node = OmegaConf.create({"_target_": "fractions.Fraction", "stem": "half", "numerator": 1, "denominator": 2})
+    assert arguments_of(node) == {"numerator": 1, "denominator": 2}
+    assert construct(node) == Fraction(1, 2)
+    assert construct(node, denominator=4) == Fraction(1, 4)

@@ -88,12 +88,12 @@ def run(arguments: argparse.Namespace) -> None:
     data.setup()
     first, *others = contestants(arguments)
     points: list[Point] = []
-    tuned = {each.name: _tuned(each, data, arguments, points) for each in (first, *others)}
+    tuned = {contestant.name: _tuned(contestant, data, arguments, points) for contestant in (first, *others)}
     path = arguments.output / "convergence.csv"
     write_text(path, as_csv(points))
     _draw(arguments.output / "convergence.png", tuned)
-    for each in others:
-        print(verdict(each.name, tuned[first.name], tuned[each.name]))
+    for contestant in others:
+        print(verdict(contestant.name, tuned[first.name], tuned[contestant.name]))
     print(f"curves in {path} and {path.with_suffix('.png')}")
 
 
@@ -155,15 +155,16 @@ def validation_loss(network: nn.Module, loader: DataLoader) -> float:
 def verdict(name: str, reference: list[list[Point]], tried: list[list[Point]]) -> str:
     """How far the trainings `tried` came by when they had the final loss of the `reference` of their seed."""
     shares = []
-    for own, goal in zip(tried, reference, strict=True):
-        reached = next((point.step for point in own if point.loss <= goal[-1].loss), None)
+    for curve, goal in zip(tried, reference, strict=True):
+        reached = next((point.step for point in curve if point.loss <= goal[-1].loss), None)
         shares.append(math.inf if reached is None else reached / goal[-1].step)
     ends = [statistics.mean(run[-1].loss for run in runs) for runs in (reference, tried)]
-    each = ", ".join("not reached" if share == math.inf else f"{100 * share:.0f} %" for share in shares)
+    by_seed = ", ".join("not reached" if share == math.inf else f"{100 * share:.0f} %" for share in shares)
     mean = statistics.mean(shares)
-    said = "not in every seed" if mean == math.inf else f"after {100 * mean:.0f} % of the steps on average"
+    when = "not in every seed" if mean == math.inf else f"after {100 * mean:.0f} % of the steps on average"
     return (
-        f"{name}, rate {tried[0][-1].rate:.2g}: AdamW's final loss (rate {reference[0][-1].rate:.2g}) {said} ({each}); "
+        f"{name}, rate {tried[0][-1].rate:.2g}: AdamW's final loss (rate {reference[0][-1].rate:.2g}) {when} "
+        f"({by_seed}); "
         f"final losses {ends[1]:.4f} after {tried[0][-1].step} steps and {ends[0]:.4f} after {reference[0][-1].step}"
     )
 
@@ -182,12 +183,12 @@ def _tuned(
     """The trainings of all seeds with the best rate; those of all rates are added to `points`."""
     first, *seeds = arguments.seeds
     runs = [train(contestant, rate, first, data, arguments) for rate in contestant.rates]
-    for each in runs:
-        print(f"{contestant.name}, rate {each[-1].rate:.2g}: final loss {each[-1].loss:.4f}", flush=True)
+    for run in runs:
+        print(f"{contestant.name}, rate {run[-1].rate:.2g}: final loss {run[-1].loss:.4f}", flush=True)
     # A diverged training has a loss that is not a number, and compares with nothing.
-    best = min(runs, key=lambda each: each[-1].loss if math.isfinite(each[-1].loss) else math.inf)
+    best = min(runs, key=lambda run: run[-1].loss if math.isfinite(run[-1].loss) else math.inf)
     others = [train(contestant, best[-1].rate, seed, data, arguments) for seed in seeds]
-    points += [point for each in (*runs, *others) for point in each]
+    points += [point for run in (*runs, *others) for point in run]
     return [best, *others]
 
 
@@ -198,8 +199,15 @@ def _draw(path: Path, tuned: dict[str, list[list[Point]]]) -> None:
     for name, runs in tuned.items():
         steps = [point.step for point in runs[0]]
         losses = [[run[index].loss for run in runs] for index in range(len(steps))]
-        [line] = axes.plot(steps, [statistics.mean(each) for each in losses], label=f"{name}, {runs[0][0].rate:.2g}")
-        lowest, highest = [min(each) for each in losses], [max(each) for each in losses]
+        [line] = axes.plot(
+            steps,
+            [statistics.mean(column) for column in losses],
+            label=f"{name}, {runs[0][0].rate:.2g}",
+        )
+        lowest, highest = (
+            [min(column) for column in losses],
+            [max(column) for column in losses],
+        )
         axes.fill_between(steps, lowest, highest, color=line.get_color(), alpha=0.15)
     axes.axhline(statistics.mean(run[-1].loss for run in tuned["AdamW"]), color="0.6", linewidth=1, linestyle="--")
     axes.set_yscale("log")

@@ -25,18 +25,18 @@ def run(arguments: argparse.Namespace) -> None:
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
     shape = (3, arguments.image_size, arguments.image_size)
-    whole = models.build(arguments.model, 10).eval()
+    dense = models.build(arguments.model, 10).eval()
     small = Structured(ratio=arguments.ratio).shrink(models.build(arguments.model, 10), shape).eval()
     for name, count in (
         ("parameters", models.count_parameters),
         ("MACs", lambda network: models.count_macs(network, shape)),
     ):
-        print(f"{name}: {count(small):,} of {count(whole):,}, {count(small) / count(whole):.3f}")
+        print(f"{name}: {count(small):,} of {count(dense):,}, {count(small) / count(dense):.3f}")
     for batch in arguments.batch_sizes:
         images = torch.randn(batch, *shape)
-        for network in (whole, small):
+        for network in (dense, small):
             _seconds(network, images)
-        ratios = [_seconds(whole, images) / _seconds(small, images) for _ in range(arguments.pairs)]
+        ratios = [_seconds(dense, images) / _seconds(small, images) for _ in range(arguments.pairs)]
         print(f"batch {batch}, {arguments.threads} thread{'s' * (arguments.threads > 1)}: {spread(ratios)}")
 
 

@@ -46,15 +46,15 @@ def run(arguments: argparse.Namespace) -> None:
         operations = floor_operations(prepared, images, refine)
         pairs = []
         for index in range(arguments.pairs + 1):
-            whole = _seconds(lambda images=images: quantize(network, images, arguments.bits, refine=refine), device)
+            seconds = _seconds(lambda images=images: quantize(network, images, arguments.bits, refine=refine), device)
             rate = gemm_rate(device)
             passes = 2 * _seconds(lambda images=images, analog=prepared.analog: _forward(analog, images), device)
-            pairs += [(whole, passes, operations / rate)] if index else []
-        ratios = [whole / (passes + products) for whole, passes, products in pairs]
-        whole, passes, products = (statistics.median(column) for column in zip(*pairs, strict=True))
+            pairs += [(seconds, passes, operations / rate)] if index else []
+        ratios = [seconds / (passes + products) for seconds, passes, products in pairs]
+        seconds, passes, products = (statistics.median(column) for column in zip(*pairs, strict=True))
         print(
             f"{arguments.model}, {count} images of {arguments.image_size}x{arguments.image_size}, {device}, "
-            f"{torch.get_num_threads()} threads: {whole:.2f} s; floor {passes:.2f} s of forward passes and "
+            f"{torch.get_num_threads()} threads: {seconds:.2f} s; floor {passes:.2f} s of forward passes and "
             f"{products:.2f} s of products"
         )
         print(spread(ratios))
@@ -77,7 +77,7 @@ def floor_operations(prepared: Prepared, images: list[Tensor], refine: Refinemen
         groups = getattr(layer, "groups", 1)
         live = live_columns(layer, inputs[0])
         depth = layer.weight[0].numel() if live is None else len(live)
-        patches = sum(row_count(layer, each) for each in inputs)
+        patches = sum(row_count(layer, batch) for batch in inputs)
         rows = layer.weight.shape[0] // groups
         grams = depth**2 * patches * (1 if first else 3)
         compared, descended = refine.candidates > 1, refine.sweeps > 0
@@ -92,8 +92,8 @@ def floor_operations(prepared: Prepared, images: list[Tensor], refine: Refinemen
 
 def gemm_rate(device: torch.device) -> float:
     """Operations per second of a product of two square float32 matrices, the median of five."""
-    left, right = torch.randn(2, SIDE, SIDE, device=device)
-    times = [_seconds(lambda: left @ right, device) for _ in range(5)]
+    first, second = torch.randn(2, SIDE, SIDE, device=device)
+    times = [_seconds(lambda: first @ second, device) for _ in range(5)]
     return 2 * SIDE**3 / statistics.median(times)
 
 

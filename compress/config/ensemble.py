@@ -66,11 +66,11 @@ def _complete(member: Any, where: str, training: dict[str, Any]) -> dict[str, An
         where_stem = f"{where}.model"
     model = member.get("model")
     model = model if isinstance(model, dict) else {"stem": model}
-    own = member.get("training", {})
+    given = member.get("training", {})
     return {
         "model": models.described(model.get("stem"), where_stem) | model,
         "checkpoint": member.get("checkpoint"),
         "mean": member.get("mean"),
         "standard_deviation": member.get("standard_deviation"),
-        "training": OmegaConf.to_container(OmegaConf.merge(training, own)) if isinstance(own, dict) else own,
+        "training": OmegaConf.to_container(OmegaConf.merge(training, given)) if isinstance(given, dict) else given,
     }

@@ -12,6 +12,9 @@ TRAINING = {"epochs": 8, "batch_size": 64, "seed": 0, "precision": "32-true", "l
 def register() -> None:
     """Tells Hydra the roles, for every file in a folder `model`, and the resolvers that the YAML files use."""
     store = ConfigStore.instance()
+    for role in ("student", "teacher", "peer"):
+        # The store is one for the whole process, and the user's folders may be others than before.
+        store.repo.pop(role, None)
     trained = [{"/optimizer@training.optimizer": "adamw"}, {"/scheduler@training.scheduler": "onecycle"}, "_self_"]
     for stem in models.available():
         for role, keys in (("student", {"checkpoint": None}), ("peer", {})):

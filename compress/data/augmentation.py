@@ -16,7 +16,7 @@ from compress.data.randaugment import OPERATIONS, rand_augment
 
 
 @dataclass(frozen=True)
-class Choices:
+class Draws:
     """The random choices for n images, CPU tensors of n rows; None where the augmentation is off.
 
     `top`, `left`: corner of the crop in the padded image. `mirrored`: bool. `row`, `column`: centre of the cut-out.
@@ -31,9 +31,9 @@ class Choices:
     operations: Tensor | None = None
     negative: Tensor | None = None
 
-    def __getitem__(self, index: Tensor) -> "Choices":
+    def __getitem__(self, index: Tensor) -> "Draws":
         tables = {field.name: getattr(self, field.name) for field in fields(self)}
-        return Choices(**{name: table[index] for name, table in tables.items() if table is not None})
+        return Draws(**{name: table[index] for name, table in tables.items() if table is not None})
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Augmentation:
     randaugment: int = 0
     randaugment_magnitude: int = 9
 
-    def draw(self, count: int, image_size: int, seed: int, epoch: int) -> Choices:
+    def draw(self, count: int, image_size: int, seed: int, epoch: int) -> Draws:
         """The choices for images 0..count-1 in one epoch, a pure function of the arguments."""
 
         def integers(below: int, stream: Stream, columns: int = 1) -> Tensor:
@@ -65,9 +65,9 @@ class Augmentation:
             shape = (count, self.randaugment)
             tables["operations"] = integers(len(OPERATIONS), Stream.OPERATION, self.randaugment).view(shape)
             tables["negative"] = integers(2, Stream.SIGN, self.randaugment).view(shape).bool()
-        return Choices(**tables)
+        return Draws(**tables)
 
-    def __call__(self, images: Tensor, choices: Choices, normalisation: Normalisation) -> Tensor:
+    def __call__(self, images: Tensor, choices: Draws, normalisation: Normalisation) -> Tensor:
         """uint8 `(B, 3, H, W)` and the choices for these B images to float32 `(B, 3, H, W)`, channels last."""
         if choices.top is not None or choices.mirrored is not None:
             images = crop_and_mirror(images, choices.top, choices.left, choices.mirrored, self.crop_padding)

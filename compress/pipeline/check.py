@@ -104,7 +104,7 @@ def _check_method(parts: Parts) -> None:
 
 def _is_pruned(parts: Parts) -> bool:
     described = models.architecture(parts.plain["student"], parts.data.num_classes, parts.fresh_student)
-    return bool(masks.found(parts.fresh_student)) or "channels" in described
+    return bool(masks.masks_of(parts.fresh_student)) or "channels" in described
 
 
 def _check_image_sizes(parts: Parts) -> None:

@@ -73,7 +73,7 @@ def resumed_job(directory: Path, overrides: list[str], data_sets: DataSets) -> J
             if stages and (directory / stages[-1].name / "result.json").exists():
                 stage.config.student.checkpoint = str(directory / stages[-1].name / "checkpoints" / BEST)
         stages.append(stage)
-    check_stages([each for each in stages if not (directory / each.name / "result.json").exists()], data_sets)
+    check_stages([stage for stage in stages if not (directory / stage.name / "result.json").exists()], data_sets)
     return replace(job, stages=tuple(stages))
 
 

@@ -42,12 +42,12 @@ def owned(directory: Path) -> Iterator[None]:
 
 def latest(output_directory: Path) -> Path:
     """The directory of the unfinished run, alone or in a sweep, that was started last and is not going on."""
-    found = [
+    begun = [
         path.parent
         for pattern in ("runs/*/config.yaml", "sweeps/*/*/config.yaml")
         for path in output_directory.glob(pattern)
     ]
-    for directory in sorted(found, key=_start, reverse=True):
+    for directory in sorted(begun, key=_start, reverse=True):
         if not (directory / "result.json").exists() and not _is_owned(directory):
             return directory
     raise UserError(

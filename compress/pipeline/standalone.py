@@ -164,15 +164,15 @@ def _model(path: Path, typed: Mapping[str, str], about: Mapping[str, Any] | None
 
 def _data(path: Path, typed: Mapping[str, str], about: Mapping[str, Any] | None) -> list[str]:
     """The overrides for the data: those of the run that the file lies in, and the file's own normalisation."""
-    found = []
+    overrides = []
     run = _run_of(path)
     if run is not None and "data" not in typed:
         node = OmegaConf.to_container(run.data)
         del node["_target_"]
-        found = _overrides("data", node.pop("stem"), node)
+        overrides = _overrides("data", node.pop("stem"), node)
     if about:
-        found += [f"data.{key}={json.dumps(about[key])}" for key in ("mean", "standard_deviation")]
-    return found
+        overrides += [f"data.{key}={json.dumps(about[key])}" for key in ("mean", "standard_deviation")]
+    return overrides
 
 
 def _overrides(group: str, stem: str, keys: Mapping[str, Any]) -> list[str]:

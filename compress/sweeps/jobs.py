@@ -82,7 +82,7 @@ def resume(directory: Path, overrides: Sequence[str] = ()) -> int:
     overrides: of trainer.* and logger.* for these jobs, and of the launcher.
     """
     sweep = _read(directory)
-    launcher = [override for override in overrides if _key(override).startswith(("hydra/launcher", "hydra.launcher."))]
+    launcher = list(filter(_is_for_launcher, overrides))
     settings = tuple(override for override in overrides if override not in launcher)
     for override in settings:
         if not override.startswith(("trainer.", "logger.")) or "=" not in override:
@@ -92,7 +92,7 @@ def resume(directory: Path, overrides: Sequence[str] = ()) -> int:
             )
     hydra = sweep.hydra
     if any(_key(override) == "hydra/launcher" for override in launcher):
-        hydra = tuple(each for each in hydra if not _key(each).startswith(("hydra/launcher", "hydra.launcher.")))
+        hydra = tuple(override for override in hydra if not _is_for_launcher(override))
     sweep = Sweep(directory, sweep.jobs, (*hydra, *launcher), settings)
     with searching(searched_folders(sweep.hydra)):
         check_launcher(sweep.hydra)
@@ -107,8 +107,8 @@ def resume(directory: Path, overrides: Sequence[str] = ()) -> int:
 
 def latest(output_directory: Path) -> Path:
     """The sweep with jobs to run that was started last and is not going on."""
-    found = output_directory.glob(f"sweeps/*/{SWEEP}")
-    for path in sorted(found, key=lambda path: (path.stat().st_mtime_ns, str(path)), reverse=True):
+    paths = output_directory.glob(f"sweeps/*/{SWEEP}")
+    for path in sorted(paths, key=lambda path: (path.stat().st_mtime_ns, str(path)), reverse=True):
         if _read(path.parent).missing() and not _is_running(path.parent):
             return path.parent
     raise UserError(
@@ -119,18 +119,18 @@ def latest(output_directory: Path) -> Path:
 
 def check_launcher(overrides: Sequence[str], multirun: bool = True) -> None:
     """Raises UserError where the launcher of a sweep is not installed or is given what it does not take."""
-    typed = next((each for each in overrides if _key(each).startswith(("hydra/launcher", "hydra.launcher"))), None)
+    typed = next(filter(_is_for_launcher, overrides), None)
     if typed and not multirun:
         raise UserError(f"{typed}: found it without -m; accepted: none, or -m before it")
     if not multirun:
         return
     for override in overrides:
         key = _key(override)
-        if any(key == each or key.startswith(f"{each}.") for each in NOT_OF_THE_USER):
+        if any(key == reserved or key.startswith(f"{reserved}.") for reserved in NOT_OF_THE_USER):
             raise UserError(f"{key}: found it for a sweep, whose jobs are expanded and numbered here; accepted: none")
         if is_for_hydra(override) and parse(override).is_sweep_override():
             raise UserError(f"{key}: found several values; accepted: one for the whole sweep")
-    with _composed([each for each in overrides if is_for_hydra(each)]) as (config, _):
+    with _composed([override for override in overrides if is_for_hydra(override)]) as (config, _):
         launcher = _our_launcher(config.hydra.launcher)
     if launcher is None:
         return
@@ -269,7 +269,11 @@ def _read(directory: Path) -> Sweep:
             raise ValueError
     except (yaml.YAMLError, ValueError, KeyError, TypeError, OSError):
         raise UserError(f"sweep: found {path}, which cannot be read; accepted: the directory of a sweep") from None
-    return Sweep(directory, tuple(tuple(each) for each in jobs), tuple(hydra))
+    return Sweep(directory, tuple(map(tuple, jobs)), tuple(hydra))
+
+
+def _is_for_launcher(override: str) -> bool:
+    return _key(override).startswith(("hydra/launcher", "hydra.launcher."))
 
 
 def _key(override: str) -> str:

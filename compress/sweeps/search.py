@@ -29,7 +29,7 @@ from compress.progress import console
 from compress.report.finished import flattened
 from compress.stopping import StoppedError, raise_if_stopped, stoppable
 from compress.sweeps.pareto import Point, chosen, pareto_set, read_points, write_pareto
-from compress.sweeps.space import Choices, Space, check_space
+from compress.sweeps.space import Space, Values, check_space
 
 SAMPLERS = {"tpe": "TPESampler", "nsga2": "NSGAIISampler"}
 # A trial that ends its process every time, by its memory perhaps, must not do so for ever.
@@ -111,7 +111,7 @@ def _open(space: Space, directory: Path) -> None:
 
 def _names(directory: Path) -> list[str]:
     """What lies there, without what a process leaves that is beginning this search just now."""
-    return [each.name for each in directory.iterdir() if each.name != "search.lock" and each.name[0] != "."]
+    return [path.name for path in directory.iterdir() if path.name != "search.lock" and path.name[0] != "."]
 
 
 class _JournalLock:
@@ -155,9 +155,9 @@ class _Search:
 
     def trials(self) -> list[Any]:
         """Those that count: not the ones that were killed and have a successor."""
-        every = self.study.get_trials(deepcopy=False)
-        replaced = {trial.user_attrs.get("continues") for trial in every}
-        return [trial for trial in every if trial.number not in replaced]
+        trials_so_far = self.study.get_trials(deepcopy=False)
+        replaced = {trial.user_attrs.get("continues") for trial in trials_so_far}
+        return [trial for trial in trials_so_far if trial.number not in replaced]
 
     def run_directory(self, trial: Any) -> Path:
         return self.directory / "trials" / str(trial.user_attrs["run"])
@@ -165,8 +165,8 @@ class _Search:
     def trial_lock(self, number: int) -> FileLock:
         return FileLock(self.directory / "locks" / f"{number}.lock")
 
-    def next(self, limit: int, held: ExitStack) -> tuple[Any, dict[str, str]] | None:
-        """The next trial and its values, locked within `held`; None when there are `limit` of them."""
+    def next(self, limit: int, locks: ExitStack) -> tuple[Any, dict[str, str]] | None:
+        """The next trial and its values, locked within `locks`; None when there are `limit` of them."""
         with self.lock:
             self._requeue()
             counted = self.trials()
@@ -177,7 +177,7 @@ class _Search:
             run = next(number for number in count() if number not in taken)
             self.study.sampler = _sampler(self.space, run)
             trial = self.study.ask()
-            held.enter_context(self.trial_lock(trial.number))
+            locks.enter_context(self.trial_lock(trial.number))
             if "run" not in trial.user_attrs:
                 trial.set_user_attr("run", run)
             return trial, self._suggest(trial)
@@ -190,14 +190,14 @@ class _Search:
                 self._requeue_killed(trial.number)
 
     def _requeue_killed(self, number: int) -> None:
-        every = self.study.get_trials(deepcopy=False)
-        trial = every[number]
-        if trial.state != self.states.RUNNING:
+        trials_so_far = self.study.get_trials(deepcopy=False)
+        killed = trials_so_far[number]
+        if killed.state != self.states.RUNNING:
             return  # it finished before its lock was looked at
-        tries = trial.user_attrs.get("tries", 1)
-        if tries < TRIES and not any(each.user_attrs.get("continues") == number for each in every):
-            about = trial.user_attrs | {"continues": number, "tries": tries + 1}
-            self.study.enqueue_trial(trial.params, user_attrs=about)
+        tries = killed.user_attrs.get("tries", 1)
+        if tries < TRIES and not any(trial.user_attrs.get("continues") == number for trial in trials_so_far):
+            about = killed.user_attrs | {"continues": number, "tries": tries + 1}
+            self.study.enqueue_trial(killed.params, user_attrs=about)
         # Last: were it the other way round, a process killed between the two would lose the trial.
         self.study.tell(number, state=self.states.FAIL)
 
@@ -206,10 +206,10 @@ class _Search:
         for key, dimension in self.space.dimensions.items():
             if not self.space.applies(key, values):
                 continue
-            if isinstance(dimension, Choices):
+            if isinstance(dimension, Values):
                 values[key] = trial.suggest_categorical(key, dimension.choices)
             else:
-                suggest = trial.suggest_int if dimension.whole else trial.suggest_float
+                suggest = trial.suggest_int if dimension.integer else trial.suggest_float
                 values[key] = repr(suggest(key, dimension.low, dimension.high, log=dimension.log))
         return values
 
@@ -230,16 +230,16 @@ def _work(space: Space, directory: Path, limit: int) -> None:
     from compress.pipeline.check import checked_jobs
     from compress.pipeline.execute import execute
 
-    own = _Search(space, directory)
+    view = _Search(space, directory)
     data_sets = DataSets()
     while True:
-        with ExitStack() as held:
-            found = own.next(limit, held)
-            if found is None:
+        with ExitStack() as locks:
+            following = view.next(limit, locks)
+            if following is None:
                 return
-            trial, values = found
+            trial, values = following
             overrides = space.overrides_of(values)
-            run_directory = own.run_directory(trial)
+            run_directory = view.run_directory(trial)
             words = " ".join(f"{key}={value}" for key, value in values.items())
             console.print(f"trial {run_directory.name}: {words}", style="bold", markup=False)
             try:
@@ -251,16 +251,16 @@ def _work(space: Space, directory: Path, limit: int) -> None:
                 console.print(f"trial {run_directory.name}: {mistake}", markup=False)
                 trial.set_user_attr("reason", str(mistake))
                 # Not failed: samplers learn from pruned trials that there is nothing good here.
-                own.study.tell(trial, state=own.states.PRUNED)
+                view.study.tell(trial, state=view.states.PRUNED)
             except Exception as failure:
                 raise_if_stopped()
                 # One combination may run out of memory, say; the others are not to blame.
                 traceback.print_exc()
                 trial.set_user_attr("reason", f"{type(failure).__name__}: {failure}".splitlines()[0])
-                own.study.tell(trial, state=own.states.FAIL)
+                view.study.tell(trial, state=view.states.FAIL)
             else:
-                own.study.tell(trial, [row.validation_accuracy, row.bytes])
-        own.show()
+                view.study.tell(trial, [row.validation_accuracy, row.bytes])
+        view.show()
 
 
 def _work_beside(space: Space, directory: Path, limit: int, processes: int) -> None:
@@ -304,18 +304,18 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _outcome(own: _Search) -> Outcome:
-    front = own.show()
-    trials, states = own.trials(), own.states
+def _outcome(view: _Search) -> Outcome:
+    front = view.show()
+    trials, states = view.trials(), view.states
 
-    def said(state: Any) -> dict[int, str]:
+    def reasons(state: Any) -> dict[int, str]:
         killed = f"its process was killed {TRIES} times"
         return {t.user_attrs["run"]: t.user_attrs.get("reason", killed) for t in trials if t.state == state}
 
     return Outcome(
         pareto=tuple(front),
         finished=sum(1 for trial in trials if trial.state == states.COMPLETE),
-        refused=said(states.PRUNED),
-        broken=said(states.FAIL),
+        refused=reasons(states.PRUNED),
+        broken=reasons(states.FAIL),
         unfinished=sum(1 for trial in trials if not trial.state.is_finished()),
     )

@@ -25,7 +25,7 @@ from pydantic import Field
 
 from compress.arguments import check_arguments
 from compress.errors import UserError
-from compress.paths import CONF
+from compress.paths import option_file, options
 
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -52,7 +52,7 @@ NOT_SEARCHED = ("output_directory", "resume", "sweep", "hydra")
 
 
 @dataclass(frozen=True)
-class Choices:
+class Values:
     """Values as the command line writes them; `when` has for other keys the values that this one goes with."""
 
     choices: tuple[str, ...]
@@ -70,12 +70,12 @@ class Range:
     low: float
     high: float
     log: bool
-    whole: bool
+    integer: bool
     when: Mapping[str, tuple[str, ...]]
 
     def samples(self) -> tuple[str, ...]:
         """The ends and a number between, which is not whole where it does not have to be."""
-        if self.whole:
+        if self.integer:
             return (text(self.low), text(self.high))
         between = self.low + (self.high - self.low) / math.e
         return (text(self.low), text(between), text(self.high))
@@ -89,7 +89,7 @@ class Space:
     sampler_options: Mapping[str, Any]
     seed: int
     overrides: tuple[str, ...]
-    dimensions: Mapping[str, Choices | Range]
+    dimensions: Mapping[str, Values | Range]
 
     def content(self) -> dict[str, Any]:
         """All of it as JSON has it, to tell one search from another."""
@@ -119,9 +119,9 @@ def read_space(name: str, typed: Sequence[str] = ()) -> Space:
 
     Raises UserError for the first thing that is wrong in it.
     """
-    path = CONF / "search" / f"{name}.yaml" if re.fullmatch(r"\w+", name) else Path(name)
-    if not path.is_file():
-        known = ", ".join(sorted(each.stem for each in (CONF / "search").glob("*.yaml")))
+    path = option_file("search", name) if re.fullmatch(r"\w+", name) else Path(name)
+    if path is None or not path.is_file():
+        known = ", ".join(options("search"))
         raise UserError(f"space: found no file {name!r}; accepted: a YAML file, or {known}")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -143,7 +143,7 @@ def _space(content: Any, typed: Sequence[str]) -> Space:
         raise UserError("space: found none; accepted: a mapping of keys to lists or ranges")
     overrides = (*given.get("overrides", ()), *typed)
     fixed = {_plain(override.partition("=")[0]): override for override in overrides}
-    dimensions: dict[str, Choices | Range] = {}
+    dimensions: dict[str, Values | Range] = {}
     for key, node in given["space"].items():
         if not isinstance(key, str) or _plain(key).split(".")[0] in NOT_SEARCHED or "=" in key:
             raise UserError(f"space.{key}: found a key that cannot be searched; accepted: keys such as optimizer.lr")
@@ -159,7 +159,7 @@ def _plain(key: str) -> str:
     return key.lstrip("+~")
 
 
-def _dimension(key: str, node: Any, before: Mapping[str, Choices | Range]) -> Choices | Range:
+def _dimension(key: str, node: Any, before: Mapping[str, Values | Range]) -> Values | Range:
     where = f"space.{key}"
     if isinstance(node, list):
         node = {"choices": node}
@@ -171,21 +171,21 @@ def _dimension(key: str, node: Any, before: Mapping[str, Choices | Range]) -> Ch
         choices = _texts(where, given["choices"])
         if len(set(choices)) < len(choices):
             raise UserError(f"{where}: found {given['choices']!r}; accepted: every value once")
-        return Choices(choices, when)
+        return Values(choices, when)
     for end in ("low", "high"):
         if end not in given:
             raise UserError(f"{where}.{end}: found none; accepted: a number, or a list of values instead of a range")
-    low, high, log, whole = given["low"], given["high"], given.get("log", False), given.get("type") == "int"
+    low, high, log, integer = given["low"], given["high"], given.get("log", False), given.get("type") == "int"
     if low >= high:
         raise UserError(f"{where}: found low {low:g} and high {high:g}; accepted: a low below the high")
     if log and low <= 0:
         raise UserError(f"{where}.low: found {low:g} with log; accepted: a number greater than 0")
-    if whole:
+    if integer:
         for end in ("low", "high"):
             if not given[end].is_integer():
                 raise UserError(f"{where}.{end}: found {given[end]:g} with type int; accepted: a whole number")
         low, high = int(low), int(high)
-    return Range(low, high, log, whole, when)
+    return Range(low, high, log, integer, when)
 
 
 def _texts(where: str, values: Any) -> tuple[str, ...]:
@@ -195,16 +195,16 @@ def _texts(where: str, values: Any) -> tuple[str, ...]:
         raise UserError(f"{where}: found {failure}; accepted: text, numbers, true, false, null and lists") from None
 
 
-def _when(where: str, other: str, values: Any, before: Mapping[str, Choices | Range]) -> tuple[str, ...]:
-    lists = {key: each.choices for key, each in before.items() if isinstance(each, Choices)}
+def _when(where: str, other: str, values: Any, before: Mapping[str, Values | Range]) -> tuple[str, ...]:
+    lists = {key: dimension.choices for key, dimension in before.items() if isinstance(dimension, Values)}
     if other not in lists:
         accepted = ", ".join(lists) or "none here"
         raise UserError(f"{where}.when.{other}: found no list of that key above it; accepted: {accepted}")
     wanted = _texts(f"{where}.when.{other}", values if isinstance(values, list) else [values])
-    wrong = [each for each in wanted if each not in lists[other]]
+    wrong = [value for value in wanted if value not in lists[other]]
     if wrong or not wanted:
-        found = wrong[0] if wrong else "an empty list"
-        raise UserError(f"{where}.when.{other}: found {found}; accepted: {', '.join(lists[other])}")
+        first = wrong[0] if wrong else "an empty list"
+        raise UserError(f"{where}.when.{other}: found {first}; accepted: {', '.join(lists[other])}")
     return wanted
 
 
@@ -218,17 +218,17 @@ def check_space(space: Space) -> None:
     from compress.pipeline.check import checked_jobs
 
     data_sets = DataSets()
-    said: dict[tuple[str, ...], str | None] = {}
+    problems: dict[tuple[str, ...], str | None] = {}
 
     def mistake(values: Mapping[str, str]) -> str | None:
         overrides = tuple(space.overrides_of(values))
-        if overrides not in said:
+        if overrides not in problems:
             try:
                 checked_jobs(overrides, data_sets=data_sets)
-                said[overrides] = None
+                problems[overrides] = None
             except UserError as failure:
-                said[overrides] = str(failure)
-        return said[overrides]
+                problems[overrides] = str(failure)
+        return problems[overrides]
 
     for key, dimension in space.dimensions.items():
         for value in dimension.samples():
@@ -236,9 +236,9 @@ def check_space(space: Space) -> None:
             first = next(mistakes)
             if first is None or None in mistakes:
                 continue
-            whole = isinstance(dimension, Range) and not dimension.whole and "whole number" in first
-            said = first if first.startswith(f"{key}:") else f"{key}: {first}"
-            raise UserError(f"space.{said}{' (a range of those has type: int)' if whole else ''}")
+            wants_integers = isinstance(dimension, Range) and not dimension.integer and "whole number" in first
+            problem = first if first.startswith(f"{key}:") else f"{key}: {first}"
+            raise UserError(f"space.{problem}{' (a range of those has type: int)' if wants_integers else ''}")
 
 
 def _attempts(space: Space, key: str, value: str) -> Iterator[dict[str, str]]:
@@ -248,7 +248,7 @@ def _attempts(space: Space, key: str, value: str) -> Iterator[dict[str, str]]:
     for other, dimension in space.dimensions.items():
         for changed in dimension.samples()[1:]:
             wanted = _with_conditions(space, {other: changed})
-            if other not in base and all(base.get(each, needed) == needed for each, needed in wanted.items()):
+            if other not in base and all(base.get(name, needed) == needed for name, needed in wanted.items()):
                 yield _filled(space, base | wanted)
 
 
@@ -261,8 +261,8 @@ def _with_conditions(space: Space, values: dict[str, str]) -> dict[str, str]:
 
 
 def _filled(space: Space, values: Mapping[str, str]) -> dict[str, str]:
-    found: dict[str, str] = {}
+    filled: dict[str, str] = {}
     for key, dimension in space.dimensions.items():
-        if space.applies(key, found):
-            found[key] = values.get(key, dimension.samples()[0])
-    return found
+        if space.applies(key, filled):
+            filled[key] = values.get(key, dimension.samples()[0])
+    return filled

@@ -73,8 +73,10 @@ def join(config: DictConfig, directory: Path, command: Sequence[str]) -> None:
                 return
             ended = directory / ENDED
             if ended.exists() and ended.stat().st_mtime > begun - RECENT:
-                said = ended.read_text(encoding="utf-8").strip()
-                raise UserError(f"{ended}: the first machine has ended ({said}); accepted: the same command") from None
+                reason = ended.read_text(encoding="utf-8").strip()
+                raise UserError(
+                    f"{ended}: the first machine has ended ({reason}); accepted: the same command"
+                ) from None
             time.sleep(1)
     _start(config.trainer, command)
 
@@ -90,8 +92,8 @@ def ends_all(trainer: Mapping[str, Any], directory: Path) -> Iterator[None]:
     try:
         yield
     except BaseException as failure:
-        said = str(failure).splitlines()
-        write_text(ended, f"{type(failure).__name__}: {said[0] if said else 'no more is known'}\n")
+        lines = str(failure).splitlines()
+        write_text(ended, f"{type(failure).__name__}: {lines[0] if lines else 'no more is known'}\n")
         raise
 
 
@@ -103,14 +105,15 @@ def _is_trained(config: DictConfig, directory: Path) -> bool:
 def _start(trainer: Mapping[str, Any], command: Sequence[str]) -> None:
     count = processes_here(trainer)
     address, port = _meeting_point(trainer)
-    own = {"MASTER_ADDR": address, "MASTER_PORT": str(port), "WORLD_SIZE": str(processes(trainer))}
-    own |= {"GROUP_RANK": str(node_rank(trainer)), "LOCAL_WORLD_SIZE": str(count)}
+    environment = {"MASTER_ADDR": address, "MASTER_PORT": str(port), "WORLD_SIZE": str(processes(trainer))}
+    environment |= {"GROUP_RANK": str(node_rank(trainer)), "LOCAL_WORLD_SIZE": str(count)}
     # Where the job found this package, whatever lies in the working directory.
-    own["PYTHONPATH"] = os.pathsep.join([str(PACKAGE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment["PYTHONPATH"] = os.pathsep.join([str(PACKAGE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     if "OMP_NUM_THREADS" not in os.environ:
-        own["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // count))
+        environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // count))
     ranks = [
-        own | {"LOCAL_RANK": str(local), "RANK": str(node_rank(trainer) * count + local)} for local in range(count)
+        environment | {"LOCAL_RANK": str(local), "RANK": str(node_rank(trainer) * count + local)}
+        for local in range(count)
     ]
     watch(command, ranks)
 
@@ -143,9 +146,9 @@ def watch(command: Sequence[str], environments: Sequence[Mapping[str, str]]) -> 
     with tempfile.TemporaryDirectory() as failures:
         started: list[subprocess.Popen] = []
         try:
-            for own in environments:
+            for variables in environments:
                 # In a session of their own: Ctrl-C is for the job, which then ends them.
-                environment = os.environ | own | {FAILURES: failures}
+                environment = os.environ | variables | {FAILURES: failures}
                 started.append(
                     subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, start_new_session=True)
                 )
@@ -168,14 +171,14 @@ def watch(command: Sequence[str], environments: Sequence[Mapping[str, str]]) -> 
 
 def _raise(codes: Sequence[int | None], folder: Path) -> NoReturn:
     """The failure that came first; the others fail because of it."""
-    said = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("[0-9]*.json")]
-    for failure in sorted(said, key=lambda each: each["time"]):
+    reports = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("[0-9]*.json")]
+    for failure in sorted(reports, key=lambda report: report["time"]):
         if failure["mistake"]:
             raise UserError(failure["mistake"])
     killed = [(rank, -code) for rank, code in enumerate(codes) if code is not None and code < 0]
     for rank, number in killed:
         raise RuntimeError(f"process {rank} of the training was killed by {signal.Signals(number).name}")
-    for failure in sorted(said, key=lambda each: each["time"]):
+    for failure in sorted(reports, key=lambda report: report["time"]):
         raise RuntimeError(f"process {failure['rank']} of the training failed:\n{failure['traceback']}")
     [(rank, code), *_] = [(rank, code) for rank, code in enumerate(codes) if code]
     raise RuntimeError(f"process {rank} of the training ended with exit code {code}")

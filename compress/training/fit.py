@@ -48,7 +48,7 @@ def fit(
     decay = options.pop("ema_decay", None)
     options |= processes.lightning_options(options)
     plugins = options.pop("plugins")
-    own = [
+    standard = [
         EpochLines(label, log_every),
         Divergence(label, directory / BEST),
         # The best comes before the last: a run killed between the two repeats an epoch rather than losing its best.
@@ -57,14 +57,14 @@ def fit(
     ]
     if patience is not None:
         # Before the checkpoints, which are to hold how long it has waited.
-        own.insert(0, Patience("val/accuracy", first_best, mode="max", patience=patience))
+        standard.insert(0, Patience("val/accuracy", first_best, mode="max", patience=patience))
     # After whatever else changes the weights after a batch.
     averaging = [] if decay is None else [MovingAverage(decay)]
     _quieten()
     trainer = pl.Trainer(
         **options,
         logger=list(loggers) or False,
-        callbacks=[*own, *callbacks, *averaging],
+        callbacks=[*standard, *callbacks, *averaging],
         default_root_dir=directory,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -130,11 +130,11 @@ class Divergence(pl.Callback):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if _is_finite(pl_module):
             return
-        said = f"{self.label}: training diverged in epoch {trainer.current_epoch + 1}, its weights are not finite"
+        message = f"{self.label}: training diverged in epoch {trainer.current_epoch + 1}, its weights are not finite"
         if not self.best.exists():
             key = "teacher.training.optimizer.lr" if self.label == "teacher" else "optimizer.lr"
-            raise UserError(f"{said}; accepted: a smaller {key}")
-        console.print(f"  {said}; going on with the best epoch before", style="bold")
+            raise UserError(f"{message}; accepted: a smaller {key}")
+        console.print(f"  {message}; going on with the best epoch before", style="bold")
         trainer.should_stop = True
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -44,11 +44,11 @@ def node_rank(trainer: Mapping[str, Any]) -> int:
     """The number of this machine among those that train together; the first does everything else."""
     if not is_wanted(trainer) or trainer.get("num_nodes", 1) == 1:
         return 0
-    key = next((each for each in ("NODE_RANK", "SLURM_NODEID") if each in os.environ), None)
-    found = os.environ[key] if key else "0"
-    if not found.isdecimal() or int(found) >= trainer["num_nodes"]:
-        raise UserError(f"{key}: found {found!r}; accepted: 0 to {trainer['num_nodes'] - 1}, below trainer.num_nodes")
-    return int(found)
+    key = next((variable for variable in ("NODE_RANK", "SLURM_NODEID") if variable in os.environ), None)
+    rank = os.environ[key] if key else "0"
+    if not rank.isdecimal() or int(rank) >= trainer["num_nodes"]:
+        raise UserError(f"{key}: found {rank!r}; accepted: 0 to {trainer['num_nodes'] - 1}, below trainer.num_nodes")
+    return int(rank)
 
 
 def act_alone() -> None:

@@ -27,15 +27,15 @@ class JoblibLauncher(SeparateLauncher):
     def run(self, calls: Sequence[Call]) -> Iterator[tuple[Call, Exception | None]]:
         from joblib.externals.loky.process_executor import TerminatedWorkerError
 
-        left = list(calls)
-        while left:
+        waiting = list(calls)
+        while waiting:
             try:
-                for call, failure in self._ended(left):
-                    left.remove(call)
+                for call, failure in self._ended(waiting):
+                    waiting.remove(call)
                     yield call, failure
             except TerminatedWorkerError:
                 # Nothing says which process died, and it took the others with it: each once more, alone.
-                suspects, left = left[: self.n_jobs], left[self.n_jobs :]
+                suspects, waiting = waiting[: self.n_jobs], waiting[self.n_jobs :]
                 for call in suspects:
                     try:
                         yield from list(self._ended([call]))

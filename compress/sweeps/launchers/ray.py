@@ -80,7 +80,7 @@ class RayLauncher(SeparateLauncher):
         with self._connected() as ray:
             asked = {"CPU": self.num_cpus, "GPU": self.num_gpus}
             machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-            if not any(all(each.get(key, 0) >= value for key, value in asked.items()) for each in machines):
+            if not any(all(machine.get(key, 0) >= value for key, value in asked.items()) for machine in machines):
                 # It may be a cluster that grows.
                 console.print("  no machine of the cluster has room for a job yet; waiting for one that has")
             # A process per job, whatever it leaves behind goes with it.

@@ -1,0 +1,142 @@
+"""What a user adds: one Python file and one YAML file in a folder of the user's, and nothing else."""
+
+import csv
+import json
+import re
+import textwrap
+from pathlib import Path
+
+import pytest
+import yaml
+
+import compress
+from compress.cli import main
+
+README = Path(__file__).parent.parent / "README.md"
+SHORT = ["student=resnet8", "trainer.max_epochs=1", "quantizer=none"]
+TEACHER = ["teacher=resnet8", "teacher.training.epochs=1", "data.limit=100"]
+
+LOSS = """
+    from dataclasses import dataclass
+    from typing import Annotated, ClassVar
+
+    from pydantic import Field
+    from torch.nn import functional as F
+
+    @dataclass(frozen=True)
+    class SquaredError:
+        weight: Annotated[float, Field(gt=0)] = 1.0
+        compares_with: ClassVar[str | None] = "teacher"
+
+        def __call__(self, logits, target, teacher_logits, epoch=0):
+            return {"squared_error": self.weight * F.mse_loss(logits, teacher_logits)}
+"""
+LOSS_OPTION = """
+    _target_: squared_error.SquaredError
+    weight: 0.5
+"""
+DATA = """
+    import torch
+
+    from compress.data.module import DataModule
+    from compress.data.source import Source
+
+    class Stripes(DataModule):
+        def __init__(self, count: int, **options):
+            super().__init__(**options)
+            self.count = count
+
+        def read(self):
+            labels = torch.arange(self.count) % 2
+            images = torch.zeros(self.count, 1, 8, 8, dtype=torch.uint8)
+            images[labels == 0, :, ::2] = 255
+            images[labels == 1, :, :, ::2] = 255
+            return Source(images, labels, images, labels, ("horizontal", "vertical"), [0.5], [0.5])
+"""
+DATA_OPTION = """
+    defaults: [options/images@_here_, _self_]
+    _target_: stripes.Stripes
+    image_size: 8
+    count: 128
+"""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return tmp_path
+
+
+def add(folder, group, stem, python, option):
+    """Writes the two files."""
+    (folder / f"{stem}.py").write_text(textwrap.dedent(python))
+    (folder / group).mkdir()
+    (folder / group / f"{stem}.yaml").write_text(textwrap.dedent(option))
+
+
+def choose(folder, group, stem, instead_of):
+    """Overrides that put the user's option in the place of one of ours."""
+    node = yaml.safe_load((folder / group / f"{stem}.yaml").read_text())
+    node.pop("defaults", None)
+    return [f"{group}={instead_of}", *(f"++{group}.{key}={json.dumps(value)}" for key, value in node.items())]
+
+
+def final_metrics(result):
+    with (result.directory / "metrics.csv").open() as stream:
+        merged = {}
+        for row in csv.DictReader(stream):
+            merged |= {name: float(value) for name, value in row.items() if value}
+    return merged
+
+
+def refused(overrides, capsys):
+    assert main(overrides) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    return line.removeprefix("error: ")
+
+
+def test_a_loss_of_the_users_is_trained_with_and_its_values_are_checked(folder, capsys):
+    add(folder, "loss", "squared_error", LOSS, LOSS_OPTION)
+    chosen = [*choose(folder, "loss", "squared_error", "cross_entropy"), "~loss.label_smoothing"]
+    result = compress.run([*SHORT, *TEACHER, "method=kd", *chosen])
+    metrics = final_metrics(result)
+    assert metrics["train/squared_error"] == metrics["train/loss"] > 0
+
+    wrong = refused([*SHORT, "method=kd", *chosen, "++loss.weight=0"], capsys)
+    assert wrong == "loss.weight: found 0; accepted: a number greater than 0"
+    unfit = refused([*SHORT, "method=supervised", *chosen], capsys)
+    assert unfit.startswith("loss: found one that compares with teacher")
+
+
+def test_the_method_that_the_readme_shows_is_trained_with_and_its_values_are_checked(folder, capsys):
+    section = README.read_text(encoding="utf-8").partition("## Extending")[2]
+    blocks = [textwrap.dedent(block) for block in re.findall(r"(?:^(?: {4}.*)?\n)+", section, re.MULTILINE)]
+    [python] = [block for block in blocks if "class LogitRegression" in block]
+    [option] = [block for block in blocks if "LogitRegression" in block and block is not python]
+    add(folder, "method", "logit_regression", python, option.replace("compress.methods.", ""))
+    chosen = choose(folder, "method", "logit_regression", "kd")
+    unfit = refused([*SHORT, *chosen], capsys)  # the loss of kd
+    assert unfit.startswith("loss: found one that compares with teacher")
+    assert unfit.endswith("accepted: cross_entropy")
+    chosen += ["loss=cross_entropy"]
+    result = compress.run([*SHORT, *TEACHER, *chosen, "mixup=images"])
+    metrics = final_metrics(result)
+    total = metrics["train/cross_entropy"] + metrics["train/logits"]
+    assert metrics["train/loss"] == pytest.approx(total, rel=1e-4)
+    assert result.record["teacher"]["model"] == "resnet8"
+
+    assert refused([*SHORT, *chosen, "++method.weight=0"], capsys).startswith("method.weight: found 0; accepted: ")
+    assert refused([*SHORT, *chosen, "++method.seed=1"], capsys).startswith("method.seed: found an unknown key")
+    assert refused([*SHORT, *chosen, "teacher=none"], capsys).startswith("teacher: found none")
+
+
+def test_a_data_set_of_the_users_is_learned_and_its_values_are_checked(folder, capsys):
+    add(folder, "data", "stripes", DATA, DATA_OPTION)
+    chosen = choose(folder, "data", "stripes", "digits")
+    result = compress.run([*SHORT, "trainer.max_epochs=3", "method=supervised", *chosen])
+    assert result.record["data"]["class_names"] == ["horizontal", "vertical"]
+    assert result.rows[0].test_accuracy > 0.9
+
+    assert refused([*SHORT, *chosen, "++data.count=many"], capsys).startswith("data.count: found 'many'")
+    assert refused([*SHORT, *chosen, "++data.device=cpu"], capsys).startswith("data.device: found an unknown key")
