@@ -13,20 +13,21 @@ from compress.benchmarks.quantizer_study import COMPARED, MAIN, measure
 from compress.benchmarks.quantizer_tables import tables
 from compress.errors import UserError, exit_code
 from compress.files import write_json, write_text
+from compress.results.record import FILE, Record
 
 
 def study(output: Path, runs: list[Path], compare: list[str]) -> None:
     """Measures the networks of `runs`, those whose stem is among `compare` with every solver, and prints the tables."""
-    unfinished = next((run for run in runs if not (run / "result.json").is_file()), None)
+    unfinished = next((run for run in runs if not (run / FILE).is_file()), None)
     if unfinished:
         raise UserError(f"{unfinished}: found no finished run; accepted: directories with a result.json")
     output.mkdir(parents=True, exist_ok=True)
     path = output / "quantizers.json"
     results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     for run in runs:
-        record = json.loads((run / "result.json").read_text(encoding="utf-8"))
-        stem = record["student"]["model"]
-        known = results.setdefault(stem, {}).setdefault(str(record["seed"]), {})
+        record = Record.read(run / FILE)
+        stem = record.student.model
+        known = results.setdefault(stem, {}).setdefault(str(record.seed), {})
         options = MAIN | (COMPARED if stem in compare else {})
         if options.keys() - known.keys():
             measure(run, options, known, lambda: write_json(path, results))

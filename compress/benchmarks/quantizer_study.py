@@ -16,7 +16,7 @@ from compress.pipeline.variants import Variants
 PLAIN = ["quantizer.scale_candidates=1", "quantizer.sweeps=0", "quantizer.refit=false"]
 TUNED = ["quantizer.scale_candidates=12", "quantizer.sweeps=4", "quantizer.refit=true"]
 ALL, LOW = "quantizer.bits=[8,4,3,2]", "quantizer.bits=[3,2]"
-# What is said of it in the table, and the options; those of the first list are measured on every network.
+# Names in the table, and options; those of the first list are measured on every network.
 MAIN = {
     "gpfq": ["quantizer=gpfq", *TUNED, ALL],
     "gpfq, all layers": ["quantizer=gpfq", *TUNED, "quantizer.bits=[2]", "quantizer.first_last_bits=null"],

@@ -4,6 +4,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from compress.report.comparison import Statistic, statistic
+
 Measured = Mapping[str, Mapping[str, Any]]
 
 
@@ -16,31 +18,28 @@ def tables(results: Mapping[str, Mapping[str, Measured]]) -> str:
 
 
 def _table(stem: str, seeds: Sequence[Measured]) -> str:
-    reference = [100 * next(iter(each.values()))["float"]["test_accuracy"] for each in seeds]
+    reference = [100 * next(iter(measured.values()))["float"]["test_accuracy"] for measured in seeds]
     lines = [
-        f"{stem}, {len(seeds)} seeds, fp32 {_cell(reference)} % on the test set",
+        f"{stem}, {len(seeds)} seeds, fp32 {statistic(reference)} % on the test set",
         "",
         "| quantizer | bits | validation: change, points | test: change, points | mean layer error | size, kB |",
         "|---|---|---|---|---|---|",
     ]
-    for name in dict.fromkeys(name for each in seeds for name in each):
-        own = [each[name] for each in seeds if name in each]
-        for index in range(len(own[0]["rows"])):
-            bits = statistics.mean(each["rows"][index]["bits"] for each in own)
+    for name in dict.fromkeys(name for measured in seeds for name in measured):
+        known = [measured[name] for measured in seeds if name in measured]
+        for index in range(len(known[0]["rows"])):
+            rows = [measured["rows"][index] for measured in known]
+            bits = statistics.mean(row["bits"] for row in rows)
             cells = [
-                _cell([_change(each, index, "validation_accuracy") for each in own], "+.2f"),
-                _cell([_change(each, index, "test_accuracy") for each in own], "+.2f"),
-                f"{statistics.mean(each['errors'][index] for each in own):.3f}",
-                f"{statistics.mean(each['rows'][index]['bytes'] for each in own) / 1000:,.1f}",
+                f"{_change(known, index, 'validation_accuracy'):+.2f}",
+                f"{_change(known, index, 'test_accuracy'):+.2f}",
+                f"{statistics.mean(measured['errors'][index] for measured in known):.3f}",
+                f"{statistics.mean(row['bytes'] for row in rows) / 1000:,.1f}",
             ]
             lines.append(f"| {name} | {bits:.3g} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
-def _change(measured: Mapping[str, Any], index: int, column: str) -> float:
-    return 100 * (measured["rows"][index][column] - measured["float"][column])
-
-
-def _cell(values: Sequence[float], form: str = ".2f") -> str:
-    text = format(statistics.mean(values), form)
-    return text if len(values) == 1 else f"{text} ± {statistics.stdev(values):.2f}"
+def _change(seeds: Sequence[Mapping[str, Any]], index: int, column: str) -> Statistic:
+    """Of a share, in points against the float network."""
+    return statistic([100 * (measured["rows"][index][column] - measured["float"][column]) for measured in seeds])

@@ -1,8 +1,8 @@
 """Runs of several methods and seeds as one table: test accuracy per width, mean and deviation over the seeds."""
 
-import statistics
 from collections.abc import Iterable, Mapping, Sequence
 
+from compress.report.comparison import statistic
 from compress.results.tradeoff import Row
 
 
@@ -19,17 +19,10 @@ def study_table(runs: Mapping[str, Sequence[Iterable[Row]]]) -> str:
         cells = []
         for width in widths:
             accuracies = [100 * row.test_accuracy for rows in seeds for row in rows if _column(row) == width]
-            cells.append(_cell(accuracies))
+            cells.append(str(statistic(accuracies) or ""))
         lines.append(f"| `{method}` | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
 def _column(row: Row) -> int:
     return 32 if row.quantizer == "none" else row.bits
-
-
-def _cell(values: Sequence[float]) -> str:
-    if not values:
-        return ""
-    mean = f"{statistics.mean(values):.2f}"
-    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.2f}"

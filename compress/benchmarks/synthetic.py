@@ -1,6 +1,5 @@
 """Run directories with invented figures, in the form of real ones: to time the report on, and to test it at scale."""
 
-import json
 import math
 import random
 from pathlib import Path
@@ -8,6 +7,8 @@ from typing import Any
 
 import yaml
 
+from compress.files import write_text
+from compress.results.record import Record
 from compress.results.tradeoff import Row, write_csv
 
 STUDENTS = {"resnet8": 78_042, "resnet20": 272_474, "resnet56": 855_770, "resnet18": 11_173_962}
@@ -34,48 +35,44 @@ def _write_run(directory: Path, index: int, epochs: int, layers: int) -> Path:
     rows += [
         _row("gpfq", bits, STUDENTS[student], best - draw.uniform(0.5, 1) * 2.0 ** (-bits)) for bits in (8, 4, 3, 2)
     ]
-    names = ["conv1", *(f"layer{1 + number // 6}.{number % 6}.conv1" for number in range(layers - 2)), "fc"]
     overrides = ["experiment=fashion_mnist_study", f"method={method}", f"student={student}"]
-    overrides += [f"seed={seed}", f"optimizer.lr={rate}"]
-    record: dict[str, Any] = {
-        "format": 1,
-        "overrides": overrides,
-        "started": f"2026-01-{1 + index // 24 % 28:02}T{index % 24:02}:00:00+00:00",
-        "seed": seed,
-        "seconds": {"data": 0.5, "teacher": 1.0, "student": draw.uniform(60, 600), "quantization": 8.0},
-        "data": {"name": "FashionMNIST", "images": {"train": 51_000, "validation": 9_000, "test": 10_000}},
-        "teacher": None,
-        "student": {"model": student, "parameters": STUDENTS[student], "epochs": epochs, "best_epoch": epochs - 1},
-        "tradeoff": [row.__dict__ for row in rows],
-        "layers": {
-            Path(row.file).name: {
-                "quantized": {
-                    name: {
-                        "bits": 8 if name in ("conv1", "fc") else row.bits,
-                        "error": draw.uniform(0.5, 1) / 2**row.bits,
-                    }
-                    for name in names
-                },
-                "skipped": {},
-            }
-            for row in rows[1:]
-        },
-    }
-    (directory / "models").mkdir(parents=True)
-    for row in rows:
-        (directory / row.file).write_bytes(b"invented")
-    (directory / "result.json").write_text(json.dumps(record, indent=2))
-    (directory / "config.yaml").write_text(
-        yaml.safe_dump(_config(method, student, rate, seed, epochs), sort_keys=False)
+    record = Record(
+        overrides=[*overrides, f"seed={seed}", f"optimizer.lr={rate}"],
+        started=f"2026-01-{1 + index // 24 % 28:02}T{index % 24:02}:00:00+00:00",
+        seed=seed,
+        seconds={"data": 0.5, "teacher": 1.0, "student": draw.uniform(60, 600), "quantization": 8.0},
+        data={"name": "FashionMNIST", "images": {"train": 51_000, "validation": 9_000, "test": 10_000}},
+        teacher=None,
+        student={"model": student, "parameters": STUDENTS[student], "epochs": epochs, "best_epoch": epochs - 1},
+        rows=rows,
+        layers={Path(row.file).name: {"quantized": _layers(draw, row, layers), "skipped": {}} for row in rows[1:]},
     )
+    for row in rows:
+        write_text(directory / row.file, "invented")
+    record.write(directory)
+    config = yaml.safe_dump(_config(method, student, rate, seed, epochs), sort_keys=False)
+    write_text(directory / "config.yaml", config)
     write_csv(directory / "tradeoff.csv", rows)
+    write_text(directory / "metrics.csv", _metrics(draw, best, rate, epochs))
+    return directory
+
+
+def _layers(draw: random.Random, row: Row, count: int) -> dict[str, dict[str, Any]]:
+    names = ["conv1", *(f"layer{1 + number // 6}.{number % 6}.conv1" for number in range(count - 2)), "fc"]
+    return {
+        name: {"bits": 8 if name in ("conv1", "fc") else row.bits, "error": draw.uniform(0.5, 1) / 2**row.bits}
+        for name in names
+    }
+
+
+def _metrics(draw: random.Random, best: float, rate: float, epochs: int) -> str:
+    """A `metrics.csv` whose accuracy approaches `best`, 0..1."""
     lines = ["step,epoch,train/accuracy,train/learning_rate,train/loss,val/accuracy,val/loss"]
     for epoch in range(epochs):
         accuracy = best * (1 - math.exp(-4 * (epoch + 1) / epochs)) + draw.gauss(0, 0.003)
         loss = 2.3 * math.exp(-3 * (epoch + 1) / epochs)
         lines.append(f"{100 * epoch + 99},{epoch},{accuracy},{rate},{loss},{accuracy - 0.02},{1.1 * loss}")
-    (directory / "metrics.csv").write_text("\n".join(lines) + "\n")
-    return directory
+    return "\n".join(lines) + "\n"
 
 
 def _row(quantizer: str, bits: int, parameters: int, accuracy: float) -> Row:

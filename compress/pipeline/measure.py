@@ -1,9 +1,8 @@
 """What becomes of the best checkpoint when training is over: quantized, written, read back and measured."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -16,6 +15,7 @@ from compress.pipeline.parts import Parts
 from compress.pipeline.variants import Variants
 from compress.progress import console
 from compress.quantization.lsq import float_network
+from compress.results.loggers import log_tradeoff
 from compress.training.fit import BEST
 
 
@@ -46,7 +46,7 @@ class PostTrainingQuantization(pl.Callback):
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.measured is None and trainer.is_global_zero:
             self.measured = self.measure()
-            log(self.measured.variants, trainer.loggers, trainer.global_step)
+            log_tradeoff(trainer.loggers, self.measured.variants.rows, trainer.global_step)
 
 
 def measure_best(parts: Parts, directory: Path, reference: Path | None = None) -> Measured:
@@ -103,15 +103,3 @@ def _add_trained(variants: Variants, parts: Parts, trained: nn.Module) -> None:
         first_last_bits=grids.first_last_bits,
         activation_bits=grids.activation_bits or 32,
     )
-
-
-def log(variants: Variants, loggers: Sequence[Any], step: int) -> None:
-    """Hands the figures of every variant to every logger, as `tradeoff/<variant>/<name>`."""
-    metrics = {
-        f"tradeoff/{row.name.replace(' ', '_')}/{name}": float(getattr(row, name))
-        for row in variants.rows
-        for name in ("validation_accuracy", "test_accuracy", "agreement", "bytes", "ratio")
-    }
-    for logger in loggers:
-        logger.log_metrics(metrics, step=step)
-        logger.save()

@@ -4,7 +4,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -24,10 +24,12 @@ from compress.pipeline.measure import Measured, PostTrainingQuantization, measur
 from compress.pipeline.parts import Parts
 from compress.pipeline.resume import STARTED
 from compress.pipeline.teachers import Teacher
+from compress.pipeline.weight_panels import weight_panels
 from compress.progress import console
-from compress.results.record import surroundings
-from compress.results.tradeoff import DAMAGED, Row, read_rows
-from compress.results.wandb_run import open_loggers
+from compress.results.loggers import open_loggers
+from compress.results.record import Record
+from compress.results.surroundings import surroundings
+from compress.results.tradeoff import Row
 from compress.results.writing import show, write_results
 from compress.training import distributed, processes
 from compress.training.fit import BEST, epoch_of, fit
@@ -36,11 +38,14 @@ from compress.training.pruning import Pruning
 
 @dataclass(frozen=True)
 class Result:
-    """Where a finished run lies, its trade-off rows and the content of its `result.json`."""
+    """Where a finished run lies, and what it recorded."""
 
     directory: Path
-    rows: tuple[Row, ...]
-    record: dict[str, Any]
+    record: Record
+
+    @property
+    def rows(self) -> tuple[Row, ...]:
+        return self.record.rows
 
 
 def run(job: Job, directory: Path, data_sets: DataSets, reference: Path | None = None) -> Result | None:
@@ -62,21 +67,21 @@ def run(job: Job, directory: Path, data_sets: DataSets, reference: Path | None =
         write_text(directory / "config.yaml", OmegaConf.to_yaml(job.config, resolve=True))
         clock = _Clock()
         if processes.is_wanted(job.config.trainer):
-            _train_in_processes(job.config, directory, data_sets, started["overrides"])
+            _train_in_processes(job.config, directory, data_sets)
             clock.lap("distributed")
         parts = Parts(job.config, data_sets)
-        with open_loggers(job.config, directory, started["overrides"]) as loggers:
+        with open_loggers(job.config, directory) as loggers:
             teacher, trainer, measured = _train(parts, directory, loggers, clock, reference)
             teacher_record = teachers.tested(teacher, parts) if teacher else None
             clock.lap("quantization")
-            record = {**started, "seconds": clock.laps, **_record(parts, measured, trainer, teacher_record, directory)}
+            about = _about(parts, measured, trainer, directory)
+            record = Record(**started, seconds=clock.laps, teacher=teacher_record, **about)
             return _write(parts, directory, measured, record, loggers)
 
 
 def train(config: DictConfig, directory: Path) -> None:
     """The part of `run` that belongs to each process of a training in several; the rest follows elsewhere."""
-    started = record_start(directory, ())
-    with open_loggers(config, directory, started["overrides"]) as loggers:
+    with open_loggers(config, directory) as loggers:
         _train(Parts(config), directory, loggers, _Clock())
 
 
@@ -116,7 +121,7 @@ def _train(
     return teacher, trainer, quantization.measured
 
 
-def _train_in_processes(config: DictConfig, directory: Path, data_sets: DataSets, overrides: Sequence[str]) -> None:
+def _train_in_processes(config: DictConfig, directory: Path, data_sets: DataSets) -> None:
     def have_teacher() -> None:
         teachers.resolve(Parts(config, data_sets), directory)
 
@@ -125,7 +130,7 @@ def _train_in_processes(config: DictConfig, directory: Path, data_sets: DataSets
             distributed.train(config, directory, have_teacher, _worker_command(directory))
     except BaseException:
         # The process that had opened them is dead; what they keep elsewhere has to end all the same.
-        with open_loggers(config, directory, overrides):
+        with open_loggers(config, directory):
             raise
 
 
@@ -134,20 +139,13 @@ def _worker_command(directory: Path) -> list[str]:
     return [sys.executable, "-P", "-m", "compress.pipeline.worker", str(directory)]
 
 
-def _record(
-    parts: Parts,
-    measured: Measured,
-    trainer: pl.Trainer,
-    teacher: Mapping[str, Any] | None,
-    directory: Path,
-) -> dict[str, Any]:
-    data, student = parts.data, measured.variants.rows[0]
+def _about(parts: Parts, measured: Measured, trainer: pl.Trainer, directory: Path) -> dict[str, Any]:
+    """What the record says of this run, besides when it ran and of its teacher."""
+    data, variants = parts.data, measured.variants
     return {
-        "format": 1,
         **surroundings(),
         "seed": parts.plain["seed"],
         "data": data.record(),
-        "teacher": teacher,
         "pruning": None if parts.recipe is None else parts.recipe.record(measured.trained),
         "student": {
             "model": parts.architectures[measured.name]["stem"],
@@ -156,36 +154,29 @@ def _record(
             "macs": models.count_macs(measured.student, data.input_shape),
             "epochs": trainer.current_epoch,
             "best_epoch": epoch_of(directory / "checkpoints" / BEST),
-            "validation_accuracy": student.validation_accuracy,
-            "test_accuracy": student.test_accuracy,
-            "test_accuracy_per_class": dict(zip(data.class_names, measured.variants.test.per_class, strict=True)),
+            "validation_accuracy": variants.rows[0].validation_accuracy,
+            "test_accuracy": variants.rows[0].test_accuracy,
+            "test_accuracy_per_class": dict(zip(data.class_names, variants.test.per_class, strict=True)),
         },
+        "rows": variants.rows,
+        "layers": variants.layers,
     }
 
 
-def _write(
-    parts: Parts, directory: Path, measured: Measured, record: dict[str, Any], loggers: Sequence[Logger]
-) -> Result:
-    variants = measured.variants
-    title = f"{parts.plain['method']['stem']} {record['student']['model']} on {record['data']['name']}"
-    teacher_accuracy = record["teacher"] and record["teacher"]["test_accuracy"]
-    record = write_results(directory, variants, record, title, teacher_accuracy, loggers)
+def _write(parts: Parts, directory: Path, measured: Measured, record: Record, loggers: Sequence[Logger]) -> Result:
+    title = f"{parts.plain['method']['stem']} {record.student.model} on {record.data.name}"
+    panels = weight_panels(measured.student, measured.variants.quantized)
+    write_results(directory, record, title, panels, loggers)
     (directory / STARTED).unlink()
-    show(directory, variants.rows, title)
-    return Result(directory, tuple(variants.rows), record)
+    show(directory, record.rows, title)
+    return Result(directory, record)
 
 
 def finished(directory: Path) -> Result:
     """The result of a run that was finished before, which is printed again."""
-    path = directory / "result.json"
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        rows = read_rows(record)
-        model = record["student"]["model"]
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"resume: found {path}, {DAMAGED}") from None
-    show(directory, rows, f"{model}: this run was finished before")
-    return Result(directory, tuple(rows), record)
+    record = Record.read(directory / "result.json")
+    show(directory, record.rows, f"{record.student.model}: this run was finished before")
+    return Result(directory, record)
 
 
 def record_start(directory: Path, overrides: Sequence[str]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ last stage. An interrupted run is continued at the stage, and within it at the e
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +13,13 @@ from omegaconf import OmegaConf
 
 from compress.config.compose import Job
 from compress.data.shared import DataSets
-from compress.files import write_json, write_text
+from compress.files import write_text
 from compress.pipeline import resume
 from compress.pipeline.parts import Parts
 from compress.pipeline.run import Result, finished, record_start, run
 from compress.progress import console
-from compress.results.picture import draw_tradeoff
-from compress.results.tradeoff import write_csv
-from compress.results.writing import show
+from compress.results.record import Stage
+from compress.results.writing import show, write_results
 from compress.training.fit import BEST
 
 
@@ -53,35 +52,30 @@ def _run_each(job: Job, directory: Path, data_sets: DataSets, overrides: Sequenc
 
 
 def _write(job: Job, directory: Path, started: Mapping[str, Any], results: Sequence[Result]) -> Result:
-    last = results[-1]
-    folder = last.directory.name
-    rows = [replace(row, file=row.file and f"{folder}/{row.file}") for row in last.rows]
+    last = results[-1].record
     stages = [
-        {
-            "name": stage.name,
-            "directory": result.directory.name,
-            "overrides": list(stage.overrides),
-            "seconds": round(sum(result.record["seconds"].values()), 2),
-            "pruning": result.record["pruning"],
-            "student": result.record["student"],
-            "variant": asdict(result.rows[-1]),
-        }
+        Stage(
+            name=stage.name,
+            directory=result.directory.name,
+            overrides=list(stage.overrides),
+            seconds=round(sum(result.record.seconds.values()), 2),
+            pruning=result.record.pruning,
+            student=result.record.student,
+            variant=result.rows[-1],
+        )
         for stage, result in zip(job.config.stages, results, strict=True)
     ]
-    record = {
-        **last.record,
-        **started,
-        "seconds": {stage["directory"]: stage["seconds"] for stage in stages},
-        "pruning": next((stage["pruning"] for stage in reversed(stages) if stage["pruning"]), None),
-        "student": last.record["student"] | {"epochs": sum(stage["student"]["epochs"] for stage in stages)},
+    folder = stages[-1].directory
+    changes = {
+        "seconds": {stage.directory: stage.seconds for stage in stages},
+        "pruning": next((stage.pruning for stage in reversed(stages) if stage.pruning), None),
+        "student": last.student.model_copy(update={"epochs": sum(stage.student.epochs for stage in stages)}),
         "stages": stages,
-        "tradeoff": [asdict(row) for row in rows],
+        "rows": tuple(replace(row, file=row.file and f"{folder}/{row.file}") for row in last.rows),
     }
-    title = f"{last.record['student']['model']}: {', '.join(stage['name'] for stage in stages)}"
-    teacher = last.record["teacher"]
-    write_csv(directory / "tradeoff.csv", rows)
-    draw_tradeoff(directory / "tradeoff.png", rows, title, teacher and teacher["test_accuracy"])
-    write_json(directory / "result.json", record)
+    record = last.model_copy(update={**started, **changes})
+    title = f"{record.student.model}: {', '.join(stage.name for stage in stages)}"
+    write_results(directory, record, title)
     (directory / resume.STARTED).unlink()
-    show(directory, rows, title)
-    return Result(directory, tuple(rows), record)
+    show(directory, record.rows, title)
+    return Result(directory, record)

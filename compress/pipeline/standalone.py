@@ -23,7 +23,9 @@ from compress.files import make_directory, write_text
 from compress.pipeline.check import check_quantizer
 from compress.pipeline.parts import Parts
 from compress.pipeline.variants import Variants
-from compress.results.record import surroundings
+from compress.pipeline.weight_panels import weight_panels
+from compress.results.record import Record
+from compress.results.surroundings import surroundings
 from compress.results.writing import show, write_results
 
 GROUPS = ("data", "quantizer", "export")
@@ -65,9 +67,9 @@ def quantize_checkpoint(overrides: Sequence[str]) -> Path:
         shutil.rmtree(directory)
         raise
     title = f"{stem} of {path.name}"
-    record = {"format": 1, "overrides": list(overrides), **surroundings(), **_record(parts, student, path, variants)}
-    write_results(directory, variants, record, title)
-    show(directory, variants.rows, title)
+    record = Record(overrides=list(overrides), **surroundings(), **_about(parts, student, path, variants))
+    write_results(directory, record, title, weight_panels(student, variants.quantized))
+    show(directory, record.rows, title)
     return directory
 
 
@@ -103,7 +105,8 @@ def _loaded(parts: Parts, path: Path, about: Mapping[str, Any] | None) -> nn.Mod
     return parts.student.eval().to(parts.data.device)
 
 
-def _record(parts: Parts, student: nn.Module, path: Path, variants: Variants) -> dict[str, Any]:
+def _about(parts: Parts, student: nn.Module, path: Path, variants: Variants) -> dict[str, Any]:
+    """What the record says of the network and its variants."""
     reference, names = variants.rows[0], parts.data.class_names
     return {
         "seed": parts.plain["seed"],
@@ -118,6 +121,8 @@ def _record(parts: Parts, student: nn.Module, path: Path, variants: Variants) ->
             "test_accuracy": reference.test_accuracy,
             "test_accuracy_per_class": dict(zip(names, variants.test.per_class, strict=True)),
         },
+        "rows": variants.rows,
+        "layers": variants.layers,
     }
 
 

@@ -12,8 +12,10 @@ from pathlib import Path
 from compress.errors import UserError
 from compress.files import write_atomically
 from compress.report.finished import Run, read_run
+from compress.results.record import FILE
+from compress.results.tradeoff import COLUMNS
 
-# Of a run, in `write_summary`, beside the columns of `compress.results.tradeoff`.
+# What `write_summary` says of a run, before the columns of the trade-off.
 ABOUT = ("run", "data", "experiment", "method", "student", "teacher", "seed", "started", "settings")
 
 
@@ -38,30 +40,31 @@ def collect(paths: Iterable[Path]) -> Collection:
             raise UserError(
                 f"{path}: found {'a file' if path.exists() else 'no such directory'}; accepted: directories"
             )
-    directories = {directory.resolve(): directory for path in paths for directory in run_directories(path)}
-    found = sorted(directories.values(), key=lambda each: _natural(str(each)))
-    finished = [directory for directory in found if (directory / "result.json").exists()]
-    unfinished = tuple(directory for directory in found if not (directory / "result.json").exists())
-    top = Path(os.path.commonpath([str(each.parent.absolute()) for each in found])) if found else Path()
+    unique = {directory.resolve(): directory for path in paths for directory in run_directories(path)}
+    directories = sorted(unique.values(), key=lambda directory: _natural(str(directory)))
+    unfinished = tuple(directory for directory in directories if not (directory / FILE).exists())
+    parents = [str(directory.parent.absolute()) for directory in directories]
+    top = Path(os.path.commonpath(parents)) if parents else Path()
     runs, problems = [], []
-    for directory in finished:
-        try:
-            runs.append(read_run(directory, directory.absolute().relative_to(top).as_posix(), problems))
-        except UserError as problem:
-            problems.append(f"{problem}; the run is left out")
+    for directory in directories:
+        if directory not in unfinished:
+            try:
+                runs.append(read_run(directory, directory.absolute().relative_to(top).as_posix(), problems))
+            except UserError as problem:
+                problems.append(f"{problem}; the run is left out")
     if not runs:
-        why = [f"{len(problems)} that cannot be read ({problems[0]})"] if problems else []
-        why += [f"{len(unfinished)} not finished"] if unfinished else []
-        said = ": ".join(["found no finished run", *([", ".join(why)] if why else [])])
+        reasons = [f"{len(problems)} that cannot be read ({problems[0]})"] if problems else []
+        reasons += [f"{len(unfinished)} not finished"] if unfinished else []
+        reason = f": {', '.join(reasons)}" if reasons else ""
         where = ", ".join(map(str, paths))
-        raise UserError(f"{where}: {said}; accepted: run directories, or a folder of them")
+        raise UserError(f"{where}: found no finished run{reason}; accepted: run directories, or a folder of them")
     return Collection(tuple(runs), unfinished, tuple(problems))
 
 
 def run_directories(path: Path) -> Iterator[Path]:
     """The directories in and below `path` that hold a run, finished or not; hidden ones are not looked into."""
     for folder, folders, files in os.walk(path):
-        if "result.json" in files or "config.yaml" in files:
+        if FILE in files or "config.yaml" in files:
             folders.clear()
             yield Path(folder)
         folders[:] = [name for name in folders if not name.startswith(".")]
@@ -80,15 +83,14 @@ def write_summary(path: Path, runs: Sequence[Run]) -> None:
     """
     lines = []
     for run in runs:
-        directory = relative(run.directory, path)
-        about = [directory, run.data, run.experiment, run.method, run.student, run.teacher, run.seed, run.started]
-        about = dict(zip(ABOUT, [*about, " ".join(run.overrides)], strict=True))
-        for row in run.rows:
-            lines.append(about | asdict(row) | {"file": f"{directory}/{row.file}"})
+        directory, record = relative(run.directory, path), run.record
+        about = [directory, run.data, run.experiment, run.method, run.student, run.teacher, run.seed, record.started]
+        about = dict(zip(ABOUT, [*about, " ".join(record.overrides)], strict=True))
+        lines += [about | asdict(row) | {"file": f"{directory}/{row.file}"} for row in run.rows]
 
     def write(temporary: Path) -> None:
         with temporary.open("w", newline="", encoding="utf-8") as stream:
-            writer = csv.DictWriter(stream, list(lines[0]) if lines else ABOUT, lineterminator="\n")
+            writer = csv.DictWriter(stream, [*ABOUT, *COLUMNS], lineterminator="\n")
             writer.writeheader()
             writer.writerows(lines)
 

@@ -1,8 +1,8 @@
 """Runs against each other: mean and deviation over seeds, and the Pareto front of accuracy and bytes."""
 
 import statistics
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,30 +24,40 @@ SHOWN_ELSEWHERE = (
 
 @dataclass(frozen=True)
 class Statistic:
-    """Mean and sample standard deviation of `count` values; the deviation of one is None."""
+    """Mean and sample standard deviation of some values; the deviation of one is None."""
 
     mean: float
     deviation: float | None
-    count: int
+
+    def __format__(self, form: str) -> str:
+        """The mean in that form and, if there is one, the deviation with two decimals."""
+        return f"{self.mean:{form}}" + ("" if self.deviation is None else f" ± {self.deviation:.2f}")
 
     def __str__(self) -> str:
-        return f"{self.mean:.2f}" + ("" if self.deviation is None else f" ± {self.deviation:.2f}")
+        return f"{self:.2f}"
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One variant over the seeds: accuracies and agreement in percent, size in bytes, latency in milliseconds.
+    """One variant over the seeds, with a row for each; `row` is the first, for what the seeds share."""
 
-    `row` is that of the first seed, for what the seeds share.
-    """
+    rows: tuple[Row, ...]
 
-    row: Row
-    test: Statistic
-    validation: Statistic | None
-    agreement: Statistic | None
-    latency: Statistic | None
-    bytes: float
-    ratio: float | None
+    @property
+    def row(self) -> Row:
+        return self.rows[0]
+
+    def statistic(self, column: str) -> Statistic | None:
+        """Of a column of numbers, in the unit of the files; None where any value is unknown."""
+        return statistic([getattr(row, column) for row in self.rows])
+
+    def mean(self, column: str) -> float | None:
+        known = self.statistic(column)
+        return known and known.mean
+
+    def deviation(self, column: str) -> float | None:
+        known = self.statistic(column)
+        return known and known.deviation
 
 
 @dataclass(frozen=True)
@@ -63,13 +73,17 @@ class Group:
     settings: str
     variants: tuple[Variant, ...]
 
+    def reference(self, variant: Variant) -> Callable[[str], float] | None:
+        """The means of the float32 student, for a `variant` other than that."""
+        student = next((other for other in self.variants if other.row.quantizer == "none"), variant)
+        return None if student is variant else student.mean
 
-def statistic(values: Iterable[float | None]) -> Statistic | None:
-    """None where any value is unknown."""
-    values = list(values)
+
+def statistic(values: Sequence[float | None]) -> Statistic | None:
+    """Mean and deviation; None where any value is unknown."""
     if not values or None in values:
         return None
-    return Statistic(statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None, len(values))
+    return Statistic(statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None)
 
 
 def groups(runs: Sequence[Run]) -> tuple[Group, ...]:
@@ -77,13 +91,13 @@ def groups(runs: Sequence[Run]) -> tuple[Group, ...]:
     by_settings: dict[Any, list[Run]] = defaultdict(list)
     for run in runs:
         by_settings[run.data, run.student, _frozen(run.settings)].append(run)
-    found = []
+    result = []
     for members, settings in zip(by_settings.values(), _settings(list(by_settings.values())), strict=True):
-        latest = {run.seed: run for run in sorted(members, key=lambda run: run.started)}
+        latest = {run.seed: run for run in sorted(members, key=lambda run: run.record.started)}
         chosen = tuple(latest[seed] for seed in sorted(latest))
         repeated = tuple(run for run in members if run not in chosen)
-        found.append(Group(chosen, repeated, settings, _variants(chosen)))
-    return tuple(found)
+        result.append(Group(chosen, repeated, settings, _variants(chosen)))
+    return tuple(result)
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
@@ -106,52 +120,47 @@ def _variants(runs: Sequence[Run]) -> tuple[Variant, ...]:
             # The mean width of mixed precision differs a little from seed to seed.
             width = row.bits if row.levels is not None or row.bits == 32 else "mixed"
             rows[row.file, row.quantizer, width, row.activation_bits, row.runtime].append(row)
-    return tuple(
-        Variant(
-            row=own[0],
-            test=statistic(100 * row.test_accuracy for row in own),
-            validation=statistic(_percent(row.validation_accuracy) for row in own),
-            agreement=statistic(_percent(row.agreement) for row in own),
-            latency=statistic(row.latency_ms for row in own),
-            bytes=statistics.mean(row.bytes for row in own),
-            ratio=None if any(row.ratio is None for row in own) else statistics.mean(row.ratio for row in own),
-        )
-        for own in rows.values()
-    )
-
-
-def _percent(share: float | None) -> float | None:
-    return None if share is None else 100 * share
+    return tuple(Variant(tuple(members)) for members in rows.values())
 
 
 def _frozen(value: Any) -> Any:
     if isinstance(value, dict):
-        return tuple(sorted((key, _frozen(each)) for key, each in value.items()))
+        return tuple(sorted((key, _frozen(content)) for key, content in value.items()))
     return tuple(map(_frozen, value)) if isinstance(value, list) else (type(value).__name__, value)
 
 
-def _settings(members: Sequence[Sequence[Run]]) -> list[str]:
-    """What was typed for each group and not for all on the same data.
+def _settings(groups: Sequence[Sequence[Run]]) -> list[str]:
+    """What was typed for each group of runs and not for all on the same data.
 
     Where that does not tell two of them apart, the keys of the configuration in which they differ.
     """
-    typed = [[each for each in own[0].overrides if not each.startswith(("hydra", "logger"))] for own in members]
-    typed = [[each for each in own if each.lstrip("+").partition("=")[0] not in SHOWN_ELSEWHERE] for own in typed]
-    everywhere: dict[str, set[str]] = {}
-    for own, overrides in zip(members, typed, strict=True):
-        everywhere[own[0].data] = everywhere.get(own[0].data, set(overrides)) & set(overrides)
+    first = [runs[0] for runs in groups]
+    typed = [_typed(run) for run in first]
+    shared: dict[str, set[str]] = {}
+    for run, overrides in zip(first, typed, strict=True):
+        shared[run.data] = shared.get(run.data, set(overrides)) & set(overrides)
     texts = [
-        " ".join(each for each in overrides if each not in everywhere[own[0].data])
-        for own, overrides in zip(members, typed, strict=True)
+        " ".join(override for override in overrides if override not in shared[run.data])
+        for run, overrides in zip(first, typed, strict=True)
     ]
-    shown = [(own[0].data, own[0].method, own[0].student, text) for own, text in zip(members, texts, strict=True)]
-    for same, count in Counter(shown).items():
-        if count > 1:
-            alike = [index for index, each in enumerate(shown) if each == same]
-            values = [{key: str(value) for key, value in members[index][0].settings.items()} for index in alike]
-            keys = sorted(set().union(*values))
-            differing = [key for key in keys if len({each.get(key) for each in values}) > 1]
-            for index, own in zip(alike, values, strict=True):
-                differences = [f"{key}={own[key]}" for key in differing if key in own]
-                texts[index] = " ".join([texts[index], *differences]).strip()
+    alike = defaultdict(list)
+    for index, (run, text) in enumerate(zip(first, texts, strict=True)):
+        alike[run.data, run.method, run.student, text].append(index)
+    for indices in alike.values():
+        for index, differences in zip(indices, _differences([first[index] for index in indices]), strict=True):
+            texts[index] = " ".join([texts[index], *differences]).strip()
     return texts
+
+
+def _typed(run: Run) -> list[str]:
+    """The overrides that say something about the result and have no column in a report."""
+    overrides = [text for text in run.record.overrides if not text.startswith(("hydra", "logger"))]
+    return [text for text in overrides if text.lstrip("+").partition("=")[0] not in SHOWN_ELSEWHERE]
+
+
+def _differences(runs: Sequence[Run]) -> list[list[str]]:
+    """For each run, the settings in which the runs differ, as `key=value`."""
+    values = [{key: str(value) for key, value in run.settings.items()} for run in runs]
+    keys = sorted(set().union(*values))
+    differing = [key for key in keys if len({settings.get(key) for settings in values}) > 1]
+    return [[f"{key}={settings[key]}" for key in differing if key in settings] for settings in values]

@@ -1,11 +1,12 @@
 """The report as one HTML page that needs no network: the data as JSON, plotly.js and the page's own script inside.
 
-What varies with the reader's choices (table, charts, details) is drawn by `page/*.js` from the JSON, what does not is
+What varies with the reader's choices (table, charts, details) is drawn by `assets/*.js` from the JSON, what does not is
 written here. All text that comes from runs is escaped in both.
 """
 
 import html
 import json
+import math
 import re
 import shlex
 from collections.abc import Mapping, Sequence
@@ -15,36 +16,15 @@ from urllib.parse import quote
 
 from compress.errors import UserError
 from compress.report.collect import Collection, relative
-from compress.report.comparison import Group, Statistic, groups
+from compress.report.comparison import Group, Variant, groups
 from compress.report.finished import Run
 from compress.report.tables import left_out, reference_tables, run_files
-from compress.results.tradeoff import Row
+from compress.results.tradeoff import Column, columns_of, figures
 
-PAGE = Path(__file__).parent / "assets"
-# Shown for a run where they exist, beside its model files.
-COLUMNS = (
-    "runs",
-    "name",
-    "data",
-    "method",
-    "student",
-    "teacher",
-    "settings",
-    "seed",
-    "variant",
-    "quantizer",
-    "bits",
-    "test",
-    "test_deviation",
-    "validation",
-    "validation_deviation",
-    "change",
-    "bytes",
-    "ratio",
-    "agreement",
-    "latency",
-    "file",
-)
+ASSETS = Path(__file__).parent / "assets"
+SCRIPTS = ("table.js", "charts.js", "page.js")
+# What a line has before the columns of the trade-off: places of its runs, what they were, and which variant it is.
+IDENTITY = ("runs", "data", "method", "student", "teacher", "settings", "seeds", "variant", "quantizer", "bits", "file")
 
 
 def page(collection: Collection, path: Path, written: str) -> str:
@@ -52,28 +32,35 @@ def page(collection: Collection, path: Path, written: str) -> str:
 
     Raises UserError, which names the extra, where plotly is not installed.
     """
-    found = groups(collection.runs)
+    compared = groups(collection.runs)
     number = {run.name: index for index, run in enumerate(collection.runs)}
-    settings = {run.name: group.settings for group in found for run in (*group.runs, *group.repeated)}
+    settings = {run.name: group.settings for group in compared for run in (*group.runs, *group.repeated)}
+    columns = columns_of("page")
+    single = [
+        Group((run,), (), settings[run.name], tuple(Variant((row,)) for row in run.rows)) for run in collection.runs
+    ]
     content = {
         "runs": [_run(run, path) for run in collection.runs],
-        "columns": COLUMNS,
-        "means": [line for group in found for line in _mean_lines(group, number)],
-        "each": [line for run in collection.runs for line in _run_lines(run, number, settings[run.name])],
+        "keys": [*IDENTITY, *columns, *(f"{key}_deviation" for key, column in columns.items() if column.deviation)],
+        "columns": [_column(key, column) for key, column in columns.items()],
+        "means": [line for group in compared for line in _lines(group, number)],
+        "single": [line for group in single for line in _lines(group, number)],
     }
     text = json.dumps(content, separators=(",", ":"), allow_nan=False)
     parts = {
         "title": html.escape(title(collection)),
         "subtitle": html.escape(subtitle(collection, written)),
-        "style": (PAGE / "page.css").read_text(encoding="utf-8"),
+        "style": (ASSETS / "page.css").read_text(encoding="utf-8"),
         "plotly": plotly_script(),
         # A script element ends at the first `</`, whatever JSON thinks of it.
         "content": text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e"),
-        "script": "\n".join((PAGE / f"{name}.js").read_text(encoding="utf-8") for name in ("table", "charts", "page")),
-        "reference": _reference(found),
+        "script": "\n".join(
+            (ASSETS / f"{name}.js").read_text(encoding="utf-8") for name in ("table", "charts", "page")
+        ),
+        "reference": _reference(compared),
         "left_out": _left_out(collection),
     }
-    template = (PAGE / "page.html").read_text(encoding="utf-8")
+    template = (ASSETS / "page.html").read_text(encoding="utf-8")
     return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], template)
 
 
@@ -103,116 +90,74 @@ def subtitle(collection: Collection, written: str) -> str:
     return " · ".join([*parts, f"written {written}"])
 
 
+def _column(key: str, column: Column) -> dict[str, Any]:
+    """What the page's script needs to know to print a column."""
+    names = ("heading", "meaning", "scale", "digits", "suffix", "signed", "deviation")
+    return {"key": key, **{name: getattr(column, name) for name in names}}
+
+
 def _run(run: Run, path: Path) -> dict[str, Any]:
     directory = relative(run.directory, path)
-    facts = {
-        "data": run.data,
-        "training images": run.train_images,
-        "seed": str(run.seed),
-        "parameters": run.parameters,
-        "epochs": run.epochs,
-        "teacher": run.teacher or None,
-        "teacher, test %": None if run.teacher_accuracy is None else f"{100 * run.teacher_accuracy:.2f}",
-        "started": run.started.replace("T", " ")[:16] or None,
-        "duration": _duration(run.seconds),
-    }
     return {
         "name": run.name,
-        "facts": [
-            [key, f"{value:,}" if isinstance(value, int) else value]
-            for key, value in facts.items()
-            if value is not None
-        ],
-        "command": "python scripts/run.py " + shlex.join(run.overrides),
+        "seed": run.seed,
+        "facts": _facts(run),
+        "command": "python scripts/run.py " + shlex.join(run.record.overrides),
         "links": [[name, quote(f"{directory}/{name}")] for name in run_files(run)],
         "curves": {
             name: [[_short(value) for value in axis] for axis in curve] for name, curve in sorted(run.curves.items())
         },
         "layers": {
-            file: [
-                [layer.name for layer in layers],
-                [layer.bits for layer in layers],
-                [_short(layer.error) for layer in layers],
+            row.file: [
+                list(layers),
+                [layer.bits for layer in layers.values()],
+                [_short(layer.error) for layer in layers.values()],
             ]
-            for file, layers in run.layers.items()
+            for row in run.rows
+            if (layers := run.layers(row))
         },
     }
 
 
-def _mean_lines(group: Group, number: Mapping[str, int]) -> list[list[Any]]:
-    run, reference = group.runs[0], _float_row(group)
+def _facts(run: Run) -> list[tuple[str, str]]:
+    """What the page says of a chosen run, without what is not known."""
+    record, teacher = run.record, run.record.teacher
+    facts = {
+        "data": run.data,
+        "training images": record.data.images.get("train"),
+        "seed": str(run.seed),
+        "parameters": record.student.parameters,
+        "epochs": record.student.epochs,
+        "teacher": run.teacher or None,
+        "teacher, test %": f"{100 * teacher.test_accuracy:.2f}" if teacher and teacher.test_accuracy else None,
+        "started": record.started.replace("T", " ")[:16] or None,
+        "duration": _duration(sum(record.seconds.values())),
+    }
     return [
-        [
-            [number[each.name] for each in group.runs],
-            "",
-            run.data,
-            run.method,
-            run.student,
-            run.teacher,
-            group.settings,
-            variant.test.count,
-            variant.row.name,
-            variant.row.quantizer,
-            variant.row.bits,
-            *_mean_and_deviation(variant.test),
-            *_mean_and_deviation(variant.validation),
-            None if reference is None or variant is reference else _short(variant.test.mean - reference.test.mean),
-            round(variant.bytes),
-            _short(variant.ratio),
-            _mean_and_deviation(variant.agreement)[0],
-            _mean_and_deviation(variant.latency)[0],
-            variant.row.file,
-        ]
-        for variant in group.variants
+        (key, f"{value:,}" if isinstance(value, int) else value) for key, value in facts.items() if value is not None
     ]
 
 
-def _float_row(group: Group) -> Any:
-    return next((variant for variant in group.variants if variant.row.quantizer == "none"), None)
-
-
-def _run_lines(run: Run, number: Mapping[str, int], settings: str) -> list[list[Any]]:
-    reference = next((row for row in run.rows if row.quantizer == "none"), None)
-    return [_run_line(run, row, reference, number[run.name], settings) for row in run.rows]
-
-
-def _run_line(run: Run, row: Row, reference: Row | None, number: int, settings: str) -> list[Any]:
-    return [
-        [number],
-        run.name,
-        run.data,
-        run.method,
-        run.student,
-        run.teacher,
-        settings,
-        run.seed,
-        row.name,
-        row.quantizer,
-        row.bits,
-        _percent(row.test_accuracy),
-        None,
-        _percent(row.validation_accuracy),
-        None,
-        None if reference is None or row is reference else _percent(row.test_accuracy - reference.test_accuracy),
-        row.bytes,
-        _short(row.ratio),
-        _percent(row.agreement),
-        _short(row.latency_ms),
-        row.file,
-    ]
-
-
-def _mean_and_deviation(value: Statistic | None) -> tuple[float | None, float | None]:
-    return (None, None) if value is None else (_short(value.mean), _short(value.deviation))
-
-
-def _percent(share: float | None) -> float | None:
-    return None if share is None else _short(100 * share)
+def _lines(group: Group, number: Mapping[str, int]) -> list[list[Any]]:
+    """A line for each variant of the group, its figures in the units of the files."""
+    runs, run = [number[member.name] for member in group.runs], group.runs[0]
+    shared = [runs, run.data, run.method, run.student, run.teacher, group.settings]
+    columns = columns_of("page")
+    lines = []
+    for variant in group.variants:
+        row = variant.row
+        means = figures("page", variant.mean, group.reference(variant))
+        deviations = [variant.deviation(key) for key, column in columns.items() if column.deviation]
+        identity = [len(variant.rows), row.name, row.quantizer, row.bits, row.file]
+        lines.append([*shared, *identity, *map(_short, means.values()), *map(_short, deviations)])
+    return lines
 
 
 def _short(value: float | None) -> float | None:
-    """Six digits, which is more than a screen shows and half the size of the page."""
-    return None if value is None else float(f"{value:.6g}")
+    """At least six digits, which is more than a screen shows and half the size of the page; None for no number."""
+    if value is None or not math.isfinite(value):
+        return None
+    return round(value) if abs(value) > 1e5 else float(f"{value:.6g}")
 
 
 def _duration(seconds: float) -> str:
@@ -221,9 +166,9 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
-def _reference(found: Sequence[Group]) -> str:
+def _reference(compared: Sequence[Group]) -> str:
     parts = []
-    for table in reference_tables(found):
+    for table in reference_tables(compared):
         head = "".join(f"<th>{html.escape(cell)}</th>" for cell in table.head)
         body = "".join(
             "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in line) + "</tr>" for line in table.lines

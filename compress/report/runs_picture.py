@@ -2,66 +2,62 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from matplotlib import colormaps
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from compress.files import write_atomically
 from compress.report.comparison import Group, Variant, groups
 from compress.report.finished import Run
-from compress.results.picture import name_axes
+from compress.results.tradeoff_picture import name_axes
 
 MARKERS = "osD^vPX*"
 
 
 def draw_runs(path: Path, runs: Sequence[Run]) -> None:
     """Draws the torch variants of `runs`, a panel for each data set; equal runs of several seeds are one line."""
-    found = groups(runs)
-    data = list(dict.fromkeys(group.runs[0].data for group in found))
+    compared = groups(runs)
+    data = list(dict.fromkeys(group.runs[0].data for group in compared))
     figure = Figure(figsize=(8.5, 5.0 * len(data)), dpi=150, layout="constrained")
     for index, name in enumerate(data):
         axes = figure.add_subplot(len(data), 1, index + 1)
-        own = [group for group in found if group.runs[0].data == name]
-        labels = _labels(own)
-        colours = colormaps["viridis" if len(own) > 2 else "tab10"]
-        for number, (group, label) in enumerate(zip(own, labels, strict=True)):
-            variants = sorted(
-                (each for each in group.variants if each.row.runtime == "torch"), key=lambda each: each.bytes
-            )
-            axes.errorbar(
-                [each.bytes / 1e6 for each in variants],
-                [each.test.mean for each in variants],
-                yerr=[each.test.deviation or 0.0 for each in variants],
-                label=label,
-                color=colours(number / max(len(own) - 1, 1) * 0.92 if len(own) > 2 else number),
-                marker=MARKERS[number % len(MARKERS)],
-                markersize=4,
-                linewidth=1.2,
-                capsize=2,
-            )
-            if number == 0:
-                for each in variants:
-                    axes.annotate(
-                        _width(each),
-                        (each.bytes / 1e6, each.test.mean),
-                        textcoords="offset points",
-                        xytext=(0, 7),
-                        ha="center",
-                        fontsize=7,
-                        color="0.35",
-                    )
+        _draw_panel(axes, [group for group in compared if group.runs[0].data == name])
         axes.margins(x=0.06, y=0.12)
         name_axes(axes, name, "MB", "test accuracy, %")
         axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=7, frameon=False)
     write_atomically(path, lambda temporary: figure.savefig(temporary))
 
 
+def _draw_panel(axes: Axes, compared: Sequence[Group]) -> None:
+    many = len(compared) > 2
+    colours = colormaps["viridis" if many else "tab10"]
+    for number, (group, label) in enumerate(zip(compared, _labels(compared), strict=True)):
+        colour = colours(number / (len(compared) - 1) * 0.92 if many else number)
+        variants = [variant for variant in group.variants if variant.row.runtime == "torch"]
+        _draw_line(axes, variants, label=label, color=colour, marker=MARKERS[number % len(MARKERS)], named=number == 0)
+
+
+def _draw_line(axes: Axes, variants: Sequence[Variant], named: bool, **style: Any) -> None:
+    """Draws the variants as one line; `named`: with their widths beside the points."""
+    variants = sorted(variants, key=lambda variant: variant.mean("bytes"))
+    megabytes = [variant.mean("bytes") / 1e6 for variant in variants]
+    accuracies = [100 * variant.mean("test_accuracy") for variant in variants]
+    deviations = [100 * (variant.deviation("test_accuracy") or 0.0) for variant in variants]
+    axes.errorbar(megabytes, accuracies, yerr=deviations, markersize=4, linewidth=1.2, capsize=2, **style)
+    if named:
+        offset = {"textcoords": "offset points", "xytext": (0, 7), "ha": "center"}
+        for variant, point in zip(variants, zip(megabytes, accuracies, strict=True), strict=True):
+            axes.annotate(_width(variant), point, fontsize=7, color="0.35", **offset)
+
+
 def _width(variant: Variant) -> str:
     return "fp32" if variant.row.quantizer == "none" else f"{variant.row.bits:.3g} bit"
 
 
-def _labels(own: Sequence[Group]) -> list[str]:
+def _labels(compared: Sequence[Group]) -> list[str]:
     """What tells the groups apart: of method, student and what was typed, that in which they differ."""
-    columns = [(group.runs[0].method, group.runs[0].student, group.settings) for group in own]
-    told = [column for column in zip(*columns, strict=True) if len({*column}) > 1]
-    return [" ".join(part for part in parts if part) for parts in zip(*told, strict=True)] or [columns[0][0]]
+    columns = [(group.runs[0].method, group.runs[0].student, group.settings) for group in compared]
+    differing = [column for column in zip(*columns, strict=True) if len({*column}) > 1]
+    return [" ".join(part for part in parts if part) for parts in zip(*differing, strict=True)] or [columns[0][0]]

@@ -1,82 +1,147 @@
-"""`result.json`: what ran, on what, how long it took and what came out.
+"""`result.json`: what ran, on what, how long it took and what came out. Needs neither PyTorch nor Hydra."""
 
-| key | meaning |
-|---|---|
-| format | 1 |
-| overrides | what was typed, beside the defaults; the whole configuration is in config.yaml |
-| versions | Python and the packages that decide the numbers; `commit`: of the checkout, null outside one |
-| hardware | processor, cores, memory in GB, accelerator |
-| seed, started | the seed; the local time at the start |
-| slurm_job | the number of the SLURM job, under SLURM |
-| seconds | durations of the parts; of a resumed run, those after the last resuming |
-|  | `distributed`: the training in several processes, the teacher's too, with trainer=ddp |
-| data | name, class names, number of images in train, validation and test, input shape |
-| teacher | null, or model, file, parameters, MACs, accuracies (0..1), per-class accuracy on test, as it was found; |
-|  | of one that learned on, `validation_accuracy_after`; of an ensemble, `members`: such records without test |
-| pruning | null, or `recipe` and: of masks, numbers of weights and of pruned ones, also per layer, and why other |
-|  | layers are dense; of structured pruning, the channels of each layer |
-| student | model, network (`others.0` for the first other peer of dml), parameters, MACs, epochs, best epoch,
-|  | accuracies (0..1), per-class accuracy on test |
-| stages | of a run in stages, what each was and left, `variant` being its last row; the rest is the last one's |
-| tradeoff | the rows of tradeoff.csv |
-| layers | for each packed file: bits, levels, relative output error and encoding (dense or bitmap) of each quantized |
-|  | layer; the layers left float |
-"""
-
-import os
-import platform
-import subprocess
-from importlib.metadata import version
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-import torch
+from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, ValidationError
 
-from compress.paths import PACKAGE
+from compress.errors import UserError
+from compress.files import write_json
+from compress.results.tradeoff import Row, Share
 
-PACKAGES = (
-    "compress",
-    "torch",
-    "torchvision",
-    "pytorch-lightning",
-    "hydra-core",
-    "numpy",
-    "scikit-learn",
-    "safetensors",
-)
+FILE = "result.json"
+SavedRow = Annotated[Row, PlainSerializer(asdict)]
 
 
-def surroundings() -> dict[str, Any]:
-    """Versions, commit and hardware, for `result.json`."""
-    versions = {"python": platform.python_version()} | {package: version(package) for package in PACKAGES}
-    # With the build, such as +cu130, which the installed package does not name.
-    versions["torch"] = torch.__version__
-    return {
-        "versions": versions | {"commit": commit()},
-        "hardware": {
-            "processor": _processor(),
-            "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-            "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
-            "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        },
-    }
+class Part(BaseModel):
+    """A mapping of the file. Keys that it does not know are those of later versions, and no damage.
+
+    A key without a value is not written, so a default stands for what a run does not have or did not have yet.
+    """
+
+    model_config = ConfigDict(frozen=True, populate_by_name=True)
 
 
-def commit() -> str | None:
-    """The checkout's commit, with `-dirty` where it was changed since; None outside a checkout."""
-    if not (PACKAGE.parent / ".git").exists():
-        return None
-    command = ["git", "-C", str(PACKAGE.parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
+class Hardware(Part):
+    processor: str = ""
+    cores: int | None = None
+    threads: int | None = None  # that PyTorch used
+    memory_gb: float | None = None
+    accelerator: str | None = None  # the GPU's name; null: the CPU
 
 
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+class Data(Part):
+    name: str  # the class of the data set
+    class_names: list[str] = []
+    images: dict[str, int] = {}  # their number in train, validation and test
+    input_shape: list[int] = []  # channels, height, width
+    mean: list[float] = []  # of each channel, of images in 0..1, as they are normalised
+    standard_deviation: list[float] = []
+
+
+class Network(Part):
+    """What the records of a teacher and of a student share."""
+
+    model: str  # the stem of the architecture
+    parameters: int | None = None
+    macs: int | None = None  # multiply-accumulates of one image
+    validation_accuracy: Share | None = None
+    test_accuracy: Share | None = None
+    test_accuracy_per_class: dict[str, float] = {}  # by class name, 0..1
+
+
+class Teacher(Network):
+    """The teacher as it was found or trained, before it learns on."""
+
+    file: str | None = None
+    trained_in_this_run: bool = False
+    seconds: float | None = None  # to find or train it
+    validation_accuracy_after: Share | None = None  # of a teacher that learned on beside the student
+    members: list["Teacher"] = []  # of an ensemble, without accuracies on the test set
+
+
+class Student(Network):
+    """The float32 student of the best epoch."""
+
+    network: str = "model"  # which of the method's networks it was; `others.0`: the first other peer of dml
+    checkpoint: str | None = None  # the file that was quantized, where nothing was trained
+    epochs: int | None = None  # that were trained
+    best_epoch: int | None = None  # the one of the highest validation accuracy, counted from 1
+
+
+class Pruning(Part):
+    recipe: str
+    weights: int | None = None  # under masks
+    pruned: int | None = None  # of these, at zero
+    sparsity: float | None = None  # pruned / weights
+    layers: dict[str, dict[str, int]] = {}  # `weights` and `pruned` of each layer with a mask
+    dense: dict[str, str] = {}  # why each other layer has none
+    channels: dict[str, list[int]] = {}  # of each layer, where the recipe is structured
+
+
+class Stage(Part):
+    """A stage of a run in stages."""
+
+    name: str
+    directory: str  # below that of the run
+    overrides: list[str]
+    seconds: float
+    pruning: Pruning | None
+    student: Student
+    variant: SavedRow  # the last row of the stage
+
+
+class Layer(Part):
+    bits: int  # width of the codes
+    levels: int | None = None  # values that a weight can take
+    error: float | None = None  # relative error of its outputs; null: not measured
+    encoding: str = "dense"  # or bitmap
+
+
+class FileLayers(Part):
+    quantized: dict[str, Layer]
+    skipped: dict[str, str] = {}  # why each layer that stayed float did
+    input_bits: dict[str, int] = {}  # width of the inputs of each layer, where they are quantized
+
+
+class Record(Part):
+    """What a finished run was and what came out of it; its presence says that the run is finished."""
+
+    format: Literal[1] = 1
+    overrides: list[str] = []  # what was typed; the composed configuration is in config.yaml
+    started: str = ""  # local time, ISO 8601
+    slurm_job: str | None = None  # its number
+    versions: dict[str, str | None] = {}  # Python, the packages that decide the numbers, the checkout's `commit`
+    hardware: Hardware = Hardware()
+    seed: int
+    seconds: dict[str, float] = {}  # duration of each part, or stage; of a resumed run, those after the last resuming
+    data: Data
+    teacher: Teacher | None = None
+    pruning: Pruning | None = None
+    student: Student
+    stages: list[Stage] = []  # of a run in stages; all else is that of the last one
+    # As in tradeoff.csv, the float32 student first.
+    rows: tuple[SavedRow, ...] = Field(alias="tradeoff", min_length=1)
+    layers: dict[str, FileLayers] = {}  # by the name of the packed file
+
+    @classmethod
+    def read(cls, path: Path) -> "Record":
+        """The record in the file `path`. Raises UserError where it is missing or damaged."""
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except OSError as failure:
+            problem = failure.strerror
+        except ValidationError as failure:
+            error = failure.errors()[0]
+            problem = f"{'.'.join(map(str, error['loc'])) or 'content'}: {error['msg'].lower()}"
+        raise UserError(
+            f"{path}: cannot be read ({problem}); accepted: to remove it, and resume={path.parent} writes it again"
+        )
+
+    def content(self) -> dict[str, Any]:
+        """What the file holds."""
+        return {"format": self.format, **self.model_dump(by_alias=True, exclude_unset=True)}
+
+    def write(self, directory: Path) -> None:
+        write_json(directory / FILE, self.content())

@@ -1,62 +1,102 @@
-"""The trade-off: one row per variant of the student, as `tradeoff.csv` and as a table for people.
+"""The trade-off: one row per variant of the student, whose columns are declared here and nowhere else.
 
-| column | meaning |
-|---|---|
-| quantizer | `none` for the float32 student, `lsq` for one trained on its grids, otherwise the solver |
-| bits | width of the codes of the layers that are neither first nor last, or their mean; 32 for floats |
-| levels | values that a weight of those layers can take; empty for floats and mixed precision |
-| first_last_bits | width of the first and the last layer |
-| activation_bits | width of the activations; 32: not quantized |
-| runtime | what ran the file: torch the packed one, onnxruntime an ONNX file |
-| sparsity | share of exact zeros among the weights of convolutions and linear layers, 0..1 |
-| macs | multiply-accumulates of one image, zeros counted like other weights |
-| validation_accuracy, test_accuracy | 0..1, of the model read back from `file`, in float32 by torch |
-| agreement | share of test images that get the same class as from the float32 student, 0..1 |
-| runtime_agreement | share of test images that get the same class from torch, 0..1; empty for torch itself |
-| logit_difference | largest difference of a logit from torch's on the test set; empty for torch itself |
-| bytes | size of `file` |
-| ratio | bytes of the float32 student over bytes |
-| latency_ms, latency_32_ms | median time of 1 and of 32 images on one thread of the CPU, in milliseconds |
-| file | relative to the run directory; empty where it was not kept |
+`tradeoff.csv`, `summary.csv`, the tables in the terminal, in Markdown and on the report's page, and what the loggers
+get follow from the fields of `Row`. To add a column, add a field: a figure that is computed from other columns has its
+formula in `derive`, one that is measured gets its value in `compress.pipeline.variants`. A field added later needs a
+default, so that the rows of earlier runs can still be read.
 """
 
 import csv
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, get_type_hints
 
+from pydantic import Field
 from rich import box
 from rich.table import Table
 
 from compress.files import write_atomically
 
-# Of a `result.json`.
-DAMAGED = "which cannot be read; accepted: to remove it, and the run goes on from its checkpoints"
+TABLES = ("terminal", "markdown", "page")
+
+
+@dataclass(frozen=True)
+class Column:
+    """What a field of `Row` means and how it is shown; its name and type are those of the field.
+
+    `meaning` is a phrase with the unit of the value in files. A column with a `heading` stands in the `tables` named,
+    which print `scale` times the value with `digits` decimals and a `suffix`. `deviation`: means over seeds have their
+    sample deviation beside them. `change`: the heading of one more column, the difference from the float32 student.
+    `caption`: the table in the terminal explains the heading. `loggers`: which of them get the value as
+    `tradeoff/<variant>/<name>`. `derive` computes the value from the other columns of a row.
+    """
+
+    meaning: str
+    heading: str = ""
+    tables: tuple[str, ...] = TABLES
+    scale: float = 1.0
+    digits: int = 2
+    suffix: str = ""
+    signed: bool = False
+    deviation: bool = False
+    change: str = ""
+    caption: bool = False
+    loggers: Literal["none", "all", "wandb"] = "none"
+    derive: Callable[["Row"], Any] | None = None
+
+    def printed(self, value: float | None) -> str:
+        """The value as in tables; nothing where it is not known."""
+        sign = "+" if self.signed else ""
+        return "" if value is None else f"{self.scale * value:{sign},.{self.digits}f}{self.suffix}"
+
+
+Share = Annotated[float, Field(ge=0, le=1)]  # files hold 0..1, tables percent
+Positive = Field(gt=0)
+percent = partial(Column, scale=100)
+NARROW = ("terminal", "page")  # Markdown has enough columns
 
 
 @dataclass(frozen=True)
 class Row:
-    """One variant; the module's docstring says what the columns mean."""
+    """One variant: a file, what it holds, and what was measured of the model read back from it."""
 
-    quantizer: str
-    bits: float
-    levels: int | None
-    first_last_bits: int | None
-    activation_bits: int
-    runtime: str
-    sparsity: float
-    macs: int | None = field(default=None, kw_only=True)
-    validation_accuracy: float
-    test_accuracy: float
-    agreement: float
-    runtime_agreement: float | None
-    logit_difference: float | None
-    bytes: int
-    ratio: float
-    latency_ms: float
-    latency_32_ms: float
-    file: str
+    quantizer: Annotated[str, Column("`none`: the float32 student; `lsq`: trained on its grids; otherwise the solver")]
+    bits: Annotated[int | float, Positive, Column("width, or mean width, of inner layers' codes in bits; 32: floats")]
+    levels: Annotated[int | None, Column("values that a weight there can take; empty: floats or mixed precision")]
+    first_last_bits: Annotated[int | None, Column("width of the codes of the first and the last layer in bits")]
+    activation_bits: Annotated[int, Column("width of the layers' inputs in bits; 32: floats", loggers="wandb")]
+    runtime: Annotated[str, Column("what ran the file: torch or onnxruntime")]
+    sparsity: Annotated[Share, Column("exact zeros in convolutions' and linear layers' weights", loggers="wandb")]
+    macs: Annotated[int | None, Column("multiply-accumulates of an image, by zeros too", loggers="wandb")] = field(
+        default=None, kw_only=True
+    )
+    validation_accuracy: Annotated[
+        Share, percent("accuracy on the validation images, in float32", "val %", deviation=True, loggers="all")
+    ]
+    test_accuracy: Annotated[
+        Share,
+        percent("accuracy on the test images, in float32", "test %", deviation=True, change="change", loggers="all"),
+    ]
+    agreement: Annotated[
+        Share, percent("test images classified as by fp32", "same %", tables=NARROW, caption=True, loggers="all")
+    ]
+    runtime_agreement: Annotated[Share | None, Column("test images classified as by torch; empty for torch itself")]
+    logit_difference: Annotated[float | None, Column("largest difference from torch's logits on the test set")]
+    bytes: Annotated[int, Positive, Column("size of the file in bytes", "size kB", scale=1e-3, digits=1, loggers="all")]
+    ratio: Annotated[float, Column("bytes of fp32 over bytes", "smaller", digits=1, suffix="x", loggers="all")]
+    latency_ms: Annotated[
+        float,
+        Column("median milliseconds for an image, one thread", "ms", tables=NARROW, caption=True, loggers="wandb"),
+    ]
+    latency_32_ms: Annotated[float, Column("median milliseconds for 32 images, one thread", loggers="wandb")]
+    file: Annotated[str, Column("model file, relative to the run directory; empty where it was not kept")]
+
+    def __post_init__(self) -> None:
+        for name, column in COLUMNS.items():
+            if column.derive is not None:
+                object.__setattr__(self, name, column.derive(self))
 
     @property
     def name(self) -> str:
@@ -68,19 +108,58 @@ class Row:
         return name if self.runtime == "torch" else f"{name} {self.runtime}"
 
 
-def read_rows(record: Mapping[str, Any]) -> list[Row]:
-    """The rows in the content of a `result.json`; columns that later versions added are left out.
+COLUMNS: dict[str, Column] = {
+    name: annotation.__metadata__[-1] for name, annotation in get_type_hints(Row, include_extras=True).items()
+}
 
-    Raises KeyError or TypeError where it has none or they lack something.
+
+def columns_of(table: str) -> dict[str, Column]:
+    """The columns of the `table` (one of TABLES) by key: the name in `Row`, or `<name>_change`."""
+    shown = {}
+    for name, column in COLUMNS.items():
+        if column.heading and table in column.tables:
+            shown[name] = column
+            if column.change:
+                meaning = f"difference of {column.heading} from fp32"
+                shown[f"{name}_change"] = replace(
+                    column, meaning=meaning, heading=column.change, signed=True, deviation=False, caption=True
+                )
+    return shown
+
+
+def figures(
+    table: str, value: Callable[[str], float], reference: Callable[[str], float] | None
+) -> dict[str, float | None]:
+    """The values of the columns of the `table` by key, given functions that look them up by name.
+
+    reference: for the float32 student, from which changes are measured; without it they are None.
     """
-    names = {each.name for each in fields(Row)}
-    return [Row(**{key: value for key, value in row.items() if key in names}) for row in record["tradeoff"]]
+    shown = {}
+    for key in columns_of(table):
+        name = key.removesuffix("_change")
+        if key == name:
+            shown[key] = value(name)
+        else:
+            shown[key] = None if reference is None else value(name) - reference(name)
+    return shown
+
+
+def metrics(rows: Sequence[Row], loggers: Literal["all", "wandb"]) -> dict[str, float]:
+    """The figures for those `loggers`, as `tradeoff/<variant>/<name>`, as far as they are known."""
+    return {
+        f"tradeoff/{row.name.replace(' ', '_')}/{name}": float(value)
+        for row in rows
+        for name, value in asdict(row).items()
+        if COLUMNS[name].loggers == loggers and value is not None
+    }
 
 
 def write_csv(path: Path, rows: Sequence[Row]) -> None:
+    """Writes every column, floats with six digits."""
+
     def write(temporary: Path) -> None:
         with temporary.open("w", newline="", encoding="utf-8") as stream:
-            writer = csv.DictWriter(stream, [each.name for each in fields(Row)], lineterminator="\n")
+            writer = csv.DictWriter(stream, list(COLUMNS), lineterminator="\n")
             writer.writeheader()
             for row in rows:
                 writer.writerow({key: _rounded(value) for key, value in asdict(row).items()})
@@ -93,12 +172,11 @@ def _rounded(value: object) -> object:
 
 
 def table(rows: Sequence[Row], title: str) -> Table:
-    """The rows for a terminal: accuracies in percent, the change from float32 in points, sizes in kilobytes."""
-    reference = rows[0]
-    caption = "change: points of test accuracy against fp32; same: test images classified as by fp32; ms: one image"
+    """The rows for a terminal; the first is the float32 student, which the others are compared with."""
+    shown = columns_of("terminal")
     printed = Table(
         title=title,
-        caption=caption,
+        caption="; ".join(f"{column.heading}: {column.meaning}" for column in shown.values() if column.caption),
         box=box.SIMPLE_HEAD,
         title_justify="left",
         caption_justify="left",
@@ -106,19 +184,18 @@ def table(rows: Sequence[Row], title: str) -> Table:
         pad_edge=False,
     )
     printed.add_column("variant")
-    for heading in ("val %", "test %", "change", "same %", "size kB", "smaller", "ms"):
-        printed.add_column(heading, justify="right", no_wrap=True)
+    for column in shown.values():
+        printed.add_column(column.heading, justify="right", no_wrap=True)
     for row in rows:
-        change = 100 * (row.test_accuracy - reference.test_accuracy)
-        colour = "green" if change > -0.5 else "yellow" if change > -2 else "red"
-        printed.add_row(
-            row.name,
-            f"{100 * row.validation_accuracy:.2f}",
-            f"{100 * row.test_accuracy:.2f}",
-            "" if row is reference else f"[{colour}]{change:+.2f}[/]",
-            "" if row is reference else f"{100 * row.agreement:.2f}",
-            f"{row.bytes / 1000:,.1f}",
-            f"{row.ratio:.1f}x",
-            f"{row.latency_ms:.2f}",
-        )
+        values = figures("terminal", partial(getattr, row), None if row is rows[0] else partial(getattr, rows[0]))
+        printed.add_row(row.name, *(_cell(column, values[key]) for key, column in shown.items()))
     return printed
+
+
+def _cell(column: Column, value: float | None) -> str:
+    text = column.printed(value)
+    if not column.signed or value is None:
+        return text
+    points = column.scale * value
+    colour = "green" if points > -0.5 else "yellow" if points > -2 else "red"
+    return f"[{colour}]{text}[/]"

@@ -4,7 +4,6 @@ A finished job has a `result.json`, a failed one a `failed.txt`: one line that s
 it, the traceback. A job with neither has not been run to its end yet.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +15,12 @@ from rich.table import Table
 from compress.errors import UserError
 from compress.files import write_text
 from compress.report.collect import collect, write_summary
-from compress.results.tradeoff import DAMAGED, Row, read_rows
+from compress.results.record import FILE, Record
+from compress.results.tradeoff import COLUMNS, Row
 
 FAILED = "failed.txt"
 USER_ERROR = "error: "
+COLOURS = {"finished": "green", "failed": "red", "not finished": "yellow"}
 
 
 @dataclass(frozen=True)
@@ -36,26 +37,27 @@ class Outcome:
 
     def __str__(self) -> str:
         if self.rows:
-            return f"finished, {100 * self.rows[0].test_accuracy:.2f} % on test"
+            return f"finished, {COLUMNS['test_accuracy'].printed(self.rows[0].test_accuracy)} % on test"
         return f"{self.state}: {self.reason}" if self.reason else self.state
 
 
 def record_failure(directory: Path, failure: BaseException, details: str) -> None:
     """Leaves why the job in `directory` failed; `details` (a traceback) only where the user cannot mend it."""
-    said = next((line.strip() for line in str(failure).splitlines() if line.strip()), "")
+    message = next((line.strip() for line in str(failure).splitlines() if line.strip()), "")
     if isinstance(failure, UserError):
-        write_text(directory / FAILED, f"{USER_ERROR}{said}\n")
+        write_text(directory / FAILED, f"{USER_ERROR}{message}\n")
     else:
-        write_text(directory / FAILED, f"{type(failure).__name__}: {said}\n\n{details.rstrip()}\n")
+        write_text(directory / FAILED, f"{type(failure).__name__}: {message}\n\n{details.rstrip()}\n")
 
 
 def outcome(directory: Path) -> Outcome:
-    if (directory / "result.json").exists():
+    """How the job in `directory` ended, if it did."""
+    path = directory / FILE
+    if path.exists():
         try:
-            record = json.loads((directory / "result.json").read_text(encoding="utf-8"))
-            return Outcome("finished", rows=tuple(read_rows(record)))
-        except (ValueError, KeyError, TypeError, AttributeError):
-            return Outcome("failed", f"{USER_ERROR}found result.json, {DAMAGED}")
+            return Outcome("finished", rows=Record.read(path).rows)
+        except UserError as damage:
+            return Outcome("failed", f"{USER_ERROR}{damage}")
     if (directory / FAILED).exists():
         return Outcome("failed", (directory / FAILED).read_text(encoding="utf-8").partition("\n")[0])
     return Outcome("not finished")
@@ -63,8 +65,8 @@ def outcome(directory: Path) -> Outcome:
 
 def exit_code(outcomes: Sequence[Outcome]) -> int:
     """0 where all are finished, 2 where only mistakes of the user kept some from it, otherwise 1."""
-    missing = [each for each in outcomes if each.state != "finished"]
-    return 0 if not missing else 2 if all(each.users_mistake for each in missing) else 1
+    missing = [outcome for outcome in outcomes if outcome.state != "finished"]
+    return 0 if not missing else 2 if all(outcome.users_mistake for outcome in missing) else 1
 
 
 def summarise(directory: Path) -> list[str]:
@@ -85,16 +87,16 @@ def sweep_table(title: str, jobs: Sequence[Sequence[str]], outcomes: Sequence[Ou
     printed.add_column("outcome", no_wrap=True)
     printed.add_column("fp32 %", justify="right", no_wrap=True)
     printed.add_column("smallest", no_wrap=True)
-    for heading in ("test %", "size kB"):
-        printed.add_column(heading, justify="right", no_wrap=True)
-    colours = {"finished": "green", "failed": "red", "not finished": "yellow"}
+    accuracy, size = COLUMNS["test_accuracy"], COLUMNS["bytes"]
+    for column in (accuracy, size):
+        printed.add_column(column.heading, justify="right", no_wrap=True)
     for number, (job, ended) in enumerate(zip(jobs, outcomes, strict=True)):
-        varying = [each for each in job if any(each not in other for other in jobs)]
+        varying = [override for override in job if any(override not in other for other in jobs)]
         cells = ["", "", "", ""]
         if ended.rows:
             smallest = min(ended.rows, key=lambda row: row.bytes)
-            accuracies = [f"{100 * row.test_accuracy:.2f}" for row in (ended.rows[0], smallest)]
-            cells = [accuracies[0], smallest.name, accuracies[1], f"{smallest.bytes / 1000:,.1f}"]
-        state = f"[{colours[ended.state]}]{ended.state}[/]"
+            cells = [accuracy.printed(ended.rows[0].test_accuracy), smallest.name]
+            cells += [accuracy.printed(smallest.test_accuracy), size.printed(smallest.bytes)]
+        state = f"[{COLOURS[ended.state]}]{ended.state}[/]"
         printed.add_row(str(number), escape(" ".join(varying)), state, *cells)
     return printed

@@ -11,7 +11,6 @@
 """
 
 import csv
-import json
 import math
 import shlex
 from collections.abc import Mapping, Sequence
@@ -21,11 +20,11 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from compress.errors import UserError
 from compress.files import write_atomically
 from compress.report.comparison import pareto_front
-from compress.results.picture import name_axes
-from compress.results.tradeoff import Row, read_rows
+from compress.results.record import FILE, Record
+from compress.results.tradeoff import Row
+from compress.results.tradeoff_picture import name_axes
 
 # Of a label in the picture, in points.
 LINE, WIDTH = 9, 75
@@ -49,16 +48,11 @@ def chosen(rows: Sequence[Row]) -> Row:
 
 
 def read_points(directories: Mapping[int, Path]) -> list[Point]:
-    """Every variant of the finished trials, given as directory by number."""
+    """Every variant of the finished trials, given as directory by number. Raises UserError for a damaged record."""
     points = []
     for number, directory in directories.items():
-        path = directory / "result.json"
-        try:
-            record = json.loads(path.read_text(encoding="utf-8"))
-            rows = read_rows(record)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            raise UserError(f"output: found {path}, which is missing or damaged; accepted: a new directory") from None
-        points += [Point(number, directory, tuple(record["overrides"]), row) for row in rows]
+        record = Record.read(directory / FILE)
+        points += [Point(number, directory, tuple(record.overrides), row) for row in record.rows]
     return points
 
 
@@ -81,7 +75,7 @@ def _write_csv(path: Path, directory: Path, front: Sequence[Point]) -> None:
         for point in front:
             row = point.row
             file = (point.directory / row.file).relative_to(directory).as_posix() if row.file else ""
-            accuracies = [float(f"{each:.6g}") for each in (row.validation_accuracy, row.test_accuracy)]
+            accuracies = [float(f"{accuracy:.6g}") for accuracy in (row.validation_accuracy, row.test_accuracy)]
             writer.writerow([point.trial, row.name, *accuracies, row.bytes, file, shlex.join(point.overrides)])
 
 

@@ -4,7 +4,6 @@ import csv
 import shutil
 
 import pytest
-from compress.pipeline.check import checked_jobs
 from PIL import Image
 
 import compress
@@ -13,6 +12,7 @@ from compress.export import formats
 from compress.export.onnx import Onnx
 from compress.export.packed import Packed
 from compress.paths import CONF
+from compress.pipeline.check import checked_jobs
 from compress.predict import Predictor
 
 SMALL = [
@@ -130,7 +130,7 @@ def test_onnx_refuses_codes_of_more_than_8_bits_before_any_work():
     [("none", []), ("packed", ["packed"]), ("onnx", ["packed", "onnx"]), ("[packed,onnx]", ["packed", "onnx"])],
 )
 def test_options_merge_into_one_list_of_formats(option, names):
-    [(_, config)] = checked_jobs([*SMALL, f"export={option}"])
+    config = checked_jobs([*SMALL, f"export={option}"])[0].config
     assert list(config.export) == names
 
 

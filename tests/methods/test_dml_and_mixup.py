@@ -23,8 +23,8 @@ def test_the_best_peer_is_the_one_that_is_reported_and_written(tmp_path, monkeyp
     result = compress.run([*SMALL, "method=dml", "peer=resnet20", "method.peers=3"])
     saved = torch.load(result.directory / "checkpoints" / "best.ckpt", weights_only=True)
     network = saved["best_network"]
-    assert result.record["student"]["network"] == network
-    assert result.record["student"]["model"] == ("resnet8" if network == "model" else "resnet20")
+    assert result.record.student.network == network
+    assert result.record.student.model == ("resnet8" if network == "model" else "resnet20")
     assert {name.split(".weight")[0] for name in saved["state_dict"] if name.endswith("conv1.weight")} >= {
         "model.conv1",
         "others.0.conv1",

@@ -1,6 +1,5 @@
 """What holds for every method: it learns, and a run that was stopped and resumed equals the undisturbed one."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -9,6 +8,7 @@ import torch
 import compress
 from compress.cli import main
 from compress.paths import CONF
+from compress.results.record import Record
 from compress.training.fit import Checkpoint
 
 SMALL = ["student=resnet8", "data.limit=200", "quantizer=rtn", "quantizer.bits=4", "trainer.max_epochs=2"]
@@ -53,7 +53,7 @@ def test_a_run_stopped_after_an_epoch_and_resumed_equals_the_undisturbed_one(tmp
             compress.run([*SMALL, *METHODS[name]])
     [stopped] = [path.parent for path in Path("outputs/runs").glob("*/started.json")]
     assert main([f"resume={stopped}"]) == 0
-    assert json.loads((stopped / "result.json").read_text())["student"] == whole.record["student"]
+    assert Record.read(stopped / "result.json").student == whole.record.student
     assert (stopped / "metrics.csv").read_text() == (whole.directory / "metrics.csv").read_text()
     for row in whole.rows:
         assert (stopped / row.file).read_bytes() == (whole.directory / row.file).read_bytes()

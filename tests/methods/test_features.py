@@ -124,7 +124,7 @@ def test_regressors_learn_with_the_student_and_are_not_written(tmp_path, monkeyp
     [name] = [each for each in last["state_dict"] if each.startswith("regressors.")]
     assert last["state_dict"][name].shape == (128, 32, 1, 1)
     assert best["epoch"] == last["epoch"] or not torch.equal(best["state_dict"][name], last["state_dict"][name])
-    assert result.record["student"]["parameters"] == models.count_parameters(models.build("resnet8", 10))
+    assert result.record.student.parameters == models.count_parameters(models.build("resnet8", 10))
 
 
 def test_what_does_not_fit_is_refused_in_one_line(tmp_path, monkeypatch, capsys):

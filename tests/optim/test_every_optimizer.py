@@ -1,6 +1,5 @@
 """What holds for every optimizer: groups, and a run that was stopped and resumed equals the undisturbed one."""
 
-import json
 import sys
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from compress.optim.groups import optimizer_factory, without_decay
 from compress.optim.library import muon, soap
 from compress.paths import CONF
 from compress.pipeline.check import checked_jobs
+from compress.results.record import Record
 from compress.training.fit import Checkpoint
 
 SMALL = ["student=resnet8", "method=supervised", "data.limit=400", "quantizer=none", "trainer.max_epochs=2"]
@@ -51,7 +51,7 @@ def test_a_run_stopped_after_an_epoch_and_resumed_equals_the_undisturbed_one(tmp
     [stopped] = [path.parent for path in Path("outputs/runs").glob("*/started.json")]
     assert main([f"resume={stopped}"]) == 0
     assert (stopped / "metrics.csv").read_text() == (whole.directory / "metrics.csv").read_text()
-    assert json.loads((stopped / "result.json").read_text())["student"] == whole.record["student"]
+    assert Record.read(stopped / "result.json").student == whole.record.student
     ends = [torch.load(each / "checkpoints/last.ckpt", weights_only=True) for each in (stopped, whole.directory)]
     assert any(state for end in ends for each in end["optimizer_states"] for state in each["state"].values())
     ends = [[end["state_dict"], *(each["state"] for each in end["optimizer_states"])] for end in ends]

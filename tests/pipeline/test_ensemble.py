@@ -20,6 +20,7 @@ from compress.methods.kd import KD
 from compress.pipeline.check import checked_jobs
 from compress.pipeline.parts import Parts
 from compress.pipeline.teachers import cache_path, resolve
+from compress.results.record import Record
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "run.py"
 SMALL = ["student=resnet8", "data.limit=200", "trainer.max_epochs=1", "quantizer=rtn", "quantizer.bits=4"]
@@ -36,7 +37,7 @@ def composed(*overrides):
 
 def test_a_run_shares_the_cache_with_single_teachers_and_records_every_member(capsys):
     training = "teacher.training.epochs=1"
-    alone = compress.run([*SMALL, "teacher=resnet8", training]).record["teacher"]
+    alone = compress.run([*SMALL, "teacher=resnet8", training]).record.teacher
     capsys.readouterr()
     members = "teacher.members=[resnet8,{model:resnet8,training:{seed:1}},wrn_16_1]"
     result = compress.run([*SMALL, "teacher=ensemble", members, training])
@@ -45,8 +46,8 @@ def test_a_run_shares_the_cache_with_single_teachers_and_records_every_member(ca
 
     found, other_seed, trained = record["members"]
     assert {key: found[key] for key in ("file", "validation_accuracy", "trained_in_this_run")} == {
-        "file": alone["file"],
-        "validation_accuracy": alone["validation_accuracy"],
+        "file": alone.file,
+        "validation_accuracy": alone.validation_accuracy,
         "trained_in_this_run": False,
     }
     assert [other_seed["trained_in_this_run"], trained["trained_in_this_run"]] == [True, True]
@@ -75,15 +76,15 @@ def test_a_run_shares_the_cache_with_single_teachers_and_records_every_member(ca
     assert record["validation_accuracy"] == pytest.approx(evaluate(mean, data.val_dataloader(), 10).accuracy)
 
     # What was trained for the ensemble is found by a single teacher, and the run's own configuration says the same.
-    again = compress.run([*SMALL, "teacher=wrn_16_1", training]).record["teacher"]
-    assert (again["file"], again["trained_in_this_run"]) == (trained["file"], False)
+    again = compress.run([*SMALL, "teacher=wrn_16_1", training]).record.teacher
+    assert (again.file, again.trained_in_this_run) == (trained["file"], False)
     kept = OmegaConf.load(result.directory / "config.yaml")
     before = OmegaConf.to_container(kept)
     check_values(kept)
     assert OmegaConf.to_container(kept) == before
     (result.directory / "result.json").unlink()
     assert main([f"resume={result.directory}"]) == 0
-    assert json.loads((result.directory / "result.json").read_text())["student"] == result.record["student"]
+    assert Record.read(result.directory / "result.json").student == result.record.student
 
 
 def test_a_member_has_the_key_of_a_single_teacher():

@@ -21,6 +21,7 @@ from compress.errors import UserError
 from compress.methods.supervised import Supervised
 from compress.pipeline.check import checked_jobs
 from compress.pipeline.resume import latest, owned
+from compress.results.record import Record
 from compress.stopping import StoppedError, stoppable
 from compress.training.fit import epoch_of
 
@@ -267,7 +268,7 @@ def test_what_was_damaged_since_is_named_with_what_to_do(tmp_path, monkeypatch, 
     whole = (DIRECTORY / "result.json").read_bytes()
     for content in (b"{", b"{}", whole[:-100]):
         (DIRECTORY / "result.json").write_bytes(content)
-        assert refused().startswith(f"error: resume: found {DIRECTORY}/result.json, which cannot be read")
+        assert refused().startswith(f"error: {DIRECTORY}/result.json: cannot be read")
     (DIRECTORY / "result.json").unlink()
     for name in ("last.ckpt", "best.ckpt"):
         path = DIRECTORY / "checkpoints" / name
@@ -324,5 +325,5 @@ def test_a_training_that_had_diverged_is_not_trained_further(tmp_path, monkeypat
     metrics = (result.directory / "metrics.csv").read_text()
     (result.directory / "result.json").unlink()
     assert main([f"resume={result.directory}"]) == 0
-    assert json.loads((result.directory / "result.json").read_text())["student"] == result.record["student"]
+    assert Record.read(result.directory / "result.json").student == result.record.student
     assert (result.directory / "metrics.csv").read_text() == metrics

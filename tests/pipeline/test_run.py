@@ -23,6 +23,7 @@ from compress.methods.supervised import Supervised
 from compress.pipeline.check import checked_jobs
 from compress.pipeline.parts import Parts
 from compress.quantization.post_training import quantize
+from compress.results.record import Record
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "run.py"
 SMALL = [
@@ -72,8 +73,9 @@ def test_a_run_leaves_everything_it_promises(finished):
 
 def test_result_json_says_what_ran_and_what_came_out(finished):
     folder, result = finished
-    record = json.loads((folder / result.directory / "result.json").read_text())
-    assert record == json.loads(json.dumps(result.record))
+    path = folder / result.directory / "result.json"
+    record = json.loads(path.read_text())
+    assert Record.read(path) == result.record
     assert record["overrides"] == SMALL
     assert record["versions"]["torch"] == torch.__version__
     assert record["data"]["class_names"] == [str(digit) for digit in range(10)]
@@ -116,7 +118,7 @@ def test_the_best_checkpoint_by_validation_is_the_one_that_is_reported(finished)
         epochs = [row for row in csv.DictReader(stream) if row["val/accuracy"]]
     accuracies = [float(row["val/accuracy"]) for row in epochs]
     assert len(accuracies) == 3
-    assert result.record["student"]["best_epoch"] == 1 + accuracies.index(max(accuracies))
+    assert result.record.student.best_epoch == 1 + accuracies.index(max(accuracies))
     assert result.rows[0].validation_accuracy == pytest.approx(max(accuracies), abs=1e-6)
 
 
@@ -132,8 +134,8 @@ def test_a_second_run_finds_the_teacher_and_gives_the_same_files(finished):
     folder, result = finished
     again = compress.run(SMALL)
     assert again.directory != result.directory
-    assert again.record["teacher"]["trained_in_this_run"] is False
-    assert again.record["student"] == result.record["student"]
+    assert again.record.teacher.trained_in_this_run is False
+    assert again.record.student == result.record.student
     for row in result.rows:
         first, second = (folder / each.directory / row.file for each in (result, again))
         assert first.read_bytes() == second.read_bytes()
@@ -142,8 +144,8 @@ def test_a_second_run_finds_the_teacher_and_gives_the_same_files(finished):
 def test_another_seed_gives_another_student_of_the_same_teacher(finished):
     _, result = finished
     other = compress.run([*SMALL[:5], "seed=1", "quantizer=none"])
-    assert other.record["teacher"]["file"] == result.record["teacher"]["file"]
-    assert other.record["student"] != result.record["student"]
+    assert other.record.teacher.file == result.record.teacher.file
+    assert other.record.student != result.record.student
     assert [row.quantizer for row in other.rows] == ["none"]
 
 
@@ -166,7 +168,7 @@ def test_a_run_that_was_trained_but_not_quantized_is_quantized_once_on_resuming(
         (directory / name).rename(tmp_path / Path(name).name)
     assert main([f"resume={result.directory}"]) == 0
     resumed = json.loads((directory / "result.json").read_text())
-    assert resumed["student"] == result.record["student"]
+    assert resumed["student"] == result.record.content()["student"]
     packed = directory / "models" / "student-gpfq-2bit.safetensors"
     assert packed.read_bytes() == (tmp_path / packed.name).read_bytes()
 
@@ -204,7 +206,7 @@ def test_a_killed_run_resumed_equals_the_undisturbed_one(finished, epochs_before
     subprocess.run([sys.executable, str(SCRIPT), f"resume={directory}"], cwd=folder, check=True, capture_output=True)
 
     resumed = json.loads((folder / directory / "result.json").read_text())
-    assert resumed["student"] == result.record["student"]
+    assert resumed["student"] == result.record.content()["student"]
     assert resumed["overrides"] == SMALL
     for row in result.rows:
         assert (folder / directory / row.file).read_bytes() == (folder / result.directory / row.file).read_bytes()
@@ -251,7 +253,7 @@ def test_a_training_that_diverges_later_goes_on_with_the_best_epoch_before(finis
     options += ["method=supervised", "trainer.max_epochs=5", f"output_directory={tmp_path}"]
     result = compress.run(options)
     assert "diverged in epoch 3" in capsys.readouterr().out.replace("\n", " ")
-    assert result.record["student"]["best_epoch"] < result.record["student"]["epochs"] == 3
+    assert result.record.student.best_epoch < result.record.student.epochs == 3
     assert [row.bits for row in result.rows] == [32, 4, 2]
 
 
@@ -268,10 +270,10 @@ def test_the_dry_run_knows_the_size_of_the_packed_files(finished, capsys):
 def test_a_given_checkpoint_is_the_teacher(finished, tmp_path):
     folder, result = finished
     given = tmp_path / "given.safetensors"
-    given.write_bytes((folder / result.record["teacher"]["file"]).read_bytes())
+    given.write_bytes((folder / result.record.teacher.file).read_bytes())
     again = compress.run([*SMALL, f"teacher.checkpoint={given}"])
-    assert again.record["teacher"]["file"] == str(given)
-    assert again.record["student"] == result.record["student"]
+    assert again.record.teacher.file == str(given)
+    assert again.record.student == result.record.student
 
 
 def test_a_checkpoint_of_another_network_is_refused_before_anything_is_made(finished, tmp_path, capsys):
@@ -292,7 +294,7 @@ def test_early_stopping_and_the_loggers(finished, monkeypatch, capsys):
     options += ["trainer.early_stopping=2", "trainer.log_every=0", "quantizer=rtn", "quantizer.bits=4"]
     options = [option for option in SMALL if not option.startswith(("teacher", "trainer", "quantizer"))] + options
     result = compress.run([*options, "logger=[tensorboard,wandb]"])
-    assert result.record["student"]["epochs"] < 9
+    assert result.record.student.epochs < 9
     assert (result.directory / "metrics.csv").exists()
     events = EventAccumulator(str(result.directory / "tensorboard")).Reload()
     assert {"val/accuracy", "tradeoff/rtn_4_bit/test_accuracy"} <= set(events.Tags()["scalars"])
@@ -304,15 +306,15 @@ def test_a_run_that_stopped_early_and_was_moved_resumes_to_the_same_result(finis
     options = [option for option in SMALL if not option.startswith(("teacher", "trainer", "quantizer"))]
     options += ["method=supervised", "optimizer.lr=1e-9", "trainer.max_epochs=9", "trainer.early_stopping=2"]
     first = compress.run([*options, "quantizer=rtn", "quantizer.bits=4"])
-    assert first.record["student"]["best_epoch"] < first.record["student"]["epochs"] < 9
+    assert first.record.student.best_epoch < first.record.student.epochs < 9
     last = torch.load(first.directory / "checkpoints" / "last.ckpt", weights_only=True)
-    assert last["epoch"] + 1 == first.record["student"]["epochs"]
+    assert last["epoch"] + 1 == first.record.student.epochs
     best = (first.directory / "checkpoints" / "best.ckpt").read_bytes()
 
     moved = first.directory.rename(first.directory.with_name("moved"))
     (moved / "result.json").unlink()
     assert main([f"resume={moved}"]) == 0
-    assert json.loads((moved / "result.json").read_text())["student"] == first.record["student"]
+    assert Record.read(moved / "result.json").student == first.record.student
     assert (moved / "checkpoints" / "best.ckpt").read_bytes() == best
 
 

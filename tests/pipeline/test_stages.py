@@ -50,16 +50,16 @@ def trainer_of(directory: Path) -> DictConfig:
 
 def test_each_stage_takes_weights_and_masks_of_the_one_before(whole):
     result, _ = whole
-    stages = result.record["stages"]
-    assert [stage["directory"] for stage in stages] == ["1-prune", "2-quantize", "3-distill"]
-    assert [stage["student"]["epochs"] for stage in stages] == [1, 2, 2]
-    first, *later = (masks_of(result.directory / stage["directory"] / "checkpoints/best.ckpt") for stage in stages)
+    stages = result.record.stages
+    assert [stage.directory for stage in stages] == ["1-prune", "2-quantize", "3-distill"]
+    assert [stage.student.epochs for stage in stages] == [1, 2, 2]
+    first, *later = (masks_of(result.directory / stage.directory / "checkpoints/best.ckpt") for stage in stages)
     assert sum(int((~mask).sum()) for mask in first.values()) == round(0.7 * WEIGHTS)
     for found in later:
         assert found.keys() == first.keys()
         assert all(torch.equal(found[name], first[name]) for name in first)
     pruned, quantized, distilled = (
-        json.loads((result.directory / stage["directory"] / "result.json").read_text()) for stage in stages
+        json.loads((result.directory / stage.directory / "result.json").read_text()) for stage in stages
     )
     for record in (quantized, distilled):
         # What was trained on grids is compared with the last network that was not.
@@ -106,7 +106,7 @@ def test_an_interrupted_one_goes_on_at_its_stage(whole, tmp_path, monkeypatch, c
     timed = {"latency_ms", "latency_32_ms"}
     plain = [{key: value for key, value in row.items() if key not in timed} for row in record["tradeoff"]]
     assert plain == [
-        {key: value for key, value in row.items() if key not in timed} for row in result.record["tradeoff"]
+        {key: value for key, value in row.items() if key not in timed} for row in result.record.content()["tradeoff"]
     ]
     assert main([f"resume={copy}", "trainer.max_epochs=9"]) == 2
     assert "the stages of a resumed run keep their epochs" in capsys.readouterr().err

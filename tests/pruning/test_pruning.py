@@ -78,7 +78,7 @@ def test_the_mask_has_exactly_its_zeros_after_training_and_the_files_have_them(t
     monkeypatch.chdir(tmp_path)
     result = compress.run([*RUN, "pruning=magnitude", *options])
     directory = tmp_path / result.directory
-    network = result.record["student"]["network"]
+    network = result.record.student.network
     found = saved_masks(directory, network)
     assert sum(mask.numel() for mask in found.values()) == weights
     assert zeros(found) == round(0.9 * weights)
@@ -89,9 +89,9 @@ def test_the_mask_has_exactly_its_zeros_after_training_and_the_files_have_them(t
         for name, mask in found.items():
             assert bool((model.get_submodule(name).weight[~mask] == 0).all()), (row.file, name)
         assert row.sparsity >= 0.9 - 1e-5
-        assert row.macs == result.record["student"]["macs"]
+        assert row.macs == result.record.student.macs
     file = result.rows[1].file.removeprefix("models/")
-    assert {each["encoding"] for each in result.record["layers"][file]["quantized"].values()} >= {"bitmap"}
+    assert {layer.encoding for layer in result.record.layers[file].quantized.values()} >= {"bitmap"}
 
 
 @pytest.mark.slow
@@ -102,7 +102,7 @@ def test_two_of_four_stay_in_every_checkpoint_and_file(tmp_path, monkeypatch, op
     found = saved_masks(tmp_path / result.directory)
     # The stem has three input channels.
     assert len(found) == 9
-    assert list(result.record["pruning"]["dense"]) == ["conv1"]
+    assert list(result.record.pruning.dense) == ["conv1"]
     assert all(kept_of_every_four(mask).eq(2).all() for mask in found.values())
     assert len(result.rows) == (3 if "method=qat" in options else 2)
     for row in result.rows:

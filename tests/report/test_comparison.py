@@ -8,6 +8,7 @@ import pytest
 
 from compress.report.comparison import groups, pareto_front, statistic
 from compress.report.finished import Run
+from compress.results.record import Record
 from compress.results.tradeoff import Row
 
 ROW = Row(
@@ -31,39 +32,25 @@ ROW = Row(
 )
 
 
-def run(name, seed=0, accuracy=0.9, size=1000, overrides=(), settings=None, **changes):
-    rows = (replace(ROW, test_accuracy=accuracy, bytes=size),)
-    content = {
-        "directory": Path(name),
-        "name": name,
-        "method": "kd",
-        "student": "resnet8",
-        "teacher": "",
-        "teacher_accuracy": None,
-        "data": "Digits",
-        "experiment": "",
-        "seed": seed,
-        "started": "2026-01-01T00:00:00+00:00",
-        "seconds": 1.0,
-        "epochs": 1,
-        "parameters": 1,
-        "train_images": 1,
-        "overrides": (f"seed={seed}", *overrides),
-        "settings": settings or {"optimizer.lr": 0.1, "data.mean": [0.1, 0.2]},
-        "rows": rows,
-        "layers": {},
-        "curves": {},
-    }
-    return Run(**content | changes)
+def run(name, seed=0, accuracy=0.9, size=1000, overrides=(), settings=None, started="", data="Digits"):
+    record = Record(
+        overrides=[f"seed={seed}", *overrides],
+        started=started,
+        seed=seed,
+        data={"name": data},
+        student={"model": "resnet8"},
+        rows=[replace(ROW, test_accuracy=accuracy, bytes=size)],
+    )
+    settings = settings or {"optimizer.lr": 0.1, "data.mean": [0.1, 0.2]}
+    return Run(Path(name), name, record, method="kd", data=data, experiment="", settings=settings, curves={})
 
 
 @pytest.mark.parametrize("count", [2, 3, 10])
 def test_mean_and_sample_deviation_are_those_of_numpy(count):
     values = np.random.default_rng(count).uniform(0, 100, count)
-    found = statistic(values.tolist())
-    assert found.mean == pytest.approx(values.mean(), rel=1e-12)
-    assert found.deviation == pytest.approx(values.std(ddof=1), rel=1e-12)
-    assert found.count == count
+    measured = statistic(values.tolist())
+    assert measured.mean == pytest.approx(values.mean(), rel=1e-12)
+    assert measured.deviation == pytest.approx(values.std(ddof=1), rel=1e-12)
 
 
 def test_one_value_has_no_deviation_and_an_unknown_one_no_mean():
@@ -86,10 +73,11 @@ def test_the_front_holds_exactly_the_points_that_no_other_beats(seed):
 def test_runs_that_differ_in_the_seed_alone_are_one_group_with_their_mean():
     runs = [run("a", 0, 0.90, 1000), run("b", 2, 0.96, 1030), run("c", 1, 0.93, 1000)]
     [group] = groups(runs)
-    assert [each.name for each in group.runs] == ["a", "c", "b"]
+    assert [run.name for run in group.runs] == ["a", "c", "b"]
     [variant] = group.variants
-    assert str(variant.test) == "93.00 ± 3.00"
-    assert variant.bytes == pytest.approx(1010)
+    accuracy = variant.statistic("test_accuracy")
+    assert (accuracy.mean, accuracy.deviation) == (pytest.approx(0.93), pytest.approx(0.03))
+    assert variant.mean("bytes") == pytest.approx(1010)
 
 
 @pytest.mark.parametrize(
@@ -114,7 +102,8 @@ def test_of_a_repeated_seed_the_latest_counts():
     new = run("new", 0, 0.7, started="2026-01-02T00:00:00+00:00")
     [group] = groups([new, old, run("other", 1, 0.9)])
     assert group.repeated == (old,)
-    assert str(group.variants[0].test) == "80.00 ± 14.14"
+    assert group.variants[0].statistic("test_accuracy").deviation == pytest.approx(0.02**0.5)
+    assert group.variants[0].mean("test_accuracy") == pytest.approx(0.8)
 
 
 def test_a_group_is_named_by_what_was_typed_for_it_and_not_for_all():

@@ -22,7 +22,8 @@ from compress.config.compose import compose_jobs
 from compress.methods.supervised import Supervised
 from compress.paths import PACKAGE
 from compress.pipeline.check import checked_jobs
-from compress.results.wandb_run import WandbRun, open_loggers
+from compress.results.loggers import open_loggers
+from compress.results.wandb_run import WandbRun
 from compress.stopping import StoppedError
 from compress.training import distributed
 
@@ -67,7 +68,7 @@ class Read:
     @staticmethod
     def _records(content: bytes):
         assert content[:4] == b":W&B"
-        at, whole = 7, b""
+        at, fragments = 7, b""
         while at + 7 <= len(content):
             if 32768 - at % 32768 < 7:
                 at += 32768 - at % 32768
@@ -75,11 +76,11 @@ class Read:
             length, kind = int.from_bytes(content[at + 4 : at + 6], "little"), content[at + 6]
             if at + 7 + length > len(content):
                 return  # being written
-            whole += content[at + 7 : at + 7 + length]
+            fragments += content[at + 7 : at + 7 + length]
             at += 7 + length
-            if kind in (1, 4):  # whole in one piece, or the last of several
-                yield Record.FromString(whole)
-                whole = b""
+            if kind in (1, 4):  # in one piece, or the last of several
+                yield Record.FromString(fragments)
+                fragments = b""
 
 
 def _update(content: dict, items) -> None:
@@ -130,13 +131,13 @@ def first(sweep):
 
 def test_each_job_of_a_sweep_is_a_finished_run_in_the_group_of_the_sweep(sweep):
     runs = [read_all(sweep / number) for number in ("0", "1")]
-    assert [len(each) for each in runs] == [1, 1]
+    assert [len(reads) for reads in runs] == [1, 1]
     [one], [other] = runs
     assert one.run.run_id != other.run.run_id
     for number, read in enumerate((one, other)):
         assert read.run.run_group == sweep.name
         assert read.run.job_type == "supervised"
-        assert read.run.display_name == f"supervised resnet8 Digits seed {number} ({number})"
+        assert read.run.display_name == f"supervised resnet8 digits seed {number} ({number})"
         assert (read.run.project, read.run.entity, read.run.notes) == ("digits", "team", "what for")
         assert list(read.run.tags) == ["first", "small"]
         assert read.exit_code == 0
@@ -145,13 +146,13 @@ def test_each_job_of_a_sweep_is_a_finished_run_in_the_group_of_the_sweep(sweep):
 
 def test_the_configuration_is_the_composed_one_with_the_commit_and_the_directory(first):
     directory, read, record = first
-    found = dict(read.config)
+    config = dict(read.config)
     commit = record["versions"]["commit"]
-    assert found.pop("commit") == commit
+    assert config.pop("commit") == commit
     assert read.run.git.commit == (commit or "").removesuffix("-dirty")
-    assert found.pop("directory") == str(directory)
-    found.pop("_wandb")
-    assert found == yaml.safe_load((directory / "config.yaml").read_text())
+    assert config.pop("directory") == str(directory)
+    config.pop("_wandb")
+    assert config == yaml.safe_load((directory / "config.yaml").read_text())
 
 
 def test_every_metric_is_there_at_its_step(first):
@@ -255,7 +256,7 @@ def test_a_run_that_failed_says_so_and_goes_on_as_the_same_run_when_it_is_resume
     assert (failed.exit_code, resumed.exit_code) == (1, 0)
     assert resumed.run.notes == "resumed"
     assert failed.run.run_group == ""
-    assert failed.run.display_name == resumed.run.display_name == "supervised resnet8 Digits seed 0"
+    assert failed.run.display_name == resumed.run.display_name == "supervised resnet8 digits seed 0"
     # One epoch each, and no step twice.
     assert max(failed.history) < min(resumed.history)
     assert "val/accuracy" in failed.history[max(failed.history)]
@@ -290,7 +291,7 @@ def test_a_run_is_finished_only_after_it_was_uploaded(monkeypatch, tmp_path):
     [directory] = Path("outputs/runs").iterdir()
     assert not (directory / "result.json").exists()
     assert main([f"resume={directory}"]) == 0
-    assert [each.exit_code for each in read_all(directory)] == [0, 0]
+    assert [read.exit_code for read in read_all(directory)] == [0, 0]
 
 
 def test_a_run_that_was_interrupted_is_ended_too(tmp_path):
@@ -305,7 +306,7 @@ def test_a_run_that_was_interrupted_is_ended_too(tmp_path):
 def test_variants_of_a_method_have_a_job_type_each(tmp_path):
     typed = [*OPTIONS, "method=supervised_mixup"]
     composed = checked_jobs(typed)[0].config
-    with open_loggers(composed, tmp_path, typed):
+    with open_loggers(composed, tmp_path):
         pass
     [read] = read_all(tmp_path)
     assert read.run.job_type == "supervised_mixup"

@@ -170,7 +170,7 @@ def test_a_sweep_killed_in_its_third_job_is_continued_there(folder, capsys):
     swept = results(Path("swept"))
     assert sorted(swept) == ["0", "1", "2"]
     undisturbed = compress.run(["seed=2", *options])
-    assert swept["2"]["student"] == undisturbed.record["student"]
+    assert swept["2"]["student"] == undisturbed.record.content()["student"]
     assert main(["sweep=swept"]) == 0
     assert "3 of 3 jobs are finished" in capsys.readouterr().out
 

@@ -85,9 +85,9 @@ def test_two_processes_compute_what_one_does_and_each_job_of_a_sweep_is_done_onc
     for row, expected in zip(metrics(sweep / "0"), metrics(result.directory), strict=True):
         assert row == pytest.approx(expected, rel=1e-6)
     # 15 validation images for two processes: none is left out or counted twice.
-    for row, expected in zip(records[0]["tradeoff"], result.record["tradeoff"], strict=True):
+    for row, expected in zip(records[0]["tradeoff"], result.rows, strict=True):
         for name in ("validation_accuracy", "test_accuracy", "agreement", "bytes"):
-            assert row[name] == expected[name]
+            assert row[name] == getattr(expected, name)
 
 
 @pytest.mark.parametrize(

@@ -32,8 +32,7 @@ function clear(place, sentence) {
 // The lines that no other equals or beats in both and beats in one, smallest first; of equal ones the first.
 function paretoFront(lines, accuracy) {
   const front = [];
-  const order = lines.filter((line) => line[accuracy] !== null)
-    .sort((a, b) => a.bytes - b.bytes || b[accuracy] - a[accuracy]);
+  const order = lines.slice().sort((a, b) => a.bytes - b.bytes || b[accuracy] - a[accuracy]);
   for (const line of order) {
     if (!front.length || line[accuracy] > front[front.length - 1][accuracy]) front.push(line);
   }
@@ -41,39 +40,38 @@ function paretoFront(lines, accuracy) {
 }
 
 function hoverText(line, runs) {
-  const name = line.name ? line.name : line.runs.length === 1 ? runs[line.runs[0]].name : "";
-  const value = (kind) => line[kind] === null ? null
-    : `${kind} ${decimals(line[kind], 2)} %` + (line[`${kind}_deviation`] === null ? "" : ` ± ${decimals(line[`${kind}_deviation`], 2)}`);
+  const names = line.runs.map((number) => runs[number].name);
+  const value = (kind) => `${kind} ${line[kind].toFixed(2)} %`
+    + (line[`${kind}_deviation`] === null ? "" : ` ± ${line[`${kind}_deviation`].toFixed(2)}`);
   return [
     `<b>${plain(line.method)} ${plain(line.student)}, ${plain(line.variant)}</b>`,
-    name ? `run ${plain(name)}, seed ${runs[line.runs[0]].seed}` : `${line.runs.length} seeds: ${plain(line.runs.map((each) => runs[each].name).slice(0, 4).join(", "))}`,
+    names.length === 1 ? `run ${plain(names[0])}, seed ${line.seed}` : `${names.length} seeds: ${plain(names.slice(0, 4).join(", "))}`,
     line.settings ? plain(line.settings.length > 70 ? line.settings.slice(0, 69) + "…" : line.settings) : null,
     value("test"), value("validation"),
-    size(line.bytes) + (line.ratio === null || line.quantizer === "none" ? "" : `, ${decimals(line.ratio, 1)}x smaller than fp32`),
+    size(line.bytes) + (line.quantizer === "none" ? "" : `, ${line.ratio.toFixed(1)}x smaller than fp32`),
   ].filter((part) => part).join("<br>");
 }
 
 function drawTradeoff(place, lines, fronts, state, colours, runs, choose) {
-  const known = lines.filter((line) => line[state.accuracy] !== null);
-  if (!known.length) return clear(place, "No variant to show: nothing matches the filter.");
+  if (!lines.length) return clear(place, "No variant to show: nothing matches the filter.");
   const traces = fronts.map((front, index) => ({
     x: front.map((line) => line.bytes), y: front.map((line) => line[state.accuracy]), mode: "lines", hoverinfo: "skip",
     line: {color: "#8b95a3", width: 1.5, dash: "dot", shape: "hv"}, name: "Pareto front", legendgroup: "front", showlegend: index === 0,
   }));
   for (const [category, colour] of colours) {
-    const own = known.filter((line) => line[state.colour] === category);
-    if (!own.length) continue;
-    const spread = own.map((line) => line[`${state.accuracy}_deviation`] ?? 0);
+    const shown = lines.filter((line) => line[state.colour] === category);
+    if (!shown.length) continue;
+    const spread = shown.map((line) => line[`${state.accuracy}_deviation`] ?? 0);
     traces.push({
-      x: own.map((line) => line.bytes), y: own.map((line) => line[state.accuracy]), mode: "markers", type: "scatter",
-      name: plain(category || "none"), customdata: own.map((line) => line.index),
-      hovertext: own.map((line) => hoverText(line, runs)), hoverinfo: "text",
-      marker: {color: colour, size: own.map((line) => line === state.chosen ? 15 : line.front ? 11 : 8),
-        opacity: 0.85, line: {color: own.map((line) => line === state.chosen ? "#1c2430" : "#fff"), width: own.map((line) => line === state.chosen ? 2 : 1)}},
-      error_y: {type: "data", array: spread, visible: spread.some((each) => each > 0), thickness: 1, width: 3, color: colour},
+      x: shown.map((line) => line.bytes), y: shown.map((line) => line[state.accuracy]), mode: "markers", type: "scatter",
+      name: plain(category || "none"), customdata: shown.map((line) => line.index),
+      hovertext: shown.map((line) => hoverText(line, runs)), hoverinfo: "text",
+      marker: {color: colour, size: shown.map((line) => line === state.chosen ? 15 : line.front ? 11 : 8),
+        opacity: 0.85, line: {color: shown.map((line) => line === state.chosen ? "#1c2430" : "#fff"), width: shown.map((line) => line === state.chosen ? 2 : 1)}},
+      error_y: {type: "data", array: spread, visible: spread.some((deviation) => deviation > 0), thickness: 1, width: 3, color: colour},
     });
   }
-  const sizes = known.map((line) => line.bytes);
+  const sizes = lines.map((line) => line.bytes);
   draw(place, traces, {
     xaxis: {...GRID, type: "log", title: {text: "size of the model file (logarithmic)"}, ...sizeTicks(Math.min(...sizes), Math.max(...sizes))},
     yaxis: {...GRID, title: {text: `${state.accuracy} accuracy, %`}, ticksuffix: " "},
@@ -121,12 +119,11 @@ function drawCurves(place, lines, metric, colours, state, runs) {
   for (const line of lines) for (const number of line.runs) owner.set(number, line);
   const about = (number) => `${owner.get(number).method} ${owner.get(number).student}`;
   const traces = [...colours].map(([category, colour]) => {
-    const own = [...owner.keys()].filter((number) => owner.get(number)[state.colour] === category);
-    return {...curve(own, metric, runs, about), line: {color: colour, width: 1.5}, opacity: 0.7, name: plain(category || "none")};
+    const numbers = [...owner.keys()].filter((number) => owner.get(number)[state.colour] === category);
+    return {...curve(numbers, metric, runs, about), line: {color: colour, width: 1.5}, opacity: 0.7, name: plain(category || "none")};
   });
   if (state.chosen) {
-    const own = state.chosen.runs;
-    traces.push({...curve(own, metric, runs, about), line: {color: "#1c2430", width: 2.5}, name: "chosen"});
+    traces.push({...curve(state.chosen.runs, metric, runs, about), line: {color: "#1c2430", width: 2.5}, name: "chosen"});
   }
   const drawn = traces.filter((trace) => trace.x.length);
   if (!drawn.length) {

@@ -3,25 +3,29 @@
 
 (() => {
   const content = JSON.parse(document.getElementById("content").textContent);
-  const runs = content.runs.map((run) => ({...run, seed: Object.fromEntries(run.facts).seed}));
-  const read = (rows) => rows.map((row, index) =>
-    Object.assign(Object.fromEntries(content.columns.map((key, place) => [key, row[place]])), {index, front: false}));
-  const lines = {means: read(content.means), each: read(content.each)};
-  for (const view of Object.values(lines)) {
-    for (const line of view) {
-      const names = line.runs.map((number) => runs[number].name);
-      const text = [line.data, line.method, line.student, line.teacher, line.settings, line.variant, ...names];
-      line.words = `${text.join(" ").toLowerCase()} ${line.bits}-bit-wide`;
-      line.width = line.bits === 32 ? "float" : Number.isInteger(line.bits) ? `${line.bits} bit` : "mixed";
+  const runs = content.runs;
+  const percent = (share) => share === null ? null : 100 * share;
+  const read = (rows) => rows.map((row, index) => {
+    const line = Object.fromEntries(content.keys.map((key, place) => [key, row[place]]));
+    Object.assign(line, {index, front: false, name: runs[line.runs[0]].name, seed: runs[line.runs[0]].seed});
+    for (const kind of ["test", "validation"]) {  // of the charts, in percent
+      line[kind] = percent(line[`${kind}_accuracy`]);
+      line[`${kind}_deviation`] = percent(line[`${kind}_accuracy_deviation`]);
     }
-  }
+    const names = line.runs.map((number) => runs[number].name);
+    const text = [line.data, line.method, line.student, line.teacher, line.settings, line.variant, ...names];
+    line.words = `${text.join(" ").toLowerCase()} ${line.bits}-bit-wide`;
+    line.width = line.bits === 32 ? "float" : Number.isInteger(line.bits) ? `${line.bits} bit` : "mixed";
+    return line;
+  });
+  const lines = {means: read(content.means), single: read(content.single)};
   const severalSeeds = lines.means.some((line) => line.runs.length > 1);
   const FILTERS = {data: "all data", method: "all methods", student: "all students", teacher: "all teachers",
     settings: "all settings", quantizer: "all quantizers", width: "all widths"};
   // Accuracies on different data do not compare, so the page begins with the data of the most runs.
-  const start = () => ({view: severalSeeds ? "means" : "each", accuracy: "test", colour: firstColour(), search: "",
-    filters: {data: commonest(lines.each, "data")},
-    sort: {heading: "test %", descending: true}, everyLine: false, chosen: null, run: 0, metric: null});
+  const start = () => ({view: severalSeeds ? "means" : "single", accuracy: "test", colour: firstColour(), search: "",
+    filters: {data: commonest(lines.single, "data")},
+    sort: {key: "test_accuracy", descending: true}, everyLine: false, chosen: null, run: 0, metric: null});
   const place = (id) => document.getElementById(id);
   let state = start();
   let timer = null;
@@ -34,7 +38,7 @@
   }
 
   function firstColour() {
-    return ["method", "student", "settings", "quantizer"].find((key) => distinct(lines.each, key).length > 1) || "method";
+    return ["method", "student", "settings", "quantizer"].find((key) => distinct(lines.single, key).length > 1) || "method";
   }
 
   function matching() {
@@ -46,7 +50,7 @@
   }
 
   function colours() {
-    return new Map(distinct(lines.each, state.colour).sort((a, b) => a.localeCompare(b, "en", {numeric: true}))
+    return new Map(distinct(lines.single, state.colour).sort((a, b) => a.localeCompare(b, "en", {numeric: true}))
       .map((category, index) => [category, PALETTE[index % PALETTE.length]]));
   }
 
@@ -61,7 +65,7 @@
       state.run = 0;
     }
     drawCards(shown, picks);
-    drawTable(place("table"), shown, lines[state.view], state, {choose, sort});
+    drawTable(place("table"), shown, lines[state.view], content.columns, state, {choose, sort});
     drawCharts(shown, fronts);
     place("tradeoff-note").textContent = state.accuracy === "test"
       ? "To choose a model, switch to validation: the best of many on the test set is partly luck."
@@ -80,11 +84,10 @@
 
   // The most accurate, and the smallest within a point of it; of several data sets neither means anything.
   function choices(shown) {
-    const known = shown.filter((line) => line[state.accuracy] !== null);
-    if (!known.length || distinct(known, "data").length > 1) return {best: null, smallest: null};
+    if (distinct(shown, "data").length !== 1) return {best: null, smallest: null};
     const better = (a, b) => b[state.accuracy] > a[state.accuracy] || (b[state.accuracy] === a[state.accuracy] && b.bytes < a.bytes);
-    const best = known.reduce((a, b) => better(a, b) ? b : a);
-    const near = known.filter((line) => line[state.accuracy] >= best[state.accuracy] - 1);
+    const best = shown.reduce((a, b) => better(a, b) ? b : a);
+    const near = shown.filter((line) => line[state.accuracy] >= best[state.accuracy] - 1);
     const smallest = near.reduce((a, b) => b.bytes < a.bytes || (b.bytes === a.bytes && better(a, b)) ? b : a);
     return {best, smallest};
   }
@@ -100,9 +103,9 @@
     const by = `${state.accuracy} accuracy`;
     place("cards").replaceChildren(
       card("Shown", null, `${count.toLocaleString("en")} run${count === 1 ? "" : "s"}`, seeds),
-      best ? card(`Highest ${by}`, best, `${decimals(best[state.accuracy], 2)} % at ${size(best.bytes)}`, what(best))
+      best ? card(`Highest ${by}`, best, `${best[state.accuracy].toFixed(2)} % at ${size(best.bytes)}`, what(best))
         : card(`Highest ${by}`, null, "–", none),
-      smallest ? card("Smallest within one point of it", smallest, `${decimals(smallest[state.accuracy], 2)} % at ${size(smallest.bytes)}`, what(smallest))
+      smallest ? card("Smallest within one point of it", smallest, `${smallest[state.accuracy].toFixed(2)} % at ${size(smallest.bytes)}`, what(smallest))
         : card("Smallest within one point of it", null, "–", none));
   }
 
@@ -123,9 +126,9 @@
       return;
     }
     const run = runs[line.runs[state.run]];
-    const own = lines.each.find((each) => each.runs[0] === line.runs[state.run] && each.file === line.file) || line;
-    const facts = [["test accuracy", `${decimals(own.test, 2)} %`],
-      ["validation accuracy", own.validation === null ? null : `${decimals(own.validation, 2)} %`], ["size", size(own.bytes)], ...run.facts];
+    const single = lines.single.find((other) => other.runs[0] === line.runs[state.run] && other.file === line.file) || line;
+    const facts = [["test accuracy", `${single.test.toFixed(2)} %`],
+      ["validation accuracy", `${single.validation.toFixed(2)} %`], ["size", size(single.bytes)], ...run.facts];
     details.replaceChildren(...[
       element("h2", {}, `${line.method} ${line.student}, ${line.variant}`),
       element("h3", {}, run.name),
@@ -150,8 +153,8 @@
   }
 
   function sort(column) {
-    const same = state.sort.heading === column.heading;
-    state.sort = {heading: column.heading, descending: same ? !state.sort.descending : !column.text};
+    const same = state.sort.key === column.key;
+    state.sort = {key: column.key, descending: same ? !state.sort.descending : !column.text};
     redraw();
   }
 
@@ -172,10 +175,10 @@
   }
 
   function build() {
-    buttons("views", "view", [["means", "Means over seeds"], ["each", "Every run"]]);
+    buttons("views", "view", [["means", "Means over seeds"], ["single", "Every run"]]);
     buttons("accuracies", "accuracy", [["test", "Test"], ["validation", "Validation"]]);
     const selects = Object.entries(FILTERS).map(([key, all]) => {
-      const values = distinct(lines.each, key).sort((a, b) => a.localeCompare(b, "en", {numeric: true}));
+      const values = distinct(lines.single, key).sort((a, b) => a.localeCompare(b, "en", {numeric: true}));
       if (values.length < 2) return null;
       const select = element("select", {"data-key": key, "aria-label": key});
       fill(select, [[null, all], ...values.map((value) => [value, value || "none"])], state.filters[key] ?? null);
@@ -183,7 +186,7 @@
       return select;
     });
     place("filters").replaceChildren(...selects.filter((select) => select));
-    const keys = ["method", "student", "settings", "quantizer", "width", "data"].filter((key) => key === state.colour || distinct(lines.each, key).length > 1);
+    const keys = ["method", "student", "settings", "quantizer", "width", "data"].filter((key) => key === state.colour || distinct(lines.single, key).length > 1);
     fill(place("colour"), keys.map((key) => [key, key]), state.colour);
     place("colour").onchange = () => { state.colour = keys[place("colour").selectedIndex]; redraw(); };
     place("metric").onchange = () => { state.metric = place("metric").selectedOptions[0].textContent; redraw(); };

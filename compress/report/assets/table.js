@@ -3,30 +3,26 @@
 
 const LINES_AT_FIRST = 200;
 
-// `sort` gives what a column is ordered by where that is not the value shown.
-const COLUMNS = [
-  {key: "name", heading: "run", text: true, only: "each"},
+// The columns that say which variant a line is; those of the trade-off come with the data. `sort` gives what a column
+// is ordered by where that is not the value shown.
+const IDENTITY = [
+  {key: "name", heading: "run", text: true, only: "single"},
   {key: "data", heading: "data", text: true, optional: true},
   {key: "method", heading: "method", text: true},
   {key: "student", heading: "student", text: true},
   {key: "settings", heading: "settings", text: true, optional: true},
-  {key: "seed", heading: "seed", only: "each", show: (line) => String(line.seed)},
-  {key: "seed", heading: "seeds", only: "means", show: (line) => String(line.seed)},
+  {key: "seed", heading: "seed", only: "single", show: String},
+  {key: "seeds", heading: "seeds", only: "means", show: String},
   {key: "variant", heading: "variant", text: true, sort: (line) => `${line.quantizer} ${1000 + line.bits}`},
-  {key: "test", heading: "test %", show: (line) => decimals(line.test, 2), deviation: "test_deviation"},
-  {key: "validation", heading: "validation %", show: (line) => decimals(line.validation, 2), deviation: "validation_deviation"},
-  {key: "change", heading: "change", title: "points of test accuracy against the float32 student",
-    show: (line) => line.change === null ? "" : (line.change < 0 ? "" : "+") + decimals(line.change, 2)},
-  {key: "agreement", heading: "same %", title: "test images that get the same class as from the float32 student",
-    show: (line) => decimals(line.agreement, 2)},
-  {key: "bytes", heading: "size", show: (line) => size(line.bytes)},
-  {key: "ratio", heading: "smaller", show: (line) => line.ratio === null ? "" : `${decimals(line.ratio, 1)}x`},
-  {key: "latency", heading: "ms", title: "one image through PyTorch on one thread", show: (line) => decimals(line.latency, 2)},
-  {key: "front", heading: "front", title: "on the Pareto front of what is shown", sort: (line) => line.front ? 1 : 0},
 ];
+const FRONT = {key: "front", heading: "front", meaning: "on the Pareto front of what is shown", sort: (line) => line.front ? 1 : 0};
 
-function decimals(value, digits) {
-  return value === null ? "" : value.toFixed(digits);
+// A value of a column of the trade-off as it is printed, without the unit that the heading names.
+function printed(column, value) {
+  if (value === null) return "";
+  const digits = {minimumFractionDigits: column.digits, maximumFractionDigits: column.digits};
+  const sign = column.signed && value >= 0 ? "+" : "";
+  return sign + (column.scale * value).toLocaleString("en", digits) + column.suffix;
 }
 
 function size(bytes) {
@@ -48,8 +44,8 @@ function distinct(lines, key) {
   return [...new Set(lines.map((line) => line[key]))];
 }
 
-function columnsOf(view, lines) {
-  return COLUMNS.filter((column) =>
+function columnsOf(view, lines, figures) {
+  return [...IDENTITY, ...figures, FRONT].filter((column) =>
     (!column.only || column.only === view) && (!column.optional || distinct(lines, column.key).length > 1));
 }
 
@@ -66,25 +62,26 @@ function sorted(lines, column, descending) {
 }
 
 function cell(column, line) {
-  if (column.key === "front") {
-    return element("td", {class: "front"}, line.front ? "●" : "");
-  }
-  if (column.text) return element("td", {class: "text", title: line[column.key]}, line[column.key]);
-  const spread = column.deviation ? line[column.deviation] : null;
-  return element("td", {class: "number"}, column.show(line),
-    spread === null ? null : element("span", {class: "deviation"}, ` ± ${decimals(spread, 2)}`));
+  const value = line[column.key];
+  if (column === FRONT) return element("td", {class: "number front"}, value ? "●" : "");
+  if (column.text) return element("td", {class: "text", title: value}, value);
+  if (column.show) return element("td", {class: "number"}, column.show(value));
+  const deviation = column.deviation ? line[`${column.key}_deviation`] : null;
+  return element("td", {class: "number"}, printed(column, value),
+    deviation === null ? null : element("span", {class: "deviation"}, ` ± ${printed(column, deviation)}`));
 }
 
-// Draws `lines`, of which `all` are those without the filter; `state` holds the choices, `act` what a click does.
-function drawTable(table, lines, all, state, act) {
-  const columns = columnsOf(state.view, all);
-  const chosen = columns.find((column) => column.heading === state.sort.heading) || columns.find((each) => each.key === "test");
+// Draws `lines`, of which `all` are those without the filter; `figures` are the columns of the trade-off, `state` holds
+// the choices, `act` what a click does.
+function drawTable(table, lines, all, figures, state, act) {
+  const columns = columnsOf(state.view, all, figures);
+  const chosen = columns.find((column) => column.key === state.sort.key) || columns.find((column) => column.key === "test_accuracy");
   const ordered = sorted(lines, chosen, state.sort.descending);
   const shown = state.everyLine ? ordered : ordered.slice(0, LINES_AT_FIRST);
   const head = element("tr", {}, ...columns.map((column) => {
     const direction = column === chosen ? (state.sort.descending ? "descending" : "ascending") : null;
     const arrow = direction === null ? "" : state.sort.descending ? " ▾" : " ▴";
-    return element("th", {class: column.text ? null : "number", "aria-sort": direction, title: column.title, scope: "col"},
+    return element("th", {class: column.text ? null : "number", "aria-sort": direction, title: column.meaning, scope: "col"},
       element("button", {type: "button", onclick: () => act.sort(column)}, column.heading + arrow));
   }));
   const body = shown.map((line) => element("tr", {

@@ -20,8 +20,9 @@ def draw_tradeoff(path: Path, rows: Sequence[Row], title: str, teacher_accuracy:
     if teacher_accuracy is not None:
         axes.axhline(100 * teacher_accuracy, color="0.2", linewidth=1, linestyle=":", label="teacher, fp32")
     for family in dict.fromkeys(map(_family, variants)):
-        own = sorted((row for row in variants if _family(row) == family), key=lambda row: row.bytes)
-        axes.plot([r.bytes / 1e6 for r in own], [100 * r.test_accuracy for r in own], marker="o", label=family)
+        members = sorted((row for row in variants if _family(row) == family), key=lambda row: row.bytes)
+        megabytes, accuracies = [row.bytes / 1e6 for row in members], [100 * row.test_accuracy for row in members]
+        axes.plot(megabytes, accuracies, marker="o", label=family)
     axes.plot(reference.bytes / 1e6, 100 * reference.test_accuracy, marker="s", color="0.35", linestyle="none")
     for row in rows:
         axes.annotate(
@@ -52,7 +53,7 @@ def name_axes(axes: Axes, title: str, unit: str, accuracy: str) -> None:
 
 
 def _family(row: Row) -> str:
-    """What the rows of one line have in common."""
+    """What the rows of one line of the picture have in common."""
     name = "fp32" if row.quantizer == "none" else row.quantizer
     inputs = f", inputs {row.activation_bits} bit" if row.activation_bits < 32 else ""
     return f"{name}{inputs}" + ("" if row.runtime == "torch" else f", {row.runtime}")

@@ -1,0 +1,59 @@
+"""What a run ran on: versions, commit and hardware."""
+
+import os
+import platform
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from compress.paths import PACKAGE
+
+PACKAGES = (
+    "compress",
+    "torch",
+    "torchvision",
+    "pytorch-lightning",
+    "hydra-core",
+    "numpy",
+    "scikit-learn",
+    "safetensors",
+)
+
+
+def surroundings() -> dict[str, Any]:
+    """`versions` and `hardware` of `compress.results.record.Record`."""
+    versions = {"python": platform.python_version()} | {package: version(package) for package in PACKAGES}
+    # With the build, such as +cu130, which the installed package does not name.
+    versions["torch"] = torch.__version__
+    return {
+        "versions": versions | {"commit": commit()},
+        "hardware": {
+            "processor": _processor(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
+            "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        },
+    }
+
+
+def commit() -> str | None:
+    """The checkout's commit, with `-dirty` where it was changed since; None outside a checkout."""
+    if not (PACKAGE.parent / ".git").exists():
+        return None
+    command = ["git", "-C", str(PACKAGE.parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())

@@ -1,0 +1,34 @@
+"""`result.json` is read as it was written, by the one class that writes it."""
+
+import json
+from pathlib import Path
+
+import pytest
+from pydantic import TypeAdapter
+
+from compress.benchmarks.synthetic import write_runs
+from compress.errors import UserError
+from compress.results.record import Record
+from compress.results.tradeoff import Row
+
+
+def test_a_record_is_read_as_it_was_written(tmp_path):
+    [directory] = write_runs(tmp_path, 1, epochs=1, layers=3)
+    record = Record.read(directory / "result.json")
+    record.write(tmp_path)
+    assert (tmp_path / "result.json").read_bytes() == (directory / "result.json").read_bytes()
+    assert Record.read(tmp_path / "result.json") == record
+
+
+def test_widths_stay_whole_numbers_where_they_are(tmp_path):
+    read = TypeAdapter(Row).validate_python
+    [directory] = write_runs(tmp_path, 1, epochs=1, layers=3)
+    row = json.loads((directory / "result.json").read_text())["tradeoff"][1]
+    assert [str(read(row | {"bits": bits}).bits) for bits in (8, 2.75)] == ["8", "2.75"]
+    assert read(row | {"bits": 2.75, "levels": None}).name == "gpfq mixed 2.75 bit"
+
+
+def test_a_missing_record_is_named():
+    path = Path("nowhere", "result.json")
+    with pytest.raises(UserError, match=r"^nowhere/result\.json: cannot be read \(No such file or directory\)"):
+        Record.read(path)
