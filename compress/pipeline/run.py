@@ -36,6 +36,7 @@ from compress.results.writing import show, write_results
 from compress.training import distributed, processes
 from compress.training.fit import BEST, device, epoch_of, fit
 from compress.training.pruning import Pruning
+from compress.training.threads import threads_for
 
 
 @dataclass(frozen=True)
@@ -148,6 +149,8 @@ def _run(
         parts["others"] = [other.to(memory_format=torch.channels_last) for other in others]
         for index, other in enumerate(others):
             architectures[f"others.{index}"] = models.architecture(peer, data.num_classes, other)
+    macs = sum(models.count_macs(network, data.input_shape) for network in [student, *parts.get("others", ())])
+    macs += teacher.record["macs"] if teacher else 0
     # Not by `instantiate`, which would turn the frozen dataclasses among the parts into configurations.
     module = method(**check_arguments(method, plain["method"], "method"), **parts)
     if not processes.is_wanted(config.trainer):
@@ -166,16 +169,18 @@ def _run(
     )
     masked = isinstance(recipe, MaskRecipe)
     pruning = Pruning(module.networks, recipe if masked else None, architectures)
-    trainer = fit(
-        module,
-        data,
-        plain["trainer"],
-        directory / "checkpoints",
-        label="student",
-        loggers=loggers,
-        callbacks=[pruning, processes.Worker() if processes.is_worker() else quantization],
-        first_best=max(recipe.window(config.trainer.max_epochs)[1] - 1, 0) if masked else 0,
-    )
+    with threads_for(macs * data.batch_size):
+        trainer = fit(
+            module,
+            data,
+            plain["trainer"],
+            directory / "checkpoints",
+            label="student",
+            loggers=loggers,
+            callbacks=[pruning, processes.Worker() if processes.is_worker() else quantization],
+            first_best=max(recipe.window(config.trainer.max_epochs)[1] - 1, 0) if masked else 0,
+        )
+        surrounded = surroundings()
     if processes.is_worker():
         return None
     teacher_record = teachers.test_record(teacher, data, updates_teacher) if teacher else None
@@ -186,7 +191,7 @@ def _run(
     record = {
         "format": 1,
         **started,
-        **surroundings(),
+        **surrounded,
         "seed": config.seed,
         "seconds": clock.laps,
         "data": data.record(),

@@ -31,6 +31,7 @@ from compress.methods.supervised import Supervised
 from compress.optim.groups import optimizer_factory
 from compress.progress import console
 from compress.training.fit import BEST, fit
+from compress.training.threads import threads_for
 
 # Keys of `data` that the teacher's training has of its own, or that change nothing about it.
 NOT_IN_KEY = ("batch_size", "evaluation_batch_size")
@@ -210,7 +211,9 @@ def _train(
     # Of the student's options only those that say where and how talkatively; the rest is not in the teacher's key.
     options = {key: trainer_options[key] for key in ("accelerator", "devices", "log_every")}
     options |= {"max_epochs": training["epochs"], "precision": training["precision"], "early_stopping": None}
-    fit(module, own_data, options, directory, label="teacher")
+    macs = models.count_macs(network, own_data.input_shape)
+    with threads_for(macs * own_data.batch_size):
+        fit(module, own_data, options, directory, label="teacher")
     load_weights(network, directory / BEST, where="teacher")
     state = {key: value.contiguous() for key, value in network.state_dict().items()}
     identity = {"model": model, "training": training, "data": OmegaConf.to_container(config.data, resolve=True)}

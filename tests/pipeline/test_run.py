@@ -6,13 +6,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 from pytorch_lightning import Trainer
+from waiting import wait_for
 
 import compress
 from compress.cli import main
@@ -197,9 +197,7 @@ def test_a_killed_run_resumed_equals_the_undisturbed_one(finished, epochs_before
     for line in process.stdout:
         if f"student epoch {epochs_before_the_kill}/3" in line:
             # The line comes before the checkpoint of its epoch: wait for that, then kill in the next epoch.
-            deadline = time.monotonic() + 30
-            while not (folder / directory / "checkpoints" / "last.ckpt").exists() and time.monotonic() < deadline:
-                time.sleep(0.01)
+            wait_for((folder / directory / "checkpoints" / "last.ckpt").exists, process.poll)
             process.send_signal(signal.SIGKILL)
             break
     assert process.wait() == -signal.SIGKILL
