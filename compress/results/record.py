@@ -5,7 +5,7 @@
 | format | 1 |
 | overrides | what was typed, beside the defaults; the whole configuration is in config.yaml |
 | versions | Python and the packages that decide the numbers; `commit`: of the checkout, null outside one |
-| hardware | processor, cores, memory in GB, accelerator |
+| hardware | processor, cores, threads of the training, memory in GB, accelerator |
 | seed, started | the seed; the local time at the start |
 | slurm_job | the number of the SLURM job, under SLURM |
 | seconds | durations of the parts; of a resumed run, those after the last resuming |

@@ -4,6 +4,7 @@ import csv
 import os
 import pickle
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -38,10 +39,11 @@ def write_cifar10(root):
     (base / "batches.meta").write_bytes(pickle.dumps(names, protocol=2))
 
 
+@pytest.mark.slow
 def test_the_replaced_projects_grid_runs_for_every_method(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_cifar10(tmp_path / "data")
-    slice_of_it = ["data.root=data", "data.limit=512", "trainer.max_epochs=1", "student=resnet8"]
+    slice_of_it = ["data.root=data", "data.limit=200", "data.image_size=8", "trainer.max_epochs=1", "student=resnet8"]
     slice_of_it += ["quantizer.calibration_images=32"]
     teacher = ["teacher=resnet8", "teacher.training.epochs=1"]
     common = ["-m", "experiment=capstone_cifar10", *slice_of_it]
@@ -91,14 +93,23 @@ def test_the_study_table_has_mean_and_deviation_over_the_seeds():
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.fashion_mnist
 @pytest.mark.skipif(not FASHION_MNIST.exists(), reason=f"no Fashion-MNIST in {FASHION_MNIST}")
-def test_the_study_runs_on_a_slice_and_goes_on_where_it_was(tmp_path):
-    command = [sys.executable, ROOT / "scripts" / "study.py", "study", f"data.root={FASHION_MNIST}"]
-    command += ["data.limit=600", "trainer.max_epochs=4", "--seeds", "0"]
-    first = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True)
+def test_the_study_runs_on_a_slice_and_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    options = [f"data.root={FASHION_MNIST}", "data.limit=600", "data.image_size=8", "trainer.max_epochs=4"]
+    monkeypatch.setattr(sys, "argv", ["study.py", "study", *options, "--seeds", "0"])
+
+    def study():
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(ROOT / "scripts" / "study.py"), run_name="__main__")
+        assert ended.value.code == 0
+        return capsys.readouterr().out
+
+    first = study()
     table = (tmp_path / "study" / "study.md").read_text()
-    assert table in first.stdout
+    assert table in first
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
     assert lines[0] == ["method", "fp32", "8 bit", "4 bit", "3 bit", "2 bit"]
     assert [line[0].strip("`") for line in lines[2:]] == ["supervised", "kd", "kd_mixup", "dkd", "dml", "qat"]
@@ -106,11 +117,11 @@ def test_the_study_runs_on_a_slice_and_goes_on_where_it_was(tmp_path):
         accuracies = [float(cell) for cell in line[1:] if cell]
         assert len(accuracies) == (4 if "qat" in line[0] else 5)
         assert max(accuracies) > 15  # chance is 10
-    again = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True)
-    assert "epoch" not in again.stdout
+    assert "epoch" not in study()
     assert (tmp_path / "study" / "study.md").read_text() == table
 
 
+@pytest.mark.slow
 def test_the_readmes_example_of_a_method_runs(tmp_path):
     readme = (ROOT / "README.md").read_text()
     blocks = re.findall(r"`((?:compress|conf)/[\w/]+\.(?:py|yaml))`:\n\n((?:(?:    .*)?\n)+)", readme)

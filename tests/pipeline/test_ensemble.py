@@ -20,6 +20,8 @@ from compress.methods.kd import KD
 from compress.pipeline import checks, teachers
 from compress.pipeline.checks import checked_jobs
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(__file__).parents[2] / "scripts" / "run.py"
 SMALL = ["student=resnet8", "data.limit=200", "trainer.max_epochs=1", "quantizer=rtn", "quantizer.bits=4"]
 

@@ -23,6 +23,8 @@ from compress.methods.supervised import Supervised
 from compress.pipeline.checks import checked_jobs
 from compress.quantization.post_training import quantize
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(__file__).parents[2] / "scripts" / "run.py"
 SMALL = [
     "student=resnet8",

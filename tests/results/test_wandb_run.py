@@ -26,6 +26,8 @@ from compress.results.wandb_run import WandbRun, open_loggers
 from compress.stopping import StoppedError
 from compress.training import distributed
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = PACKAGE.parent / "scripts" / "run.py"
 OPTIONS = [
     "method=supervised",

@@ -24,6 +24,8 @@ from compress.pipeline.resume import owned
 from compress.sweeps import jobs as sweeps
 from compress.sweeps.outcomes import outcome
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(__file__).parents[2] / "scripts" / "run.py"
 TINY = [
     "student=resnet8",
@@ -193,7 +195,6 @@ def test_a_signal_that_is_lost_on_its_way_stops_the_sweep_all_the_same(folder, c
     assert not Path("swept/1").exists()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_ray_lets_itself_be_stopped(folder, number):
     typed = ["-m", "seed=0,1", f"method._target_={SLEEPING}", *ALONE, "hydra.sweep.dir=swept", "hydra/launcher=ray"]
