@@ -8,13 +8,13 @@ FASHION_MNIST ?= /usr/share/datasets/fashion-mnist
 demo: .venv/installed
 	$(BIN)/python scripts/run.py method=dkd student=resnet18
 
-# What two minutes are enough for.
+# Two minutes on two cores.
 check: .venv/installed-dev lint
-	$(BIN)/python -m pytest -n auto --dist worksteal -m 'not slow and not soak' --ignore=tests/pipeline
+	$(BIN)/python -m pytest -n auto --dist worksteal -m 'not slow and not soak'
 
-# A process of tests per core. Tests that share a finished run share a file, and stay in one process.
+# A process of tests per core, which takes tests over from the other when it has no more.
 test: .venv/installed-dev lint
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 # What takes long: runs killed at many moments, memory over many jobs.
 soak: .venv/installed-dev

@@ -149,6 +149,7 @@ def test_a_mistake_is_one_line_and_exit_code_2_and_leaves_nothing_behind(argumen
     assert not Path("/nowhere").exists()
 
 
+@pytest.mark.slow
 def test_a_mistake_in_a_real_process_has_no_traceback(tmp_path):
     done = subprocess.run(
         [sys.executable, SCRIPT, "student=resnet99"], capture_output=True, text=True, cwd=tmp_path, check=False
@@ -220,6 +221,7 @@ def test_help_names_every_group_and_every_option(capsys):
         assert path.parent.name in ("model", "search") or f"\n{path.parent.name}: " in said
 
 
+@pytest.mark.slow
 def test_cfg_job_prints_the_composed_configuration(tmp_path):
     command = [sys.executable, SCRIPT, "--cfg", "job", "method=kd", "student=resnet8", "--resolve"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=True)

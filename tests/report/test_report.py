@@ -45,6 +45,7 @@ def script(*arguments, **options):
     return subprocess.run(command, capture_output=True, text=True, check=False, **options)
 
 
+@pytest.mark.slow
 def test_a_real_run_is_read_back_whole(real):
     found = collect([real])
     assert (len(found.runs), found.problems, found.unfinished) == (2, (), ())

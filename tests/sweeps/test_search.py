@@ -344,6 +344,7 @@ def test_the_search_that_comes_along_can_be_composed():
     check_space(read_space("quickstart"))
 
 
+@pytest.mark.slow
 def test_the_script_says_in_one_line_what_is_wrong_and_which_extra_is_missing(tmp_path):
     path = write(tmp_path, SPACE)
     without = "import sys, runpy; sys.modules['optuna'] = None; sys.argv = sys.argv[1:]; "

@@ -159,6 +159,7 @@ def watch_sleepers(folder):
         sys.exit(stopped.exit_code)
 
 
+@pytest.mark.slow
 def test_a_stopped_job_ends_its_processes(tmp_path):
     job = PROCESSES.Process(target=watch_sleepers, args=(tmp_path,))
     job.start()
@@ -178,6 +179,7 @@ def start_step(rank, folder, images):
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_a_step_of_inputs_starts_from_the_batch_of_all_processes(tmp_path):
     # One process sees negative values, the other none.
     images = torch.rand(6, 3, 4, 4) - torch.tensor([0.5, 0]).repeat(3).view(6, 1, 1, 1)
@@ -286,6 +288,7 @@ def test_two_machines_may_come_in_any_order(sweep, tmp_path, monkeypatch):
     assert metrics(tmp_path / "run") == metrics(sweep / "0")
 
 
+@pytest.mark.slow
 def test_the_second_machine_does_not_wait_for_a_first_that_is_done_or_gone(sweep, tmp_path, monkeypatch):
     for key, value in a_meeting_point().items():
         monkeypatch.setenv(key, value)
