@@ -1,5 +1,6 @@
 """A run that Lightning resumes sees the batches that the undisturbed one would have seen."""
 
+import pytest
 import pytorch_lightning as pl
 import torch
 
