@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
@@ -58,12 +57,22 @@ def start(space, directory, *options, **more):
     )
 
 
+def has_stopped(group):
+    """Whether every process of a group has come to its stop."""
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            state, _, found = path.read_text().rpartition(") ")[2].split()[:3]
+            if int(found) == group and state not in "TZ":
+                return False
+    return True
+
+
 def stopped_within_a_trial(process, directory):
     """Stops the processes of a search; not, that is, while one of them keeps the others from the journal."""
     if not any(directory.glob("trials/*/started.json")):
         return False
     os.killpg(process.pid, signal.SIGSTOP)
-    time.sleep(0.05)
+    wait_for(lambda: has_stopped(process.pid))
     with suppress(Timeout), ExitStack() as free:
         for name in ("search.lock", "journal.lock"):
             free.enter_context(FileLock(directory / name).acquire(blocking=False))
