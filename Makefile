@@ -4,13 +4,17 @@ BIN := .venv/bin
 
 FASHION_MNIST ?= /usr/share/datasets/fashion-mnist
 
-.PHONY: demo test soak study quantizer-study lint format clean
+.PHONY: demo check test soak study quantizer-study lint format clean
 demo: .venv/installed
 	$(BIN)/python scripts/run.py method=dkd student=resnet18
 
-# A process of tests per core, with a thread each: most networks in them are too small for more.
+# Two minutes on two cores.
+check: .venv/installed-dev lint
+	$(BIN)/python -m pytest -n auto --dist worksteal -m 'not slow and not soak'
+
+# A process of tests per core, which takes tests over from the other when it has no more.
 test: .venv/installed-dev lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 # What takes long: runs killed at many moments, memory over many jobs.
 soak: .venv/installed-dev

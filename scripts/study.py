@@ -27,17 +27,17 @@ METHODS = {
 }
 
 
-def study(output: Path, overrides: list[str], seeds: list[int]) -> str:
-    """The table of all methods, each run below `output`; `overrides` hold for all of them."""
-    runs: dict[str, list[list[Row]]] = {method: [] for method in METHODS}
+def study(output: Path, overrides: list[str], seeds: list[int], methods: list[str]) -> str:
+    """The table of `methods`, each run below `output`; `overrides` hold for all of them."""
+    runs: dict[str, list[list[Row]]] = {method: [] for method in methods}
     data_sets = DataSets()
     for seed in seeds:
-        for method, variants in METHODS.items():
+        for method in methods:
             rows: list[Row] = []
-            for index, variant in enumerate(variants):
-                own = ["experiment=fashion_mnist_study", f"method={method}", *variant, f"seed={seed}"]
-                own += [f"output_directory={output}", *overrides]
-                [job] = checked_jobs(own, data_sets=data_sets)
+            for index, variant in enumerate(METHODS[method]):
+                typed = ["experiment=fashion_mnist_study", f"method={method}", *variant, f"seed={seed}"]
+                typed += [f"output_directory={output}", *overrides]
+                [job] = checked_jobs(typed, data_sets=data_sets)
                 directory = output / f"{method}-{index}-seed{seed}"
                 directory.mkdir(parents=True, exist_ok=True)
                 rows += execute(job, directory, data_sets).rows
@@ -51,10 +51,11 @@ def main() -> int:
     parser.add_argument("output", type=Path, help="directory for the runs and the table")
     parser.add_argument("overrides", nargs="*", help="KEY=VALUE for every run, such as data.limit=1000")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     arguments = parser.parse_args()
 
     def work() -> None:
-        table = study(arguments.output, arguments.overrides, arguments.seeds)
+        table = study(arguments.output, arguments.overrides, arguments.seeds, arguments.methods)
         write_text(arguments.output / "study.md", table)
         print(table)
 

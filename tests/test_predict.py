@@ -116,6 +116,7 @@ def script(*arguments):
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_the_script_prints_a_line_per_image(folder):
     images = [folder / "same.png", folder / "wide.jpg"]
     done = script(folder / "float.safetensors", *images, "--top", 2)
@@ -126,6 +127,7 @@ def test_the_script_prints_a_line_per_image(folder):
         assert line == f"{image}: {first} {100 * most:.1f} %, {second} {100 * less:.1f} %"
 
 
+@pytest.mark.slow
 def test_the_script_prints_json(folder):
     done = script(folder / "model.onnx", folder / "grey.png", "--json", "--top", 10)
     [image] = json.loads(done.stdout)
@@ -153,6 +155,7 @@ def test_a_mistake_is_named_in_one_line(folder, file, images, top, message):
     assert len(str(mistake.value).splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_the_script_ends_with_status_2_and_one_line_on_a_mistake(folder):
     done = script(folder / "packed.safetensors", folder / "same.png", folder / "model.onnx")
     assert (done.returncode, done.stdout) == (2, "")
@@ -167,6 +170,7 @@ def test_foreign_files_are_refused(name, tmp_path):
         Predictor.read(tmp_path / name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["packed.safetensors", "model.onnx"])
 def test_images_are_classified_without_the_libraries_that_only_training_needs(folder, name):
     code = """

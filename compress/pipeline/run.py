@@ -34,6 +34,7 @@ from compress.results.writing import show, write_results
 from compress.training import distributed, processes
 from compress.training.fit import BEST, epoch_of, fit
 from compress.training.pruning import Pruning
+from compress.training.threads import threads_for
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,18 @@ class Result:
     @property
     def rows(self) -> tuple[Row, ...]:
         return self.record.rows
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a training leaves; `threads` are those that it computed on. A process that trains with others measures
+    nothing.
+    """
+
+    teacher: Teacher | None
+    trainer: pl.Trainer
+    threads: int
+    measured: Measured | None
 
 
 def run(job: Job, directory: Path, data_sets: DataSets, reference: Path | None = None) -> Result | None:
@@ -71,12 +84,12 @@ def run(job: Job, directory: Path, data_sets: DataSets, reference: Path | None =
             clock.lap("distributed")
         parts = Parts(job.config, data_sets)
         with open_loggers(job.config, directory) as loggers:
-            teacher, trainer, measured = _train(parts, directory, loggers, clock, reference)
-            teacher_record = teachers.tested(teacher, parts) if teacher else None
+            trained = _train(parts, directory, loggers, clock, reference)
+            teacher_record = teachers.tested(trained.teacher, parts) if trained.teacher else None
             clock.lap("quantization")
-            about = _about(parts, measured, trainer, directory)
+            about = _about(parts, trained, directory)
             record = Record(**started, seconds=clock.laps, teacher=teacher_record, **about)
-            return _write(parts, directory, measured, record, loggers)
+            return _write(parts, directory, trained.measured, record, loggers)
 
 
 def train(config: DictConfig, directory: Path) -> None:
@@ -87,8 +100,8 @@ def train(config: DictConfig, directory: Path) -> None:
 
 def _train(
     parts: Parts, directory: Path, loggers: Sequence[Logger], clock: "_Clock", reference: Path | None = None
-) -> tuple[Teacher | None, pl.Trainer, Measured | None]:
-    """The teacher and the trained student, measured; a process that trains with others does not measure."""
+) -> Trained:
+    """Finds or trains the teacher, trains the student and measures what becomes of it."""
     seed = parts.plain["seed"]
     pl.seed_everything(seed, verbose=False)
     data = parts.data
@@ -108,17 +121,20 @@ def _train(
 
     quantization = PostTrainingQuantization(measure)
     pruning = Pruning(module.networks, parts.mask_recipe, parts.architectures)
-    trainer = fit(
-        module,
-        data,
-        parts.plain["trainer"],
-        directory / "checkpoints",
-        label="student",
-        loggers=loggers,
-        callbacks=[pruning, processes.Worker() if processes.is_worker() else quantization],
-        first_best=parts.first_best_epoch,
-    )
-    return teacher, trainer, quantization.measured
+    macs = sum(models.count_macs(network, data.input_shape) for network in [parts.student, *parts.peers])
+    macs += teacher.record["macs"] if teacher else 0
+    with threads_for(macs * data.batch_size) as threads:
+        trainer = fit(
+            module,
+            data,
+            parts.plain["trainer"],
+            directory / "checkpoints",
+            label="student",
+            loggers=loggers,
+            callbacks=[pruning, processes.Worker() if processes.is_worker() else quantization],
+            first_best=parts.first_best_epoch,
+        )
+    return Trained(teacher, trainer, threads, quantization.measured)
 
 
 def _train_in_processes(config: DictConfig, directory: Path, data_sets: DataSets) -> None:
@@ -139,11 +155,12 @@ def _worker_command(directory: Path) -> list[str]:
     return [sys.executable, "-P", "-m", "compress.pipeline.worker", str(directory)]
 
 
-def _about(parts: Parts, measured: Measured, trainer: pl.Trainer, directory: Path) -> dict[str, Any]:
+def _about(parts: Parts, trained: Trained, directory: Path) -> dict[str, Any]:
     """What the record says of this run, besides when it ran and of its teacher."""
-    data, variants = parts.data, measured.variants
+    data, measured = parts.data, trained.measured
+    variants = measured.variants
     return {
-        **surroundings(),
+        **surroundings(trained.threads),
         "seed": parts.plain["seed"],
         "data": data.record(),
         "pruning": None if parts.recipe is None else parts.recipe.record(measured.trained),
@@ -152,7 +169,7 @@ def _about(parts: Parts, measured: Measured, trainer: pl.Trainer, directory: Pat
             "network": measured.name,
             "parameters": models.count_parameters(measured.student),
             "macs": models.count_macs(measured.student, data.input_shape),
-            "epochs": trainer.current_epoch,
+            "epochs": trained.trainer.current_epoch,
             "best_epoch": epoch_of(directory / "checkpoints" / BEST),
             "validation_accuracy": variants.rows[0].validation_accuracy,
             "test_accuracy": variants.rows[0].test_accuracy,

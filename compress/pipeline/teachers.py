@@ -30,6 +30,7 @@ from compress.optim.groups import optimizer_factory
 from compress.pipeline.parts import Parts
 from compress.progress import console
 from compress.training.fit import BEST, fit
+from compress.training.threads import threads_for
 
 # Keys of `data` that the teacher's training has of its own, or that change nothing about it.
 NOT_IN_KEY = ("stem", "batch_size", "evaluation_batch_size")
@@ -198,7 +199,9 @@ class _Member:
         # Of the student's options only those that say where and how talkatively; the rest is not in the teacher's key.
         options = {key: trainer[key] for key in ("accelerator", "devices", "log_every")}
         options |= {"max_epochs": training["epochs"], "precision": training["precision"], "early_stopping": None}
-        fit(module, data, options, directory, label="teacher")
+        macs = models.count_macs(network, data.input_shape)
+        with threads_for(macs * data.batch_size):
+            fit(module, data, options, directory, label="teacher")
         load_weights(network, directory / BEST, where="teacher")
         state = {key: value.contiguous() for key, value in network.state_dict().items()}
         identity = {"model": self.node["model"], "training": training, "data": self.parts.plain["data"]}

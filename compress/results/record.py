@@ -26,7 +26,7 @@ class Part(BaseModel):
 class Hardware(Part):
     processor: str = ""
     cores: int | None = None
-    threads: int | None = None  # that PyTorch used
+    threads: int | None = None  # that PyTorch trained on
     memory_gb: float | None = None
     accelerator: str | None = None  # the GPU's name; null: the CPU
 

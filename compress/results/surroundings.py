@@ -23,8 +23,8 @@ PACKAGES = (
 )
 
 
-def surroundings() -> dict[str, Any]:
-    """`versions` and `hardware` of `compress.results.record.Record`."""
+def surroundings(threads: int | None = None) -> dict[str, Any]:
+    """`versions` and `hardware` of `compress.results.record.Record`; `threads` are those of the training, if any."""
     versions = {"python": platform.python_version()} | {package: version(package) for package in PACKAGES}
     # With the build, such as +cu130, which the installed package does not name.
     versions["torch"] = torch.__version__
@@ -33,7 +33,7 @@ def surroundings() -> dict[str, Any]:
         "hardware": {
             "processor": _processor(),
             "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(),
+            "threads": threads or torch.get_num_threads(),
             "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
             "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         },

@@ -43,6 +43,7 @@ def benchmark(tmp_path, monkeypatch, capsys):
     return run
 
 
+@pytest.mark.slow
 def test_half_of_the_channels_are_compared_with_all(benchmark):
     sizes = ["--model", "resnet8", "--image-size", 8, "--batch-sizes", 1, 2, "--pairs", 2]
     code, output, _ = benchmark("pruning", *sizes)
@@ -54,6 +55,7 @@ def test_half_of_the_channels_are_compared_with_all(benchmark):
     assert all("2 pairs" in line for line in speeds)
 
 
+@pytest.mark.slow
 def test_steps_of_shampoo_and_sgd_are_compared(benchmark):
     sizes = ["--batch-size", 8, "--image-size", 8, "--pairs", 2, "--root-interval", 4, "--statistics-interval", 2]
     code, output, _ = benchmark("optimizers", "--models", "resnet8", *sizes)
@@ -70,6 +72,7 @@ def test_steps_of_shampoo_and_sgd_are_compared(benchmark):
     assert ratio == pytest.approx(sum(int(count) * float(median) for count, _, median in weighted) / 4, abs=2e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.fashion_mnist
 @pytest.mark.skipif(not FASHION_MNIST.exists(), reason=f"no Fashion-MNIST in {FASHION_MNIST}")
 def test_convergence_is_drawn_and_written_down(benchmark, tmp_path):
@@ -127,6 +130,7 @@ def test_rates_are_spaced_evenly_on_a_logarithmic_scale():
     assert [(each.name, each.steps) for each in others] == [("Shampoo, interval 50", 80), ("Shampoo, interval 20", 75)]
 
 
+@pytest.mark.slow
 def test_the_solver_in_grams_gives_the_codes_of_the_definition(benchmark):
     code, output, _ = benchmark("solver", "--columns", 700, "--rows", 8, "--samples", 900, "--pairs", 2)
     assert code == 0
@@ -137,6 +141,7 @@ def test_the_solver_in_grams_gives_the_codes_of_the_definition(benchmark):
     assert re.fullmatch(r"ratio: median [\d.]+, from [\d.]+ to [\d.]+, 2 pairs", ratio)
 
 
+@pytest.mark.slow
 def test_the_floor_of_a_pass_counts_the_products_of_every_layer(benchmark):
     network = nn.Sequential(
         nn.Conv2d(3, 4, 3, bias=False), nn.Conv2d(4, 6, 1, groups=2), nn.Flatten(), nn.Linear(24, 5)

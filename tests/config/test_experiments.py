@@ -5,6 +5,7 @@ import hashlib
 import os
 import pickle
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -19,9 +20,11 @@ from compress.benchmarks.study_table import study_table
 from compress.cli import main
 from compress.data.cifar import CIFAR10
 from compress.paths import CONF
+from compress.pipeline.check import checked_jobs
 from compress.results.tradeoff import Row
 
 ROOT = Path(__file__).parents[2]
+STUDIED = ("supervised", "kd", "kd_mixup", "dkd", "dml", "qat")
 FASHION_MNIST = Path(os.environ.get("FASHION_MNIST", "/usr/share/datasets/fashion-mnist"))
 
 
@@ -42,18 +45,26 @@ def write_cifar10(root, monkeypatch):
     monkeypatch.setattr(CIFAR10, "sums", sums)
 
 
-def test_the_replaced_projects_grid_runs_for_every_method(tmp_path, monkeypatch):
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("taught", "untaught", "widths"),
+    [
+        ("kd_mixup", "dml", "2"),
+        pytest.param("kd,kd_mixup,dkd", "supervised,dml", "2,8", marks=pytest.mark.soak, id="every method"),
+    ],
+)
+def test_the_replaced_projects_grid_runs(taught, untaught, widths, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_cifar10(tmp_path / "data", monkeypatch)
-    slice_of_it = ["data.root=data", "data.limit=512", "trainer.max_epochs=1", "student=resnet8"]
+    slice_of_it = ["data.root=data", "data.limit=200", "data.image_size=8", "trainer.max_epochs=1", "student=resnet8"]
     slice_of_it += ["quantizer.calibration_images=32"]
     teacher = ["teacher=resnet8", "teacher.training.epochs=1"]
     common = ["-m", "experiment=capstone_cifar10", *slice_of_it]
-    assert main([*common, "method=kd,kd_mixup,dkd", *teacher, "hydra.sweep.dir=taught"]) == 0
-    assert main([*common, "method=supervised,dml,qat", "hydra.sweep.dir=untaught"]) == 0
-    assert main([*common, "method=qat", "method.weight_bits=2,8", "hydra.sweep.dir=widths"]) == 0
+    assert main([*common, f"method={taught}", *teacher, "hydra.sweep.dir=taught"]) == 0
+    assert main([*common, f"method={untaught}", "hydra.sweep.dir=untaught"]) == 0
+    assert main([*common, "method=qat", f"method.weight_bits={widths}", "hydra.sweep.dir=widths"]) == 0
     finished = {path.parent for path in tmp_path.glob("*/*/result.json")}
-    assert len(finished) == 8
+    assert len(finished) == sum(len(values.split(",")) for values in (taught, untaught, widths))
     for directory in finished:
         with (directory / "tradeoff.csv").open() as stream:
             rows = list(csv.DictReader(stream))
@@ -62,6 +73,14 @@ def test_the_replaced_projects_grid_runs_for_every_method(tmp_path, monkeypatch)
         assert all((directory / row["file"]).stat().st_size == int(row["bytes"]) for row in rows)
         method = OmegaConf.load(directory / "config.yaml").method
         assert any(row["quantizer"] == "lsq" for row in rows) == method._target_.endswith("QAT")
+
+
+def test_every_method_fits_the_replaced_projects_grid(tmp_path):
+    write_cifar10(tmp_path)
+    common = ["experiment=capstone_cifar10", f"data.root={tmp_path}", "data.limit=200", "student=resnet8"]
+    jobs = checked_jobs([*common, "method=supervised,kd,kd_mixup,dkd,dml,qat"], multirun=True)
+    assert [config.quantizer.bits for _, config in jobs] == [[8, 7, 6, 5, 4, 3, 2]] * 6
+    assert {config.quantizer.alphabet for _, config in jobs} == {"published"}
 
 
 @pytest.mark.parametrize("name", ["capstone_cifar10", "capstone_cifar100", "fashion_mnist_study"])
@@ -95,26 +114,38 @@ def test_the_study_table_has_mean_and_deviation_over_the_seeds():
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.fashion_mnist
 @pytest.mark.skipif(not FASHION_MNIST.exists(), reason=f"no Fashion-MNIST in {FASHION_MNIST}")
-def test_the_study_runs_on_a_slice_and_goes_on_where_it_was(tmp_path):
-    command = [sys.executable, ROOT / "scripts" / "study.py", "study", f"data.root={FASHION_MNIST}"]
-    command += ["data.limit=600", "trainer.max_epochs=4", "--seeds", "0"]
-    first = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True)
+@pytest.mark.parametrize(
+    "methods", [["kd", "qat"], pytest.param([*STUDIED], marks=pytest.mark.soak, id="every method")]
+)
+def test_the_study_runs_on_a_slice_and_goes_on_where_it_was(methods, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    options = [f"data.root={FASHION_MNIST}", "data.limit=600", "data.image_size=8", "trainer.max_epochs=4"]
+    monkeypatch.setattr(sys, "argv", ["study.py", "study", *options, "--seeds", "0", "--methods", *methods])
+
+    def study():
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(ROOT / "scripts" / "study.py"), run_name="__main__")
+        assert ended.value.code == 0
+        return capsys.readouterr().out
+
+    first = study()
     table = (tmp_path / "study" / "study.md").read_text()
-    assert table in first.stdout
+    assert table in first
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
     assert lines[0] == ["method", "fp32", "8 bit", "4 bit", "3 bit", "2 bit"]
-    assert [line[0].strip("`") for line in lines[2:]] == ["supervised", "kd", "kd_mixup", "dkd", "dml", "qat"]
+    assert [line[0].strip("`") for line in lines[2:]] == methods
     for line in lines[2:]:
         accuracies = [float(cell) for cell in line[1:] if cell]
         assert len(accuracies) == (4 if "qat" in line[0] else 5)
         assert max(accuracies) > 15  # chance is 10
-    again = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True)
-    assert "epoch" not in again.stdout
+    assert "epoch" not in study()
     assert (tmp_path / "study" / "study.md").read_text() == table
 
 
+@pytest.mark.slow
 def test_the_readmes_example_of_a_method_runs(tmp_path):
     readme = (ROOT / "README.md").read_text()
     blocks = re.findall(r"`((?:compress|conf)/[\w/]+\.(?:py|yaml))`:\n\n((?:(?:    .*)?\n)+)", readme)

@@ -1,5 +1,6 @@
 """A run that Lightning resumes sees the batches that the undisturbed one would have seen."""
 
+import pytest
 import pytorch_lightning as pl
 import torch
 
@@ -38,6 +39,7 @@ def seen(directory, epochs, checkpoint=None):
     return witness.seen
 
 
+@pytest.mark.slow
 def test_a_resumed_run_sees_the_batches_of_an_undisturbed_one(tmp_path):
     undisturbed = seen(tmp_path / "whole", epochs=4)
     first = seen(tmp_path / "parts", epochs=2)

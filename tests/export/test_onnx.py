@@ -285,6 +285,7 @@ def test_the_float_file_has_the_logits_of_the_network_and_no_batch_norm(small, t
     assert any(isinstance(module, nn.BatchNorm2d) for module in small.modules())
 
 
+@pytest.mark.slow
 def test_the_same_network_gives_the_same_bytes_in_another_process_and_nothing_is_printed(tmp_path):
     script = """
 import sys, torch

@@ -120,6 +120,7 @@ def test_a_model_whose_own_keys_look_like_a_prefix_loads(tmp_path):
     assert same(target, source.state_dict())
 
 
+@pytest.mark.slow
 def test_a_lightning_checkpoint_as_the_trainer_writes_it_is_read(weights, model, tmp_path):
     import pytorch_lightning as lightning
 

@@ -18,6 +18,7 @@ from compress.optim.schedules import Schedule
 SMALL = ["student=resnet8", "data.limit=200", "quantizer=rtn", "quantizer.bits=4", "trainer.max_epochs=2"]
 
 
+@pytest.mark.slow
 def test_the_best_peer_is_the_one_that_is_reported_and_written(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     result = compress.run([*SMALL, "method=dml", "peer=resnet20", "method.peers=3"])

@@ -35,6 +35,7 @@ METHODS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_a_run_stopped_after_an_epoch_and_resumed_equals_the_undisturbed_one(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
@@ -67,6 +68,7 @@ def test_every_method_is_resumed_here():
     assert set(STEMS) <= set(METHODS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stem", STEMS)
 def test_it_learns_the_digits_in_seconds(tmp_path, monkeypatch, stem):
     monkeypatch.chdir(tmp_path)

@@ -114,6 +114,7 @@ def test_the_student_learns_from_features_and_the_teacher_does_not(name):
     copy.deepcopy(method.model)
 
 
+@pytest.mark.slow
 def test_regressors_learn_with_the_student_and_are_not_written(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     options = ["student=resnet8", "teacher=resnet8x4", "teacher.training.epochs=1", "data.limit=200"]

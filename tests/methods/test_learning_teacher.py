@@ -80,6 +80,7 @@ def test_the_teacher_and_the_switch_must_agree():
            optimizer=torch.optim.SGD, scheduler=Schedule())  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_run_updates_the_teacher_only_when_asked_and_the_student_goes_on(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     off, on = (compress.run([*SMALL, *TEACHER, f"method.update_teacher={switch}"]) for switch in ("false", "true"))

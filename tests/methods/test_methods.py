@@ -50,6 +50,7 @@ def teacher():
     return network
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", [kd.KD(), dkd.DKD(warmup_epochs=1)])
 def test_the_student_learns_and_the_teacher_stays(tmp_path, loss):
     network = teacher()
@@ -120,6 +121,7 @@ def test_no_gradient_reaches_a_teacher_through_the_loss():
     assert images.grad is None
 
 
+@pytest.mark.slow
 def test_metrics_are_logged_once_an_epoch_under_their_names(tmp_path):
     module = KD(teacher=FrozenTeacher(teacher()), loss=dkd.DKD(warmup_epochs=1), **parts())
     fitted = trainer(tmp_path, epochs=1)
@@ -130,6 +132,7 @@ def test_metrics_are_logged_once_an_epoch_under_their_names(tmp_path):
     torch.testing.assert_close(fitted.callback_metrics["train/loss"], total, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_validation_metrics_are_those_of_the_network_in_eval_mode(tmp_path):
     module = Supervised(loss=CrossEntropy(), **parts())
     fitted = trainer(tmp_path, epochs=1)

@@ -35,6 +35,7 @@ def runs(tmp_path_factory):
     return folder, start, trained
 
 
+@pytest.mark.slow
 def test_it_starts_from_a_checkpoint_and_its_row_is_that_of_what_was_trained(runs):
     folder, start, trained = runs
     reference, own, gpfq = trained.rows
@@ -53,6 +54,7 @@ def test_it_starts_from_a_checkpoint_and_its_row_is_that_of_what_was_trained(run
     json.loads((folder / trained.directory / "result.json").read_text())
 
 
+@pytest.mark.slow
 def test_steps_are_saved_and_learned_without_decay(runs):
     folder, _, trained = runs
     saved = torch.load(folder / trained.directory / "checkpoints" / "best.ckpt", weights_only=True)

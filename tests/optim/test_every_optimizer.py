@@ -33,6 +33,7 @@ OPTIMIZERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_run_stopped_after_an_epoch_and_resumed_equals_the_undisturbed_one(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from omegaconf import OmegaConf
+from waiting import wait_for
 
 import compress
 from compress.cli import main
@@ -176,13 +177,9 @@ def test_runs_killed_fifty_times_go_on_to_the_same_result_bit_for_bit(tmp_path):
 def stopped(folder, number, when, arguments, **named):
     """The exit code and the standard error of a process that got signal `number` when the file `when` was there."""
     process = start(arguments, folder, **named)
-    deadline = time.monotonic() + 60
-    while not list(folder.glob(f"outputs/runs/*/{when}")):
-        assert process.is_alive(), (folder / "stderr").read_text()
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
+    wait_for(lambda: list(folder.glob(f"outputs/runs/*/{when}")), lambda: process.exitcode)
     os.kill(process.pid, number)
-    process.join(60)
+    process.join()
     return process.exitcode, (folder / "stderr").read_text()
 
 

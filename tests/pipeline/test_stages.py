@@ -48,6 +48,7 @@ def trainer_of(directory: Path) -> DictConfig:
     return OmegaConf.load(directory / "config.yaml").trainer
 
 
+@pytest.mark.slow
 def test_each_stage_takes_weights_and_masks_of_the_one_before(whole):
     result, _ = whole
     stages = result.record.stages
@@ -73,6 +74,7 @@ def test_each_stage_takes_weights_and_masks_of_the_one_before(whole):
     assert all((model.get_submodule(name).weight[~mask] == 0).all() for name, mask in first.items())
 
 
+@pytest.mark.slow
 def test_the_whole_has_one_result_and_one_table(whole):
     result, folder = whole
     record = json.loads((result.directory / "result.json").read_text())
@@ -87,6 +89,7 @@ def test_the_whole_has_one_result_and_one_table(whole):
     assert not (result.directory / "started.json").exists()
 
 
+@pytest.mark.slow
 def test_an_interrupted_one_goes_on_at_its_stage(whole, tmp_path, monkeypatch, capsys):
     result, folder = whole
     monkeypatch.chdir(folder)
@@ -112,6 +115,7 @@ def test_an_interrupted_one_goes_on_at_its_stage(whole, tmp_path, monkeypatch, c
     assert "the stages of a resumed run keep their epochs" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_stage_has_a_trainer_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     stages = "[{name: a, overrides: ['trainer.ema_decay=0.9']}, {name: b, overrides: []}]"
@@ -119,6 +123,7 @@ def test_a_stage_has_a_trainer_of_its_own(tmp_path, monkeypatch):
     assert [trainer_of(result.directory / name).ema_decay for name in ("1-a", "2-b")] == [0.9, None]
 
 
+@pytest.mark.slow
 def test_every_order_has_the_same_epochs_and_stays_quantized():
     orders = [["experiment=glob(*prune*)", *SMALL, "trainer.max_epochs=20"]]
     jobs = checked_jobs(*orders, multirun=True)
@@ -172,6 +177,7 @@ def test_a_mistake_is_one_line_before_anything_is_written(tmp_path, monkeypatch,
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_the_best_network_of_another(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     pruned = compress.run([*SINGLE, "method=supervised", "pruning=magnitude", "pruning.sparsity=0.8"])

@@ -20,6 +20,8 @@ from compress.export.onnx import OnnxModel
 from compress.export.weights import load_weights
 from compress.pipeline.standalone import quantize_checkpoint
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(__file__).parents[2] / "scripts" / "quantize.py"
 SMALL = [
     "experiment=quickstart",

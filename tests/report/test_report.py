@@ -45,6 +45,7 @@ def script(*arguments, **options):
     return subprocess.run(command, capture_output=True, text=True, check=False, **options)
 
 
+@pytest.mark.slow
 def test_a_real_run_is_read_back_whole(real):
     collection = collect([real])
     assert (len(collection.runs), collection.problems, collection.unfinished) == (2, (), ())

@@ -17,7 +17,10 @@ from compress.report.comparison import pareto_front
 from compress.report.formats import write_reports
 
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium; Debian's package: chromium, or CHROMIUM=PATH")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium; Debian's package: chromium, or CHROMIUM=PATH"),
+]
 HOSTILE = "<img src=x onerror=alert(1)><b>&amp;"
 
 

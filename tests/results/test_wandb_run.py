@@ -8,12 +8,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import wandb
 import yaml
+from waiting import wait_for
 from wandb.proto.wandb_internal_pb2 import Record
 
 import compress
@@ -26,6 +26,8 @@ from compress.results.loggers import open_loggers
 from compress.results.wandb_run import WandbRun
 from compress.stopping import StoppedError
 from compress.training import distributed
+
+pytestmark = pytest.mark.slow
 
 SCRIPT = PACKAGE.parent / "scripts" / "run.py"
 OPTIONS = [
@@ -92,14 +94,16 @@ def _update(content: dict, items) -> None:
         node[last] = json.loads(item.value_json)
 
 
+def read_now(directory: Path) -> list[Read]:
+    """The W&B runs of one run directory as far as they are written, the earliest first."""
+    return [Read(path) for path in sorted(directory.glob("wandb/offline-run-*/*.wandb"))]
+
+
 def read_all(directory: Path) -> list[Read]:
-    """The W&B runs of one run directory, the earliest first."""
-    for _ in range(50):
-        runs = [Read(path) for path in sorted(directory.glob("wandb/offline-run-*/*.wandb"))]
-        if all(run.exit_code is not None for run in runs):
-            break
-        time.sleep(0.1)  # W&B's own process may be about to write the end
-    return runs
+    """The W&B runs of one run directory, all of them ended, the earliest first."""
+    # W&B's own process may be about to write the end.
+    wait_for(lambda: all(run.exit_code is not None for run in read_now(directory)))
+    return read_now(directory)
 
 
 @pytest.fixture(autouse=True)
@@ -235,10 +239,9 @@ def test_a_run_that_failed_says_so_and_goes_on_as_the_same_run_when_it_is_resume
         started(module)
         if module.current_epoch == 1:
             # What a kill -9 would leave now: the epoch that a checkpoint has is in the file as well.
-            deadline = time.monotonic() + 10
-            while not (held := read_all(Path(module.trainer.loggers[1].save_dir))[0].history):
-                assert time.monotonic() < deadline
-                time.sleep(0.1)
+            directory = Path(module.trainer.loggers[1].save_dir)
+            wait_for(lambda: [run for run in read_now(directory) if run.history])
+            held = read_now(directory)[0].history
             assert {"train/loss", "val/accuracy"} <= held[max(held)].keys()
             raise RuntimeError("lost")
 

@@ -8,13 +8,13 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from filelock import FileLock
+from waiting import LAST_RESORT, wait_for
 
 import compress
 from compress.cli import main
@@ -23,6 +23,8 @@ from compress.files import make_directory
 from compress.pipeline.resume import owned
 from compress.sweeps import jobs as sweeps
 from compress.sweeps.outcomes import outcome
+
+pytestmark = pytest.mark.slow
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "run.py"
 TINY = [
@@ -157,11 +159,7 @@ def test_a_job_that_fails_ends_no_other_and_is_run_again_later(folder, capsys, m
 def test_a_sweep_killed_in_its_third_job_is_continued_there(folder, capsys):
     options = [*ALONE, "trainer.max_epochs=15"]
     process = in_a_process("-m", "seed=0,1,2", *options, "hydra.sweep.dir=swept")
-    deadline = time.monotonic() + 120
-    while not Path("swept/2/checkpoints/last.ckpt").exists():
-        assert time.monotonic() < deadline
-        assert process.poll() is None
-        time.sleep(0.01)
+    wait_for(Path("swept/2/checkpoints/last.ckpt").exists, process.poll)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert sorted(results(Path("swept"))) == ["0", "1"]
@@ -197,20 +195,15 @@ def test_a_signal_that_is_lost_on_its_way_stops_the_sweep_all_the_same(folder, c
     assert not Path("swept/1").exists()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_ray_lets_itself_be_stopped(folder, number):
     typed = ["-m", "seed=0,1", f"method._target_={SLEEPING}", *ALONE, "hydra.sweep.dir=swept", "hydra/launcher=ray"]
     process = subprocess.Popen(
         [sys.executable, SCRIPT, *typed], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    deadline = time.monotonic() + 120
-    while not Path("swept/0/output.txt").exists():
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    wait_for(Path("swept/0/output.txt").exists, process.poll)
     process.send_signal(number)
-    said = process.communicate(timeout=60)[1]
+    said = process.communicate()[1]
     assert process.returncode == 128 + number
     assert said.splitlines()[-1] == f"stopped by {number.name}; to go on: sweep=swept"
     assert "Traceback" not in said
@@ -314,7 +307,7 @@ def test_directories_that_are_made_at_the_same_moment_are_different(tmp_path):
     processes = [context.Process(target=make) for _ in range(2)]
     for process in processes:
         process.start()
-    made = [queue.get(timeout=60) for _ in range(400)]
+    made = [queue.get(timeout=LAST_RESORT) for _ in range(400)]
     for process in processes:
         process.join()
     assert len(set(made)) == 400
