@@ -51,9 +51,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Trained:
-    """What a training leaves; `threads` are those that it computed on. A process that trains with others measures
-    nothing.
-    """
+    """What a training leaves. `threads` are those that it computed on; `measured` is None in one of several processes."""
 
     teacher: Teacher | None
     trainer: pl.Trainer

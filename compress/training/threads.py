@@ -18,8 +18,8 @@ MACS_PER_THREAD = 400_000_000
 def threads_for(macs: int) -> Iterator[int]:
     """Within it PyTorch has one thread for each MACS_PER_THREAD of `macs`, the work of a batch, if it has as many.
 
-    Gives their number. It depends on nothing that is measured, so that a resumed run computes on as many threads as before. Whoever sets
-    OMP_NUM_THREADS has chosen.
+    Gives their number. It depends on nothing that is measured, so that a resumed run computes on as many threads as
+    before. Whoever sets OMP_NUM_THREADS has chosen.
     """
     available = torch.get_num_threads()
     if "OMP_NUM_THREADS" not in os.environ:
