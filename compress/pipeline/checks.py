@@ -8,6 +8,8 @@ import os
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, is_dataclass
+from functools import partial
 from importlib.util import find_spec
 from netrc import NetrcParseError, netrc
 from pathlib import Path
@@ -24,7 +26,7 @@ from pytorch_lightning.loggers import WandbLogger
 from torch import nn
 
 from compress import models
-from compress.arguments import check_arguments, parameter_names
+from compress.arguments import build, check_arguments, parameter_names
 from compress.config import ensemble
 from compress.config.compose import GROUPS, compose_jobs, compose_stages
 from compress.errors import UserError
@@ -34,10 +36,7 @@ from compress.models import masks
 from compress.optim.groups import DECAY
 from compress.pipeline import teachers
 from compress.pipeline.variants import describe
-from compress.quantization import Quantizer, check_layers
-from compress.quantization.mixed_precision import sensitivities
-from compress.quantization.quantizer import too_small
-from compress.quantization.solvers import rtn
+from compress.quantization import Quantizer
 from compress.training import processes
 
 Positive = Annotated[float, Field(gt=0)]
@@ -252,11 +251,6 @@ def check_values(config: DictConfig) -> None:
     for group in ("quantizer", "mixup", "pruning"):
         if config[group]:
             _coerce_own(config, group)
-    if config.quantizer:
-        solver = _target(config, "quantizer.solver")
-        # The first four are the problem, and the columns worked on at once are the quantizer's.
-        own = [name for name in parameter_names(solver)[4:] if name != "block_size"]
-        _coerce(config, "quantizer.solver", solver, accepted=own)
     _coerce(config, "export", EXPORT, required=EXPORT)
     _coerce_optimizer(config, "optimizer")
     _check_model(config, "student")
@@ -314,7 +308,9 @@ def _coerce(
     values = check_arguments(target, plain, where, accepted=accepted)
     with open_dict(config):
         for key, value in values.items():
-            if not isinstance(value, Mapping):
+            if is_dataclass(value):
+                node[key].update(asdict(value))
+            elif not isinstance(value, Mapping):
                 node[key] = value
     return values
 
@@ -511,12 +507,8 @@ def _check_pruning(config: DictConfig, student: nn.Module, data: pl.LightningDat
 
 def check_quantizer(config: DictConfig, student: nn.Module) -> Quantizer:
     """The quantizer of `config`; raises UserError for options that do not go together or do not fit `student`."""
-    with _construction("quantizer"):
-        quantizer = instantiate(config.quantizer)
-    try:
-        check_layers(student, quantizer.options["skip"])
-    except UserError as mistake:
-        raise UserError(f"quantizer.skip: {str(mistake).removeprefix('skip: ')}") from None
+    quantizer = build(config.quantizer, "quantizer")
+    quantizer.check(student)
     return quantizer
 
 
@@ -524,16 +516,8 @@ def check_budget(
     quantizer: Quantizer, student: nn.Module, architecture: Mapping[str, Any], data: pl.LightningDataModule
 ) -> None:
     """Raises UserError, naming the smallest possible file, for a budget that no widths of `student` can meet."""
-    if quantizer.budget is None:
-        return
-    description = describe(architecture, data)
-    # A width takes about as many bytes whatever the weights are, so that fresh ones will do.
-    options = quantizer.options | {"solver": rtn, "bias_correction": True, "refine": None}
-    rounded = sensitivities(student, data.calibration_batches(2), [min(quantizer.bits)], images=1, **options)
-    smallest = file_bytes(rounded.model(rounded.smallest()), **description)
-    budget = quantizer.budget.bytes(file_bytes(student, **description))
-    if budget < smallest:
-        raise UserError(too_small(budget, smallest))
+    size = partial(file_bytes, **describe(architecture, data))
+    quantizer.check_budget(student, data.calibration_batches(2), size, size(student))
 
 
 def _check_onnx(quantizer: Quantizer | None) -> None:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -13,13 +14,14 @@ from rich.table import Table
 from torch import nn
 
 from compress import models
+from compress.arguments import build
 from compress.config import ensemble
 from compress.export.packed import file_bytes
 from compress.export.weights import build_network
 from compress.pipeline import teachers
 from compress.pipeline.variants import describe
 from compress.progress import console
-from compress.quantization import quantize
+from compress.quantization import Refinement
 from compress.training.fit import device
 
 
@@ -69,11 +71,10 @@ def show(config: DictConfig, overrides: list[str]) -> None:
         # Steps and codes of an untrained network take as many bytes, but its zeros are none that training would leave.
         sizes["lsq"] = file_bytes(grids.bake(grids.prepare(student)), **description, bitmaps=bool(plain["pruning"]))
     if plain["quantizer"]:
-        quantizer = instantiate(config.quantizer)
         # The size depends on the zeros alone, so a few images will do, and whatever the options do for the accuracy.
-        options = quantizer.options | {"refine": None}
+        quantizer = replace(build(config.quantizer, "quantizer"), refinement=Refinement())
         for bits in quantizer.bits:
-            solved = quantize(student, data.calibration_batches(data.num_classes), bits, **options)
+            solved = quantizer(student, data.calibration_batches(data.num_classes), bits)
             sizes[f"{bits} bit"] = file_bytes(solved, **description)
     if sizes:
         console.print("packed files: " + ", ".join(f"{name} {size / 1000:,.1f} kB" for name, size in sizes.items()))

@@ -18,7 +18,7 @@ from pytorch_lightning.loggers import Logger
 from torch import nn
 
 from compress import models
-from compress.arguments import check_arguments, parameter_names
+from compress.arguments import build, check_arguments, parameter_names
 from compress.config.compose import method_name
 from compress.errors import UserError
 from compress.export.weights import build_network
@@ -153,7 +153,7 @@ def _run(
     if not processes.is_wanted(config.trainer):
         console.print(f"student {config.student.stem}: training for {config.trainer.max_epochs} epochs", style="bold")
 
-    quantizer = instantiate(config.quantizer) if config.quantizer else None
+    quantizer = build(config.quantizer, "quantizer") if config.quantizer else None
     quantization = PostTrainingQuantization(
         data,
         directory,
