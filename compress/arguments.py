@@ -69,10 +69,10 @@ def check_arguments(
     `target` is a class or function whose signature is read (with the parents' constructors while one takes
     `**kwargs`), or a mapping from name to annotation. `accepted` names the keys that may occur; left out, they are
     the parameters with an annotation that a YAML value can meet, so networks and callables are not among them.
-    An accepted key without such an annotation is passed on as it is. A parameter whose annotation is a dataclass takes a
-    mapping of that dataclass's fields, from which it is built (see `build`), or an instance. Parameters that `arguments` does not name are
-    not looked at (the caller may supply them), and Hydra's own keys (`_target_` and the like) are left out of the
-    answer. `where` is the key of the node, such as "optimizer".
+    An accepted key without such an annotation is passed on as it is. A parameter whose annotation is a dataclass takes
+    a mapping of that dataclass's fields, from which it is built (see `build`), or an instance. Parameters that
+    `arguments` does not name are not looked at (the caller may supply them), and Hydra's own keys (`_target_` and the
+    like) are left out of the answer. `where` is the key of the node, such as "optimizer".
 
     Raises UserError for an unknown key and for the first value that does not meet its annotation.
     """

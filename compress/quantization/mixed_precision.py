@@ -1,4 +1,4 @@
-"""A width for each layer: the most accurate network within a budget of bytes, the smallest within a drop of accuracy."""
+"""A width for each layer: the most accurate network within a budget of bytes, or the smallest within a drop."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ class Measures:
 
 
 class WidthSearch:
-    """Chooses widths by `sensitivities`; `quantize` makes a network of them, each layer solved after those before it."""
+    """Chooses widths by `sensitivities`; `quantize` makes a network of them, layer after layer."""
 
     def __init__(
         self,
@@ -58,8 +58,8 @@ class WidthSearch:
         the widths for a twentieth fewer bytes give is measured then, and taken for as long as it keeps the drop too. So
         every rung below the answer is known to lose more, and the next one, a twentieth below it, as well.
 
-        Cost: a quantization and an evaluation of the largest and the smallest file, of each rung up to the answer and of
-        each smaller network after it. A ladder has log(largest / smallest) / log(1 / 0.95) rungs, 27 where the largest
+        Cost: a quantization and an evaluation of the largest and the smallest file, of each rung up to the answer and
+        of each network after it. The ladder has log(largest / smallest) / log(1 / 0.95) rungs, 27 where the largest
         file has four times as many bytes as the smallest; rungs of the same widths count once.
         """
         target = self.measures.accuracy(model) - max_drop / 100

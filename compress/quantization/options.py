@@ -1,7 +1,7 @@
 """What can be chosen of post-training quantization: frozen dataclasses that declare each option once."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated
 
 from pydantic import Field
@@ -42,15 +42,15 @@ class Options:
     float inputs. skip: names or globs of layers that stay float.
     """
 
-    solver: Solver = GPFQ()
+    solver: Solver = field(default_factory=GPFQ)
     first_last_bits: Bits | None = 8
     activation_bits: Annotated[int, Field(ge=2, le=8)] | None = None
     skip: Sequence[str] = ()
-    grid: Grids = Grids()
-    activations: Activations = Activations()
-    refinement: Refinement = Refinement()
-    correction: Correction = Correction()
-    grams: Grams = Grams()
+    grid: Grids = field(default_factory=Grids)
+    activations: Activations = field(default_factory=Activations)
+    refinement: Refinement = field(default_factory=Refinement)
+    correction: Correction = field(default_factory=Correction)
+    grams: Grams = field(default_factory=Grams)
 
     def __post_init__(self) -> None:
         check_fields(self)

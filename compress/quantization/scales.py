@@ -24,8 +24,9 @@ class Grids:
     """How the grids of a network are chosen.
 
     alphabet: "exact" is 2^bits levels, "published" 2^bits + 1, as in the authors' code, "narrow" 2^bits - 1, as many on
-    either side of zero. scale: `mse_grid`, `max_abs_grid`, or `percentile_grid` with `percentile` and `alphabet_scalar`.
-    zero_point: of the grids that "mse" chooses. granularity: a scale for each output channel, or one for the layer.
+    either side of zero. scale: `mse_grid`, `max_abs_grid`, or `percentile_grid`, which alone reads `percentile` and
+    `alphabet_scalar`. zero_point: of the grids that "mse" chooses. granularity: a scale for each output channel, or one
+    for the layer.
     """
 
     alphabet: Literal["exact", "published", "narrow"] = "exact"
