@@ -66,5 +66,5 @@ def test_a_norm_that_stands_alone_has_its_statistics_moved(batches):
 
 
 def test_one_scale_a_layer_cannot_be_matched_by_channel(batches):
-    with pytest.raises(UserError, match="correction.batch_norm: found true with one scale a layer"):
+    with pytest.raises(UserError, match=r"^correction\.batch_norm: found true with one scale a layer"):
         quantize(network(True), batches, 2, grid=Grids(granularity="layer"), correction=Correction(batch_norm=True))

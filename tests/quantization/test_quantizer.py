@@ -103,7 +103,7 @@ def test_levels_are_those_of_the_alphabet():
         ({"grid": {"scala": "mse"}}, "quantizer.grid.scala: found an unknown key; accepted: alphabet, scale, "),
         (
             {"refinement": {"sweeps": -1}},
-            "quantizer.refinement.sweeps: found -1; accepted: a whole number of at least 0",
+            "quantizer.refinement.sweeps: found -1; accepted: a whole number",
         ),
         ({"solver": {"block_size": 0}}, "quantizer.solver.block_size: found 0; accepted"),
         ({"bitz": 2}, "quantizer.bitz: found an unknown key; accepted"),
