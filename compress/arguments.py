@@ -1,6 +1,7 @@
 """Checks the values of a config node against the annotations of the callable that will receive them."""
 
 import contextlib
+import dataclasses
 import inspect
 import math
 import types
@@ -72,9 +73,10 @@ def check_arguments(
     `target` is a class or function whose signature is read (with the parents' constructors while one takes
     `**kwargs`), or a mapping from name to annotation. `accepted` names the keys that may occur; left out, they are
     the parameters with an annotation that a YAML value can meet, so networks and callables are not among them.
-    An accepted key without such an annotation is passed on as it is. Parameters that `arguments` does not name are
-    not looked at (the caller may supply them), and keys that are no arguments (`_target_`, `stem` and the like) are
-    left out of the answer. `where` is the key of the node, such as "optimizer".
+    An accepted key without such an annotation is passed on as it is. A parameter whose annotation is a dataclass takes
+    a mapping of that dataclass's fields, from which it is built (see `build`), or an instance. Parameters that
+    `arguments` does not name are not looked at (the caller may supply them), and keys that are no arguments
+    (`_target_`, `stem` and the like) are left out of the answer. `where` is the key of the node, such as "optimizer".
 
     Raises UserError for an unknown key and for the first value that does not meet its annotation.
     """
@@ -86,7 +88,10 @@ def check_arguments(
         parameters = {name: (annotation, UNKNOWN) for name, annotation in target.items()}
     else:
         parameters = _parameters(target)
-    kinds = {name: _yaml_type(annotation) for name, (annotation, _) in parameters.items()}
+    kinds = {
+        name: annotation if _is_dataclass(annotation) else _yaml_type(annotation)
+        for name, (annotation, _) in parameters.items()
+    }
     if accepted is None:
         accepted = [name for name, kind in kinds.items() if kind is not UNKNOWN]
 
@@ -102,8 +107,55 @@ def check_arguments(
         kind = kinds.get(name, UNKNOWN)
         # `lr: float = None` is how many libraries write an optional argument.
         unset = value is None and name in parameters and parameters[name][1] is None
-        values[name] = value if kind is UNKNOWN or unset else _checked(kind, value, key)
+        if _is_dataclass(kind):
+            values[name] = value if isinstance(value, kind) else build(value, key, kind)
+        else:
+            values[name] = value if kind is UNKNOWN or unset else _checked(kind, value, key)
     return values
+
+
+def build(node: Any, where: str, kind: type | None = None, **supplied: Any) -> Any:
+    """What the `_target_` of `node` (or, where it names none, `kind`) makes of its other keys and what is `supplied`.
+
+    The keys are checked.
+
+    Raises UserError as `check_arguments` does, for a target that cannot be imported or makes no `kind`, and, naming the
+    key below `where`, for what the constructor refuses.
+    """
+    if not isinstance(node, Mapping) and not OmegaConf.is_config(node):
+        raise UserError(f"{where}: found {_shown(node)}; accepted: a mapping of keys to values")
+    target = kind
+    if "_target_" in node or kind is None or inspect.isabstract(kind):
+        from hydra.utils import get_object  # late, because programs that only classify start without Hydra
+
+        name = node.get("_target_")
+        try:
+            target = get_object(name)
+        except (ImportError, ValueError, TypeError, AttributeError):
+            raise UserError(
+                f"{where}: found {name!r}, which cannot be imported; accepted: an option, see --help"
+            ) from None
+        if kind is not None and not (inspect.isclass(target) and issubclass(target, kind)):
+            raise UserError(f"{where}: found {name}; accepted: a class derived from {kind.__module__}.{kind.__name__}")
+    values = check_arguments(target, node, where, accepted=settable(target))
+    try:
+        return target(**values, **supplied)
+    except UserError as mistake:
+        # A constructor names its parameters, which lie below this node.
+        below = str(mistake).partition(":")[0].partition(".")[0] in _parameters(target)
+        raise UserError(f"{where}.{mistake}" if below else str(mistake)) from None
+    except (TypeError, ValueError) as mistake:
+        raise UserError(f"{where}: {mistake}".splitlines()[0]) from None
+
+
+def check_fields(instance: Any) -> None:
+    """Checks the fields of a frozen dataclass against their annotations, for its `__post_init__`.
+
+    Each field then holds its value as the annotation takes it, 10 for 1e1, say.
+    """
+    values = {field.name: getattr(instance, field.name) for field in dataclasses.fields(instance)}
+    for name, value in check_arguments(type(instance), values, "", accepted=list(values)).items():
+        object.__setattr__(instance, name, value)
 
 
 def parameter_names(target: Callable[..., Any]) -> tuple[str, ...]:
@@ -130,23 +182,6 @@ def arguments_of(node: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments in a configuration node, as plain values: its keys without `_target_`, `stem` and the like."""
     plain = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
     return {key: value for key, value in plain.items() if key not in NOT_ARGUMENTS}
-
-
-def construct(node: Mapping[str, Any], **supplied: Any) -> Any:
-    """What Hydra makes of a configuration node: its `_target_`, called with the other keys and what is `supplied`.
-
-    A UserError of the constructor is passed on as it is.
-    """
-    from hydra.errors import InstantiationException  # late, because programs that only classify start without Hydra
-    from hydra.utils import instantiate
-
-    plain = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
-    try:
-        return instantiate({key: value for key, value in plain.items() if key != "stem"}, **supplied)
-    except InstantiationException as failure:
-        if isinstance(failure.__cause__, UserError):
-            raise failure.__cause__ from None
-        raise
 
 
 def _checked(kind: Any, value: Any, key: str) -> Any:
@@ -180,6 +215,10 @@ def _parameters(target: Callable[..., Any]) -> dict[str, tuple[Any, Any]]:
         if not any(one.kind is one.VAR_KEYWORD for one in parameters):
             break
     return named
+
+
+def _is_dataclass(annotation: Any) -> bool:
+    return inspect.isclass(annotation) and dataclasses.is_dataclass(annotation)
 
 
 def _yaml_type(annotation: Any) -> Any:

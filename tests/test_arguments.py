@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -13,7 +12,7 @@ from pydantic import AfterValidator, Field
 from pytorch_lightning import Trainer
 from torch import nn
 
-from compress.arguments import Supplied, arguments_of, check_arguments, construct, parameter_names, settable
+from compress.arguments import Supplied, arguments_of, check_arguments, parameter_names, settable
 from compress.errors import UserError
 
 
@@ -238,5 +237,3 @@ def test_what_the_run_supplies_is_no_key():
 def test_the_arguments_of_a_node_are_its_keys_without_those_of_the_configuration():
     node = OmegaConf.create({"_target_": "fractions.Fraction", "stem": "half", "numerator": 1, "denominator": 2})
     assert arguments_of(node) == {"numerator": 1, "denominator": 2}
-    assert construct(node) == Fraction(1, 2)
-    assert construct(node, denominator=4) == Fraction(1, 4)

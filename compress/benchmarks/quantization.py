@@ -18,7 +18,7 @@ from compress.benchmarks import spread
 from compress.quantization import quantize
 from compress.quantization.calibration import walk
 from compress.quantization.patches import live_columns, row_count
-from compress.quantization.post_training import Prepared, prepare
+from compress.quantization.preparation import Prepared, prepare
 from compress.quantization.refinement import Refinement
 
 SIDE = 3000  # of the matrices that the rate is measured with
@@ -38,15 +38,17 @@ def run(arguments: argparse.Namespace) -> None:
     torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network = models.build(arguments.model, 10).eval().to(device)
-    refine = Refinement(arguments.candidates, arguments.sweeps, refit=arguments.sweeps > 0)
+    refinement = Refinement(arguments.candidates, arguments.sweeps, refit=arguments.sweeps > 0)
     for count in arguments.images:
         shape = (count, 3, arguments.image_size, arguments.image_size)
         images = list(torch.randn(shape, device=device).split(128))
         prepared = prepare(network)
-        operations = floor_operations(prepared, images, refine)
+        operations = floor_operations(prepared, images, refinement)
         pairs = []
         for index in range(arguments.pairs + 1):
-            seconds = _seconds(lambda images=images: quantize(network, images, arguments.bits, refine=refine), device)
+            seconds = _seconds(
+                lambda images=images: quantize(network, images, arguments.bits, refinement=refinement), device
+            )
             rate = gemm_rate(device)
             passes = 2 * _seconds(lambda images=images, analog=prepared.analog: _forward(analog, images), device)
             pairs += [(seconds, passes, operations / rate)] if index else []
@@ -60,7 +62,7 @@ def run(arguments: argparse.Namespace) -> None:
         print(spread(ratios))
 
 
-def floor_operations(prepared: Prepared, images: list[Tensor], refine: Refinement) -> float:
+def floor_operations(prepared: Prepared, images: list[Tensor], refinement: Refinement) -> float:
     """Multiplications and additions of all layers' Grams, path following and refinement.
 
     With d columns that see an input, n patches and N rows in a group, the symmetric Gram takes d^2 n and the cross Gram
@@ -80,9 +82,9 @@ def floor_operations(prepared: Prepared, images: list[Tensor], refine: Refinemen
         patches = sum(row_count(layer, batch) for batch in inputs)
         rows = layer.weight.shape[0] // groups
         grams = depth**2 * patches * (1 if first else 3)
-        compared, descended = refine.candidates > 1, refine.sweeps > 0
-        products = 1 + refine.candidates * (1 + compared) + 2 * (compared or descended)
-        products += 2 * descended + 2 * refine.sweeps
+        compared, descended = refinement.scale_candidates > 1, refinement.sweeps > 0
+        products = 1 + refinement.scale_candidates * (1 + compared) + 2 * (compared or descended)
+        products += 2 * descended + 2 * refinement.sweeps
         total += groups * (grams + products * depth**2 * rows)
         first = False
 

@@ -13,8 +13,8 @@ from compress.export.packed import read_model
 from compress.pipeline.parts import Parts
 from compress.pipeline.variants import Variants
 
-PLAIN = ["quantizer.scale_candidates=1", "quantizer.sweeps=0", "quantizer.refit=false"]
-TUNED = ["quantizer.scale_candidates=12", "quantizer.sweeps=4", "quantizer.refit=true"]
+PLAIN = [f"quantizer.refinement.{option}" for option in ("scale_candidates=1", "sweeps=0", "refit=false")]
+TUNED = [f"quantizer.refinement.{option}" for option in ("scale_candidates=12", "sweeps=4", "refit=true")]
 ALL, LOW = "quantizer.bits=[8,4,3,2]", "quantizer.bits=[3,2]"
 # Names in the table, and options; those of the first list are measured on every network.
 MAIN = {
@@ -25,14 +25,14 @@ MAIN = {
 }
 COMPARED = {
     "gpfq, without search and sweeps": ["quantizer=gpfq", *PLAIN, LOW],
-    "gpfq, norms re-estimated": ["quantizer=gpfq", *TUNED, LOW, "quantizer.batch_norm_reestimation=true"],
-    "gpfq, without bias correction": ["quantizer=gpfq", *TUNED, LOW, "quantizer.bias_correction=false"],
+    "gpfq, norms re-estimated": ["quantizer=gpfq", *TUNED, LOW, "quantizer.correction.batch_norm=true"],
+    "gpfq, without bias correction": ["quantizer=gpfq", *TUNED, LOW, "quantizer.correction.bias=false"],
     "gptq": ["quantizer=gptq", *TUNED, LOW],
     "qronos": ["quantizer=qronos", *TUNED, LOW],
     "rtn": ["quantizer=rtn", LOW],
     "published rule, 2^b + 1 levels": [
-        *("quantizer=gpfq", *PLAIN, LOW, "quantizer.alphabet=published", "quantizer.scale=percentile"),
-        "quantizer.bias_correction=false",
+        *("quantizer=gpfq", *PLAIN, LOW, "quantizer.grid.alphabet=published", "quantizer.grid.scale=percentile"),
+        "quantizer.correction.bias=false",
     ],
 }
 

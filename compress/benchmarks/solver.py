@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from compress.benchmarks import spread
-from compress.quantization.grid import Grid, max_abs_grid
-from compress.quantization.patches import add_lower, mirror_lower
-from compress.quantization.solvers import gpfq
+from compress.quantization import Grid, Problem
+from compress.quantization.moments import add_lower, mirror_lower
+from compress.quantization.scales import max_abs_grid
+from compress.quantization.solvers import GPFQ
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,7 +50,7 @@ def in_grams(weight: Tensor, quantized: Tensor, analog: Tensor, grid: Grid) -> T
     gram, cross = weight.new_zeros(2, 1, weight.shape[1], weight.shape[1])
     add_lower(gram, columns, columns)
     add_lower(cross, columns, others)
-    return gpfq(weight, mirror_lower(gram)[0], cross[0], grid)
+    return GPFQ()(Problem(weight, mirror_lower(gram)[0], cross[0], grid))
 
 
 def step_by_step(weight: Tensor, quantized: Tensor, analog: Tensor, grid: Grid) -> Tensor:

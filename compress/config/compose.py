@@ -33,7 +33,8 @@ class Job:
     """One run as it was asked for: what was typed and the configuration composed from it.
 
     `hydra` is that configuration with Hydra's node, which tells where and how the job is run; a job that is read from
-    a directory, and a stage, have none. `stages` are the jobs of a run in stages, each in the sub-directory `name`.
+    a directory, and a stage, have none. `stages` are the jobs of a run in stages, each in the sub-directory `name`;
+    what was typed is in `overrides` of the whole.
     """
 
     overrides: tuple[str, ...]

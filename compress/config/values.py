@@ -4,19 +4,17 @@ Constructors of this project say in their annotations what they accept; `compres
 """
 
 import inspect
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import is_dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, is_dataclass
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from hydra.errors import InstantiationException
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from compress import models
-from compress.arguments import check_arguments, construct, parameter_names, settable
+from compress.arguments import build, check_arguments, parameter_names, settable
 from compress.config import ensemble
 from compress.config.ranges import (
     ENSEMBLE,
@@ -64,11 +62,6 @@ def check_values(config: DictConfig) -> None:
     for group in ("data", "method", "loss", "scheduler", "quantizer", "mixup", "pruning"):
         if config[group]:
             _coerce_part(config, group)
-    if config.quantizer:
-        solver = target(config, "quantizer.solver")
-        # The first four are the problem, and the columns worked on at once are the quantizer's.
-        names = [name for name in parameter_names(solver)[4:] if name != "block_size"]
-        _coerce(config, "quantizer.solver", solver, accepted=names)
     _check_exporters(config)
     _coerce_optimizer(config, "optimizer")
     for role in ("student", "peer"):
@@ -88,15 +81,6 @@ def target(config: DictConfig, where: str) -> Any:
         return get_object(name)
     except (ImportError, ValueError, TypeError, AttributeError):
         raise UserError(f"{where}: found {name!r}, which cannot be imported; accepted: an option, see --help") from None
-
-
-@contextmanager
-def construction(where: str) -> Iterator[None]:
-    """Turns what a constructor has against its arguments into a line about the group `where`."""
-    try:
-        yield
-    except InstantiationException as failure:
-        raise UserError(f"{where}: {failure.__cause__ or failure}".splitlines()[0]) from None
 
 
 def _check_groups(config: DictConfig) -> None:
@@ -194,7 +178,9 @@ def _coerce(
     values = check_arguments(receiver, plain, where, accepted=accepted)
     with open_dict(config):
         for key, value in values.items():
-            if not isinstance(value, Mapping):
+            if is_dataclass(value):
+                node[key].update(asdict(value))
+            elif not isinstance(value, Mapping):
                 node[key] = value
     return values
 
@@ -209,8 +195,7 @@ def _coerce_part(config: DictConfig, where: str) -> None:
     part = target(config, where)
     _coerce(config, where, part, accepted=settable(part))
     if is_dataclass(part):
-        with construction(where):
-            construct(OmegaConf.select(config, where))
+        build(OmegaConf.select(config, where), where)
 
 
 def _coerce_optimizer(config: DictConfig, where: str) -> None:

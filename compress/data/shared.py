@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from hydra.utils import get_class
 
-from compress.arguments import arguments_of, construct
+from compress.arguments import arguments_of, build
 from compress.data.module import DataModule
 from compress.data.source import Images
 
@@ -40,7 +40,7 @@ class DataSets:
         `batch_size` replaces that of the node. Raises UserError for data that cannot be read.
         """
         replaced = {} if batch_size is None else {"batch_size": batch_size}
-        data = construct(node, seed=seed, device=device, **replaced)
+        data = build({**node, **replaced}, "data", seed=seed, device=device)
         decisive = get_class(node["_target_"]).decisive(arguments_of(node))
         key = json.dumps([node["_target_"], decisive, str(device)], sort_keys=True)
         images = self._images.pop(key, None)

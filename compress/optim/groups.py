@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+from hydra.utils import get_object
 from torch import Tensor
 from torch.optim import Optimizer
 
-from compress.arguments import construct
+from compress.arguments import arguments_of
 
 # The key that every optimizer node has in addition to the arguments of the constructor.
 DECAY = "decay_norm_and_bias"
@@ -27,8 +29,8 @@ class OptimizerFactory:
 
 def optimizer_factory(node: Mapping[str, Any]) -> OptimizerFactory:
     """That of a plain `optimizer` node of the configuration, such as those in `conf/optimizer`."""
-    options = {key: value for key, value in node.items() if key != DECAY}
-    return OptimizerFactory(construct(options), node.get(DECAY, True))
+    options = {key: value for key, value in arguments_of(node).items() if key != DECAY}
+    return OptimizerFactory(partial(get_object(node["_target_"]), **options), node.get(DECAY, True))
 
 
 def as_groups(parameters: Iterable[Any]) -> list[dict[str, Any]]:

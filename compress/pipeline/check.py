@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ from compress.config import ensemble
 from compress.config.compose import Job, compose_jobs
 from compress.config.rules import check_rules, uses_peers
 from compress.config.stage_plan import compose_stages
-from compress.config.values import check_values, construction
+from compress.config.values import check_values
 from compress.data.shared import DataSets
 from compress.errors import UserError
 from compress.export.description import describe
@@ -22,10 +23,6 @@ from compress.export.packed import file_bytes
 from compress.export.weights import build_network, load_weights
 from compress.models import masks
 from compress.pipeline.parts import Parts
-from compress.quantization import check_layers
-from compress.quantization.mixed_precision import sensitivities
-from compress.quantization.quantizer import too_small
-from compress.quantization.solvers import rtn
 from compress.training import processes
 
 
@@ -72,8 +69,7 @@ def check(job: Job, data_sets: DataSets, start: nn.Module | None = None) -> nn.M
     """
     check_rules(job.config, job.overrides)
     parts = Parts(job.config, data_sets, start)
-    with construction("data"):
-        data = parts.data
+    data = parts.data
     processes.check(job.config, data.record()["images"], uses_peers(job.config))
     _check_teacher_files(parts)
     _check_method(parts)
@@ -81,8 +77,7 @@ def check(job: Job, data_sets: DataSets, start: nn.Module | None = None) -> nn.M
     student = _pruned_student(parts)
     if parts.quantizer is not None:
         check_quantizer(parts, student)
-    with construction("export"):
-        check_exporters(parts.exporters, parts.quantizer)
+    check_exporters(parts.exporters, parts.quantizer)
     return student
 
 
@@ -150,24 +145,7 @@ def _pruned_student(parts: Parts) -> nn.Module:
 
 def check_quantizer(parts: Parts, student: nn.Module) -> None:
     """Raises UserError for options of the quantizer that do not fit `student`, or a budget that it cannot meet."""
-    try:
-        check_layers(student, parts.quantizer.options["skip"])
-    except UserError as mistake:
-        raise UserError(f"quantizer.skip: {str(mistake).removeprefix('skip: ')}") from None
-    _check_budget(parts, student)
-
-
-def _check_budget(parts: Parts, student: nn.Module) -> None:
-    """Raises UserError, naming the smallest possible file, for a budget that no widths of `student` can meet."""
-    quantizer, data = parts.quantizer, parts.data
-    if quantizer.budget is None:
-        return
-    architecture = models.architecture(parts.plain["student"], data.num_classes, student)
-    description = describe(architecture, data)
-    # A width takes about as many bytes whatever the weights are, so that fresh ones will do.
-    options = quantizer.options | {"solver": rtn, "bias_correction": True, "refine": None}
-    rounded = sensitivities(student, data.calibration_batches(2), [min(quantizer.bits)], images=1, **options)
-    smallest = file_bytes(rounded.model(rounded.smallest()), description)
-    budget = quantizer.budget.bytes(file_bytes(student, description))
-    if budget < smallest:
-        raise UserError(too_small(budget, smallest))
+    parts.quantizer.check(student)
+    architecture = models.architecture(parts.plain["student"], parts.data.num_classes, student)
+    size = partial(file_bytes, description=describe(architecture, parts.data))
+    parts.quantizer.check_budget(student, parts.data.calibration_batches(2), size, size(student))

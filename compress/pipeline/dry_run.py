@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -19,7 +20,7 @@ from compress.export.packed import file_bytes
 from compress.pipeline.parts import Parts
 from compress.pipeline.teachers import cache_path
 from compress.progress import console
-from compress.quantization import quantize
+from compress.quantization import Refinement
 
 
 def show(job: Job, data_sets: DataSets) -> None:
@@ -82,10 +83,10 @@ def _sizes(parts: Parts, student: nn.Module) -> dict[str, int]:
         sizes["lsq"] = file_bytes(baked, description, bitmaps=parts.recipe is not None)
     if parts.quantizer is not None:
         # The size depends on the zeros alone, so a few images will do, and whatever the options do for the accuracy.
-        options = parts.quantizer.options | {"refine": None}
+        quantizer = replace(parts.quantizer, refinement=Refinement())
         batches = parts.data.calibration_batches(parts.data.num_classes)
-        for bits in parts.quantizer.bits:
-            sizes[f"{bits} bit"] = file_bytes(quantize(student, batches, bits, **options), description)
+        for bits in quantizer.bits:
+            sizes[f"{bits} bit"] = file_bytes(quantizer(student, batches, bits), description)
     return sizes
 
 

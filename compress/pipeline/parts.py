@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from compress import models
-from compress.arguments import arguments_of, construct
+from compress.arguments import arguments_of, build
 from compress.config import ensemble
 from compress.config.rules import uses_peers, uses_teacher
 from compress.data.shared import DataSets
@@ -62,11 +62,11 @@ class Parts:
 
     @cached_property
     def loss(self) -> Any:
-        return construct(self.plain["loss"])
+        return build(self.plain["loss"], "loss")
 
     @cached_property
     def mixup(self) -> Any | None:
-        return construct(self.plain["mixup"]) if self.plain["mixup"] else None
+        return build(self.plain["mixup"], "mixup") if self.plain["mixup"] else None
 
     @cached_property
     def optimizer(self) -> OptimizerFactory:
@@ -74,11 +74,11 @@ class Parts:
 
     @cached_property
     def scheduler(self) -> Any:
-        return construct(self.plain["scheduler"])
+        return build(self.plain["scheduler"], "scheduler")
 
     @cached_property
     def recipe(self) -> Recipe | None:
-        return construct(self.plain["pruning"]) if self.plain["pruning"] else None
+        return build(self.plain["pruning"], "pruning") if self.plain["pruning"] else None
 
     @property
     def mask_recipe(self) -> MaskRecipe | None:
@@ -92,11 +92,11 @@ class Parts:
 
     @cached_property
     def quantizer(self) -> Quantizer | None:
-        return construct(self.plain["quantizer"]) if self.plain["quantizer"] else None
+        return build(self.plain["quantizer"], "quantizer") if self.plain["quantizer"] else None
 
     @cached_property
     def exporters(self) -> list[Exporter]:
-        return [construct(node) for node in self.plain["export"].values()]
+        return [build(node, f"export.{name}") for name, node in self.plain["export"].items()]
 
     @property
     def grids(self) -> FakeQuantization | None:
@@ -178,7 +178,6 @@ class Parts:
 
     def learner(self, teacher: Any | None) -> Classifier:
         """The LightningModule that is trained; `teacher` is what the method calls, if it uses one."""
-        # Not by `construct`, which would turn the frozen dataclasses among the parts into configurations.
         return self.method(
             **self.method_options,
             student=self.student,

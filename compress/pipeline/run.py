@@ -51,7 +51,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Trained:
-    """What a training leaves. `threads` are those that it computed on; `measured` is None in one of several processes."""
+    """What a training leaves; one of several processes leaves nothing `measured`. `threads`: that it computed on."""
 
     teacher: Teacher | None
     trainer: pl.Trainer

@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
 from compress import models
-from compress.arguments import construct
+from compress.arguments import build
 from compress.config import ensemble
 from compress.errors import UserError
 from compress.evaluation import evaluate
@@ -191,7 +191,7 @@ class _Member:
             student=network,
             loss=CrossEntropy(training["label_smoothing"]),
             optimizer=optimizer_factory(training["optimizer"]),
-            scheduler=construct(training["scheduler"]),
+            scheduler=build(training["scheduler"], f"{self.key}.training.scheduler"),
             num_classes=data.num_classes,
             seed=training["seed"],
         )

@@ -4,11 +4,14 @@ The layer keeps its own class, so whatever reads a network (tracing, folding, co
 """
 
 from collections.abc import Sequence
-from typing import Literal
+from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
+from compress.arguments import check_fields
 from compress.quantization.patches import spread
 
 
@@ -44,33 +47,46 @@ class InputQuantizer(nn.Module):
         return (x / self.scale).clamp(-zero_point, self.levels - 1 - zero_point).round() * self.scale
 
 
-Range = Literal["mse", "min_max", "percentile"]
 # Values that a quantile is taken of and that an error is measured on, at most, spread over the calibration images.
 SAMPLE, COARSE = 1 << 20, 1 << 16
 
 
-@torch.no_grad()
-def calibrated(inputs: Sequence[Tensor], bits: int, rule: Range = "mse", percentile: float = 0.9999) -> InputQuantizer:
-    """The grid of 2^bits levels for tensors like `inputs`, of any shapes; one-sided where no value is negative.
+@dataclass(frozen=True)
+class Activations:
+    """How the range of a layer's inputs is chosen.
 
-    rule: "min_max" spans all values, "percentile" from the (1 - percentile) to the percentile quantile, and "mse" the
-    share of the whole range that has the least squared error. Raises ValueError for bits outside 2..8.
+    range: "min_max" spans all values, "percentile" from the (1 - percentile) to the percentile quantile, and "mse" the
+    share of the range of all values that has the least squared error.
     """
-    values = torch.cat([each.detach().flatten().float() for each in inputs])
-    lowest, highest = min(values.min().item(), 0.0), max(values.max().item(), 0.0)
 
-    def sample(size: int) -> Tensor:
-        return values[:: spread(-(-len(values) // size), inputs[0][0].numel())]
+    range: Literal["mse", "min_max", "percentile"] = "mse"
+    percentile: Annotated[float, Field(gt=0.5, le=1)] = 0.9999
 
-    if rule == "percentile":
-        # torch.quantile refuses more than 2^24 values, and the sample has fewer.
-        low, high = sample(SAMPLE).quantile(torch.tensor([1 - percentile, percentile], device=values.device)).tolist()
-        return _spanning(min(low, 0.0), max(high, 0.0), bits)
-    if rule == "min_max":
-        return _spanning(lowest, highest, bits)
-    candidates = [_spanning(share * lowest, share * highest, bits) for share in torch.linspace(0.1, 1, 91).tolist()]
-    coarse = sample(COARSE)
-    return min(candidates, key=lambda grid: (grid(coarse) - coarse).square().mean().item())
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    @torch.no_grad()
+    def calibrate(self, inputs: Sequence[Tensor], bits: int) -> InputQuantizer:
+        """The grid of 2^bits levels for tensors like `inputs`, of any shapes; one-sided where no value is negative.
+
+        Raises ValueError for bits outside 2..8.
+        """
+        values = torch.cat([tensor.detach().flatten().float() for tensor in inputs])
+        lowest, highest = min(values.min().item(), 0.0), max(values.max().item(), 0.0)
+
+        def sample(size: int) -> Tensor:
+            return values[:: spread(-(-len(values) // size), inputs[0][0].numel())]
+
+        if self.range == "percentile":
+            # torch.quantile refuses more than 2^24 values, and the sample has fewer.
+            quantiles = torch.tensor([1 - self.percentile, self.percentile], device=values.device)
+            low, high = sample(SAMPLE).quantile(quantiles).tolist()
+            return _spanning(min(low, 0.0), max(high, 0.0), bits)
+        if self.range == "min_max":
+            return _spanning(lowest, highest, bits)
+        candidates = [_spanning(share * lowest, share * highest, bits) for share in torch.linspace(0.1, 1, 91).tolist()]
+        coarse = sample(COARSE)
+        return min(candidates, key=lambda grid: (grid(coarse) - coarse).square().mean().item())
 
 
 def _spanning(lowest: float, highest: float, bits: int) -> InputQuantizer:

@@ -1,6 +1,6 @@
 """Quantizing one layer: its grid, its codes and its corrected bias, from the moments of its inputs."""
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -8,73 +8,96 @@ from torch import Tensor, nn
 
 from compress.errors import UserError
 from compress.quantization.grid import Grid
-from compress.quantization.patches import Moments
-from compress.quantization.refinement import Refinement
+from compress.quantization.moments import Moments
+from compress.quantization.options import Options
+from compress.quantization.problem import Problem
+
+Layer = nn.Conv2d | nn.Linear
+
+
+def layer_moments(
+    layer: Layer, quantized: Sequence[Tensor], analog: Sequence[Tensor], options: Options, name: str
+) -> Moments | None:
+    """Moments of the inputs of a float `layer` in both networks, a tensor for each batch; None: nothing reads them."""
+    if not bool(torch.isfinite(layer.weight).all()):
+        raise UserError(f"{name}: found a weight with values that are not finite")
+    if not (options.solver.reads_inputs or options.correction.bias or options.grid.scale == "mse"):
+        return None
+    return options.grams.moments(layer, quantized, analog, centre=options.correction.bias)
 
 
 @torch.no_grad()
 def solve_layer(
-    layer: nn.Conv2d | nn.Linear,
-    moments: Moments | None,
-    *,
-    name: str,
-    levels: int,
-    choose: Callable[[Tensor, int, Tensor | None], Grid],
-    solver: Callable[..., Tensor],
-    reads_inputs: bool,
-    bias_correction: bool,
-    refine: Refinement | None = None,
+    layer: Layer, moments: Moments | None, bits: int, options: Options, name: str
 ) -> tuple[Tensor, Grid, Tensor | None]:
     """(codes in the weight's shape, grid of its N channels, bias (N,) or None where there was none and none is needed).
 
-    `choose(weight (N, d), levels, importance)` gives the grid, importance being the diagonal of the Gram. `solver` is
-    called once per group; `refine` is what becomes of its answer. With `bias_correction`, bias += W mu - Q mu~, with mu
-    and mu~ the mean analog and quantized inputs; the moments are centred then. `moments` may be None where nothing
-    reads them. A weight that is exactly zero was pruned and stays zero. Raises UserError, naming the layer, where its
-    inputs are not finite.
+    `moments` may be None where nothing reads them, see `layer_moments`. With `correction.bias`, bias += W mu - Q mu~,
+    with mu and mu~ the mean analog and quantized inputs; the moments are centred then. A weight that is exactly zero
+    was pruned and stays zero. Raises UserError, naming the layer, where its inputs are not finite.
     """
-    weight = layer.weight.detach().flatten(1)
+    weight, levels = layer.weight.detach().flatten(1), options.grid.levels(bits)
     if moments is None:
-        grid = choose(weight, levels, None)
-        return solver(weight, None, None, grid).reshape(layer.weight.shape), grid, layer.bias
-    gram, cross, mean_quantized, mean_analog = moments.finish()
-    if not bool(torch.isfinite(gram.diagonal(dim1=1, dim2=2)).all() and torch.isfinite(mean_analog).all()):
-        raise UserError(f"{name}: found inputs that are not finite on the calibration images")
-    live = slice(None) if moments.live is None else moments.live
-    groups = gram.shape[0]
-    per_group = weight.shape[0] // groups
+        grid = options.grid.choose(weight, levels)
+        return options.solver(Problem(weight, None, None, grid)).reshape(layer.weight.shape), grid, layer.bias
+    gram, _, _, mean_analog = moments.finish()
     diagonal = gram.diagonal(dim1=1, dim2=2)
-    importance = diagonal[0] if groups == 1 else diagonal.repeat_interleave(per_group, 0)
-    if moments.live is not None:
-        importance = importance.new_zeros(*importance.shape[:-1], weight.shape[1]).index_copy(-1, live, importance)
-    grid = choose(weight, levels, importance)
-
-    if reads_inputs:
-        # Columns that only ever meet padding take zero, whatever the solver.
-        codes = grid.quantize(torch.zeros_like(weight))
-        scales = grid.scale.clone()
-        refine = refine or Refinement()
-        if refine.shared and groups > 1:
-            # Groups are solved one by one, and each would choose a scale of its own.
-            refine = replace(refine, candidates=1, refit=False)
-        kept = weight != 0
-        pruned = not bool(kept.all())
-        for group in range(groups):
-            rows = slice(group * per_group, (group + 1) * per_group)
-            mask = kept[rows, live] if pruned else None
-            solved, own = refine(solver, weight[rows, live], gram[group], cross[group], grid.rows(rows), mask)
-            codes[rows, live], scales[rows] = solved, own.scale
-        grid = Grid(scales, grid.zero_point, levels)
+    if not bool(torch.isfinite(diagonal).all() and torch.isfinite(mean_analog).all()):
+        raise UserError(f"{name}: found inputs that are not finite on the calibration images")
+    grid = options.grid.choose(weight, levels, _importance(weight, moments, diagonal))
+    if options.solver.reads_inputs:
+        codes, grid = _solve_groups(weight, moments, grid, options)
     else:
-        codes = solver(weight, None, None, grid)
-
+        codes = options.solver(Problem(weight, None, None, grid))
     bias = layer.bias
-    if bias_correction:
-        change = []
-        values = grid.dequantize(codes)[:, live].to(gram.dtype)
-        analog = weight[:, live].to(gram.dtype)
-        for group in range(groups):
-            rows = slice(group * per_group, (group + 1) * per_group)
-            change.append(analog[rows] @ mean_analog[group] - values[rows] @ mean_quantized[group])
-        bias = torch.cat(change).to(weight.dtype) + (0 if bias is None else bias)
+    if options.correction.bias:
+        change = _mean_error(weight, grid.dequantize(codes), moments).to(weight.dtype)
+        bias = change + (0 if bias is None else bias)
     return codes.reshape(layer.weight.shape), grid, bias
+
+
+def _importance(weight: Tensor, moments: Moments, diagonal: Tensor) -> Tensor:
+    """Mean square of each input, (d,) or (N, d), from the diagonals (groups, live d) of the Grams."""
+    groups = diagonal.shape[0]
+    importance = diagonal[0] if groups == 1 else diagonal.repeat_interleave(weight.shape[0] // groups, 0)
+    if moments.live is None:
+        return importance
+    return importance.new_zeros(*importance.shape[:-1], weight.shape[1]).index_copy(-1, moments.live, importance)
+
+
+def _solve_groups(weight: Tensor, moments: Moments, grid: Grid, options: Options) -> tuple[Tensor, Grid]:
+    """Codes (N, d) and their grid; the groups of a convolution are problems of their own."""
+    gram, cross, _, _ = moments.finish()
+    groups = gram.shape[0]
+    shared, refinement = options.grid.granularity == "layer", options.refinement
+    if shared and groups > 1:
+        # Each group would choose a scale of its own.
+        refinement = replace(refinement, scale_candidates=1, refit=False)
+    live = slice(None) if moments.live is None else moments.live
+    # Columns that only ever meet padding take zero, whatever the solver.
+    codes, scales = grid.quantize(torch.zeros_like(weight)), grid.scale.clone()
+    unpruned = weight != 0
+    pruned = not bool(unpruned.all())
+    for group, rows in enumerate(_rows(weight, groups)):
+        mask = unpruned[rows, live] if pruned else None
+        problem = Problem(weight[rows, live], gram[group], cross[group], grid.rows(rows), mask)
+        solved, chosen = refinement(options.solver, problem, shared)
+        codes[rows, live], scales[rows] = solved, chosen.scale
+    return codes, Grid(scales, grid.zero_point, grid.levels)
+
+
+def _mean_error(weight: Tensor, quantized: Tensor, moments: Moments) -> Tensor:
+    """W mu - Q mu~, (N,), for the values `quantized` (N, d)."""
+    gram, _, mean_quantized, mean_analog = moments.finish()
+    live = slice(None) if moments.live is None else moments.live
+    values, analog = quantized[:, live].to(gram.dtype), weight[:, live].to(gram.dtype)
+    change = [
+        analog[rows] @ mean_analog[group] - values[rows] @ mean_quantized[group]
+        for group, rows in enumerate(_rows(weight, gram.shape[0]))
+    ]
+    return torch.cat(change)
+
+
+def _rows(weight: Tensor, groups: int) -> list[slice]:
+    size = weight.shape[0] // groups
+    return [slice(group * size, (group + 1) * size) for group in range(groups)]

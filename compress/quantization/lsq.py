@@ -19,14 +19,10 @@ from compress.collective import mean_of_processes
 from compress.errors import UserError
 from compress.models.folding import bake_parametrizations, batch_norm_gain, find_foldable, fold_pairs, trace
 from compress.quantization.activations import InputQuantizer, attach_input_quantizer, detach_input_quantizer
-from compress.quantization.grid import Grid, code_dtype, mse_grid
-from compress.quantization.post_training import (
-    QuantizedLayer,
-    QuantizedModel,
-    check_any_left,
-    choose_layers,
-    state_beside,
-)
+from compress.quantization.grid import Grid, code_dtype
+from compress.quantization.preparation import choose_layers
+from compress.quantization.quantized import QuantizedLayer, QuantizedModel, float_state
+from compress.quantization.scales import mse_grid
 
 Width = Annotated[int, Field(ge=2, le=8)]
 # A step that training drives to zero or below counts as its distance from it, and at least this.
@@ -54,7 +50,6 @@ class FakeQuantization:
         """
         prepared = copy.deepcopy(model)
         order, skipped = choose_layers(prepared, trace(prepared), self.skip)
-        check_any_left(model, [name for name in order if name not in skipped], skipped)
         for name in order:
             if name in skipped:
                 continue
@@ -96,7 +91,7 @@ class FakeQuantization:
             if hasattr(layer, "input_quantizer"):
                 attach_input_quantizer(plain.get_submodule(name), layer.input_quantizer.fixed(name))
         plain.eval()
-        return QuantizedModel(plain, layers, state_beside(plain, layers), pairs, skipped)
+        return QuantizedModel(plain, layers, float_state(plain, layers), pairs, skipped)
 
 
 def float_network(prepared: nn.Module) -> nn.Module:

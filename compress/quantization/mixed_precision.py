@@ -1,135 +1,114 @@
-"""A width of its own for each layer: what a width costs the logits, and the cheapest widths for a number of bytes.
+"""A width for each layer: the most accurate network within a budget of bytes, or the smallest within a drop."""
 
-Errors of layers cannot be compared with each other, since some matter more to the result, so a layer's cost at a width
-is the divergence KL(p || p~) between the classes that the float network predicts on calibration images and those that
-it predicts with this layer alone quantized. The sum over the layers is what `allocate` minimises.
-"""
-
-import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
-from compress.quantization.activations import InputQuantizer, attach_input_quantizer
-from compress.quantization.allocation import allocate
-from compress.quantization.calibration import walk
-from compress.quantization.post_training import (
-    Options,
-    Prepared,
-    QuantizedLayer,
-    QuantizedModel,
-    prepare,
-    put,
-    state_beside,
-)
+from compress.errors import UserError
+from compress.quantization.quantized import QuantizedLayer, QuantizedModel
+from compress.quantization.sensitivity import Sensitivities
 
-Progress = Callable[[int, int, str], None]
+# Neighbouring budgets of the ladder of `smallest_within_drop`: the lower one in units of the higher.
+RUNG = 0.95
 
 
 @dataclass(frozen=True)
-class Choices:
-    """Every layer at every width it may have.
+class Measures:
+    """What a search for widths asks of whoever writes and evaluates networks.
 
-    `answers[name][bits]` is the layer so quantized, on the inputs that it has in the float network, with its bias;
-    `divergence[name][bits]` is in nats, the mean over images. A layer with a single width has no divergence (0).
+    file_bytes: of a written network; layer_bytes: what of it is one layer's codes; accuracy: on validation images,
+    0..1; float_bytes: of the float32 network's file.
     """
 
-    prepared: Prepared
-    answers: dict[str, dict[int, tuple[QuantizedLayer, Tensor | None]]]
-    divergence: dict[str, dict[int, float]]
-    activation_bits: int | None
-
-    def smallest(self) -> dict[str, int]:
-        """The lowest width of each layer."""
-        return {name: min(own) for name, own in self.answers.items()}
-
-    def largest(self) -> dict[str, int]:
-        return {name: max(own) for name, own in self.answers.items()}
-
-    def model(self, bits: Mapping[str, int]) -> QuantizedModel:
-        """The network with every layer as it was answered alone: good for its size, not for its accuracy."""
-        quantized = copy.deepcopy(self.prepared.analog)
-        layers = {}
-        for name, width in bits.items():
-            layers[name], bias = self.answers[name][width]
-            put(quantized.get_submodule(name), layers[name].codes, layers[name].grid, bias)
-            if self.activation_bits is not None:
-                grid = InputQuantizer(1.0, 0, 2**self.activation_bits)
-                attach_input_quantizer(quantized.get_submodule(name), grid)
-        float_state = state_beside(quantized, layers)
-        return QuantizedModel(quantized, layers, float_state, self.prepared.folded, self.prepared.skipped)
-
-    def within(self, budget: int, layer_bytes: Callable[[QuantizedLayer], int]) -> dict[str, int] | None:
-        """The widths of least divergence whose layers take at most `budget` bytes in all; None: there are none."""
-        widths = {name: sorted(own) for name, own in self.answers.items()}
-        costs = [[self.divergence[name][bits] for bits in own] for name, own in widths.items()]
-        sizes = [[layer_bytes(self.answers[name][bits][0]) for bits in own] for name, own in widths.items()]
-        chosen = allocate(costs, sizes, budget)
-        if chosen is None:
-            return None
-        return {name: own[index] for (name, own), index in zip(widths.items(), chosen, strict=True)}
+    file_bytes: Callable[[QuantizedModel], int]
+    layer_bytes: Callable[[QuantizedLayer], int]
+    accuracy: Callable[[nn.Module], float]
+    float_bytes: int
 
 
-@torch.no_grad()
-def sensitivities(
-    model: nn.Module,
-    calibration_batches: Iterable,
-    widths: Sequence[int],
-    *,
-    images: int = 128,
-    activation_bits: int | None = None,
-    skip: Sequence[str] = (),
-    progress: Progress = lambda done, total, what: None,
-    **options,
-) -> Choices:
-    """Quantizes each layer alone to each of `widths`; the first and the last only to `first_last_bits`, if given.
+class WidthSearch:
+    """Chooses widths by `sensitivities`; `quantize` makes a network of them, layer after layer."""
 
-    images: of the calibration images, those that the divergence is measured on. The other arguments are those of
-    `compress.quantization.quantize`. Each width of a layer costs a solve and a forward pass of `images`.
-    """
-    how = Options(**options)
-    prepared = prepare(model, skip)
-    analog, order = prepared.analog, prepared.order
-    outer = {prepared.all_layers[0], prepared.all_layers[-1]} if how.first_last_bits is not None else set()
-    choices = {name: [how.first_last_bits] if name in outer else sorted(set(widths)) for name in order}
-    total = sum(len(own) for own in choices.values())
-    answers: dict[str, dict[int, tuple[QuantizedLayer, Tensor | None]]] = {name: {} for name in order}
-    done = 0
+    def __init__(
+        self,
+        sensitivities: Sensitivities,
+        measures: Measures,
+        quantize: Callable[[Mapping[str, int]], QuantizedModel],
+    ) -> None:
+        self.sensitivities, self.measures, self.quantize = sensitivities, measures, quantize
+        smallest = sensitivities.model(sensitivities.smallest())
+        codes = sum(map(measures.layer_bytes, smallest.layers.values()))
+        self.rest = measures.file_bytes(smallest) - codes
 
-    def solve(name: str, _: list[Tensor], inputs: list[Tensor]) -> None:
-        nonlocal done
-        layer = analog.get_submodule(name)
-        moments = how.moments(layer, inputs, inputs, name)
-        for bits in choices[name]:
-            codes, grid, bias = how.answer(layer, moments, how.levels_of(bits, name in outer), name)
-            answers[name][bits] = QuantizedLayer(codes, grid, tuple(codes.shape), bits, None), bias
-            done += 1
-            progress(done, 2 * total, f"trying {bits} bit  {name}")
+    def within_budget(self, budget: int) -> QuantizedModel:
+        """The network of least summed divergence whose file has at most `budget` bytes; UserError: there is none."""
+        quantized = self._within(budget)
+        if quantized is not None:
+            return quantized
+        quantized = self.quantize(self.sensitivities.smallest())
+        check_budget(budget, self.measures.file_bytes(quantized))
+        return quantized
 
-    batches = prepared.gather(calibration_batches)
-    walk(analog, copy.deepcopy(analog), prepared.graph, batches, order, solve)
-    seen = [part.clone() for part in torch.cat(batches)[:images].split(len(batches[0]))]
-    reference = _log_probabilities(analog, seen)
-    divergence: dict[str, dict[int, float]] = {name: {} for name in order}
-    for name, own in answers.items():
-        layer = analog.get_submodule(name)
-        weight, bias = layer.weight, layer.bias
-        for bits, (answer, new_bias) in own.items():
-            done += 1
-            progress(done, 2 * total, f"measuring {bits} bit  {name}")
-            if len(own) == 1:
-                divergence[name][bits] = 0.0
-                continue
-            put(layer, answer.codes, answer.grid, new_bias)
-            found = _log_probabilities(analog, seen)
-            divergence[name][bits] = F.kl_div(found, reference, reduction="batchmean", log_target=True).item()
-            layer.weight, layer.bias = weight, bias
-    return Choices(prepared, answers, divergence, activation_bits)
+    def smallest_within_drop(self, model: nn.Module, max_drop: float) -> QuantizedModel:
+        """The smallest file whose validation accuracy is at most `max_drop` points below that of the float `model`.
+
+        Accuracy need not grow with the budget. A ladder of budgets, a twentieth apart, is climbed from the smallest
+        file on, and the first network that keeps the drop ends it: of all that were measured none smaller does. What
+        the widths for a twentieth fewer bytes give is measured then, and taken for as long as it keeps the drop too. So
+        every rung below the answer is known to lose more, and the next one, a twentieth below it, as well.
+
+        Cost: a quantization and an evaluation of the largest and the smallest file, of each rung up to the answer and
+        of each network after it. The ladder has log(largest / smallest) / log(1 / 0.95) rungs, 27 where the largest
+        file has four times as many bytes as the smallest; rungs of the same widths count once.
+        """
+        target = self.measures.accuracy(model) - max_drop / 100
+        largest = self.quantize(self.sensitivities.largest())
+        accuracy = self.measures.accuracy(largest.model)
+        if accuracy < target:
+            lost = 100 * (target - accuracy) + max_drop
+            raise UserError(
+                f"quantizer.max_drop: found {max_drop}, but the largest widths of quantizer.bits lose {lost:.2f} "
+                "points on the validation set; accepted: more, or wider quantizer.bits"
+            )
+        answer = self._climb(target, largest)
+        while (smaller := self._within(int(RUNG * self.measures.file_bytes(answer)))) is not None:
+            if self.measures.accuracy(smaller.model) < target:
+                break
+            answer = smaller
+        return answer
+
+    def _climb(self, target: float, largest: QuantizedModel) -> QuantizedModel:
+        """The first network, from the smallest file on, whose accuracy is at least `target`; at last `largest`."""
+        candidate, measured = self.quantize(self.sensitivities.smallest()), None
+        budget, last = self.measures.file_bytes(candidate), self.measures.file_bytes(largest)
+        while budget < last:
+            if candidate is not None and (widths := candidate.widths()) != measured:
+                if self.measures.accuracy(candidate.model) >= target:
+                    return candidate
+                measured = widths
+            budget = int(budget / RUNG)
+            if self.sensitivities.within(budget - self.rest, self.measures.layer_bytes) != measured:
+                candidate = self._within(budget)
+        return largest
+
+    def _within(self, budget: int) -> QuantizedModel | None:
+        """As `within_budget`; None: the widths of least divergence for ever fewer bytes have all made larger files."""
+        room = budget - self.rest
+        while (bits := self.sensitivities.within(room, self.measures.layer_bytes)) is not None:
+            quantized = self.quantize(bits)
+            excess = self.measures.file_bytes(quantized) - budget
+            if excess <= 0:
+                return quantized
+            # The header has grown by some digits, or fewer weights were rounded to zero than in each layer alone.
+            room -= excess
+        return None
 
 
-def _log_probabilities(model: nn.Module, batches: Sequence[Tensor]) -> Tensor:
-    # Layers that work in place must not reach the images.
-    return torch.cat([model(batch.clone()).double() for batch in batches]).log_softmax(1)
+def check_budget(budget: int, smallest: int) -> None:
+    """Raises UserError for a budget of bytes below the `smallest` file."""
+    if budget < smallest:
+        raise UserError(
+            f"quantizer.budget: found {budget:,} bytes, but the smallest file with these quantizer.bits has "
+            f"{smallest:,}; accepted: at least that, or lower bits"
+        )

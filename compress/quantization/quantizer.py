@@ -1,73 +1,32 @@
-"""The quantizer that a YAML file describes: `quantize` with its options bound, and what it makes of a network."""
+"""The quantizer that a YAML file describes: the options of `quantize`, its widths, and what it makes of a network."""
 
-import math
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from dataclasses import dataclass, replace
+from typing import Annotated
 
-import torch
 from pydantic import AfterValidator, BeforeValidator, Field
 from torch import Tensor, nn
 
 from compress.errors import UserError
-from compress.quantization.mixed_precision import Choices, Progress, sensitivities
-from compress.quantization.post_training import Options, QuantizedLayer, QuantizedModel, quantize
+from compress.quantization.budget import Budget
+from compress.quantization.mixed_precision import Measures, WidthSearch, check_budget
+from compress.quantization.options import Bits, Correction, Options
+from compress.quantization.post_training import LayerProgress, quantize_with
+from compress.quantization.preparation import check_layers
+from compress.quantization.quantized import QuantizedModel
 from compress.quantization.refinement import Refinement
-
-Bits = Annotated[int, Field(ge=2, le=16)]
-UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20}
-# Halvings of the range of sizes in the search for the smallest file within a drop.
-HALVINGS = 6
+from compress.quantization.sensitivity import Progress, Sensitivities, measure_sensitivities
+from compress.quantization.solvers import RTN
 
 
 def _as_list(value):
     return [value] if isinstance(value, int) else value
 
 
-def _each_once(widths):
+def _check_unique(widths):
     if len(set(widths)) < len(widths):
         raise ValueError("every width once")
     return widths
-
-
-@dataclass(frozen=True)
-class Budget:
-    """Bytes that a file may have: a number of them, or the float32 file's divided by `ratio`."""
-
-    size: int | None = None
-    ratio: float | None = None
-
-    @classmethod
-    def parse(cls, text: str | float) -> "Budget":
-        """Reads 500000, "500kB", "0.5MB", "1MiB" or "8x". Raises UserError for anything else."""
-        match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([A-Za-z]*)\s*", str(text))
-        number, unit = (float(match[1]), match[2] or "B") if match else (0.0, "")
-        if unit == "x" and number >= 1:
-            return cls(ratio=number)
-        if unit in UNITS and number * UNITS[unit] >= 1:
-            return cls(size=int(number * UNITS[unit]))
-        raise UserError(
-            f"quantizer.budget: found {text!r}; accepted: a size such as 500kB, 0.5MB or 1MiB, or a ratio such as 8x"
-        )
-
-    def bytes(self, float_bytes: int) -> int:
-        """The number of bytes, where the float32 file has `float_bytes`."""
-        return self.size if self.ratio is None else int(float_bytes / self.ratio)
-
-
-@dataclass(frozen=True)
-class Measures:
-    """What a search for widths asks of whoever writes and evaluates networks.
-
-    file_bytes: of a written network; layer_bytes: what of it is one layer's codes; accuracy: on validation images,
-    0..1; float_bytes: of the float32 network's file.
-    """
-
-    file_bytes: Callable[[QuantizedModel], int]
-    layer_bytes: Callable[[QuantizedLayer], int]
-    accuracy: Callable[[nn.Module], float]
-    float_bytes: int
 
 
 @dataclass(frozen=True)
@@ -80,207 +39,101 @@ class Variant:
     levels: int | None
 
 
-class Quantizer:
-    """Options of `compress.quantization.quantize`, bound.
+@dataclass(frozen=True, kw_only=True)
+class Quantizer(Options):
+    """`quantize` with its options bound, and the widths to quantize to.
 
-    bits: bit widths to quantize to, one model each; with a `budget` ("0.5MB", or "8x" smaller than float32) or a
-    `max_drop` (points of validation accuracy) the widths that a layer may have, in one model of mixed precision: the
-    most accurate within the budget, or the smallest within the drop. sensitivity_images: those of the calibration
-    images that a layer's width is judged by.
-    alphabet: "exact" is 2^bits levels, "published" 2^bits + 1, "narrow" 2^bits - 1, as many on either side of zero.
-    activation_bits: of the layers' inputs too; None: float. calibration_images: how many training images the caller
-    should pass. scale_candidates, sweeps and refit are those of `Refinement`, the other arguments those of `quantize`,
-    which checks them too. `name` is the solver's. In YAML `solver` is a mapping (`_target_`, `_partial_: true`) from
-    which Hydra makes the callable.
+    bits: one model for each; with a `budget` ("0.5MB", or "8x" smaller than float32) or a `max_drop` (points of
+    validation accuracy) the widths that a layer may have, in one model of mixed precision: the most accurate within the
+    budget, or the smallest within the drop. sensitivity_images: those of the calibration images that a layer's width is
+    judged by. calibration_images: how many training images the caller should pass.
     """
 
-    def __init__(
-        self,
-        solver: Callable[..., Tensor] | dict[str, Any],
-        bits: Annotated[list[Bits], BeforeValidator(_as_list), Field(min_length=1), AfterValidator(_each_once)],
-        budget: str | float | None = None,
-        max_drop: Annotated[float, Field(ge=0, le=100)] | None = None,
-        sensitivity_images: Annotated[int, Field(ge=1)] = 128,
-        alphabet: Literal["exact", "published", "narrow"] = "exact",
-        first_last_bits: Bits | None = 8,
-        skip: Sequence[str] = (),
-        calibration_images: Annotated[int, Field(ge=1)] = 256,
-        max_rows: Annotated[int, Field(ge=1)] | None = None,
-        activation_bits: Annotated[int, Field(ge=2, le=8)] | None = None,
-        activation_range: Literal["mse", "min_max", "percentile"] = "mse",
-        activation_percentile: Annotated[float, Field(gt=0.5, le=1)] = 0.9999,
-        zero_point: Literal["symmetric", "mirrored", "affine"] = "mirrored",
-        granularity: Literal["channel", "layer"] = "channel",
-        scale: Literal["mse", "max_abs", "percentile"] = "mse",
-        percentile: Annotated[float, Field(gt=0, le=1)] = 1.0,
-        alphabet_scalar: Annotated[float, Field(gt=0)] = 1.16,
-        bias_correction: bool = True,
-        batch_norm_reestimation: bool = False,
-        scale_candidates: Annotated[int, Field(ge=1, le=64)] = 1,
-        sweeps: Annotated[int, Field(ge=0)] = 0,
-        refit: bool = False,
-        block_size: Annotated[int, Field(ge=1)] = 128,
-        gram_dtype: Literal["float32", "float64"] = "float32",
-    ) -> None:
-        self.name = getattr(solver, "func", solver).__name__
-        self.bits = [int(width) for width in _as_list(bits)]
-        self.budget = None if budget is None else Budget.parse(budget)
-        self.max_drop = max_drop
-        if budget is not None and max_drop is not None:
-            raise UserError("quantizer.max_drop: found it beside quantizer.budget; accepted: one of the two")
-        self.sensitivity_images = sensitivity_images
-        self.calibration_images = calibration_images
-        self.first_last_bits = first_last_bits
-        self.alphabet = alphabet
-        self.activation_bits = activation_bits
-        self.options = {
-            "solver": solver,
-            "levels": None if alphabet == "exact" else alphabet,
-            "max_rows": max_rows,
-            "activation_bits": activation_bits,
-            "activation_range": activation_range,
-            "activation_percentile": activation_percentile,
-            "zero_point": zero_point,
-            "granularity": granularity,
-            "first_last_bits": first_last_bits,
-            "skip": list(skip),
-            "scale": scale,
-            "percentile": percentile,
-            "alphabet_scalar": alphabet_scalar,
-            "bias_correction": bias_correction,
-            "batch_norm_reestimation": batch_norm_reestimation,
-            "refine": Refinement(scale_candidates, sweeps, refit),
-            "block_size": block_size,
-            "gram_dtype": getattr(torch, gram_dtype),
-        }
-        # What does not go together is said now, and not when there is something to quantize.
-        Options(**{key: value for key, value in self.options.items() if key not in ("activation_bits", "skip")})
+    bits: Annotated[list[Bits], BeforeValidator(_as_list), Field(min_length=1), AfterValidator(_check_unique)]
+    budget: str | float | None = None
+    max_drop: Annotated[float, Field(ge=0, le=100)] | None = None
+    sensitivity_images: Annotated[int, Field(ge=1)] = 128
+    calibration_images: Annotated[int, Field(ge=1)] = 256
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.budget is not None:
+            Budget.parse(self.budget)
+            if self.max_drop is not None:
+                raise UserError("max_drop: found it beside budget; accepted: one of the two")
 
     @property
-    def mixed(self) -> bool:
-        """Whether the layers get widths of their own."""
-        return self.budget is not None or self.max_drop is not None
+    def name(self) -> str:
+        """The solver's name."""
+        return self.solver.name
 
     def levels(self, bits: int) -> int:
-        """Levels of the grids of `bits` bits: 2^bits, one more in the published alphabet and one less in the narrow."""
-        return 2**bits + {"exact": 0, "published": 1, "narrow": -1}[self.alphabet]
+        """Levels of the grids of `bits` bits."""
+        return self.grid.levels(bits)
+
+    def check(self, student: nn.Module) -> None:
+        """Raises UserError for what does not fit `student`: a `skip` that matches no layer, or leaves none."""
+        try:
+            check_layers(student, self.skip)
+        except UserError as mistake:
+            raise UserError(f"quantizer.skip: {str(mistake).removeprefix('skip: ')}") from None
+
+    def check_budget(
+        self, student: nn.Module, batches: Iterable, file_bytes: Callable[[QuantizedModel], int], float_bytes: int
+    ) -> None:
+        """Raises UserError, naming the smallest possible file, for a budget that no widths of `student` can meet.
+
+        A width takes about as many bytes whatever the weights and images are, so that fresh and few ones will do.
+        """
+        if self.budget is None:
+            return
+        cheap = {"solver": RTN(), "refinement": Refinement(), "correction": Correction(), "sensitivity_images": 1}
+        rounded = replace(self, bits=[min(self.bits)], **cheap)
+        sensitivities = rounded.sensitivities(student, batches)
+        smallest = file_bytes(sensitivities.model(sensitivities.smallest()))
+        check_budget(Budget.parse(self.budget).bytes(float_bytes), smallest)
 
     def __call__(
         self,
         model: nn.Module,
         calibration_batches: Iterable,
         bits: int | Mapping[str, int],
-        progress: Callable[[int, int, str, int], None] | None = None,
+        progress: LayerProgress | None = None,
     ) -> QuantizedModel:
         """`model` quantized to `bits` bits; see `compress.quantization.quantize`."""
-        return quantize(model, calibration_batches, bits, progress=progress, **self.options)
+        return quantize_with(self, model, calibration_batches, bits, progress)
 
     def variants(
         self, model: nn.Module, batches: Sequence[Tensor], measures: Measures, progress: Progress
     ) -> Iterator[Variant]:
-        """What becomes of `model` under these options: one variant per width, or one of mixed precision.
+        """What becomes of `model` under these options: one variant for each width, or one of mixed precision."""
 
-        progress: called as progress(done, total, what is being done).
-        """
-        if not self.mixed:
-            for bits in self.bits:
-                yield Variant(f"{bits} bit", self._quantized(model, batches, bits, progress), bits, self.levels(bits))
-            return
-        choices = self.choices(model, batches, progress)
-        if self.budget is not None:
-            budget = self.budget.bytes(measures.float_bytes)
-            quantized = self._within(model, batches, choices, budget, measures, progress)
-            if quantized is None:
-                quantized = self._quantized(model, batches, choices.smallest(), progress)
-                size = measures.file_bytes(quantized)
-                if size > budget:
-                    raise UserError(too_small(budget, size))
-        else:
-            quantized = self._least(model, batches, choices, measures, progress)
-        yield Variant("mixed", quantized, _mean_width(choices, quantized), None)
-
-    def choices(
-        self, model: nn.Module, batches: Iterable, progress: Progress = lambda done, total, what: None
-    ) -> Choices:
-        """Every layer at every width of `bits`; see `sensitivities`."""
-        return sensitivities(
-            model, batches, self.bits, images=self.sensitivity_images, progress=progress, **self.options
-        )
-
-    def _quantized(
-        self, model: nn.Module, batches: Sequence[Tensor], bits: int | Mapping[str, int], progress: Progress
-    ) -> QuantizedModel:
-        def show(done: int, total: int, layer: str, width: int) -> None:
-            progress(done, total, f"{width} bit  {layer}")
-
-        return self(model, batches, bits, show)
-
-    def _within(
-        self,
-        model: nn.Module,
-        batches: Sequence[Tensor],
-        choices: Choices,
-        budget: int,
-        measures: Measures,
-        progress: Progress,
-    ) -> QuantizedModel | None:
-        """The network of least summed divergence whose file has at most `budget` bytes, if one is found."""
-        smallest = choices.model(choices.smallest())
-        rest = measures.file_bytes(smallest) - sum(map(measures.layer_bytes, smallest.layers.values()))
-        room = budget - rest
-        while (bits := choices.within(room, measures.layer_bytes)) is not None:
-            quantized = self._quantized(model, batches, bits, progress)
-            excess = measures.file_bytes(quantized) - budget
-            if excess <= 0:
-                return quantized
-            # The header has grown by some digits, or fewer weights were rounded to zero than in each layer alone.
-            room -= excess
-        return None
-
-    def _least(
-        self,
-        model: nn.Module,
-        batches: Sequence[Tensor],
-        choices: Choices,
-        measures: Measures,
-        progress: Progress,
-    ) -> QuantizedModel:
-        """The smallest file whose validation accuracy is at most `max_drop` points below the float network's."""
-        target = measures.accuracy(model) - self.max_drop / 100
-        found = self._quantized(model, batches, choices.largest(), progress)
-        accuracy = measures.accuracy(found.model)
-        if accuracy < target:
-            lost = 100 * (target - accuracy) + self.max_drop
-            raise UserError(
-                f"quantizer.max_drop: found {self.max_drop}, but the largest widths of quantizer.bits lose {lost:.2f} "
-                "points on the validation set; accepted: more, or wider quantizer.bits"
+        def quantize(bits: int | Mapping[str, int]) -> QuantizedModel:
+            return self(
+                model, batches, bits, lambda done, total, layer, width: progress(done, total, f"{width} bit  {layer}")
             )
-        low = measures.file_bytes(choices.model(choices.smallest()))
-        high = measures.file_bytes(found)
-        budget = low
-        for _ in range(HALVINGS):
-            tried = self._within(model, batches, choices, budget, measures, progress)
-            if tried is None:
-                low = budget
-            elif measures.accuracy(tried.model) >= target:
-                found, high = tried, measures.file_bytes(tried)
-            else:
-                low = max(budget, measures.file_bytes(tried))
-            if budget >= high or high - low <= high // 200:
-                break
-            budget = math.isqrt(low * high)
-        return found
+
+        if self.budget is None and self.max_drop is None:
+            for bits in self.bits:
+                yield Variant(f"{bits} bit", quantize(bits), bits, self.levels(bits))
+            return
+        sensitivities = self.sensitivities(model, batches, progress)
+        search = WidthSearch(sensitivities, measures, quantize)
+        if self.budget is not None:
+            quantized = search.within_budget(Budget.parse(self.budget).bytes(measures.float_bytes))
+        else:
+            quantized = search.smallest_within_drop(model, self.max_drop)
+        yield Variant("mixed", quantized, _mean_width(sensitivities, quantized), None)
+
+    def sensitivities(
+        self, model: nn.Module, batches: Iterable, progress: Progress = lambda done, total, what: None
+    ) -> Sensitivities:
+        """Every layer of `model` at every width of `bits`."""
+        return measure_sensitivities(model, batches, self.bits, self, images=self.sensitivity_images, progress=progress)
 
 
-def _mean_width(choices: Choices, quantized: QuantizedModel) -> float:
-    free = [layer for name, layer in quantized.layers.items() if len(choices.answers[name]) > 1]
-    counted = free or list(quantized.layers.values())
-    return sum(each.bits * each.codes.numel() for each in counted) / sum(each.codes.numel() for each in counted)
-
-
-def too_small(budget: int, smallest: int) -> str:
-    """What to say of a budget of bytes that no widths meet."""
-    return (
-        f"quantizer.budget: found {budget:,} bytes, but the smallest file with these quantizer.bits has {smallest:,}; "
-        "accepted: at least that, or lower bits"
-    )
+def _mean_width(sensitivities: Sensitivities, quantized: QuantizedModel) -> float:
+    """Bits of a weight in the mean over the layers whose width was chosen, or over all where none was."""
+    chosen = [layer for name, layer in quantized.layers.items() if len(sensitivities.answers[name]) > 1]
+    counted = chosen or list(quantized.layers.values())
+    return sum(layer.bits * layer.codes.numel() for layer in counted) / sum(layer.codes.numel() for layer in counted)

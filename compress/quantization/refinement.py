@@ -1,140 +1,125 @@
 """Better codes and scales for a layer that a solver has answered, by the exact error of its outputs.
 
-The error of a row q is q G q^T - 2 q C w^T and a constant, see `compress.quantization.solvers.layer_error`; rows do
-not depend on each other, so many scales can be tried as so many rows.
+The error is that of `compress.quantization.problem.Problem.error`; rows do not depend on each other, so many scales can
+be tried as so many rows.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
+from compress.arguments import check_fields
 from compress.quantization.grid import Grid
-from compress.quantization.solvers import layer_error
-
-Solver = Callable[[Tensor, Tensor, Tensor, Grid], Tensor]
+from compress.quantization.problem import Problem, Solver
 
 
 @dataclass(frozen=True)
 class Refinement:
-    """What becomes of a solver's answer: the best of `candidates` scales, then `sweeps` of coordinate descent.
+    """What becomes of a solver's answer: the best of `scale_candidates` scales, then `sweeps` of coordinate descent.
 
     Candidates are spread evenly from 0.7 to 1.2 times the scale that the grid came with. With `refit` the scales are
-    fitted to the codes after every sweep. One candidate and no sweep leave the answer as it is. `shared`: all channels
-    have one scale, and are to keep one.
+    fitted to the codes after every sweep. One candidate and no sweep leave the answer as it is.
     """
 
-    candidates: int = 1
-    sweeps: int = 0
+    scale_candidates: Annotated[int, Field(ge=1, le=64)] = 1
+    sweeps: Annotated[int, Field(ge=0)] = 0
     refit: bool = False
-    shared: bool = False
 
-    def __call__(
-        self,
-        solver: Solver,
-        weight: Tensor,
-        gram: Tensor,
-        cross: Tensor,
-        grid: Grid,
-        mask: Tensor | None = None,
-    ) -> tuple[Tensor, Grid]:
-        """Codes (N, d) and grid of one group of a layer; shapes are those of `solver`."""
-        if self.candidates > 1:
-            factors = torch.linspace(0.7, 1.2, self.candidates).tolist()
-            codes, grid = search_scales(weight, gram, cross, grid, solver, factors, mask, self.shared)
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    def __call__(self, solver: Solver, problem: Problem, shared: bool = False) -> tuple[Tensor, Grid]:
+        """Codes (N, d) and grid of one group of a layer; `shared`: all its rows have one scale, and are to keep one."""
+        if self.scale_candidates > 1:
+            factors = torch.linspace(0.7, 1.2, self.scale_candidates).tolist()
+            codes, grid = search_scales(problem, solver, factors, shared)
         else:
-            # A solver without a mask need not know of masks.
-            codes = solver(weight, gram, cross, grid, **({} if mask is None else {"mask": mask}))
+            codes, grid = solver(problem), problem.grid
         if self.sweeps:
-            codes, grid = coordinate_descent(
-                weight, codes, gram, cross, grid, self.sweeps, mask=mask, refit=self.refit, shared=self.shared
-            )
+            problem = replace(problem, grid=grid)
+            codes, grid = coordinate_descent(problem, codes, self.sweeps, refit=self.refit, shared=shared)
         return codes, grid
 
 
 @torch.no_grad()
 def search_scales(
-    weight: Tensor,
-    gram: Tensor,
-    cross: Tensor,
-    grid: Grid,
-    solver: Solver,
-    factors: Sequence[float],
-    mask: Tensor | None = None,
-    shared: bool = False,
+    problem: Problem, solver: Solver, factors: Sequence[float], shared: bool = False
 ) -> tuple[Tensor, Grid]:
     """Codes (N, d) by `solver` and their grid: of the scales `grid.scale * factor`, each row's of least error.
 
     The solver is asked once, for `len(factors)` answers; `shared`: the factor of least error in sum is that of all
-    rows. Shapes are those of `solver`.
+    rows.
     """
-    rows, count = weight.shape[0], len(factors)
+    grid, rows, count = problem.grid, problem.weight.shape[0], len(factors)
     scales = torch.cat([grid.scale * factor for factor in factors])
-    tried = Grid(scales, grid.zero_point.repeat(count), grid.levels)
-    # A solver without a mask need not know of masks.
-    codes = solver(weight, gram, cross, tried, **({} if mask is None else {"mask": mask}))
-    errors = layer_error(weight, codes, gram, cross, tried).reshape(count, rows)
+    tried = replace(problem, grid=Grid(scales, grid.zero_point.repeat(count), grid.levels))
+    codes = solver(tried)
+    errors = tried.error(codes).reshape(count, rows)
     if shared:
         errors = errors.sum(1, keepdim=True).expand_as(errors)
     best = errors.argmin(0) * rows + torch.arange(rows, device=errors.device)
-    return codes[best], tried.rows(best)
+    return codes[best], tried.grid.rows(best)
 
 
 @torch.no_grad()
 def coordinate_descent(
-    weight: Tensor,
+    problem: Problem,
     codes: Tensor,
-    gram: Tensor,
-    cross: Tensor,
-    grid: Grid,
     sweeps: int = 4,
     block_size: int = 128,
-    mask: Tensor | None = None,
     refit: bool = False,
     shared: bool = False,
 ) -> tuple[Tensor, Grid]:
     """Codes (N, d) and their grid: each column in turn replaced by the best one given all others, `sweeps` times over.
 
     With `refit` the scales are fitted to the codes after every sweep, see `refit_scales`. No step raises the error of a
-    row. It ends early where a sweep changes nothing. Columns without inputs stay, and so does what `mask` (N, d) has as
-    False.
+    row. It ends early where a sweep changes nothing. Columns without inputs stay, and so do pruned weights.
     """
-    dtype = gram.dtype
-    zero_point = grid.zero_point.to(dtype)
-    lowest, highest = -zero_point, grid.levels - 1 - zero_point
+    grid, gram = problem.grid, problem.gram
+    zero_point = grid.zero_point.to(gram.dtype)
     # Columns along dimension 0, in units of each row's scale: (d, N). The products with the Grams outlive a change of
     # the scales, and a change of the codes is added to them.
-    solved = (codes.T.to(dtype) - zero_point).contiguous()
-    target = cross @ weight.T.to(dtype)
+    solved = (codes.T.to(gram.dtype) - zero_point).contiguous()
+    target = problem.cross @ problem.weight.T.to(gram.dtype)
     product = gram @ solved
-    diagonal = gram.diagonal().tolist()
-    rows = solved.unbind(0)
     for sweep in range(sweeps):
-        scale = grid.scale.to(dtype)
-        changed = False
-        for start in range(0, len(rows), block_size):
-            stop = min(start + block_size, len(rows))
-            before = solved[start:stop].clone()
-            gradient = (target[start:stop] / scale).sub_(product[start:stop])
-            inner = gram[start:stop, start:stop].contiguous()
-            for step, (z, own) in enumerate(zip(rows[start:stop], gradient.unbind(0), strict=True)):
-                if diagonal[start + step] <= 0:
-                    continue
-                best = torch.add(z, own, alpha=1 / diagonal[start + step]).round_().clamp_(lowest, highest)
-                if mask is not None:
-                    best = torch.where(mask[:, start + step], best, z)
-                gradient.addr_(inner[step], best - z, alpha=-1)
-                z.copy_(best)
-            moved = solved[start:stop] - before
-            if bool(moved.any()):
-                changed = True
-                product.addmm_(gram[:, start:stop], moved)
+        changed = _sweep(replace(problem, grid=grid), solved, target, product, block_size)
         if not changed and (sweep or not refit):
             break
         if refit:
             grid = refit_scales(grid, (target * solved).sum(0), (product * solved).sum(0), shared)
     return (solved + zero_point).T.to(codes.dtype).contiguous(), grid
+
+
+def _sweep(problem: Problem, solved: Tensor, target: Tensor, product: Tensor, block_size: int) -> bool:
+    """One pass over the columns; changes `solved` (d, N) and `product` = G solved; whether any code has changed."""
+    grid, gram, mask = problem.grid, problem.gram, problem.mask
+    zero_point, scale = grid.zero_point.to(gram.dtype), grid.scale.to(gram.dtype)
+    lowest, highest = -zero_point, grid.levels - 1 - zero_point
+    diagonal, rows = gram.diagonal().tolist(), solved.unbind(0)
+    changed = False
+    for start in range(0, len(rows), block_size):
+        stop = min(start + block_size, len(rows))
+        before = solved[start:stop].clone()
+        gradient = (target[start:stop] / scale).sub_(product[start:stop])
+        inner = gram[start:stop, start:stop].contiguous()
+        for step, (z, downhill) in enumerate(zip(rows[start:stop], gradient.unbind(0), strict=True)):
+            if diagonal[start + step] <= 0:
+                continue
+            best = torch.add(z, downhill, alpha=1 / diagonal[start + step]).round_().clamp_(lowest, highest)
+            if mask is not None:
+                best = torch.where(mask[:, start + step], best, z)
+            gradient.addr_(inner[step], best - z, alpha=-1)
+            z.copy_(best)
+        moved = solved[start:stop] - before
+        if bool(moved.any()):
+            changed = True
+            product.addmm_(gram[:, start:stop], moved)
+    return changed
 
 
 def refit_scales(grid: Grid, overlap: Tensor, energy: Tensor, shared: bool = False) -> Grid:

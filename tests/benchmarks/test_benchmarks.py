@@ -16,7 +16,7 @@ from torch import nn
 
 from compress.benchmarks import convergence, quantization
 from compress.benchmarks.convergence import Point, verdict
-from compress.quantization.post_training import prepare
+from compress.quantization.preparation import prepare
 from compress.quantization.refinement import Refinement
 
 ROOT = Path(__file__).parents[2]

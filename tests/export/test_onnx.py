@@ -23,7 +23,7 @@ from compress.export.description import NetworkDescription
 from compress.export.onnx import Onnx, OnnxModel
 from compress.quantization import Grid, quantize
 from compress.quantization.activations import InputQuantizer, attach_input_quantizer
-from compress.quantization.post_training import QuantizedLayer, QuantizedModel, state_beside
+from compress.quantization.quantized import QuantizedLayer, QuantizedModel, float_state
 
 IMAGES = torch.randn(32, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 
@@ -175,7 +175,7 @@ def lone_convolution(weight_scale, bias):
     model[0].bias = nn.Parameter(torch.tensor(bias))
     attach_input_quantizer(model[0], InputQuantizer(0.03, 120, 256))
     layer = QuantizedLayer(codes, grid, tuple(codes.shape), 8, None)
-    return QuantizedModel(model.eval(), {"0": layer}, state_beside(model, ["0"]), [], {}), codes
+    return QuantizedModel(model.eval(), {"0": layer}, float_state(model, ["0"]), [], {}), codes
 
 
 def test_a_convolution_on_quantized_inputs_computes_the_sum_of_its_codes(tmp_path):

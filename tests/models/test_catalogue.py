@@ -9,7 +9,7 @@ from compress.errors import UserError
 from compress.models import available, build, check_options, described
 from compress.paths import searching
 from compress.quantization import quantize
-from compress.quantization.solvers import rtn
+from compress.quantization.solvers import RTN
 
 BATCH_NORM = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 SMALL, WIDE = (16, 16, 32, 64), (32, 64, 128, 256)
@@ -251,7 +251,7 @@ def test_every_layer_of_a_network_can_be_quantized(stem):
     torch.manual_seed(0)
     model = build(stem, 5).eval()
     images = torch.randn(8, 3, 8, 8)
-    found = quantize(model, [images], bits=8, solver=rtn)
+    found = quantize(model, [images], bits=8, solver=RTN())
     assert set(found.layers) == {n for n, module in model.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)}
     assert found.skipped == {}
     with torch.no_grad():

@@ -12,7 +12,7 @@ from compress.errors import UserError
 from compress.export.weights import load_weights
 from compress.models import available, build, check_options, count_parameters, described
 from compress.quantization import quantize
-from compress.quantization.solvers import rtn
+from compress.quantization.solvers import RTN
 
 # Name in timm, pixels, parameters with 10 classes.
 STEMS = {
@@ -74,7 +74,7 @@ def test_networks_can_be_quantized_but_for_standardised_convolutions():
     images = torch.randn(8, 3, 8, 8)
     for stem, size in SMALL:
         model = build(stem, 5, input_size=size)
-        found = quantize(model, [images], bits=4, solver=rtn)
+        found = quantize(model, [images], bits=4, solver=RTN())
         layers = {name for name, module in model.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)}
         assert layers == {*found.layers, *found.skipped}
         assert all("is a StdConv2d" in reason for reason in found.skipped.values())

@@ -8,10 +8,11 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 import compress
-from compress.arguments import construct
+from compress.arguments import build
 from compress.evaluation import evaluate
 from compress.export.packed import read_model
 from compress.paths import CONF
+from compress.pipeline.parts import Parts
 
 ROOT = Path(os.environ.get("FASHION_MNIST", "/usr/share/datasets/fashion-mnist"))
 # Points of test accuracy that a width may cost; the figures of the full training are in the README.
@@ -38,11 +39,10 @@ def test_gpfq_keeps_the_accuracy_that_rounding_loses(images, tmp_path, monkeypat
         assert 100 * (reference.test_accuracy - row.test_accuracy) <= ALLOWED[row.bits], row
 
     config = OmegaConf.load(result.directory / "config.yaml")
-    data = construct(config.data)
-    data.setup()
+    data = Parts(config).data
     student, _ = read_model(result.directory / reference.file)
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        rounding = construct(compose("quantizer/rtn").quantizer)
+        rounding = build(compose("quantizer/rtn").quantizer, "quantizer")
     rounded = rounding(student, data.calibration_batches(128), 2).model
     accuracy = evaluate(rounded, data.test_dataloader(), data.num_classes).accuracy
     assert 100 * (variants[-1].test_accuracy - accuracy) >= 10

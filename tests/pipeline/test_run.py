@@ -221,7 +221,7 @@ def test_a_failure_while_quantizing_fails_the_run(finished, monkeypatch, tmp_pat
     def broken(*arguments, **options):
         raise RuntimeError("broken solver")
 
-    monkeypatch.setattr("compress.quantization.quantizer.quantize", broken)
+    monkeypatch.setattr("compress.quantization.quantizer.quantize_with", broken)
     assert quantize is not broken
     with pytest.raises(RuntimeError, match="broken solver"):
         compress.run([*SMALL, "trainer.max_epochs=1", f"output_directory={tmp_path}"])

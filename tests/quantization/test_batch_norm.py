@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from compress.errors import UserError
-from compress.quantization import quantize
+from compress.quantization import Correction, Grids, quantize
 
 
 def network(folds: bool) -> nn.Sequential:
@@ -41,7 +41,7 @@ def channel_statistics(model, name, batches):
 def test_a_folded_layer_gets_the_mean_and_deviation_of_its_channels_back(batches):
     model = network(folds=True)
     plain = quantize(model, batches, 2, first_last_bits=None)
-    matched = quantize(model, batches, 2, first_last_bits=None, batch_norm_reestimation=True)
+    matched = quantize(model, batches, 2, first_last_bits=None, correction=Correction(batch_norm=True))
     for layer, norm in (("0", "1"), ("3", "4")):
         mean, deviation = channel_statistics(model, norm, batches)
         new_mean, new_deviation = channel_statistics(matched.model, layer, batches)
@@ -55,7 +55,7 @@ def test_a_folded_layer_gets_the_mean_and_deviation_of_its_channels_back(batches
 
 def test_a_norm_that_stands_alone_has_its_statistics_moved(batches):
     model = network(folds=False)
-    matched = quantize(model, batches, 2, first_last_bits=None, batch_norm_reestimation=True)
+    matched = quantize(model, batches, 2, first_last_bits=None, correction=Correction(batch_norm=True))
     assert matched.folded == []
     for norm in ("2", "6"):
         mean, deviation = channel_statistics(model, norm, batches)
@@ -66,5 +66,5 @@ def test_a_norm_that_stands_alone_has_its_statistics_moved(batches):
 
 
 def test_one_scale_a_layer_cannot_be_matched_by_channel(batches):
-    with pytest.raises(UserError, match="batch_norm_reestimation: found true with one scale a layer"):
-        quantize(network(True), batches, 2, granularity="layer", batch_norm_reestimation=True)
+    with pytest.raises(UserError, match=r"^correction\.batch_norm: found true with one scale a layer"):
+        quantize(network(True), batches, 2, grid=Grids(granularity="layer"), correction=Correction(batch_norm=True))

@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch import nn
 
-from compress.quantization import quantize
-from compress.quantization.activations import calibrated, input_quantizers
-from compress.quantization.grid import mse_grid
+from compress.quantization import Activations, Grams, Grids, Problem, Refinement, quantize
+from compress.quantization.activations import input_quantizers
 from compress.quantization.patches import spread
-from compress.quantization.refinement import Refinement, coordinate_descent, layer_error
-from compress.quantization.solvers import gpfq, gptq, qronos, rtn, spfq
+from compress.quantization.refinement import coordinate_descent
+from compress.quantization.scales import mse_grid
+from compress.quantization.solvers import GPFQ, GPTQ, RTN, SPFQ, Qronos
 
 
 def problem(rows=6, depth=40, seed=0):
@@ -21,16 +21,17 @@ def problem(rows=6, depth=40, seed=0):
     return weight * mask, mask, quantized.T @ quantized, quantized.T @ inputs
 
 
-@pytest.mark.parametrize("solver", [gpfq, spfq, gptq, qronos, rtn])
+@pytest.mark.parametrize("solver", [GPFQ(block_size=16), SPFQ(block_size=16), GPTQ(block_size=16), Qronos(), RTN()])
 def test_a_pruned_weight_stays_zero_through_every_solver_and_descent(solver):
     weight, mask, gram, cross = problem()
     grid = mse_grid(weight, 4, gram.diagonal())
-    codes = solver(weight, gram, cross, grid, mask=mask, block_size=16)
-    better, _ = coordinate_descent(weight, codes, gram, cross, grid, mask=mask)
+    task = Problem(weight, gram, cross, grid, mask)
+    codes = solver(task)
+    better, _ = coordinate_descent(task, codes)
     for each in (codes, better):
         assert bool((grid.dequantize(each)[~mask] == 0).all())
         assert bool((grid.dequantize(each)[mask] != 0).any())
-    before, after = (layer_error(weight, each, gram, cross, grid) for each in (codes, better))
+    before, after = (task.error(each) for each in (codes, better))
     assert bool((after <= before + 1e-9).all())
 
 
@@ -40,7 +41,7 @@ def test_masked_gpfq_is_the_loop_over_samples_that_skips_pruned_weights():
     analog = torch.randn(100, 40, generator=generator, dtype=torch.float64)
     noisy = analog + 0.1 * torch.randn(100, 40, generator=generator, dtype=torch.float64)
     grid = mse_grid(weight, 4)
-    codes = gpfq(weight, noisy.T @ noisy, noisy.T @ analog, grid, mask=mask, block_size=7)
+    codes = GPFQ(block_size=7)(Problem(weight, noisy.T @ noisy, noisy.T @ analog, grid, mask))
     for row in range(len(weight)):
         error = torch.zeros(100, dtype=torch.float64)
         for column in range(40):
@@ -64,12 +65,12 @@ def test_a_pruned_network_keeps_exactly_its_zeros():
     with torch.no_grad():
         model[3].weight[torch.rand_like(model[3].weight) < 0.5] = 0
     pruned = model[3].weight == 0
-    quantized = quantize(model, images, 2, refine=Refinement(4, 2, True)).model
+    quantized = quantize(model, images, 2, refinement=Refinement(4, 2, True)).model
     assert bool((quantized[3].weight[pruned] == 0).all())
 
 
 def test_a_layer_has_one_scale_where_that_is_asked_for():
-    options = {"granularity": "layer", "refine": Refinement(4, 2, True)}
+    options = {"grid": Grids(granularity="layer"), "refinement": Refinement(4, 2, True)}
     layers = quantize(network(), [torch.randn(32, 3, 8, 8)], 3, **options).layers
     assert all(len(layer.grid.scale.unique()) == 1 for layer in layers.values())
 
@@ -87,7 +88,7 @@ def test_affine_grids_lose_least_on_one_sided_weights(levels):
 
 
 def test_narrow_grids_have_as_many_levels_on_either_side():
-    layers = quantize(network(), [torch.randn(8, 3, 8, 8)], 3, levels="narrow").layers
+    layers = quantize(network(), [torch.randn(8, 3, 8, 8)], 3, grid=Grids(alphabet="narrow")).layers
     assert [layer.grid.levels for layer in layers.values()] == [255, 7, 255]
     assert all(bool((layer.grid.zero_point == layer.grid.levels // 2).all()) for layer in layers.values())
 
@@ -95,12 +96,12 @@ def test_narrow_grids_have_as_many_levels_on_either_side():
 @pytest.mark.parametrize("rule", ["mse", "min_max", "percentile"])
 def test_inputs_are_calibrated_within_half_a_step(rule):
     values = torch.rand(64, 100) * 3
-    grid = calibrated([values], 8, rule)
+    grid = Activations(rule).calibrate([values], 8)
     assert int(grid.zero_point) == 0
     inside = values <= 255 * grid.scale
     assert float(inside.float().mean()) > 0.99
     assert float((grid(values) - values)[inside].abs().max()) <= 0.501 * float(grid.scale)
-    assert int(calibrated([values - 1.5], 8, rule).zero_point) in range(120, 136)
+    assert int(Activations(rule).calibrate([values - 1.5], 8).zero_point) in range(120, 136)
 
 
 @pytest.mark.parametrize("shape", [(64, 64, 32, 32), (256, 256, 8, 8), (256, 512, 4, 4)])
@@ -108,7 +109,7 @@ def test_a_range_is_chosen_by_all_places_of_an_image(shape):
     # Nothing at the left border, as in most pictures of things.
     values = torch.rand(shape, generator=torch.Generator().manual_seed(0))
     values[..., 0] *= 0.01
-    grid = calibrated([values], 4)
+    grid = Activations().calibrate([values], 4)
     error = (grid(values) - values).square().mean() / values.square().mean()
     # 15 steps between 0 and 1, of which the error is uniform: 1 / 15^2 / 12 against a mean square of 1/3.
     assert float(error) < 1.1 * 3 / 12 / 15**2
@@ -134,9 +135,9 @@ def test_every_so_many_rows_meet_every_place_of_an_image(step, period):
 
 def test_capped_rows_do_not_depend_on_how_the_images_are_cut():
     model, images = network(), torch.randn(40, 3, 8, 8)
-    options = {"max_rows": 500, "gram_dtype": torch.float64}
+    options = {"grams": Grams(500, "float64")}
     whole = quantize(model, [images], 3, **options).layers
     parts = quantize(model, list(images.split(7)), 3, **options).layers
-    every = quantize(model, [images], 3, gram_dtype=torch.float64).layers
+    every = quantize(model, [images], 3, grams=Grams(dtype="float64")).layers
     assert all(torch.equal(whole[name].codes, parts[name].codes) for name in whole)
     assert any(not torch.equal(whole[name].codes, every[name].codes) for name in whole)

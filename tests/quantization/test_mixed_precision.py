@@ -5,20 +5,20 @@ import itertools
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
-from hydra.utils import instantiate
 from torch import nn
 from torch.nn import functional as F
 
 from compress import models
+from compress.arguments import build
 from compress.errors import UserError
 from compress.export.description import NetworkDescription
 from compress.export.encodings import layer_bytes
 from compress.export.packed import file_bytes, read_packed, write_packed
 from compress.paths import CONF
-from compress.quantization import Measures
+from compress.quantization import Correction, Measures, Options
 from compress.quantization.allocation import allocate
-from compress.quantization.mixed_precision import sensitivities
-from compress.quantization.quantizer import Budget
+from compress.quantization.budget import Budget
+from compress.quantization.sensitivity import measure_sensitivities
 
 DESCRIPTION = NetworkDescription(
     architecture={"stem": "resnet8", "options": {}, "num_classes": 10},
@@ -43,8 +43,10 @@ def images():
 def quantizer(**options):
     with initialize_config_dir(str(CONF), version_base="1.3"):
         node = compose("quantizer/gpfq").quantizer
+    # The searched and refitted scales take most of the time, and what is tested here does not depend on them.
+    node.refinement = {}
     node.update(options)
-    return instantiate(node)
+    return build(node, "quantizer")
 
 
 def measures(accuracy=lambda model: 1.0):
@@ -78,7 +80,8 @@ def test_a_budget_below_the_smallest_choices_has_no_allocation():
 
 
 def test_the_sensitivity_is_the_divergence_with_one_layer_quantized(network, images):
-    choices = sensitivities(network, images, [2, 4], images=32, bias_correction=False)
+    options = Options(correction=Correction(bias=False))
+    choices = measure_sensitivities(network, images, [2, 4], options, images=32)
     assert list(choices.answers["conv1"]) == list(choices.answers["fc"]) == [8]
     name = "layer2.0.conv1"
     analog = choices.prepared.analog
@@ -147,15 +150,48 @@ def test_the_smallest_file_within_the_drop_is_found(network, images):
 
     exact = only(quantizer(bits=[2, 3, 4, 8], max_drop=100), network, images, measures(accuracy))
     assert {layer.bits for layer in exact.model.layers.values()} == {2, 8}
-    strict = only(quantizer(bits=[2, 3, 4, 8], max_drop=0.2), network, images, measures(accuracy))
-    assert accuracy(strict.model.model) >= 0.998
+    strict = only(quantizer(bits=[2, 3, 4, 8], max_drop=2), network, images, measures(accuracy))
+    assert accuracy(strict.model.model) >= 0.98
     size = file_bytes(strict.model, DESCRIPTION)
     assert file_bytes(exact.model, DESCRIPTION) < size
-    # What has a twentieth fewer bytes loses more.
+    # What has a twentieth fewer bytes loses more, on any machine: it was measured.
     smaller = only(quantizer(bits=[2, 3, 4, 8], budget=int(0.95 * size)), network, images, measures(accuracy))
-    assert accuracy(smaller.model.model) < 0.998
+    assert accuracy(smaller.model.model) < 0.98
     with pytest.raises(UserError, match=r"max_drop: found 0.1, but the largest widths .* lose \d+\.\d\d points"):
         only(quantizer(bits=[2, 3], max_drop=0.1), network, images, measures(accuracy))
+
+
+def test_a_smaller_file_is_found_although_larger_ones_lose_more(network, images):
+    kept, measured = (2.3, 2.7), []
+
+    def accuracy(model: nn.Module) -> float:
+        # As if the mean widths of an interval happened to keep the drop, and of the wider ones only the widest.
+        if model is network:
+            return 1.0
+        inner = [layer for name, layer in model.named_modules() if isinstance(layer, nn.Conv2d) and name != "conv1"]
+        width = sum(bits_of(layer) * layer.weight.numel() for layer in inner)
+        measured.append(width / sum(layer.weight.numel() for layer in inner))
+        return 1.0 if kept[0] <= measured[-1] <= kept[1] or measured[-1] > 3.9 else 0.5
+
+    variant = only(quantizer(bits=[2, 3, 4], max_drop=10), network, images, measures(accuracy))
+    assert kept[0] <= variant.bits <= kept[1]
+    assert variant.bits == pytest.approx(min(width for width in measured if width >= kept[0]))
+    # From the smallest file on, no step is longer than a twentieth of the widest file.
+    climbed = sorted(width for width in measured if width <= variant.bits)
+    assert climbed[0] == 2
+    assert max(wider - narrower for narrower, wider in itertools.pairwise(climbed)) < 0.25
+    smaller = only(
+        quantizer(bits=[2, 3, 4], budget=int(0.95 * file_bytes(variant.model, **DESCRIPTION))),
+        network,
+        images,
+        measures(),
+    )
+    assert accuracy(smaller.model.model) < 0.9
+
+
+def bits_of(layer: nn.Conv2d) -> int:
+    """The width of a quantized layer, by how many values the weights of a channel have."""
+    return max((len(row.unique()) - 1).bit_length() for row in layer.weight.detach().flatten(1))
 
 
 def test_layers_that_grow_together_are_too_small_a_budget_and_no_mistake(network, images):
@@ -168,16 +204,16 @@ def test_layers_that_grow_together_are_too_small_a_budget_and_no_mistake(network
     measured = Measures(size, layer_bytes, lambda model: 1.0, 319_288)
     options = {"bits": [2, 4]}
     built = quantizer(**options, max_drop=50)
-    found = built.choices(network, images)
+    found = built.sensitivities(network, images)
     low = size(found.model(found.smallest()))
-    own = type(built)._quantized
+    own = type(built).__call__
 
     def growing(self, *arguments):
         grown.append(own(self, *arguments))
         return grown[-1]
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(type(built), "_quantized", growing)
+        patched.setattr(type(built), "__call__", growing)
         variant = only(built, network, images, measured)
         assert size(variant.model) > low
         with pytest.raises(UserError, match=f"found {low:,} bytes, .* has {low + 100:,}; accepted"):
@@ -194,10 +230,10 @@ def test_budgets_are_read(text, bytes_):
 
 @pytest.mark.parametrize("text", ["", "half", "-3", "0", "0.5x", "3 qB", "1e6", "0.1B"])
 def test_what_is_no_budget_is_said(text):
-    with pytest.raises(UserError, match=r"quantizer.budget: found .*; accepted: a size such as"):
+    with pytest.raises(UserError, match=r"^budget: found .*; accepted: a size such as"):
         Budget.parse(text)
 
 
 def test_a_budget_and_a_drop_exclude_each_other():
-    with pytest.raises(Exception, match=r"beside quantizer[.]budget; accepted"):
+    with pytest.raises(UserError, match=r"^quantizer[.]max_drop: found it beside budget; accepted"):
         quantizer(budget="8x", max_drop=1)

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from compress.quantization.grid import Grid, mse_grid
+from compress.quantization import Grid, Problem
 from compress.quantization.refinement import coordinate_descent, refit_scales, search_scales
-from compress.quantization.solvers import gpfq, gptq, layer_error, qronos, rtn, spfq
+from compress.quantization.scales import mse_grid
+from compress.quantization.solvers import GPFQ, GPTQ, RTN, SPFQ, Qronos
 
 
 def problem(seed, rows=6, depth=30, samples=300, dead=()):
@@ -58,44 +59,41 @@ def slow_gptq(weight, gram, grid):
 def test_gptq_and_qronos_are_their_definitions(bits, block_size):
     weight, quantized, analog, gram, cross = problem(bits)
     grid = mse_grid(weight, 2**bits, gram.diagonal())
-    codes = gptq(weight, gram, cross, grid, block_size=block_size, damping=0.0)
+    # Less damping than float64 resolves.
+    codes = GPTQ(damping=1e-30, block_size=block_size)(Problem(weight, gram, cross, grid))
     assert torch.equal(codes.long(), slow_gptq(weight, gram, grid))
-    codes = qronos(weight, gram, cross, grid, block_size=block_size, damping=0.0)
+    codes = Qronos(damping=1e-30, block_size=block_size)(Problem(weight, gram, cross, grid))
     assert torch.equal(codes.long(), slow_qronos(weight, quantized, analog, grid))
 
 
-@pytest.mark.parametrize("solver", [gpfq, spfq, gptq, qronos])
+@pytest.mark.parametrize("solver", [GPFQ(), SPFQ(), GPTQ(), Qronos()])
 @pytest.mark.parametrize("dead", [(0,), (5, 29), tuple(range(30))])
 def test_columns_without_inputs_take_zero(solver, dead):
     weight, *_, gram, cross = problem(1, dead=dead)
     grid = mse_grid(weight, 4)
-    codes = solver(weight, gram, cross, grid)
+    codes = solver(Problem(weight, gram, cross, grid))
     assert codes.dtype == torch.uint8
     assert (codes[:, list(dead)] == grid.zero_point[:, None]).all()
-    single = solver(weight.float(), gram.float(), cross.float(), mse_grid(weight.float(), 4))
+    single = solver(Problem(weight.float(), gram.float(), cross.float(), mse_grid(weight.float(), 4)))
     assert (single[:, list(dead)] == grid.zero_point[:, None]).all()
 
 
 def test_every_solver_beats_rounding_and_qronos_sees_the_mismatch():
     weight, *_, gram, cross = problem(2, rows=40, depth=60, samples=600)
-    grid = mse_grid(weight, 4, gram.diagonal())
-
-    def error(solver):
-        return layer_error(weight, solver(weight, gram, cross, grid), gram, cross, grid).sum().item()
-
-    errors = {solver.__name__: error(solver) for solver in (rtn, gpfq, gptq, qronos)}
+    task = Problem(weight, gram, cross, mse_grid(weight, 4, gram.diagonal()))
+    errors = {solver.name: task.error(solver(task)).sum().item() for solver in (RTN(), GPFQ(), GPTQ(), Qronos())}
     assert max(errors, key=errors.get) == "rtn"
     assert errors["qronos"] < errors["gptq"]
 
 
 def test_stochastic_rounding_is_seeded_and_right_on_average():
     weight, *_, gram, cross = problem(3)
-    grid = mse_grid(weight, 16)
-    assert torch.equal(spfq(weight, gram, cross, grid, seed=4), spfq(weight, gram, cross, grid, seed=4))
-    assert not torch.equal(spfq(weight, gram, cross, grid, seed=4), spfq(weight, gram, cross, grid, seed=5))
+    task = Problem(weight, gram, cross, mse_grid(weight, 16))
+    assert torch.equal(SPFQ(seed=4)(task), SPFQ(seed=4)(task))
+    assert not torch.equal(SPFQ(seed=4)(task), SPFQ(seed=5)(task))
     one = torch.tensor([[0.3]], dtype=torch.float64).repeat(20_000, 1)
     unit = Grid(torch.ones(20_000, dtype=torch.float64), torch.full((20_000,), 2), 4)
-    codes = spfq(one, torch.ones(1, 1, dtype=torch.float64), torch.ones(1, 1, dtype=torch.float64), unit)
+    codes = SPFQ()(Problem(one, torch.ones(1, 1).double(), torch.ones(1, 1).double(), unit))
     assert set(codes.unique().tolist()) == {2, 3}
     assert (codes.double().mean() - 2).item() == pytest.approx(0.3, abs=0.015)
 
@@ -119,79 +117,85 @@ def slow_sparse(weight, quantized, analog, grid, soft, hard):
 def test_thresholds_are_those_of_the_sparse_algorithm(soft, hard):
     weight, quantized, analog, gram, cross = problem(4)
     grid = mse_grid(weight, 16)
-    codes = gpfq(weight, gram, cross, grid, soft_threshold=soft, hard_threshold=hard)
+    task = Problem(weight, gram, cross, grid)
+    codes = GPFQ(soft, hard)(task)
     assert torch.equal(codes.long(), slow_sparse(weight, quantized, analog, grid, soft, hard))
     zeros = (codes == grid.zero_point[:, None]).sum()
-    assert zeros > 1.3 * (gpfq(weight, gram, cross, grid) == grid.zero_point[:, None]).sum()
+    assert zeros > 1.3 * (GPFQ()(task) == grid.zero_point[:, None]).sum()
 
 
 @pytest.mark.parametrize("bits", [2, 3, 8])
-@pytest.mark.parametrize("start", [rtn, gpfq, qronos])
+@pytest.mark.parametrize("start", [RTN(), GPFQ(), Qronos()])
 def test_descent_never_raises_the_error_and_ends_where_no_single_code_helps(bits, start):
     weight, *_, gram, cross = problem(5 + bits, dead=(3,))
     grid = mse_grid(weight, 2**bits, gram.diagonal())
-    codes = start(weight, gram, cross, grid)
-    errors = [layer_error(weight, codes, gram, cross, grid)]
+    task = Problem(weight, gram, cross, grid)
+    codes = start(task)
+    errors = [task.error(codes)]
     for _ in range(3):
-        codes, same = coordinate_descent(weight, codes, gram, cross, grid, sweeps=1, block_size=7)
+        codes, same = coordinate_descent(task, codes, sweeps=1, block_size=7)
         assert same is grid
-        errors.append(layer_error(weight, codes, gram, cross, grid))
+        errors.append(task.error(codes))
         assert (errors[-1] <= errors[-2] + 1e-9).all()
-    together, _ = coordinate_descent(weight, start(weight, gram, cross, grid), gram, cross, grid, sweeps=3)
+    together, _ = coordinate_descent(task, start(task), sweeps=3)
     assert torch.equal(together, codes)
 
-    final, _ = coordinate_descent(weight, codes, gram, cross, grid, sweeps=100)
-    least = layer_error(weight, final, gram, cross, grid)
+    final, _ = coordinate_descent(task, codes, sweeps=100)
+    least = task.error(final)
     for t in range(weight.shape[1]):
         for code in {0, grid.levels - 1, *final[:, t].tolist()}:
             other = final.clone()
             other[:, t] = code
-            assert (layer_error(weight, other, gram, cross, grid) >= least - 1e-9).all()
+            assert (task.error(other) >= least - 1e-9).all()
 
 
 def test_search_finds_the_best_of_its_scales_row_by_row():
     weight, *_, gram, cross = problem(20)
     grid, factors = mse_grid(weight, 4), (0.6, 0.8, 1.0, 1.3)
-    codes, found = search_scales(weight, gram, cross, grid, gpfq, factors)
+    codes, found = search_scales(Problem(weight, gram, cross, grid), GPFQ(), factors)
     errors = []
     for factor in factors:
-        own = Grid(grid.scale * factor, grid.zero_point, 4)
-        errors.append(layer_error(weight, gpfq(weight, gram, cross, own), gram, cross, own))
-    torch.testing.assert_close(layer_error(weight, codes, gram, cross, found), torch.stack(errors).amin(0))
+        task = Problem(weight, gram, cross, Grid(grid.scale * factor, grid.zero_point, 4))
+        errors.append(task.error(GPFQ()(task)))
+    torch.testing.assert_close(Problem(weight, gram, cross, found).error(codes), torch.stack(errors).amin(0))
 
 
 def test_refitted_scales_are_the_best_for_their_codes():
     weight, *_, gram, cross = problem(21)
     grid = mse_grid(weight, 4)
-    codes = gpfq(weight, gram, cross, grid)
+    codes = GPFQ()(Problem(weight, gram, cross, grid))
     codes[0] = grid.zero_point[0]  # a row of zeros has no best scale
     z = codes.double() - grid.zero_point[:, None]
     fitted = refit_scales(grid, ((weight @ cross.T) * z).sum(1), ((z @ gram) * z).sum(1))
     assert fitted.scale[0] == grid.scale[0]
-    least = layer_error(weight, codes, gram, cross, fitted)
+    least = Problem(weight, gram, cross, fitted).error(codes)
     for factor in (0.9, 0.99, 1.01, 1.1):
         other = Grid(fitted.scale * factor, grid.zero_point, 4)
-        assert (layer_error(weight, codes, gram, cross, other)[1:] > least[1:]).all()
-    assert (least <= layer_error(weight, codes, gram, cross, grid) + 1e-9).all()
+        assert (Problem(weight, gram, cross, other).error(codes)[1:] > least[1:]).all()
+    assert (least <= Problem(weight, gram, cross, grid).error(codes) + 1e-9).all()
 
 
 @pytest.mark.parametrize("shared", [False, True])
 def test_descent_with_refitted_scales_is_one_sweep_and_one_fit_after_the_other(shared):
     weight, *_, gram, cross = problem(22, dead=(3,))
     grid = mse_grid(weight, 8)
-    start = rtn(weight, gram, cross, grid)
+    start = RTN()(Problem(weight, gram, cross, grid))
     codes, expected = start, grid
     for _ in range(4):
-        codes, _ = coordinate_descent(weight, codes, gram, cross, expected, sweeps=1)
+        codes, _ = coordinate_descent(Problem(weight, gram, cross, expected), codes, sweeps=1)
         z = codes.double() - expected.zero_point[:, None]
         expected = refit_scales(expected, ((weight @ cross.T) * z).sum(1), ((z @ gram) * z).sum(1), shared)
-    together, found = coordinate_descent(weight, start, gram, cross, grid, sweeps=4, refit=True, shared=shared)
+    task = Problem(weight, gram, cross, grid)
+    together, found = coordinate_descent(task, start, sweeps=4, refit=True, shared=shared)
     assert torch.equal(together, codes)
     assert not torch.equal(found.scale, grid.scale)
     torch.testing.assert_close(found.scale, expected.scale)
 
 
-@pytest.mark.parametrize("solver", [rtn, gpfq, gptq, qronos])
+SMALL_BLOCKS = [GPFQ(block_size=16), GPTQ(block_size=16), Qronos(block_size=16)]
+
+
+@pytest.mark.parametrize("solver", [RTN(), *SMALL_BLOCKS])
 @pytest.mark.parametrize("pruned", [False, True])
 def test_a_grid_of_several_candidates_gets_the_answer_of_each(solver, pruned):
     weight, *_, gram, cross = problem(23, depth=40, dead=(5,))
@@ -201,18 +205,21 @@ def test_a_grid_of_several_candidates_gets_the_answer_of_each(solver, pruned):
         weight = weight * mask
     grid = mse_grid(weight, 4)
     grids = [Grid(grid.scale * factor, grid.zero_point, 4) for factor in (0.7, 1.0, 1.2)]
-    alone = [solver(weight, gram, cross, each, block_size=16, mask=mask) for each in grids]
+    tasks = [Problem(weight, gram, cross, each, mask) for each in grids]
+    alone = [solver(task) for task in tasks]
     several = Grid(torch.cat([each.scale for each in grids]), grid.zero_point.repeat(3), 4)
-    codes = solver(weight, gram, cross, several, block_size=16, mask=mask)
+    together = Problem(weight, gram, cross, several, mask)
+    codes = solver(together)
     assert torch.equal(codes, torch.cat(alone))
-    errors = [layer_error(weight, own, gram, cross, each) for own, each in zip(alone, grids, strict=True)]
-    torch.testing.assert_close(layer_error(weight, codes, gram, cross, several), torch.cat(errors))
+    errors = [task.error(answer) for task, answer in zip(tasks, alone, strict=True)]
+    torch.testing.assert_close(together.error(codes), torch.cat(errors))
 
 
 def test_the_error_of_a_deep_layer_is_that_of_its_outputs():
     weight, quantized, analog, gram, cross = problem(24, depth=1100, samples=50)
     grid = mse_grid(weight, 4)
-    codes = rtn(weight, gram, cross, grid)
+    task = Problem(weight, gram, cross, grid)
+    codes = RTN()(task)
     goal = analog @ weight.T
     exact = (goal - quantized @ grid.dequantize(codes).T).square().sum(0)
-    torch.testing.assert_close(layer_error(weight, codes, gram, cross, grid) + goal.square().sum(0), exact)
+    torch.testing.assert_close(Problem(weight, gram, cross, grid).error(codes) + goal.square().sum(0), exact)

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from compress.quantization import patches as patches_module
-from compress.quantization.patches import Moments, live_columns, patches
+from compress.quantization import moments as moments_module
+from compress.quantization.moments import Moments
+from compress.quantization.patches import live_columns, patches
 
 CONVOLUTIONS = [
     {"kernel_size": 3, "padding": 1},
@@ -35,7 +36,7 @@ def test_weights_times_patches_is_the_convolution(geometry):
 @pytest.mark.parametrize("centre", [False, True])
 @pytest.mark.parametrize("chunk", [1 << 24, 500])
 def test_moments_over_chunks_equal_products_over_the_whole_set(layer, centre, chunk, monkeypatch):
-    monkeypatch.setattr(patches_module, "CHUNK", chunk)
+    monkeypatch.setattr(moments_module, "CHUNK", chunk)
     torch.manual_seed(1)
     shape = (7, 5, 4) if isinstance(layer, nn.Linear) else (7, layer.in_channels, 5, 5)
     analog = torch.rand(shape, dtype=torch.float64)

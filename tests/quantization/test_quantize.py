@@ -2,7 +2,6 @@
 
 import copy
 import operator
-from functools import partial
 
 import pytest
 import torch
@@ -10,9 +9,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from compress.errors import UserError
-from compress.quantization import calibration, fold_batch_norm, quantize
-from compress.quantization.refinement import Refinement
-from compress.quantization.solvers import gpfq, gptq, qronos, rtn, spfq
+from compress.quantization import Correction, Grams, Grids, Refinement, calibration, fold_batch_norm, quantize
+from compress.quantization.solvers import GPFQ, GPTQ, RTN, SPFQ, Qronos
+
+DOUBLE = Grams(dtype="float64")
 
 
 class Network(nn.Module):
@@ -86,7 +86,7 @@ def published_loop(weight, quantized, analog, scale, zero_point, levels):
 def test_every_layers_codes_and_bias_equal_those_from_its_own_inputs(bits, bias_correction):
     model, batch = make(), images()
     result = quantize(
-        model, [batch], bits, gram_dtype=torch.float64, bias_correction=bias_correction, first_last_bits=3
+        model, [batch], bits, grams=DOUBLE, correction=Correction(bias=bias_correction), first_last_bits=3
     )
     analog, rebuilt = fold_batch_norm(model), fold_batch_norm(model)
     assert list(result.layers) == ["stem", "conv1", "conv2", "down", "fc"]
@@ -142,7 +142,7 @@ def test_the_model_and_the_callers_images_are_left_alone_by_in_place_layers():
     model, batch = make(Greedy), images()
     before, state = batch.clone(), copy.deepcopy(model.state_dict())
     # A corrected bias would leave `out` the same mean, but for rounding.
-    result = quantize(model, [batch], 4, gram_dtype=torch.float64, bias_correction=False)
+    result = quantize(model, [batch], 4, grams=DOUBLE, correction=Correction(bias=False))
     assert torch.equal(batch, before)
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     # `other` reads images from which each network has taken its own mean: shared memory would take both from one.
@@ -158,9 +158,9 @@ def test_the_model_and_the_callers_images_are_left_alone_by_in_place_layers():
 @pytest.mark.parametrize("cut", [1, 7, 24])
 def test_results_do_not_depend_on_how_the_images_are_cut(cut, carried, monkeypatch):
     model, batch = make(), images()
-    whole = quantize(model, [batch], 3, gram_dtype=torch.float64)
+    whole = quantize(model, [batch], 3, grams=DOUBLE)
     monkeypatch.setattr(calibration, "BATCH", carried)
-    parts = quantize(model, ((part, None) for part in batch.split(cut)), 3, gram_dtype=torch.float64)
+    parts = quantize(model, ((part, None) for part in batch.split(cut)), 3, grams=DOUBLE)
     for name, layer in whole.layers.items():
         assert torch.equal(layer.codes, parts.layers[name].codes), name
     for name, value in whole.float_state.items():
@@ -184,9 +184,9 @@ def test_nearest_rounding_with_max_abs_scales_is_rounding_of_the_folded_weight_a
         model,
         [images(4, torch.float32)],
         3,
-        solver=partial(rtn),
-        scale="max_abs",
-        bias_correction=False,
+        solver=RTN(),
+        grid=Grids(scale="max_abs"),
+        correction=Correction(bias=False),
         first_last_bits=None,
     )
     folded = fold_batch_norm(model)
@@ -205,16 +205,15 @@ def test_first_and_last_layers_take_their_own_bits_and_null_means_those_of_the_o
     assert widths == [256, 4, 4, 4, 256]
     assert {layer.grid.levels for layer in quantize(model, batch, 2, first_last_bits=None).layers.values()} == {4}
     widths = [
-        layer.grid.levels for layer in quantize(model, batch, 2, levels="published", first_last_bits=4).layers.values()
+        layer.grid.levels
+        for layer in quantize(model, batch, 2, grid=Grids(alphabet="published"), first_last_bits=4).layers.values()
     ]
     assert widths == [17, 5, 5, 5, 17]
-    assert [layer.grid.levels for layer in quantize(model, batch, 2, levels=3).layers.values()] == [256, 3, 3, 3, 256]
 
 
 def test_the_percentile_rule_gives_a_layer_one_scale():
-    result = quantize(
-        make(), [images(4)], 2, levels="published", scale="percentile", percentile=0.5, alphabet_scalar=2.0
-    )
+    grid = Grids(alphabet="published", scale="percentile", percentile=0.5, alphabet_scalar=2.0)
+    result = quantize(make(), [images(4)], 2, grid=grid)
     weight = fold_batch_norm(make()).conv1.weight.detach().flatten(1)
     radius = weight.abs().quantile(0.5, dim=1).mean()
     torch.testing.assert_close(result.layers["conv1"].grid.scale, (2.0 * radius / 2).expand(8))
@@ -309,7 +308,7 @@ def test_a_one_pixel_map_quantizes_as_if_all_columns_were_summed():
             return self.conv(torch.relu(self.stem(batch)).mean((2, 3), keepdim=True))
 
     model, batch = make(Narrow), images(40)
-    result = quantize(model, [batch], 4, gram_dtype=torch.float64, first_last_bits=None, bias_correction=False)
+    result = quantize(model, [batch], 4, grams=DOUBLE, first_last_bits=None, correction=Correction(bias=False))
     layer = result.layers["conv"]
     mine = rows_of(model.conv, inputs_of(result.model, "conv", batch))[0]
     other = rows_of(model.conv, inputs_of(model, "conv", batch))[0]
@@ -352,9 +351,9 @@ def test_half_precision_networks_are_quantized_in_float32():
         ({"bits": 17}, r"^bits: found 17;"),
         ({"bits": 2.0}, r"^bits: found 2\.0;"),
         ({"bits": 2, "first_last_bits": 33}, r"^first_last_bits: found 33;"),
-        ({"bits": 2, "levels": 1}, r"^levels: found 1;"),
-        ({"bits": 2, "levels": "many"}, r"^levels: found 'many';"),
-        ({"bits": 2, "scale": "best"}, r"^scale: found 'best'; accepted: mse, max_abs, percentile"),
+        ({"bits": 2, "activation_bits": 9}, r"^activation_bits: found 9; accepted: a whole number from 2 to 8 or null"),
+        ({"bits": 2, "grid": {"scale": "best"}}, r"^grid.scale: found 'best'; accepted: mse, max_abs, percentile"),
+        ({"bits": 2, "grid": "best"}, r"^grid: found 'best'; accepted: a mapping of keys to values"),
         (
             {"bits": 2, "skip": ["conv9*"]},
             r"^skip: found 'conv9\*', which matches no layer; accepted: stem, conv1, conv2, down, fc$",
@@ -381,10 +380,10 @@ def test_inputs_that_are_not_finite_are_named_before_they_get_a_grid(value):
         quantize(make(), [torch.full((2, 2, 6, 6), value)], 4, activation_bits=8)
 
 
-@pytest.mark.parametrize("solver", [gptq, qronos])
+@pytest.mark.parametrize("solver", [GPTQ, Qronos])
 def test_a_damping_that_is_too_small_is_named(solver):
     with pytest.raises(UserError, match=r"^quantizer.solver.damping: found one too small .*; accepted: more"):
-        quantize(make(), [images(2)], 4, solver=partial(solver, damping=1e-18))
+        quantize(make(), [images(2)], 4, solver=solver(damping=1e-18))
 
 
 def test_a_weight_that_is_not_finite_is_named():
@@ -395,12 +394,12 @@ def test_a_weight_that_is_not_finite_is_named():
         quantize(model, [images(4)], 4)
 
 
-@pytest.mark.parametrize("solver", [gpfq, spfq, gptq, qronos])
+@pytest.mark.parametrize("solver", [GPFQ(), SPFQ(), GPTQ(), Qronos()])
 def test_a_refined_layer_has_no_more_error_than_the_solver_left(solver):
     model, batches = make(), [images(64)]
-    plain = quantize(model, batches, 2, solver=solver, first_last_bits=None, gram_dtype=torch.float64)
+    plain = quantize(model, batches, 2, solver=solver, first_last_bits=None, grams=DOUBLE)
     refined = quantize(
-        model, batches, 2, solver=solver, first_last_bits=None, gram_dtype=torch.float64, refine=Refinement(7, 3, True)
+        model, batches, 2, solver=solver, first_last_bits=None, grams=DOUBLE, refinement=Refinement(7, 3, True)
     )
     # The first layer alone has the same inputs in both; the grouped one and the rest see what came before.
     assert refined.layers["stem"].error < plain.layers["stem"].error

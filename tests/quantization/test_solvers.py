@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from compress.quantization.grid import Grid, mse_grid
-from compress.quantization.solvers import gpfq, layer_error, rtn
+from compress.quantization import Grid, Problem
+from compress.quantization.scales import mse_grid
+from compress.quantization.solvers import GPFQ, RTN
 
 
 def published_loop(weight, quantized, analog, grid):
@@ -39,7 +40,7 @@ def problem(seed, rows=5, depth=90, samples=200, dead=()):
 def test_gpfq_codes_equal_the_published_loop(bits, block_size, dead):
     weight, quantized, analog = problem(bits, dead=dead)
     grid = mse_grid(weight, 2**bits, quantized.square().sum(0))
-    codes = gpfq(weight, quantized.T @ quantized, quantized.T @ analog, grid, block_size=block_size)
+    codes = GPFQ(block_size=block_size)(Problem(weight, quantized.T @ quantized, quantized.T @ analog, grid))
     assert codes.shape == weight.shape
     assert codes.dtype == torch.uint8
     assert torch.equal(codes.long(), published_loop(weight, quantized, analog, grid))
@@ -48,7 +49,7 @@ def test_gpfq_codes_equal_the_published_loop(bits, block_size, dead):
 def test_gpfq_codes_equal_the_loop_at_16_bits_where_bytes_are_too_small():
     weight, quantized, analog = problem(3, rows=3, depth=40)
     grid = mse_grid(weight, 2**16)
-    codes = gpfq(weight, quantized.T @ quantized, quantized.T @ analog, grid, block_size=7)
+    codes = GPFQ(block_size=7)(Problem(weight, quantized.T @ quantized, quantized.T @ analog, grid))
     assert codes.dtype == torch.int32
     assert torch.equal(codes.long(), published_loop(weight, quantized, analog, grid))
 
@@ -56,10 +57,10 @@ def test_gpfq_codes_equal_the_loop_at_16_bits_where_bytes_are_too_small():
 def test_a_column_without_inputs_takes_zero():
     weight, quantized, analog = problem(4, dead=(5,))
     grid = Grid(torch.full((5,), 0.5, dtype=torch.float64), torch.tensor([0, 1, 2, 3, 2]), 4)
-    codes = gpfq(weight, quantized.T @ quantized, quantized.T @ analog, grid)
+    codes = GPFQ()(Problem(weight, quantized.T @ quantized, quantized.T @ analog, grid))
     assert codes[:, 5].tolist() == grid.zero_point.tolist()
     nothing = torch.zeros(90, 90, dtype=torch.float64)
-    assert (gpfq(weight, nothing, nothing, grid) == grid.zero_point[:, None]).all()
+    assert (GPFQ()(Problem(weight, nothing, nothing, grid)) == grid.zero_point[:, None]).all()
 
 
 def test_gpfq_leaves_its_arguments_alone():
@@ -68,7 +69,7 @@ def test_gpfq_leaves_its_arguments_alone():
     grid = mse_grid(weight, 4)
     arguments = [weight, gram, cross, grid.scale, grid.zero_point]
     before = [each.clone() for each in arguments]
-    gpfq(weight, gram, cross, grid, block_size=16)
+    GPFQ(block_size=16)(Problem(weight, gram, cross, grid))
     assert all(torch.equal(now, then) for now, then in zip(arguments, before, strict=True))
 
 
@@ -81,9 +82,10 @@ def test_gpfq_gives_less_output_error_than_nearest_rounding():
     def output_error(codes):
         return (target - quantized @ grid.dequantize(codes).T).square().sum(0)
 
-    greedy, nearest = gpfq(weight, gram, cross, grid), rtn(weight, gram, cross, grid)
+    task = Problem(weight, gram, cross, grid)
+    greedy, nearest = GPFQ()(task), RTN()(task)
     assert torch.equal(nearest, grid.quantize(weight))
     assert output_error(greedy).sum() < 0.8 * output_error(nearest).sum()
     for codes in (greedy, nearest):
-        exact = layer_error(weight, codes, gram, cross, grid) + target.square().sum(0)
+        exact = task.error(codes) + target.square().sum(0)
         torch.testing.assert_close(exact, output_error(codes), rtol=1e-9, atol=1e-9)

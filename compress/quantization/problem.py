@@ -1,0 +1,84 @@
+"""One layer's quantization as a problem in its Gram matrices, and what a solver of such problems is.
+
+With X the analog and X~ the quantized inputs of a layer, (samples, d), the output error of a row q of quantized
+weights is |X w - X~ q|^2 = q G q^T - 2 q C w^T + |X w|^2, where G = X~^T X~ and C = X~^T X.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from compress.arguments import check_fields
+from compress.quantization.grid import Grid
+
+# Columns of a symmetric product that are made at once.
+STRIPE = 512
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a solver is given of one group of a layer.
+
+    weight: (N, d). gram, cross: (d, d), G and C above; None for a solver that does not read the inputs. grid: of the N
+    rows, or of K N rows, which asks for K answers one after the other, so that what they share is computed once.
+    mask: (N, d), False where a weight is pruned and has to stay zero; None where no weight is.
+    """
+
+    weight: Tensor
+    gram: Tensor | None
+    cross: Tensor | None
+    grid: Grid
+    mask: Tensor | None = None
+
+    def per_answer(self, rows: Tensor) -> Tensor:
+        """`rows` (N, ...) once for each answer that the grid asks for, (K N, ...)."""
+        count = self.grid.scale.shape[0] // rows.shape[0]
+        return rows if count == 1 else rows.repeat(count, *[1] * (rows.dim() - 1))
+
+    def error(self, codes: Tensor) -> Tensor:
+        """Output error of each row of `codes`, (N,) or (K N,), less the constant |X w|^2: q G q^T - 2 q C w^T.
+
+        It ranks the candidates of one row exactly. In the dtype of `gram`.
+        """
+        quantized = self.grid.dequantize(codes).to(self.gram.dtype)
+        target = self.weight.to(self.gram.dtype) @ self.cross.T
+        overlap = (quantized.unflatten(0, (-1, self.weight.shape[0])) * target).sum(2).flatten()
+        return _energy(quantized, self.gram) - 2 * overlap
+
+
+@dataclass(frozen=True)
+class Solver(ABC):
+    """Chooses the codes of a `Problem`; a subclass is a frozen dataclass whose fields are its options.
+
+    `name` stands in tables and file names. A solver whose `reads_inputs` is False needs no Grams, and the walk over the
+    network saves itself their cost where nothing else reads them.
+    """
+
+    reads_inputs: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    @property
+    def name(self) -> str:
+        return type(self).__name__.lower()
+
+    @abstractmethod
+    def __call__(self, problem: Problem) -> Tensor:
+        """Codes (N, d), or (K N, d) for a grid of K N rows: `code_dtype` of the grid's levels, from 0 to levels - 1."""
+
+
+def _energy(rows: Tensor, gram: Tensor) -> Tensor:
+    """r G r^T of each of `rows` (M, d): (M,). G is symmetric, so that the part above its diagonal counts twice."""
+    total = rows.new_zeros(rows.shape[0])
+    for index in torch.arange(rows.shape[1]).split(STRIPE):
+        start, stop = int(index[0]), int(index[-1]) + 1
+        part = rows[:, start:stop]
+        product = part @ gram[start:stop, start:stop]
+        if start:
+            product.addmm_(rows[:, :start], gram[:start, start:stop], alpha=2)
+        total += product.mul_(part).sum(1)
+    return total

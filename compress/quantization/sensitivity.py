@@ -1,0 +1,150 @@
+"""What a width of one layer costs the logits, and the cheapest widths of all layers for a number of bytes.
+
+Errors of layers cannot be compared with each other, since some matter more to the result, so a layer's cost at a width
+is the divergence KL(p || p~) between the classes that the float network predicts on calibration images and those that
+it predicts with this layer alone quantized. The sum over the layers is what `allocate` minimises.
+"""
+
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from compress.quantization.activations import InputQuantizer, attach_input_quantizer
+from compress.quantization.allocation import allocate
+from compress.quantization.calibration import walk
+from compress.quantization.layer import layer_moments, solve_layer
+from compress.quantization.options import Options
+from compress.quantization.preparation import Prepared, prepare
+from compress.quantization.quantized import QuantizedLayer, QuantizedModel, float_state, put
+
+# Called as progress(done, of how many, what is being done).
+Progress = Callable[[int, int, str], None]
+# `answers[name][bits]`: the layer so quantized, on the inputs that it has in the float network, and its bias.
+Answers = dict[str, dict[int, tuple[QuantizedLayer, Tensor | None]]]
+
+
+@dataclass(frozen=True)
+class Sensitivities:
+    """Every layer at every width it may have.
+
+    `divergence[name][bits]` is in nats, the mean over images. A layer with a single width has no divergence (0).
+    """
+
+    prepared: Prepared
+    answers: Answers
+    divergence: dict[str, dict[int, float]]
+    activation_bits: int | None
+
+    def smallest(self) -> dict[str, int]:
+        """The lowest width of each layer."""
+        return {name: min(widths) for name, widths in self.answers.items()}
+
+    def largest(self) -> dict[str, int]:
+        """The highest width of each layer."""
+        return {name: max(widths) for name, widths in self.answers.items()}
+
+    def model(self, bits: Mapping[str, int]) -> QuantizedModel:
+        """The network with every layer as it was answered alone: good for its size, not for its accuracy."""
+        quantized = copy.deepcopy(self.prepared.analog)
+        layers = {}
+        for name, width in bits.items():
+            layers[name], bias = self.answers[name][width]
+            put(quantized.get_submodule(name), layers[name].codes, layers[name].grid, bias)
+            if self.activation_bits is not None:
+                grid = InputQuantizer(1.0, 0, 2**self.activation_bits)
+                attach_input_quantizer(quantized.get_submodule(name), grid)
+        state = float_state(quantized, layers)
+        return QuantizedModel(quantized, layers, state, self.prepared.folded, self.prepared.skipped)
+
+    def within(self, budget: int, layer_bytes: Callable[[QuantizedLayer], int]) -> dict[str, int] | None:
+        """The widths of least divergence whose layers take at most `budget` bytes in all; None: there are none."""
+        widths = {name: sorted(answers) for name, answers in self.answers.items()}
+        costs = [[self.divergence[name][bits] for bits in choices] for name, choices in widths.items()]
+        sizes = [[layer_bytes(self.answers[name][bits][0]) for bits in choices] for name, choices in widths.items()]
+        chosen = allocate(costs, sizes, budget)
+        if chosen is None:
+            return None
+        return {name: choices[index] for (name, choices), index in zip(widths.items(), chosen, strict=True)}
+
+
+@torch.no_grad()
+def measure_sensitivities(
+    model: nn.Module,
+    calibration_batches: Iterable,
+    widths: Sequence[int],
+    options: Options,
+    *,
+    images: int = 128,
+    progress: Progress = lambda done, total, what: None,
+) -> Sensitivities:
+    """Quantizes each layer alone to each of `widths`; the first and the last only to `first_last_bits`, if given.
+
+    images: of the calibration images, those that the divergence is measured on. Each width of a layer costs a solve and
+    a forward pass of `images`.
+    """
+    prepared = prepare(model, options.skip)
+    outer = set() if options.first_last_bits is None else prepared.outer
+    choices = {name: [options.first_last_bits] if name in outer else sorted(set(widths)) for name in prepared.order}
+    total = 2 * sum(map(len, choices.values()))
+    batches = prepared.gather(calibration_batches)
+    answers = _answer(prepared, batches, choices, options, lambda done, what: progress(done, total, what))
+    sample = [part.clone() for part in torch.cat(batches)[:images].split(len(batches[0]))]
+    divergence = _diverge(prepared.analog, sample, answers, lambda done, what: progress(total // 2 + done, total, what))
+    return Sensitivities(prepared, answers, divergence, options.activation_bits)
+
+
+def _answer(
+    prepared: Prepared,
+    batches: list[Tensor],
+    choices: Mapping[str, Sequence[int]],
+    options: Options,
+    progress: Callable[[int, str], None],
+) -> Answers:
+    """Every layer at each of its `choices` of widths."""
+    answers: Answers = {name: {} for name in prepared.order}
+    done = 0
+
+    def solve(name: str, _: list[Tensor], inputs: list[Tensor]) -> None:
+        nonlocal done
+        layer = prepared.analog.get_submodule(name)
+        moments = layer_moments(layer, inputs, inputs, options, name)
+        for bits in choices[name]:
+            codes, grid, bias = solve_layer(layer, moments, bits, options, name)
+            answers[name][bits] = QuantizedLayer(codes, grid, tuple(codes.shape), bits, None), bias
+            done += 1
+            progress(done, f"trying {bits} bit  {name}")
+
+    walk(prepared.analog, copy.deepcopy(prepared.analog), prepared.graph, batches, prepared.order, solve)
+    return answers
+
+
+def _diverge(
+    analog: nn.Module, images: Sequence[Tensor], answers: Answers, progress: Callable[[int, str], None]
+) -> dict[str, dict[int, float]]:
+    """The divergence of the predictions for `images` with each layer alone replaced by each of its answers."""
+    reference = _log_probabilities(analog, images)
+    divergence: dict[str, dict[int, float]] = {name: {} for name in answers}
+    done = 0
+    for name, choices in answers.items():
+        layer = analog.get_submodule(name)
+        weight, bias = layer.weight, layer.bias
+        for bits, (answer, new_bias) in choices.items():
+            done += 1
+            progress(done, f"measuring {bits} bit  {name}")
+            if len(choices) == 1:
+                divergence[name][bits] = 0.0
+                continue
+            put(layer, answer.codes, answer.grid, new_bias)
+            changed = _log_probabilities(analog, images)
+            divergence[name][bits] = F.kl_div(changed, reference, reduction="batchmean", log_target=True).item()
+            layer.weight, layer.bias = weight, bias
+    return divergence
+
+
+def _log_probabilities(model: nn.Module, batches: Sequence[Tensor]) -> Tensor:
+    # Layers that work in place must not reach the images.
+    return torch.cat([model(batch.clone()).double() for batch in batches]).log_softmax(1)

@@ -1,0 +1,146 @@
+"""Greedy path following: each weight rounded so that the layer's outputs so far stay close to the analog ones.
+
+GPFQ: Lybrand & Saab 2020; Zhang, Zhou & Saab 2022 (2201.11113). SPFQ: Zhang & Saab 2023 (2309.10975). Restated in
+Grams: for t = 1..d, q_t = Q((sum_{j<=t} cross[t,j] w_j - sum_{j<t} gram[t,j] q_j) / gram[t,t]). A column without inputs
+(gram[t,t] = 0) takes q_t = 0. Both compute in the dtype of the Gram.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from compress.quantization.grid import code_dtype
+from compress.quantization.problem import STRIPE, Problem, Solver
+
+Threshold = Annotated[float, Field(ge=0)]
+BlockSize = Annotated[int, Field(ge=1)]
+# Turns the values of one step (N,), in units of the scales, to integers in place.
+Decide = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class GPFQ(Solver):
+    """Greedy path following with rounding to the nearest grid point.
+
+    The thresholds, in units of the weights, make weights sparse (2201.11113, section 5): a value below becomes zero
+    before it is rounded, and `soft_threshold` shrinks the others by as much. `block_size` columns are corrected at once
+    for all that went before them; it changes the speed only.
+    """
+
+    soft_threshold: Threshold = 0.0
+    hard_threshold: Threshold = 0.0
+    block_size: BlockSize = 128
+
+    def __call__(self, problem: Problem) -> Tensor:
+        if not self.soft_threshold and not self.hard_threshold:
+            return follow_path(problem, self.block_size, Tensor.round_)
+        scale = problem.grid.scale.to(problem.gram.dtype)
+
+        def decide(values: Tensor) -> Tensor:
+            if self.soft_threshold:
+                values.copy_(torch.nn.functional.softshrink(values * scale, self.soft_threshold) / scale)
+            if self.hard_threshold:
+                values.masked_fill_((values * scale).abs() <= self.hard_threshold, 0)
+            return values.round_()
+
+        return follow_path(problem, self.block_size, decide)
+
+
+@dataclass(frozen=True)
+class SPFQ(Solver):
+    """As `GPFQ`, each value rounded up or down at random so that its mean is exact."""
+
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    block_size: BlockSize = 128
+
+    def __call__(self, problem: Problem) -> Tensor:
+        generator = torch.Generator(problem.gram.device).manual_seed(self.seed)
+
+        def decide(values: Tensor) -> Tensor:
+            draws = torch.rand(values.shape, generator=generator, dtype=values.dtype, device=values.device)
+            return values.add_(draws).floor_()
+
+        return follow_path(problem, self.block_size, decide)
+
+
+@torch.no_grad()
+def follow_path(problem: Problem, block_size: int, decide: Decide) -> Tensor:
+    """Codes (N, d) by path following; `decide` rounds the values of a step."""
+    grid, dtype = problem.grid, problem.gram.dtype
+    codes = grid.zero_point.to(code_dtype(grid.levels))[:, None].repeat(1, problem.weight.shape[1])
+    live = problem.gram.diagonal() > 0
+    if not bool(live.any()):
+        return codes
+    gram, keep, index = problem.gram, None, None
+    if problem.mask is not None:
+        keep = problem.per_answer(problem.mask).T.to(dtype)
+    if not bool(live.all()):
+        # A dead column adds nothing to any numerator: <x~_t, .> = 0 in its own row and q_t = 0 elsewhere. It does add
+        # C[t', t] w_t to later rows where only the quantized input died, so the analog side keeps all its columns.
+        gram, keep, index = gram[live][:, live], None if keep is None else keep[live], live.nonzero()[:, 0]
+    # Work in units of each row's scale, so that rounding needs no division: z = q / scale = code - zero_point.
+    scale, zero_point = grid.scale.to(dtype), grid.zero_point.to(dtype)
+    target = _numerators(problem.weight.to(dtype), problem.cross, index, block_size)
+    target = target.repeat(1, scale.shape[0] // problem.weight.shape[0]) / scale
+    bounds = -zero_point, grid.levels - 1 - zero_point
+    solved = _follow(target, gram, keep, bounds, block_size, decide)
+    answer = solved.T.add_(zero_point[:, None]).to(codes.dtype)
+    if index is None:
+        return answer.contiguous()
+    codes[:, live] = answer
+    return codes
+
+
+def _follow(
+    target: Tensor,
+    gram: Tensor,
+    keep: Tensor | None,
+    bounds: tuple[Tensor, Tensor],
+    block_size: int,
+    decide: Decide,
+) -> Tensor:
+    """Steps (d, N) from the numerators `target` (d, N), which are overwritten; `keep` (d, N) is 0 where pruned.
+
+    Columns lie along dimension 0, which keeps the row of one step contiguous.
+    """
+    reciprocal = gram.diagonal().reciprocal().tolist()
+    count = target.shape[0]
+    solved = torch.empty_like(target)
+    for start in range(0, count, block_size):
+        stop = min(start + block_size, count)
+        block = target[start:stop]
+        if start:
+            block.addmm_(gram[start:stop, :start], solved[:start], alpha=-1)
+        # Column t of the transposed copy is contiguous: the weights with which step t reaches the later ones.
+        inner = gram[start:stop, start:stop].T.contiguous()
+        for step in range(stop - start):
+            z = solved[start + step]
+            torch.mul(block[step], reciprocal[start + step], out=z)
+            decide(z)
+            torch.clamp(z, *bounds, out=z)
+            if keep is not None:
+                z.mul_(keep[start + step])
+            if step + 1 < stop - start:
+                block[step + 1 :].addr_(inner[step, step + 1 :], z, alpha=-1)
+    return solved
+
+
+def _numerators(weight: Tensor, cross: Tensor, live: Tensor | None, block_size: int) -> Tensor:
+    """tril(cross) @ weight^T, (d, N), only the rows `live` (None: all), without a triangular copy of all of `cross`."""
+    weight = weight.T.contiguous()
+    index = torch.arange(cross.shape[0], device=cross.device) if live is None else live
+    parts = []
+    for rows in index.split(max(block_size, STRIPE)):
+        first, last = int(rows[0]), int(rows[-1])
+        block = cross[first : last + 1] if live is None else cross[rows]
+        columns = torch.arange(first, last + 1, device=cross.device)
+        mixed = block[:, first : last + 1] * (columns[None, :] <= rows[:, None])
+        part = mixed @ weight[first : last + 1]
+        if first:
+            part.addmm_(block[:, :first], weight[:first])
+        parts.append(part)
+    return torch.cat(parts)
