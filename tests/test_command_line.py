@@ -216,7 +216,7 @@ def test_values_that_mean_the_same_reach_the_run_as_what_they_mean():
 def test_a_sweep_can_glob_over_options():
     jobs = checked_jobs(["scheduler=glob(*)", "teacher=resnet8"], multirun=True)
     stems = {path.stem for path in (SCRIPT.parent.parent / "conf" / "scheduler").glob("*.yaml")}
-    assert {typed[0] for typed, _ in jobs} == {f"scheduler={stem}" for stem in stems}
+    assert {job.overrides[0] for job in jobs} == {f"scheduler={stem}" for stem in stems}
 
 
 def test_help_names_every_group_and_every_option(capsys):

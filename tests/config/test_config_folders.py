@@ -30,6 +30,7 @@ def folder(tmp_path, monkeypatch):
         (tmp_path / "mine" / group).mkdir(parents=True)
         (tmp_path / "mine" / group / "tiny.yaml").write_text(text)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))  # as an interpreter that was started there has it
     return tmp_path
 
 

@@ -75,12 +75,12 @@ def test_the_replaced_projects_grid_runs(taught, untaught, widths, tmp_path, mon
         assert any(row["quantizer"] == "lsq" for row in rows) == method._target_.endswith("QAT")
 
 
-def test_every_method_fits_the_replaced_projects_grid(tmp_path):
-    write_cifar10(tmp_path)
+def test_every_method_fits_the_replaced_projects_grid(tmp_path, monkeypatch):
+    write_cifar10(tmp_path, monkeypatch)
     common = ["experiment=capstone_cifar10", f"data.root={tmp_path}", "data.limit=200", "student=resnet8"]
     jobs = checked_jobs([*common, "method=supervised,kd,kd_mixup,dkd,dml,qat"], multirun=True)
-    assert [config.quantizer.bits for _, config in jobs] == [[8, 7, 6, 5, 4, 3, 2]] * 6
-    assert {config.quantizer.alphabet for _, config in jobs} == {"published"}
+    assert [job.config.quantizer.bits for job in jobs] == [[8, 7, 6, 5, 4, 3, 2]] * 6
+    assert {job.config.quantizer.grid.alphabet for job in jobs} == {"published"}
 
 
 @pytest.mark.parametrize("name", ["capstone_cifar10", "capstone_cifar100", "fashion_mnist_study"])

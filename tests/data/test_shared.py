@@ -12,8 +12,7 @@ from compress.errors import UserError
 
 
 def node(*overrides):
-    [(_, config)] = compose_jobs(overrides)
-    return config.data
+    return compose_jobs(overrides)[0].config.data
 
 
 @pytest.fixture

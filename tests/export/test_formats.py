@@ -11,7 +11,7 @@ from compress.errors import UserError
 from compress.export import formats
 from compress.export.onnx import Onnx
 from compress.export.packed import Packed
-from compress.paths import CONF
+from compress.paths import CONF, searching
 from compress.pipeline.check import checked_jobs
 from compress.predict import Predictor
 
@@ -141,3 +141,14 @@ def test_the_format_of_a_file_is_that_of_the_longest_suffix(tmp_path, monkeypatc
     assert formats.exporter_of(tmp_path / "student.v2.safetensors") == Onnx()
     with pytest.raises(UserError, match=r"student\.bin: found no model file; accepted: a \.safetensors or \.v2"):
         formats.exporter_of(tmp_path / "student.bin")
+
+
+@pytest.mark.slow
+def test_a_format_is_chosen_by_its_word_from_a_folder_of_ones_own(program, tmp_path):
+    (tmp_path / "export").mkdir()
+    (tmp_path / "export" / "program.yaml").write_text("program: {_target_: program_format.Program}\n")
+    result = compress.run([*SMALL, "export=[packed,program]", "quantizer=none"], config_dir=tmp_path)
+    assert [row.runtime for row in result.rows] == ["torch", "torch.export"]
+    with searching([tmp_path]):
+        model = formats.exporter_of(result.directory / result.rows[1].file)
+    assert type(model).__name__ == "Program"
