@@ -160,8 +160,9 @@ def _checked(kind: Any, value: Any, key: str) -> Any:
         return TypeAdapter(kind).validate_python(value)
     except ValidationError as failure:
         # A validator written for one parameter says in its ValueError what it accepts.
-        own = [str(error["ctx"]["error"]) for error in failure.errors() if error["type"] == "value_error"]
-        raise UserError(f"{key}: found {_shown(value)}; accepted: {own[0] if own else _described(kind)}") from None
+        reasons = [str(error["ctx"]["error"]) for error in failure.errors() if error["type"] == "value_error"]
+        accepted = reasons[0] if reasons else _described(kind)
+        raise UserError(f"{key}: found {_shown(value)}; accepted: {accepted}") from None
 
 
 def _parameters(target: Callable[..., Any]) -> dict[str, tuple[Any, Any]]:
