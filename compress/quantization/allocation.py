@@ -15,29 +15,29 @@ def allocate(costs: Sequence[Sequence[float]], sizes: Sequence[Sequence[int]], b
     smallest choices are too large. The solution is optimal: a multiple-choice knapsack, solved by branch and bound
     (`scipy.optimize.milp`).
     """
-    if sum(min(own) for own in sizes) > budget:
+    if sum(map(min, sizes)) > budget:
         return None
-    layer_of = np.repeat(np.arange(len(sizes)), [len(own) for own in sizes])
-    cost = np.concatenate([np.asarray(own, float) for own in costs])
-    size = np.concatenate([np.asarray(own, float) for own in sizes])
-    # Fractions of the whole, because the solver's tolerances are absolute.
+    layer_of = np.repeat(np.arange(len(sizes)), [len(choices) for choices in sizes])
+    cost = np.concatenate([np.asarray(choices, float) for choices in costs])
+    size = np.concatenate([np.asarray(choices, float) for choices in sizes])
+    # Shares of the largest cost, because the solver's tolerances are absolute.
     cost = cost / max(cost.max(), np.finfo(float).tiny)
-    one_each = csr_array((np.ones(len(cost)), (layer_of, np.arange(len(cost)))))
-    found = milp(
+    one_choice = csr_array((np.ones(len(cost)), (layer_of, np.arange(len(cost)))))
+    solution = milp(
         cost,
         integrality=np.ones(len(cost)),
         bounds=(0, 1),
         constraints=[
-            LinearConstraint(one_each, 1, 1),
+            LinearConstraint(one_choice, 1, 1),
             LinearConstraint(size[None] / budget, ub=1),
         ],
         options={"mip_rel_gap": 0.0},
     )
-    if found.x is None:
-        raise RuntimeError(f"the integer program of {len(sizes)} layers was not solved: {found.message}")
-    starts = np.concatenate([[0], np.cumsum([len(own) for own in sizes])])
-    chosen = [int(np.argmax(found.x[start:stop])) for start, stop in pairwise(starts)]
+    if solution.x is None:
+        raise RuntimeError(f"the integer program of {len(sizes)} layers was not solved: {solution.message}")
+    starts = np.concatenate([[0], np.cumsum([len(choices) for choices in sizes])])
+    chosen = [int(np.argmax(solution.x[start:stop])) for start, stop in pairwise(starts)]
     # The solver may overstep by its tolerance; the budget may not.
-    if sum(own[index] for own, index in zip(sizes, chosen, strict=True)) > budget:
+    if sum(choices[index] for choices, index in zip(sizes, chosen, strict=True)) > budget:
         return allocate(costs, sizes, budget - max(1, budget // 10**6))
     return chosen

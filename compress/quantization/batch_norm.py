@@ -49,8 +49,8 @@ def move_statistics(norm: nn.BatchNorm2d, changed: Sequence[Tensor], inputs: Seq
 def statistics(layer: nn.Module, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Mean and deviation of each channel (N,) over all tensors, in float64."""
     channel = -1 if isinstance(layer, nn.Linear) else 1
-    flat = [each.movedim(channel, 0).flatten(1).double() for each in tensors]
-    count = sum(each.shape[1] for each in flat)
-    mean = sum(each.sum(1) for each in flat) / count
-    variance = sum((each - mean[:, None]).square().sum(1) for each in flat) / count
+    rows = [tensor.movedim(channel, 0).flatten(1).double() for tensor in tensors]
+    count = sum(part.shape[1] for part in rows)
+    mean = sum(part.sum(1) for part in rows) / count
+    variance = sum((part - mean[:, None]).square().sum(1) for part in rows) / count
     return mean, variance.sqrt()

@@ -45,16 +45,16 @@ def walk(
 ) -> dict[str, float]:
     """Relative output error of each of `layers`, having called `solve` for each in execution order.
 
-    `layers` may have others than convolutions and linear ones, which have no error. `graph` is that of `analog` and of
-    its copy `quantized`, both in eval mode. `solve(name,
-    quantized_inputs, analog_inputs)` gives the layer of `quantized` its new weight and bias; the inputs are lists of
-    one tensor per batch, and the same list while nothing has been quantized. The error is |Y~ - Y| / |Y - b| over all
-    outputs of the layer. The walk ends after the last layer. Raises UserError, naming the operation, where one fails.
+    A layer that is neither a convolution nor linear has no error. `graph` is that of `analog` and of its copy
+    `quantized`, both in eval mode. `solve(name, quantized_inputs, analog_inputs)` gives the layer of `quantized` its
+    new weight and bias; the inputs are lists of one tensor per batch, and the same list while nothing has been
+    quantized. The error is |Y~ - Y| / |Y - b| over all outputs of the layer. The walk ends after the last layer. Raises
+    UserError, naming the operation, where one fails.
     """
     last_reader = _last_readers(graph)
     remaining = set(layers)
-    left: dict[Node, list] = {}
-    right = left
+    analog_values: dict[Node, list] = {}
+    quantized_values = analog_values
     errors = {}
     with torch.no_grad():
         for node in graph.nodes:
@@ -63,25 +63,26 @@ def walk(
             if node.op == "call_module" and node.target in remaining:
                 remaining.remove(node.target)
                 source = node.args[0] if node.args else node.kwargs["input"]
-                # First, so that inputs which do not fit the layer are said in its own words.
-                outputs = [_evaluate(node, analog, left, index, batches) for index in range(len(batches))]
-                solve(node.target, right[source], left[source])
-                changed = [_evaluate(node, quantized, right, index, batches) for index in range(len(batches))]
+                # First, so that inputs which do not fit the layer raise the error of its float copy.
+                outputs = _evaluate(node, analog, analog_values, batches)
+                solve(node.target, quantized_values[source], analog_values[source])
+                changed = _evaluate(node, quantized, quantized_values, batches)
                 layer = analog.get_submodule(node.target)
                 if isinstance(layer, nn.Conv2d | nn.Linear):
                     errors[node.target] = _relative_error(layer, changed, outputs)
-                _free(last_reader.get(node, ()), left, right)
-                if right is left:
+                _free(last_reader.get(node, ()), analog_values, quantized_values)
+                if quantized_values is analog_values:
                     # From here on an in-place operation must not reach the other network's values. Copied in one go,
                     # so that values that share memory still do.
-                    right = dict(zip(left, copy.deepcopy(list(left.values())), strict=True))
-                left[node], right[node] = outputs, changed
+                    copied = copy.deepcopy(list(analog_values.values()))
+                    quantized_values = dict(zip(analog_values, copied, strict=True))
+                analog_values[node], quantized_values[node] = outputs, changed
                 continue
-            results = [_evaluate(node, analog, left, index, batches) for index in range(len(batches))]
-            if right is not left:
-                right[node] = [_evaluate(node, quantized, right, index, batches) for index in range(len(batches))]
-            left[node] = results
-            _free(last_reader.get(node, ()), left, right)
+            results = _evaluate(node, analog, analog_values, batches)
+            if quantized_values is not analog_values:
+                quantized_values[node] = _evaluate(node, quantized, quantized_values, batches)
+            analog_values[node] = results
+            _free(last_reader.get(node, ()), analog_values, quantized_values)
     return errors
 
 
@@ -104,11 +105,15 @@ def _free(nodes: Iterable[Node], *environments: dict[Node, list]) -> None:
             environment.pop(node, None)
 
 
-def _evaluate(node: Node, model: nn.Module, values: dict[Node, list], index: int, batches: list[Tensor]) -> Any:
-    """The value of `node` for batch `index`."""
+def _evaluate(node: Node, model: nn.Module, values: dict[Node, list], batches: list[Tensor]) -> list:
+    """The values of `node`, one for each batch."""
+    return [_evaluate_batch(node, model, values, index, batch) for index, batch in enumerate(batches)]
+
+
+def _evaluate_batch(node: Node, model: nn.Module, values: dict[Node, list], index: int, batch: Tensor) -> Any:
     if node.op == "placeholder":
         if node.prev.op == "root":
-            return batches[index]
+            return batch
         if node.args:
             return node.args[0]
         raise UserError(f"{type(model).__name__}: found an argument {node.target}; accepted: images alone")

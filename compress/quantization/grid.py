@@ -32,10 +32,10 @@ class Grid:
         if not bool((torch.isfinite(self.scale) & (self.scale > 0)).all()):
             bad = self.scale[~(torch.isfinite(self.scale) & (self.scale > 0))][0].item()
             raise ValueError(f"scale: {bad}; every scale is finite and above 0")
-        whole = not (self.zero_point.is_floating_point() or self.zero_point.dtype == torch.bool)
-        if not whole or self.zero_point.shape != self.scale.shape:
-            found = f"{self.zero_point.dtype} {tuple(self.zero_point.shape)}"
-            raise ValueError(f"zero_point: {found}; integers of shape {tuple(self.scale.shape)} are needed")
+        integers = not (self.zero_point.is_floating_point() or self.zero_point.dtype == torch.bool)
+        if not integers or self.zero_point.shape != self.scale.shape:
+            actual = f"{self.zero_point.dtype} {tuple(self.zero_point.shape)}"
+            raise ValueError(f"zero_point: {actual}; integers of shape {tuple(self.scale.shape)} are needed")
         outside = (self.zero_point < 0) | (self.zero_point >= self.levels)
         if bool(outside.any()):
             bad = self.zero_point[outside][0].item()

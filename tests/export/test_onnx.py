@@ -97,8 +97,8 @@ def optimised(path, folder):
         ("resnet8", 3, {"first_last_bits": None}, TensorProto.INT4, 21),
         ("resnet8", 2, {"first_last_bits": None}, TensorProto.INT2, 25),
         ("resnet8", 1, {"first_last_bits": None}, TensorProto.INT2, 25),
-        ("resnet8", 2, {"levels": "published", "first_last_bits": None}, TensorProto.INT4, 21),
-        ("resnet8", 4, {"levels": "published", "first_last_bits": None}, TensorProto.INT8, 18),
+        ("resnet8", 2, {"grid": {"alphabet": "published"}, "first_last_bits": None}, TensorProto.INT4, 21),
+        ("resnet8", 4, {"grid": {"alphabet": "published"}, "first_last_bits": None}, TensorProto.INT8, 18),
         ("mobilenetv2", 4, {"first_last_bits": None}, TensorProto.INT4, 21),
         ("wrn_16_1", 8, {}, TensorProto.INT8, 18),
     ],
@@ -317,7 +317,7 @@ def test_writing_leaves_the_network_with_its_quantized_inputs(small, tmp_path):
     assert torch.equal(logits(quantized.model), before)
 
 
-@pytest.mark.parametrize(("bits", "options"), [(9, {}), (8, {"levels": "published"})])
+@pytest.mark.parametrize(("bits", "options"), [(9, {}), (8, {"grid": {"alphabet": "published"}})])
 def test_more_than_256_levels_are_refused(small, bits, options, tmp_path):
     quantized = quantize(small, [IMAGES[:4]], bits, **options)
     with pytest.raises(UserError, match=r"found a weight on \d+; accepted in an ONNX file: at most 256"):

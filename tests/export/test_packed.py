@@ -51,9 +51,9 @@ def small():
     [
         (1, {}),
         (2, {}),
-        (2, {"levels": "published", "first_last_bits": None}),
+        (2, {"grid": {"alphabet": "published"}, "first_last_bits": None}),
         (3, {"skip": ["*downsample*", "fc"]}),
-        (8, {"levels": "published"}),
+        (8, {"grid": {"alphabet": "published"}}),
         (16, {"first_last_bits": None}),
     ],
 )
@@ -74,7 +74,7 @@ def test_the_model_read_back_has_exactly_the_logits_that_were_evaluated(small, b
 
 
 def test_five_levels_take_three_bits_and_no_step_counter_is_kept(small, tmp_path):
-    quantized = quantize(small, [IMAGES], 2, levels="published", first_last_bits=None)
+    quantized = quantize(small, [IMAGES], 2, grid={"alphabet": "published"}, first_last_bits=None)
     path = tmp_path / "model.safetensors"
     write_packed(path, quantized, describe("resnet8"))
     tensors = load_file(path)

@@ -132,7 +132,7 @@ def test_networks_without_some_channels_or_weights_are_quantized_as_they_are(run
     assert float(packed["sparsity"]) >= 0.89
 
 
-WORST = ["quantizer=rtn", "quantizer.scale=max_abs", "quantizer.bits=[2]", "quantizer.first_last_bits=2"]
+WORST = ["quantizer=rtn", "quantizer.grid.scale=max_abs", "quantizer.bits=[2]", "quantizer.first_last_bits=2"]
 
 
 @pytest.mark.parametrize(
