@@ -12,6 +12,8 @@ from matplotlib.ticker import MaxNLocator
 from compress.files import write_atomically
 from compress.results.record import FileLayers
 
+# Fewer grid points than this are drawn as bars of their own.
+THIN_BARS = 40
 BINS = 160
 
 
@@ -74,8 +76,14 @@ def _histogram(axes: Axes, panel: Panel) -> None:
     # Beyond the grid by a step at most, where a few clipped weights would squeeze everything else.
     low, high = values.min() - 1.5, values.max() + 1.5
     floats = panel.floats.clip(low, high)
-    axes.hist(floats, bins=BINS, range=(low, high), density=True, color="tab:blue", alpha=0.45)
-    axes.bar(values, counts / counts.sum(), width=0.16 if len(values) < 40 else 0.8, color="tab:orange", alpha=0.8)
+    axes.hist(floats, bins=BINS, range=(low, high), density=True, color="tab:blue", alpha=0.45, histtype="stepfilled")
+    if len(values) < THIN_BARS:
+        axes.bar(values, counts / counts.sum(), width=0.16, color="tab:orange", alpha=0.8)
+    else:
+        # One outline: hundreds of bars in every panel take seconds to draw.
+        edges = np.arange(values.min() - 0.5, values.max() + 1)
+        shares = np.histogram(panel.steps, edges)[0] / counts.sum()
+        axes.stairs(shares, edges, fill=True, color="tab:orange", alpha=0.8)
     axes.set_title(panel.title, fontsize=8)
     axes.tick_params(labelsize=7)
     axes.set_yticks([])
