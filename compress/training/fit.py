@@ -48,23 +48,13 @@ def fit(
     decay = options.pop("ema_decay", None)
     options |= processes.lightning_options(options)
     plugins = options.pop("plugins")
-    standard = [
-        EpochLines(label, log_every),
-        Divergence(label, directory / BEST),
-        # The best comes before the last: a run killed between the two repeats an epoch rather than losing its best.
-        Checkpoint(directory, first_best, filename=_stem(BEST), monitor="val/accuracy", mode="max"),
-        Checkpoint(directory, filename=_stem(LAST)),
-    ]
-    if patience is not None:
-        # Before the checkpoints, which are to hold how long it has waited.
-        standard.insert(0, Patience("val/accuracy", first_best, mode="max", patience=patience))
     # After whatever else changes the weights after a batch.
     averaging = [] if decay is None else [MovingAverage(decay)]
     _quieten()
     trainer = pl.Trainer(
         **options,
         logger=list(loggers) or False,
-        callbacks=[*standard, *callbacks, *averaging],
+        callbacks=[*_callbacks(directory, label, log_every, first_best, patience), *callbacks, *averaging],
         default_root_dir=directory,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -82,6 +72,20 @@ def fit(
         console.print(f"  continuing after epoch {epoch_of(last)}")
     trainer.fit(module, data, ckpt_path=last if last.exists() else None, weights_only=True)
     return trainer
+
+
+def _callbacks(directory: Path, label: str, log_every: int, first_best: int, patience: int | None) -> list[pl.Callback]:
+    """Those of every fit, in the order in which Lightning is to call them."""
+    callbacks = [
+        EpochLines(label, log_every),
+        Divergence(label, directory / BEST),
+        # The best comes before the last: a run killed between the two repeats an epoch rather than losing its best.
+        Checkpoint(directory, first_best, filename=_stem(BEST), monitor="val/accuracy", mode="max"),
+        Checkpoint(directory, filename=_stem(LAST)),
+    ]
+    # Before the checkpoints, which are to hold how long it has waited.
+    stopping = [] if patience is None else [Patience("val/accuracy", first_best, mode="max", patience=patience)]
+    return [*stopping, *callbacks]
 
 
 def epoch_of(path: Path) -> int:
