@@ -5,12 +5,10 @@ same number of learning rates with the first seed; the rate with the lowest fina
 """
 
 import argparse
-import csv
-import io
 import math
 import statistics
 from collections.abc import Callable
-from dataclasses import astuple, dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +22,7 @@ from torch.utils.data import DataLoader
 from compress import models
 from compress.data.fashion_mnist import FashionMNIST
 from compress.errors import UserError
-from compress.files import write_atomically, write_text
+from compress.files import write_atomically, write_csv
 from compress.optim.groups import optimizer_factory
 from compress.optim.schedules import Cosine
 from compress.paths import CONF
@@ -90,7 +88,7 @@ def run(arguments: argparse.Namespace) -> None:
     points: list[Point] = []
     tuned = {contestant.name: _tuned(contestant, data, arguments, points) for contestant in (first, *others)}
     path = arguments.output / "convergence.csv"
-    write_text(path, as_csv(points))
+    write_csv(path, [field.name for field in fields(Point)], map(asdict, points))
     _draw(arguments.output / "convergence.png", tuned)
     for contestant in others:
         print(verdict(contestant.name, tuned[first.name], tuned[contestant.name]))
@@ -169,14 +167,6 @@ def verdict(name: str, reference: list[list[Point]], tried: list[list[Point]]) -
     )
 
 
-def as_csv(points: list[Point]) -> str:
-    stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow([field.name for field in fields(Point)])
-    writer.writerows(astuple(point) for point in points)
-    return stream.getvalue()
-
-
 def _tuned(
     contestant: Contestant, data: FashionMNIST, arguments: argparse.Namespace, points: list[Point]
 ) -> list[list[Point]]:
@@ -199,15 +189,8 @@ def _draw(path: Path, tuned: dict[str, list[list[Point]]]) -> None:
     for name, runs in tuned.items():
         steps = [point.step for point in runs[0]]
         losses = [[run[index].loss for run in runs] for index in range(len(steps))]
-        [line] = axes.plot(
-            steps,
-            [statistics.mean(column) for column in losses],
-            label=f"{name}, {runs[0][0].rate:.2g}",
-        )
-        lowest, highest = (
-            [min(column) for column in losses],
-            [max(column) for column in losses],
-        )
+        [line] = axes.plot(steps, list(map(statistics.mean, losses)), label=f"{name}, {runs[0][0].rate:.2g}")
+        lowest, highest = list(map(min, losses)), list(map(max, losses))
         axes.fill_between(steps, lowest, highest, color=line.get_color(), alpha=0.15)
     axes.axhline(statistics.mean(run[-1].loss for run in tuned["AdamW"]), color="0.6", linewidth=1, linestyle="--")
     axes.set_yscale("log")

@@ -2,8 +2,7 @@
 
 import argparse
 import statistics
-import time
-from collections.abc import Callable
+from collections import deque
 
 import numpy as np
 import torch
@@ -11,7 +10,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from compress.benchmarks import spread
+from compress.benchmarks import seconds, spread
 from compress.data.augmentation import Augmentation, Normalisation
 from compress.data.dataset import EpochSampler, ImageBatches, as_it_is
 
@@ -21,21 +20,6 @@ MEAN, DEVIATION = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--images", type=int, default=10_000)
     parser.add_argument("--repeats", type=int, default=5)
-
-
-def paired(name: str, ours: Callable[[], None], theirs: Callable[[], None], images: int, repeats: int) -> None:
-    """Runs both in turn, after one warm-up of each, and prints the medians and the median of the ratios."""
-    pairs = []
-    for index in range(repeats + 1):
-        times = []
-        for work in (ours, theirs):
-            started = time.perf_counter()
-            work()
-            times.append(time.perf_counter() - started)
-        pairs += [times] if index else []
-    speeds = [images / statistics.median(times) for times in zip(*pairs, strict=True)]
-    print(f"{name}: {speeds[0]:,.0f} against {speeds[1]:,.0f} images/s")
-    print(spread([slow / fast for fast, slow in pairs]))
 
 
 class PerSample(Dataset):
@@ -69,11 +53,10 @@ def run(arguments: argparse.Namespace) -> None:
     ours = DataLoader(images, 128, sampler=EpochSampler(images, 0), collate_fn=as_it_is)
     theirs = DataLoader(PerSample(pixels), 128, shuffle=True)
 
-    def epoch(loader: DataLoader) -> Callable[[], None]:
-        def work() -> None:
-            for _ in loader:
-                pass
+    def epoch(loader: DataLoader) -> float:
+        return seconds(lambda: deque(loader, maxlen=0))
 
-        return work
-
-    paired("batched against per-sample augmentation", epoch(ours), epoch(theirs), arguments.images, arguments.repeats)
+    _, *pairs = [(epoch(ours), epoch(theirs)) for _ in range(arguments.repeats + 1)]  # the first one warms up
+    speeds = [arguments.images / statistics.median(times) for times in zip(*pairs, strict=True)]
+    print(f"batched against per-sample augmentation: {speeds[0]:,.0f} against {speeds[1]:,.0f} images/s")
+    print(spread([slow / fast for fast, slow in pairs]))

@@ -2,13 +2,13 @@
 
 import argparse
 import statistics
-import time
 
 import torch
 from torch import nn
 from torch.optim import SGD
 
 from compress import models
+from compress.benchmarks import seconds
 from compress.optim.shampoo import Shampoo
 
 
@@ -75,14 +75,9 @@ class _Training:
         for state in self.optimizer.state.values():
             if number is not None:
                 state["step"].fill_(number - 1)
-        self._wait()
-        started = time.perf_counter()
+        return seconds(self._step)
+
+    def _step(self) -> None:
         self.optimizer.zero_grad()
         nn.functional.cross_entropy(self.network(self.images), self.target).backward()
         self.optimizer.step()
-        self._wait()
-        return time.perf_counter() - started
-
-    def _wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()

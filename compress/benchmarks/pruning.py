@@ -1,14 +1,12 @@
 """Inference with half of the channels against all of them: `python scripts/benchmark.py pruning`."""
 
 import argparse
-import time
-from itertools import pairwise
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from compress import models
-from compress.benchmarks import spread
+from compress.benchmarks import seconds, spread
 from compress.pruning.structured import Structured
 
 
@@ -40,11 +38,7 @@ def run(arguments: argparse.Namespace) -> None:
         print(f"batch {batch}, {arguments.threads} thread{'s' * (arguments.threads > 1)}: {spread(ratios)}")
 
 
-def _seconds(network: nn.Module, images: torch.Tensor) -> float:
+def _seconds(network: nn.Module, images: Tensor) -> float:
     """The shorter of two inferences."""
     with torch.inference_mode():
-        moments = [time.perf_counter()]
-        for _ in range(2):
-            network(images)
-            moments.append(time.perf_counter())
-    return min(after - before for before, after in pairwise(moments))
+        return min(seconds(lambda: network(images)) for _ in range(2))

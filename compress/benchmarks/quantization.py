@@ -7,14 +7,13 @@ path following and of its refinement at the rate of a large product of two matri
 import argparse
 import copy
 import statistics
-import time
-from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from compress import models
-from compress.benchmarks import spread
+from compress.benchmarks import seconds, spread
 from compress.quantization import quantize
 from compress.quantization.calibration import walk
 from compress.quantization.patches import live_columns, row_count
@@ -45,18 +44,16 @@ def run(arguments: argparse.Namespace) -> None:
         prepared = prepare(network)
         operations = floor_operations(prepared, images, refinement)
         pairs = []
-        for index in range(arguments.pairs + 1):
-            seconds = _seconds(
-                lambda images=images: quantize(network, images, arguments.bits, refinement=refinement), device
-            )
-            rate = gemm_rate(device)
-            passes = 2 * _seconds(lambda images=images, analog=prepared.analog: _forward(analog, images), device)
-            pairs += [(seconds, passes, operations / rate)] if index else []
-        ratios = [seconds / (passes + products) for seconds, passes, products in pairs]
-        seconds, passes, products = (statistics.median(column) for column in zip(*pairs, strict=True))
+        for _ in range(arguments.pairs + 1):
+            total = seconds(partial(quantize, network, images, arguments.bits, refinement=refinement))
+            products = operations / gemm_rate(device)
+            pairs.append((total, 2 * seconds(partial(_forward, prepared.analog, images)), products))
+        pairs = pairs[1:]  # the first one warms up
+        ratios = [total / (passes + products) for total, passes, products in pairs]
+        total, passes, products = (statistics.median(column) for column in zip(*pairs, strict=True))
         print(
             f"{arguments.model}, {count} images of {arguments.image_size}x{arguments.image_size}, {device}, "
-            f"{torch.get_num_threads()} threads: {seconds:.2f} s; floor {passes:.2f} s of forward passes and "
+            f"{torch.get_num_threads()} threads: {total:.2f} s; floor {passes:.2f} s of forward passes and "
             f"{products:.2f} s of products"
         )
         print(spread(ratios))
@@ -95,7 +92,7 @@ def floor_operations(prepared: Prepared, images: list[Tensor], refinement: Refin
 def gemm_rate(device: torch.device) -> float:
     """Operations per second of a product of two square float32 matrices, the median of five."""
     first, second = torch.randn(2, SIDE, SIDE, device=device)
-    times = [_seconds(lambda: first @ second, device) for _ in range(5)]
+    times = [seconds(lambda: first @ second) for _ in range(5)]
     return 2 * SIDE**3 / statistics.median(times)
 
 
@@ -103,13 +100,3 @@ def gemm_rate(device: torch.device) -> float:
 def _forward(network: nn.Module, images: list[Tensor]) -> None:
     for batch in images:
         network(batch)
-
-
-def _seconds(work: Callable[[], object], device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    started = time.perf_counter()
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - started

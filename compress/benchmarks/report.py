@@ -2,9 +2,10 @@
 
 import argparse
 import tempfile
-import time
+from functools import partial
 from pathlib import Path
 
+from compress.benchmarks import seconds
 from compress.benchmarks.synthetic import write_runs
 from compress.report.formats import write_reports
 
@@ -20,7 +21,6 @@ def run(arguments: argparse.Namespace) -> None:
         runs = Path(folder)
         write_runs(runs / "runs", arguments.runs, arguments.epochs)
         for name in ("report.html", "report.md", "report.csv"):
-            started = time.perf_counter()
-            write_reports([runs / "runs"], [runs / name])
-            seconds, size = time.perf_counter() - started, (runs / name).stat().st_size
-            print(f"{name} of {arguments.runs} runs of {arguments.epochs} epochs: {seconds:.1f} s, {size / 1e6:.1f} MB")
+            taken = seconds(partial(write_reports, [runs / "runs"], [runs / name]))
+            size = (runs / name).stat().st_size
+            print(f"{name} of {arguments.runs} runs of {arguments.epochs} epochs: {taken:.1f} s, {size / 1e6:.1f} MB")

@@ -2,12 +2,12 @@
 
 import argparse
 import statistics
-import time
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from compress.benchmarks import spread
+from compress.benchmarks import seconds, spread
 from compress.quantization import Grid, Problem
 from compress.quantization.moments import add_lower, mirror_lower
 from compress.quantization.scales import max_abs_grid
@@ -29,15 +29,9 @@ def run(arguments: argparse.Namespace) -> None:
     quantized = analog + 0.05 * torch.randn(analog.shape, generator=draws)
     weight = torch.randn(arguments.rows, arguments.columns, generator=draws)
     grid = max_abs_grid(weight, 2**arguments.bits)
-    pairs, same = [], 0.0
-    for _ in range(arguments.pairs):
-        times, answers = [], []
-        for solve in (in_grams, step_by_step):
-            started = time.perf_counter()
-            answers.append(solve(weight, quantized, analog, grid))
-            times.append(time.perf_counter() - started)
-        pairs.append(times)
-        same = (answers[0] == answers[1]).double().mean().item()
+    problem = weight, quantized, analog, grid
+    same = (in_grams(*problem) == step_by_step(*problem)).double().mean().item()
+    pairs = [[seconds(partial(solve, *problem)) for solve in (in_grams, step_by_step)] for _ in range(arguments.pairs)]
     ours, theirs = (statistics.median(times) for times in zip(*pairs, strict=True))
     print(f"d {arguments.columns}, N {arguments.rows}, m {arguments.samples}, {arguments.bits} bit, one thread")
     print(f"Grams and their solve {ours:.2f} s, step by step {theirs:.2f} s, equal codes {100 * same:.2f} %")

@@ -9,7 +9,7 @@ import yaml
 
 from compress.files import write_text
 from compress.results.record import Record
-from compress.results.tradeoff import Row, write_csv
+from compress.results.tradeoff import Row, write_tradeoff
 
 STUDENTS = {"resnet8": 78_042, "resnet20": 272_474, "resnet56": 855_770, "resnet18": 11_173_962}
 METHODS = ("supervised", "kd", "dkd", "at", "dml")
@@ -52,7 +52,7 @@ def _write_run(directory: Path, index: int, epochs: int, layers: int) -> Path:
     record.write(directory)
     config = yaml.safe_dump(_config(method, student, rate, seed, epochs), sort_keys=False)
     write_text(directory / "config.yaml", config)
-    write_csv(directory / "tradeoff.csv", rows)
+    write_tradeoff(directory / "tradeoff.csv", rows)
     write_text(directory / "metrics.csv", _metrics(draw, best, rate, epochs))
     return directory
 

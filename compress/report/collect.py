@@ -3,14 +3,13 @@
 A directory with a `result.json` is a finished run, one with a `config.yaml` alone was interrupted.
 """
 
-import csv
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from compress.errors import UserError
-from compress.files import write_atomically
+from compress.files import write_csv
 from compress.report.finished import Run, read_run
 from compress.results.record import FILE
 from compress.results.tradeoff import COLUMNS
@@ -87,14 +86,7 @@ def write_summary(path: Path, runs: Sequence[Run]) -> None:
         about = [directory, run.data, run.experiment, run.method, run.student, run.teacher, run.seed, record.started]
         about = dict(zip(ABOUT, [*about, " ".join(record.overrides)], strict=True))
         lines += [about | asdict(row) | {"file": f"{directory}/{row.file}"} for row in run.rows]
-
-    def write(temporary: Path) -> None:
-        with temporary.open("w", newline="", encoding="utf-8") as stream:
-            writer = csv.DictWriter(stream, [*ABOUT, *COLUMNS], lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(lines)
-
-    write_atomically(path, write)
+    write_csv(path, [*ABOUT, *COLUMNS], lines)
 
 
 def relative(path: Path, file: Path) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 from pytorch_lightning.loggers.logger import Logger
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
-from compress.files import write_atomically
+from compress.files import write_csv
 
 
 class MetricsCSV(Logger):
@@ -49,14 +49,7 @@ class MetricsCSV(Logger):
         if not self.rows:
             return
         columns = ["step", "epoch", *sorted({key for row in self.rows.values() for key in row} - {"step", "epoch"})]
-
-        def write(temporary: Path) -> None:
-            with temporary.open("w", newline="", encoding="utf-8") as stream:
-                writer = csv.DictWriter(stream, columns, lineterminator="\n")
-                writer.writeheader()
-                writer.writerows(self.rows[step] for step in sorted(self.rows))
-
-        write_atomically(self.path, write)
+        write_csv(self.path, columns, [self.rows[step] for step in sorted(self.rows)])
 
     @rank_zero_only
     def finalize(self, status: str) -> None:

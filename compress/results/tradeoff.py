@@ -6,7 +6,6 @@ formula in `derive`, one that is measured gets its value in `compress.pipeline.v
 default, so that the rows of earlier runs can still be read.
 """
 
-import csv
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -17,7 +16,7 @@ from pydantic import Field
 from rich import box
 from rich.table import Table
 
-from compress.files import write_atomically
+from compress.files import write_csv
 
 TABLES = ("terminal", "markdown", "page")
 
@@ -154,17 +153,9 @@ def metrics(rows: Sequence[Row], loggers: Literal["all", "wandb"]) -> dict[str, 
     }
 
 
-def write_csv(path: Path, rows: Sequence[Row]) -> None:
+def write_tradeoff(path: Path, rows: Sequence[Row]) -> None:
     """Writes every column, floats with six digits."""
-
-    def write(temporary: Path) -> None:
-        with temporary.open("w", newline="", encoding="utf-8") as stream:
-            writer = csv.DictWriter(stream, list(COLUMNS), lineterminator="\n")
-            writer.writeheader()
-            for row in rows:
-                writer.writerow({key: _rounded(value) for key, value in asdict(row).items()})
-
-    write_atomically(path, write)
+    write_csv(path, COLUMNS, [{key: _rounded(value) for key, value in asdict(row).items()} for row in rows])
 
 
 def _rounded(value: object) -> object:

@@ -10,7 +10,7 @@ from compress.progress import console
 from compress.results.layer_pictures import Panel, draw_layers, draw_weights
 from compress.results.loggers import log_results
 from compress.results.record import Record
-from compress.results.tradeoff import Row, table, write_csv
+from compress.results.tradeoff import Row, table, write_tradeoff
 from compress.results.tradeoff_picture import draw_tradeoff
 
 FILES = ("tradeoff.csv", "tradeoff.png", "layers.png", "weights.png", "result.json", "config.yaml")
@@ -29,7 +29,7 @@ def write_results(
     panels: some layers of each quantized variant, for `weights.png`. loggers: those of the run, some of which take
     files and tables.
     """
-    write_csv(directory / "tradeoff.csv", record.rows)
+    write_tradeoff(directory / "tradeoff.csv", record.rows)
     teacher_accuracy = record.teacher.test_accuracy if record.teacher else None
     draw_tradeoff(directory / "tradeoff.png", record.rows, title, teacher_accuracy)
     if record.layers:
