@@ -51,7 +51,7 @@ def grids_as_json(quantized: QuantizedModel) -> dict[str, Any]:
     """What a file says of the grids of `quantized`, beside the tensors that lie on them."""
     return {
         "layers": [
-            {"name": name, "shape": list(layer.shape), "levels": layer.grid.levels, "bits": layer.bits}
+            {"name": name, "shape": list(layer.codes.shape), "levels": layer.grid.levels, "bits": layer.bits}
             for name, layer in quantized.layers.items()
         ],
         "inputs": [

@@ -45,11 +45,11 @@ class Onnx(Exporter):
         if quantizer is None:
             return
         widths = [*quantizer.bits, *([quantizer.first_last_bits] if quantizer.first_last_bits else [])]
-        wide = next((bits for bits in widths if quantizer.levels(bits) > LEVELS), None)
-        if wide is not None:
+        levels, bits = max((quantizer.grid.levels(bits), bits) for bits in widths)
+        if levels > LEVELS:
             raise UserError(
-                f"export: found onnx with {quantizer.levels(wide)} levels at {wide} bits; accepted: up to {LEVELS} "
-                "levels, which is 8 bits, or export=packed"
+                f"export: found onnx with {levels} levels at {bits} bits; accepted: up to {LEVELS} levels, which is 8 "
+                "bits, or export=packed"
             )
 
     def write(

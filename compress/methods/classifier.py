@@ -40,8 +40,6 @@ class Classifier(pl.LightningModule, ABC):
     needs: ClassVar[frozenset[str]] = frozenset()
     # What a loss may compare with to fit the method: None (the labels alone), "teacher", "peers".
     loss_compares_with: ClassVar[frozenset[str | None]] = frozenset({None})
-    # The quantization grids that `model` is trained on.
-    on_grids: FakeQuantization | None = None
 
     def __init__(
         self,
@@ -89,7 +87,7 @@ class Classifier(pl.LightningModule, ABC):
 
     @classmethod
     def grids(cls, options: Mapping[str, Any]) -> FakeQuantization | None:
-        """The `on_grids` of a method with these `options`."""
+        """The quantization grids that a method with these `options` trains `model` on."""
 
     @classmethod
     def check_networks(

@@ -16,8 +16,8 @@ from compress.methods.classifier import Classifier
 from compress.methods.kd import KD
 from compress.methods.mixup import Blend
 from compress.methods.supervised import Supervised
-from compress.quantization import check_layers
 from compress.quantization.lsq import FakeQuantization, Width, steps
+from compress.quantization.preparation import check_layers
 
 
 class QAT(Classifier):
@@ -42,7 +42,6 @@ class QAT(Classifier):
     ) -> None:
         grids = FakeQuantization(weight_bits, activation_bits, first_last_bits, tuple(skip))
         super().__init__(student=grids.prepare(student), **supplied)
-        self.on_grids = grids
         self.freeze_bn_epoch = freeze_bn_epoch
 
     @classmethod
@@ -60,10 +59,7 @@ class QAT(Classifier):
     ) -> None:
         if options["weight_bits"] is None and options["activation_bits"] is None:
             raise UserError("method.weight_bits: found null, and activation_bits too; accepted: 2 to 8 for one of them")
-        try:
-            check_layers(student, options["skip"])
-        except UserError as mistake:
-            raise UserError(f"method.skip: {str(mistake).removeprefix('skip: ')}") from None
+        check_layers(student, options["skip"], "method.skip")
 
     def on_train_epoch_start(self) -> None:
         super().on_train_epoch_start()

@@ -1,13 +1,11 @@
 """Post-training quantization of weights: `quantize` one network once, `Quantizer` does what YAML says."""
 
-from compress.models.folding import fold_batch_norm
 from compress.quantization.activations import Activations
 from compress.quantization.grid import Grid
 from compress.quantization.mixed_precision import Measures
 from compress.quantization.moments import Grams
 from compress.quantization.options import Correction, Options
 from compress.quantization.post_training import quantize
-from compress.quantization.preparation import check_layers
 from compress.quantization.problem import Problem, Solver
 from compress.quantization.quantized import QuantizedLayer, QuantizedModel
 from compress.quantization.quantizer import Quantizer
@@ -28,7 +26,5 @@ __all__ = [
     "Quantizer",
     "Refinement",
     "Solver",
-    "check_layers",
-    "fold_batch_norm",
     "quantize",
 ]

@@ -40,7 +40,7 @@ def solve_layer(
     if moments is None:
         grid = options.grid.choose(weight, levels)
         return options.solver(Problem(weight, None, None, grid)).reshape(layer.weight.shape), grid, layer.bias
-    gram, _, _, mean_analog = moments.finish()
+    gram, _, _, mean_analog = moments.finished
     diagonal = gram.diagonal(dim1=1, dim2=2)
     if not bool(torch.isfinite(diagonal).all() and torch.isfinite(mean_analog).all()):
         raise UserError(f"{name}: found inputs that are not finite on the calibration images")
@@ -67,7 +67,7 @@ def _importance(weight: Tensor, moments: Moments, diagonal: Tensor) -> Tensor:
 
 def _solve_groups(weight: Tensor, moments: Moments, grid: Grid, options: Options) -> tuple[Tensor, Grid]:
     """Codes (N, d) and their grid; the groups of a convolution are problems of their own."""
-    gram, cross, _, _ = moments.finish()
+    gram, cross, _, _ = moments.finished
     groups = gram.shape[0]
     shared, refinement = options.grid.granularity == "layer", options.refinement
     if shared and groups > 1:
@@ -88,7 +88,7 @@ def _solve_groups(weight: Tensor, moments: Moments, grid: Grid, options: Options
 
 def _mean_error(weight: Tensor, quantized: Tensor, moments: Moments) -> Tensor:
     """W mu - Q mu~, (N,), for the values `quantized` (N, d)."""
-    gram, _, mean_quantized, mean_analog = moments.finish()
+    gram, _, mean_quantized, mean_analog = moments.finished
     live = slice(None) if moments.live is None else moments.live
     values, analog = quantized[:, live].to(gram.dtype), weight[:, live].to(gram.dtype)
     change = [

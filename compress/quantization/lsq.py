@@ -83,7 +83,7 @@ class FakeQuantization:
             codes, grid = step.codes(layer.parametrizations.weight.original, name)
             if name in norms:
                 codes, grid = _times(batch_norm_gain(norms[name]), codes, grid)
-            layers[name] = QuantizedLayer(codes, grid, tuple(codes.shape), step.bits, None)
+            layers[name] = QuantizedLayer(codes, grid, step.bits, None)
         fold_pairs(plain, pairs)
         for name, layer in layers.items():
             plain.get_submodule(name).weight = nn.Parameter(layer.grid.dequantize(layer.codes))

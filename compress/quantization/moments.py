@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Annotated, Literal
 
 import torch
@@ -55,7 +56,6 @@ class Moments:
         self.live = None
         self.gram = self.cross = self.sum_quantized = self.sum_analog = None
         self.shift_quantized = self.shift_analog = None
-        self._finished: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
 
     def update(self, quantized: Tensor, analog: Tensor) -> None:
         """Add one batch of the layer's inputs, quantized X~ and analog X: (B, C, H, W), or (..., d) for a Linear."""
@@ -111,17 +111,13 @@ class Moments:
             columns = columns[:, :, -self.seen % self.every :: self.every]
         return columns if self.live is None else columns[:, self.live]
 
-    def finish(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    @cached_property
+    def finished(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(gram, cross, mean_quantized, mean_analog): (groups, d, d) twice and (groups, d) twice; nothing can follow.
 
         d is the number of columns in `live`, all of them where that is None. With `centre`, a quantized input that
         varies by less than the rounding of its mean counts as dead: its row in both, and its column in gram, are zero.
         """
-        if self._finished is None:
-            self._finished = self._finish()
-        return self._finished
-
-    def _finish(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         gram = mirror_lower(self.gram)
         cross = gram if self.cross is None else self.cross
         mean_quantized = self.sum_quantized / self.count

@@ -1,6 +1,6 @@
 """What can be chosen of post-training quantization: frozen dataclasses that declare each option once."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated
 
@@ -16,6 +16,12 @@ from compress.quantization.scales import Grids
 from compress.quantization.solvers import GPFQ
 
 Bits = Annotated[int, Field(ge=2, le=16)]
+# Called as progress(done, of how many, what is being done).
+Progress = Callable[[int, int, str], None]
+
+
+def silent(done: int, total: int, what: str) -> None:
+    """A `Progress` that shows nothing."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Post-training quantization of the weights of a trained network: one call, no training, a few hundred images."""
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,12 +12,9 @@ from compress.quantization.batch_norm import matched, move_statistics
 from compress.quantization.calibration import walk
 from compress.quantization.grid import Grid
 from compress.quantization.layer import layer_moments, solve_layer
-from compress.quantization.options import Options
+from compress.quantization.options import Options, Progress, silent
 from compress.quantization.preparation import Prepared, prepare
 from compress.quantization.quantized import QuantizedLayer, QuantizedModel, float_state, put
-
-# Called as progress(layers done, of how many, layer name, its bits).
-LayerProgress = Callable[[int, int, str, int], None]
 
 
 def quantize(
@@ -25,7 +22,7 @@ def quantize(
     calibration_batches: Iterable,
     bits: int | Mapping[str, int],
     *,
-    progress: LayerProgress | None = None,
+    progress: Progress = silent,
     **options: Any,
 ) -> QuantizedModel:
     """Quantize the weight of every Conv2d and Linear of `model`, which is not changed.
@@ -44,7 +41,7 @@ def quantize_with(
     model: nn.Module,
     calibration_batches: Iterable,
     bits: int | Mapping[str, int],
-    progress: LayerProgress | None = None,
+    progress: Progress = silent,
 ) -> QuantizedModel:
     """`quantize` with `options` that exist."""
     prepared = prepare(model, options.skip)
@@ -55,8 +52,7 @@ def quantize_with(
     order = [*prepared.order, *norms]
     errors = walk(prepared.analog, layers.quantized, prepared.graph, batches, order, layers.solve)
     solved = {
-        name: QuantizedLayer(codes, grid, tuple(codes.shape), bits_of[name], errors[name])
-        for name, (codes, grid) in layers.solved.items()
+        name: QuantizedLayer(codes, grid, bits_of[name], errors[name]) for name, (codes, grid) in layers.solved.items()
     }
     state = float_state(layers.quantized, solved)
     return QuantizedModel(layers.quantized, solved, state, prepared.folded, prepared.skipped)
@@ -65,9 +61,7 @@ def quantize_with(
 class _Layers:
     """Solves the layers of one network as the walk reaches them; `quantized` is the network so far."""
 
-    def __init__(
-        self, prepared: Prepared, bits: dict[str, int], options: Options, progress: LayerProgress | None
-    ) -> None:
+    def __init__(self, prepared: Prepared, bits: dict[str, int], options: Options, progress: Progress) -> None:
         self.prepared, self.bits, self.options, self.progress = prepared, bits, options, progress
         first_last_bits = options.first_last_bits and min(options.first_last_bits, 8)
         self.input_bits = prepared.widths(options.activation_bits, first_last_bits)
@@ -91,8 +85,7 @@ class _Layers:
             grid, bias = matched(target, grid, [target(batch) for batch in quantized_inputs], outputs)
             put(target, codes, grid, bias)
         self.solved[name] = codes, grid
-        if self.progress is not None:
-            self.progress(len(self.solved), len(self.prepared.order), name, self.bits[name])
+        self.progress(len(self.solved), len(self.prepared.order), f"{self.bits[name]} bit  {name}")
 
     def _quantize_inputs(self, target: nn.Module, name: str, inputs: list[Tensor]) -> list[Tensor]:
         if not all(bool(batch.isfinite().all()) for batch in inputs):

@@ -72,9 +72,12 @@ def prepare(model: nn.Module, skip: Sequence[str] = ()) -> Prepared:
     return Prepared(analog, graph, all_layers, order, skipped, folded)
 
 
-def check_layers(model: nn.Module, skip: Sequence[str]) -> None:
-    """Raises, without quantizing, the UserErrors that `quantize` has for a model and its `skip`."""
-    choose_layers(model, trace(model), skip)
+def check_layers(model: nn.Module, skip: Sequence[str], key: str) -> None:
+    """Raises, without quantizing, the UserErrors that `quantize` has for a model and `skip`, which they call `key`."""
+    try:
+        choose_layers(model, trace(model), skip)
+    except UserError as mistake:
+        raise UserError(f"{key}: {str(mistake).removeprefix('skip: ')}") from None
 
 
 def choose_layers(model: nn.Module, graph: Graph, patterns: Sequence[str]) -> tuple[list[str], dict[str, str]]:

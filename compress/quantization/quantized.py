@@ -11,7 +11,7 @@ from compress.quantization.grid import Grid
 
 @dataclass(frozen=True)
 class QuantizedLayer:
-    """One layer's weight: integer `codes` in the weight's `shape` (N, ...) on `grid`, asked for at `bits` bits.
+    """One layer's weight: integer `codes` (N, ...) in the weight's shape on `grid`, asked for at `bits` bits.
 
     `error` is |Y~ - Y| / |Y - b|, of the layer's outputs on the calibration images, errors of earlier layers included;
     None where the network was trained on its grids.
@@ -19,7 +19,6 @@ class QuantizedLayer:
 
     codes: Tensor
     grid: Grid
-    shape: tuple[int, ...]
     bits: int
     error: float | None
 

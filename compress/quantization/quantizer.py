@@ -8,14 +8,14 @@ from pydantic import AfterValidator, BeforeValidator, Field
 from torch import Tensor, nn
 
 from compress.errors import UserError
-from compress.quantization.budget import Budget
+from compress.quantization.budget import budget_bytes
 from compress.quantization.mixed_precision import Measures, WidthSearch, check_budget
-from compress.quantization.options import Bits, Correction, Options
-from compress.quantization.post_training import LayerProgress, quantize_with
+from compress.quantization.options import Bits, Correction, Options, Progress, silent
+from compress.quantization.post_training import quantize_with
 from compress.quantization.preparation import check_layers
 from compress.quantization.quantized import QuantizedModel
 from compress.quantization.refinement import Refinement
-from compress.quantization.sensitivity import Progress, Sensitivities, measure_sensitivities
+from compress.quantization.sensitivity import Sensitivities, measure_sensitivities
 from compress.quantization.solvers import RTN
 
 
@@ -58,7 +58,7 @@ class Quantizer(Options):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.budget is not None:
-            Budget.parse(self.budget)
+            budget_bytes(self.budget, float_bytes=0)  # only to refuse what is no budget
             if self.max_drop is not None:
                 raise UserError("max_drop: found it beside budget; accepted: one of the two")
 
@@ -67,16 +67,9 @@ class Quantizer(Options):
         """The solver's name."""
         return self.solver.name
 
-    def levels(self, bits: int) -> int:
-        """Levels of the grids of `bits` bits."""
-        return self.grid.levels(bits)
-
     def check(self, student: nn.Module) -> None:
         """Raises UserError for what does not fit `student`: a `skip` that matches no layer, or leaves none."""
-        try:
-            check_layers(student, self.skip)
-        except UserError as mistake:
-            raise UserError(f"quantizer.skip: {str(mistake).removeprefix('skip: ')}") from None
+        check_layers(student, self.skip, "quantizer.skip")
 
     def check_budget(
         self, student: nn.Module, batches: Iterable, file_bytes: Callable[[QuantizedModel], int], float_bytes: int
@@ -91,14 +84,14 @@ class Quantizer(Options):
         rounded = replace(self, bits=[min(self.bits)], **cheap)
         sensitivities = rounded.sensitivities(student, batches)
         smallest = file_bytes(sensitivities.model(sensitivities.smallest()))
-        check_budget(Budget.parse(self.budget).bytes(float_bytes), smallest)
+        check_budget(budget_bytes(self.budget, float_bytes), smallest)
 
     def __call__(
         self,
         model: nn.Module,
         calibration_batches: Iterable,
         bits: int | Mapping[str, int],
-        progress: LayerProgress | None = None,
+        progress: Progress = silent,
     ) -> QuantizedModel:
         """`model` quantized to `bits` bits; see `compress.quantization.quantize`."""
         return quantize_with(self, model, calibration_batches, bits, progress)
@@ -109,25 +102,21 @@ class Quantizer(Options):
         """What becomes of `model` under these options: one variant for each width, or one of mixed precision."""
 
         def quantize(bits: int | Mapping[str, int]) -> QuantizedModel:
-            return self(
-                model, batches, bits, lambda done, total, layer, width: progress(done, total, f"{width} bit  {layer}")
-            )
+            return self(model, batches, bits, progress)
 
         if self.budget is None and self.max_drop is None:
             for bits in self.bits:
-                yield Variant(f"{bits} bit", quantize(bits), bits, self.levels(bits))
+                yield Variant(f"{bits} bit", quantize(bits), bits, self.grid.levels(bits))
             return
         sensitivities = self.sensitivities(model, batches, progress)
         search = WidthSearch(sensitivities, measures, quantize)
         if self.budget is not None:
-            quantized = search.within_budget(Budget.parse(self.budget).bytes(measures.float_bytes))
+            quantized = search.within_budget(budget_bytes(self.budget, measures.float_bytes))
         else:
             quantized = search.smallest_within_drop(model, self.max_drop)
         yield Variant("mixed", quantized, _mean_width(sensitivities, quantized), None)
 
-    def sensitivities(
-        self, model: nn.Module, batches: Iterable, progress: Progress = lambda done, total, what: None
-    ) -> Sensitivities:
+    def sensitivities(self, model: nn.Module, batches: Iterable, progress: Progress = silent) -> Sensitivities:
         """Every layer of `model` at every width of `bits`."""
         return measure_sensitivities(model, batches, self.bits, self, images=self.sensitivity_images, progress=progress)
 

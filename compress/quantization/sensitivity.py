@@ -17,12 +17,10 @@ from compress.quantization.activations import InputQuantizer, attach_input_quant
 from compress.quantization.allocation import allocate
 from compress.quantization.calibration import walk
 from compress.quantization.layer import layer_moments, solve_layer
-from compress.quantization.options import Options
+from compress.quantization.options import Options, Progress, silent
 from compress.quantization.preparation import Prepared, prepare
 from compress.quantization.quantized import QuantizedLayer, QuantizedModel, float_state, put
 
-# Called as progress(done, of how many, what is being done).
-Progress = Callable[[int, int, str], None]
 # `answers[name][bits]`: the layer so quantized, on the inputs that it has in the float network, and its bias.
 Answers = dict[str, dict[int, tuple[QuantizedLayer, Tensor | None]]]
 
@@ -79,7 +77,7 @@ def measure_sensitivities(
     options: Options,
     *,
     images: int = 128,
-    progress: Progress = lambda done, total, what: None,
+    progress: Progress = silent,
 ) -> Sensitivities:
     """Quantizes each layer alone to each of `widths`; the first and the last only to `first_last_bits`, if given.
 
@@ -114,7 +112,7 @@ def _answer(
         moments = layer_moments(layer, inputs, inputs, options, name)
         for bits in choices[name]:
             codes, grid, bias = solve_layer(layer, moments, bits, options, name)
-            answers[name][bits] = QuantizedLayer(codes, grid, tuple(codes.shape), bits, None), bias
+            answers[name][bits] = QuantizedLayer(codes, grid, bits, None), bias
             done += 1
             progress(done, f"trying {bits} bit  {name}")
 

@@ -174,7 +174,7 @@ def lone_convolution(weight_scale, bias):
     model[0].weight = nn.Parameter(grid.dequantize(codes))
     model[0].bias = nn.Parameter(torch.tensor(bias))
     attach_input_quantizer(model[0], InputQuantizer(0.03, 120, 256))
-    layer = QuantizedLayer(codes, grid, tuple(codes.shape), 8, None)
+    layer = QuantizedLayer(codes, grid, 8, None)
     return QuantizedModel(model.eval(), {"0": layer}, float_state(model, ["0"]), [], {}), codes
 
 

@@ -13,11 +13,11 @@ from compress.arguments import build
 from compress.errors import UserError
 from compress.export.description import NetworkDescription
 from compress.export.encodings import layer_bytes
-from compress.export.packed import file_bytes, read_packed, write_packed
+from compress.export.packed import file_bytes, read_model, write_packed
 from compress.paths import CONF
 from compress.quantization import Correction, Measures, Options
 from compress.quantization.allocation import allocate
-from compress.quantization.budget import Budget
+from compress.quantization.budget import budget_bytes
 from compress.quantization.sensitivity import measure_sensitivities
 
 DESCRIPTION = NetworkDescription(
@@ -107,12 +107,12 @@ def test_the_written_file_is_within_the_budget_and_close_to_it(network, images, 
     variant = only(chosen, network, images, measures())
     path = tmp_path / "mixed.safetensors"
     write_packed(path, variant.model, DESCRIPTION)
-    allowed = Budget.parse(budget).bytes(319_288)
+    allowed = budget_bytes(budget, 319_288)
     assert 0.93 * allowed < path.stat().st_size <= allowed
     widths = {name: layer.bits for name, layer in variant.model.layers.items()}
     assert widths["conv1"] == widths["fc"] == 8
     assert len(set(widths.values())) > 2
-    model, about = read_packed(path)
+    model, about = read_model(path)
     assert {layer["name"]: layer["bits"] for layer in about["layers"]} == widths
     with torch.no_grad():
         assert torch.equal(model(images[0]), variant.model.model(images[0]))
@@ -181,7 +181,7 @@ def test_a_smaller_file_is_found_although_larger_ones_lose_more(network, images)
     assert climbed[0] == 2
     assert max(wider - narrower for narrower, wider in itertools.pairwise(climbed)) < 0.25
     smaller = only(
-        quantizer(bits=[2, 3, 4], budget=int(0.95 * file_bytes(variant.model, **DESCRIPTION))),
+        quantizer(bits=[2, 3, 4], budget=int(0.95 * file_bytes(variant.model, DESCRIPTION))),
         network,
         images,
         measures(),
@@ -225,13 +225,13 @@ def test_layers_that_grow_together_are_too_small_a_budget_and_no_mistake(network
     [("500000", 500_000), (1200, 1200), ("500kB", 500_000), (".5MB", 500_000), ("1 KiB", 1024), ("8x", 12_500)],
 )
 def test_budgets_are_read(text, bytes_):
-    assert Budget.parse(text).bytes(100_000) == bytes_
+    assert budget_bytes(text, 100_000) == bytes_
 
 
 @pytest.mark.parametrize("text", ["", "half", "-3", "0", "0.5x", "3 qB", "1e6", "0.1B"])
 def test_what_is_no_budget_is_said(text):
     with pytest.raises(UserError, match=r"^budget: found .*; accepted: a size such as"):
-        Budget.parse(text)
+        budget_bytes(text, 100_000)
 
 
 def test_a_budget_and_a_drop_exclude_each_other():

@@ -44,7 +44,7 @@ def test_moments_over_chunks_equal_products_over_the_whole_set(layer, centre, ch
     moments = Moments(layer, torch.float64, centre)
     for start, stop in ((0, 3), (3, 3), (3, 4), (4, 7)):
         moments.update(quantized[start:stop], analog[start:stop])
-    gram, cross, mean_quantized, mean_analog = moments.finish()
+    gram, cross, mean_quantized, mean_analog = moments.finished
     for group, (mine, other) in enumerate(zip(patches(layer, quantized), patches(layer, analog), strict=True)):
         torch.testing.assert_close(mean_quantized[group], mine.mean(1))
         torch.testing.assert_close(mean_analog[group], other.mean(1))
@@ -59,7 +59,7 @@ def test_the_same_inputs_on_both_sides_give_the_same_gram_twice():
     inputs = torch.randn(9, 5)
     moments = Moments(layer, torch.float64, centre=True)
     moments.update(inputs, inputs)
-    gram, cross, _, _ = moments.finish()
+    gram, cross, _, _ = moments.finished
     centred = (inputs - inputs.mean(0)).double()
     torch.testing.assert_close(gram[0], centred.T @ centred, rtol=1e-6, atol=1e-6)
     assert torch.equal(gram, cross)
@@ -73,7 +73,7 @@ def test_an_input_that_never_changes_is_dead_once_centred(dtype):
     inputs[:, 1] = 0.1
     moments = Moments(nn.Linear(3, 2), dtype, centre=True)
     moments.update(inputs, inputs + 1)
-    gram, cross, mean_quantized, _ = moments.finish()
+    gram, cross, mean_quantized, _ = moments.finished
     assert gram[0, 1].tolist() == gram[0, :, 1].tolist() == cross[0, 1].tolist() == [0.0, 0.0, 0.0]
     expected = inputs[:, 0].double().var(unbiased=False) * 1000
     assert gram[0, 0, 0].item() == pytest.approx(expected.item(), rel=1e-3)

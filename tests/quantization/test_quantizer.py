@@ -82,8 +82,8 @@ def test_a_call_is_quantize_with_the_options_of_the_file(name, options):
 
 
 def test_levels_are_those_of_the_alphabet():
-    assert build(load("gpfq"), "quantizer").levels(2) == 4
-    assert build(load("gpfq", grid={"alphabet": "published"}), "quantizer").levels(2) == 5
+    assert build(load("gpfq"), "quantizer").grid.levels(2) == 4
+    assert build(load("gpfq", grid={"alphabet": "published"}), "quantizer").grid.levels(2) == 5
 
 
 @pytest.mark.parametrize(
