@@ -16,9 +16,9 @@ from compress.data.folder import Folder
 from compress.data.normalisation import Normalisation
 from compress.data.source import prepared
 from compress.errors import UserError
-from compress.export import write_float, write_packed
 from compress.export.description import NetworkDescription
 from compress.export.onnx import Onnx
+from compress.export.packed import write_float, write_packed
 from compress.predict import Predictor
 from compress.quantization import quantize
 

@@ -27,8 +27,6 @@ from compress.models.folding import fold_batch_norm
 from compress.quantization import QuantizedModel, Quantizer
 from compress.quantization.activations import detach_input_quantizer, input_quantizers
 
-__all__ = ["Onnx", "OnnxModel"]
-
 OPSET = 18  # the oldest that torch's exporter writes, and so the one that most runtimes read
 LEVELS = 256  # the most that an integer type of ONNX weights has
 

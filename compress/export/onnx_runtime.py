@@ -29,7 +29,7 @@ def checksum(content: bytes) -> str:
 class OnnxModel:
     """An ONNX file as a function: images `(B, 3, H, W)`, normalised float32, to logits `(B, classes)` on the CPU.
 
-    `description` is what the file says of its network, as `compress.export.read_model` gives it.
+    `description` is what the file says of its network, as `compress.export.packed.read_model` gives it.
     """
 
     def __init__(self, session: Any, description: dict[str, Any]) -> None:
@@ -37,9 +37,8 @@ class OnnxModel:
         self.description = description
 
     @classmethod
-    def read(cls, path: str | Path, threads: int = 1) -> "OnnxModel":
+    def read(cls, path: Path, threads: int = 1) -> "OnnxModel":
         """Raises UserError, naming the file, where it is missing, damaged or not written by compress."""
-        path = Path(path)
         accepted = "accepted: an .onnx file that compress wrote"
         import_package("onnxruntime", "onnx")
         if not path.is_file():
@@ -76,9 +75,8 @@ def start(
     *,
     optimized: bool = True,
     dequantize_once: bool = False,
-    save: str | Path | None = None,
 ) -> Any:
-    """An `onnxruntime.InferenceSession` on the CPU; `save` is where to write the optimised graph."""
+    """An `onnxruntime.InferenceSession` on the CPU."""
     runtime = import_package("onnxruntime", "onnx")
     options = runtime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
@@ -89,8 +87,6 @@ def start(
         options.add_session_config_entry("session.disable_quant_qdq", "1")
     if not optimized:
         options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    if save is not None:
-        options.optimized_model_filepath = str(save)
     # That pass rounds weights that stayed float; what is to be integer is so in the file.
     disabled = ["WeightBiasQuantization"]
     return runtime.InferenceSession(content, options, ["CPUExecutionProvider"], disabled_optimizers=disabled)

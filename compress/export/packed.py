@@ -53,9 +53,7 @@ class Packed(Exporter):
         return read_model(path)
 
 
-def write_packed(
-    path: str | Path, quantized: QuantizedModel, description: NetworkDescription, *, bitmaps: bool = True
-) -> int:
+def write_packed(path: Path, quantized: QuantizedModel, description: NetworkDescription, bitmaps: bool = True) -> int:
     """Write `quantized`; returns the size of the file in bytes. The same content gives the same bytes.
 
     bitmaps: keep a layer as a bitmap where that is smaller; without, the size does not depend on the codes.
@@ -74,10 +72,10 @@ def write_packed(
     for layer in content["layers"]:
         if encodings[layer["name"]] != "dense":
             layer["encoding"] = encodings[layer["name"]]
-    return container.write(Path(path), PACKED, content, tensors)
+    return container.write(path, PACKED, content, tensors)
 
 
-def write_float(path: str | Path, model: nn.Module, description: NetworkDescription) -> int:
+def write_float(path: Path, model: nn.Module, description: NetworkDescription) -> int:
     """Write the state dict of `model` in float32, nothing folded; returns the size of the file in bytes.
 
     BatchNorm's step counters are not written. `compress.export.weights.load_weights` reads the file, too.
@@ -91,7 +89,7 @@ def write_float(path: str | Path, model: nn.Module, description: NetworkDescript
     content = description.as_json()
     if masked := list(masks.masks_of(plain)):
         content["masked"] = masked
-    return container.write(Path(path), FLOAT, content, tensors)
+    return container.write(path, FLOAT, content, tensors)
 
 
 def file_bytes(network: QuantizedModel | nn.Module, description: NetworkDescription, **options: Any) -> int:
@@ -101,40 +99,19 @@ def file_bytes(network: QuantizedModel | nn.Module, description: NetworkDescript
         return write(Path(folder) / "model.safetensors", network, description, **options)
 
 
-def read_packed(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
-    """(model in eval mode, description) of a packed file; the weights are bit for bit those that were evaluated.
+def read_model(path: Path) -> tuple[nn.Module, dict[str, Any]]:
+    """(model in eval mode, description) of a packed or a float32 file; description["format"] says which.
 
-    Raises UserError, naming the file, where it is damaged, altered, of another format, or does not fit its network.
+    The weights are bit for bit those that were evaluated. Raises UserError, naming the file, where it is damaged,
+    altered, of another format, or does not fit its network.
     """
-    return _read(Path(path), (PACKED,))
-
-
-def read_model(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
-    """As `read_packed`, for a packed or a float32 file; description["format"] says which."""
-    return _read(Path(path), (PACKED, FLOAT))
-
-
-def read_float_description(path: str | Path) -> dict[str, Any] | None:
-    """What a float32 file says of its network; None for a file of any other kind, a packed one or a state dict, say.
-
-    Raises UserError, naming the file, where it is a damaged or altered `.safetensors`.
-    """
-    path = Path(path)
-    if path.suffix != Packed.suffix:
-        return None
-    try:
-        kind, description, _ = container.read(path)
-    except container.NoDescriptionError:
-        return None
-    return description if kind == FLOAT else None
-
-
-def _read(path: Path, kinds: tuple[str, ...]) -> tuple[nn.Module, dict[str, Any]]:
     kind, description, tensors = container.read(path)
-    if kind not in kinds:
-        raise UserError(f"{path}: found the format {kind}; accepted: {', '.join(kinds)}")
+    if kind not in (PACKED, FLOAT):
+        raise UserError(f"{path}: found the format {kind}; accepted: {PACKED}, {FLOAT}")
     try:
-        model = _build(description["architecture"])
+        # Fresh weights are drawn and thrown away; reading a file must not move anyone's random numbers.
+        with torch.random.fork_rng(devices=[]):
+            model = models.rebuild(description["architecture"]).eval()
         if kind == PACKED:
             _prepare(model, description, tensors)
         _load(model, tensors)
@@ -149,11 +126,18 @@ def _read(path: Path, kinds: tuple[str, ...]) -> tuple[nn.Module, dict[str, Any]
     return model.eval(), {"format": kind, **description}
 
 
-def _build(architecture: Mapping[str, Any]) -> nn.Module:
-    # Fresh weights are drawn and thrown away; reading a file must not move anyone's random numbers.
-    with torch.random.fork_rng(devices=[]):
-        model = models.rebuild(architecture)
-    return model.eval()
+def read_float_description(path: Path) -> dict[str, Any] | None:
+    """What a float32 file says of its network; None for a file of any other kind, a packed one or a state dict, say.
+
+    Raises UserError, naming the file, where it is a damaged or altered `.safetensors`.
+    """
+    if path.suffix != Packed.suffix:
+        return None
+    try:
+        kind, description, _ = container.read(path)
+    except container.NoDescriptionError:
+        return None
+    return description if kind == FLOAT else None
 
 
 def _prepare(model: nn.Module, description: Mapping[str, Any], tensors: dict[str, Tensor]) -> None:

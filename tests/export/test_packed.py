@@ -11,9 +11,10 @@ from torch import nn
 
 from compress import models
 from compress.errors import UserError
-from compress.export import container, read_model, read_packed, write_float, write_packed
+from compress.export import container
 from compress.export.bits import packed_length
 from compress.export.description import NetworkDescription
+from compress.export.packed import read_model, write_float, write_packed
 from compress.export.weights import load_weights
 from compress.pruning.magnitude import Magnitude
 from compress.quantization import quantize
@@ -62,7 +63,7 @@ def test_the_model_read_back_has_exactly_the_logits_that_were_evaluated(small, b
     path = tmp_path / "model.safetensors"
     size = write_packed(path, quantized, replace(describe("resnet8"), extra={"seed": 3}))
     assert size == path.stat().st_size
-    model, description = read_packed(path)
+    model, description = read_model(path)
     assert not model.training
     with torch.no_grad():
         assert torch.equal(model(IMAGES), quantized.model(IMAGES))
@@ -98,7 +99,7 @@ def test_batch_norm_that_stays_float_is_kept(tmp_path):
     quantized = quantize(model, [IMAGES], 4)
     assert any(isinstance(module, nn.BatchNorm2d) for module in quantized.model.modules())
     write_packed(tmp_path / "model.safetensors", quantized, describe(stem))
-    read, _ = read_packed(tmp_path / "model.safetensors")
+    read, _ = read_model(tmp_path / "model.safetensors")
     with torch.no_grad():
         assert torch.equal(read(IMAGES), quantized.model(IMAGES))
 
@@ -134,8 +135,12 @@ def test_a_float_file_is_the_whole_state_dict_and_a_checkpoint_too(small, tmp_pa
     with torch.no_grad():
         assert torch.equal(read(IMAGES), small(IMAGES))
         assert torch.equal(fresh(IMAGES), small(IMAGES))
-    with pytest.raises(UserError, match=r"found the format compress-float-1; accepted: compress-packed-1$"):
-        read_packed(path)
+
+
+def test_a_file_of_a_later_format_is_refused(tmp_path):
+    container.write(tmp_path / "model.safetensors", "compress-packed-2", {}, {})
+    with pytest.raises(UserError, match=r"found the format compress-packed-2; accepted: compress-packed-1, compress-f"):
+        read_model(tmp_path / "model.safetensors")
 
 
 def test_reading_draws_no_random_numbers(small, tmp_path):

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from compress import models
 from compress.errors import UserError
 from compress.export.description import NetworkDescription
-from compress.export.packed import read_packed, write_packed
+from compress.export.packed import read_model, write_packed
 from compress.quantization.lsq import FakeQuantization, InputStep, WeightStep, _FakeQuantize, float_network, steps
 
 ABOUT = NetworkDescription(
@@ -119,7 +119,7 @@ def test_what_is_baked_and_read_back_is_what_was_trained(tmp_path, stem, weight_
     path = tmp_path / "model.safetensors"
     about = replace(ABOUT, architecture={**ABOUT.architecture, "stem": stem})
     write_packed(path, baked, about)
-    read, description = read_packed(path)
+    read, description = read_model(path)
     assert torch.equal(read(images(64)), baked.model(images(64)))
     assert {each["name"] for each in description["layers"]} == set(baked.layers)
     assert len(description["inputs"]) == (0 if activation_bits is None else len(baked.skipped | baked.layers))
@@ -210,4 +210,4 @@ def test_a_foreign_file_with_an_input_grid_that_is_none_is_refused(tmp_path):
     baked.float_state["fc.input_quantizer.scale"] = torch.tensor(-1.0)
     write_packed(tmp_path / "model.safetensors", baked, ABOUT)
     with pytest.raises(UserError, match=r"scale: -1\.0"):
-        read_packed(tmp_path / "model.safetensors")
+        read_model(tmp_path / "model.safetensors")
