@@ -5,8 +5,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from compress.report.comparison import Statistic, statistic
+from compress.report.tables import markdown_table
 
 Measured = Mapping[str, Mapping[str, Any]]
+HEAD = ("quantizer", "bits", "validation: change, points", "test: change, points", "mean layer error", "size, kB")
 
 
 def tables(results: Mapping[str, Mapping[str, Measured]]) -> str:
@@ -19,25 +21,22 @@ def tables(results: Mapping[str, Mapping[str, Measured]]) -> str:
 
 def _table(stem: str, seeds: Sequence[Measured]) -> str:
     reference = [100 * next(iter(measured.values()))["float"]["test_accuracy"] for measured in seeds]
-    lines = [
-        f"{stem}, {len(seeds)} seeds, fp32 {statistic(reference)} % on the test set",
-        "",
-        "| quantizer | bits | validation: change, points | test: change, points | mean layer error | size, kB |",
-        "|---|---|---|---|---|---|",
-    ]
+    lines = []
     for name in dict.fromkeys(name for measured in seeds for name in measured):
         known = [measured[name] for measured in seeds if name in measured]
         for index in range(len(known[0]["rows"])):
             rows = [measured["rows"][index] for measured in known]
-            bits = statistics.mean(row["bits"] for row in rows)
             cells = [
+                name,
+                f"{statistics.mean(row['bits'] for row in rows):.3g}",
                 f"{_change(known, index, 'validation_accuracy'):+.2f}",
                 f"{_change(known, index, 'test_accuracy'):+.2f}",
                 f"{statistics.mean(measured['errors'][index] for measured in known):.3f}",
                 f"{statistics.mean(row['bytes'] for row in rows) / 1000:,.1f}",
             ]
-            lines.append(f"| {name} | {bits:.3g} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+            lines.append(cells)
+    title = f"{stem}, {len(seeds)} seeds, fp32 {statistic(reference)} % on the test set"
+    return f"{title}\n\n{markdown_table(HEAD, lines)}\n"
 
 
 def _change(seeds: Sequence[Mapping[str, Any]], index: int, column: str) -> Statistic:

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 
 from compress.report.comparison import statistic
+from compress.report.tables import markdown_table
 from compress.results.tradeoff import Row
 
 
@@ -13,15 +14,14 @@ def study_table(runs: Mapping[str, Sequence[Iterable[Row]]]) -> str:
     for its widths has one run per seed that holds the rows of all of them; `lsq` and solvers share the columns.
     """
     widths = sorted({_column(row) for seeds in runs.values() for rows in seeds for row in rows}, reverse=True)
-    lines = ["| method | " + " | ".join("fp32" if width == 32 else f"{width} bit" for width in widths) + " |"]
-    lines.append("|---" * (len(widths) + 1) + "|")
+    head = ["method", *("fp32" if width == 32 else f"{width} bit" for width in widths)]
+    lines = []
     for method, seeds in runs.items():
-        cells = []
+        lines.append([f"`{method}`"])
         for width in widths:
             accuracies = [100 * row.test_accuracy for rows in seeds for row in rows if _column(row) == width]
-            cells.append(str(statistic(accuracies) or ""))
-        lines.append(f"| `{method}` | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+            lines[-1].append(str(statistic(accuracies) or ""))
+    return markdown_table(head, lines) + "\n"
 
 
 def _column(row: Row) -> int:

@@ -54,9 +54,7 @@ def page(collection: Collection, path: Path, written: str) -> str:
         "plotly": plotly_script(),
         # A script element ends at the first `</`, whatever JSON thinks of it.
         "content": text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e"),
-        "script": "\n".join(
-            (ASSETS / f"{name}.js").read_text(encoding="utf-8") for name in ("table", "charts", "page")
-        ),
+        "script": "\n".join((ASSETS / name).read_text(encoding="utf-8") for name in SCRIPTS),
         "reference": _reference(compared),
         "left_out": _left_out(collection),
     }

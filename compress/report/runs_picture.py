@@ -49,11 +49,7 @@ def _draw_line(axes: Axes, variants: Sequence[Variant], named: bool, **style: An
     if named:
         offset = {"textcoords": "offset points", "xytext": (0, 7), "ha": "center"}
         for variant, point in zip(variants, zip(megabytes, accuracies, strict=True), strict=True):
-            axes.annotate(_width(variant), point, fontsize=7, color="0.35", **offset)
-
-
-def _width(variant: Variant) -> str:
-    return "fp32" if variant.row.quantizer == "none" else f"{variant.row.bits:.3g} bit"
+            axes.annotate(variant.row.width, point, fontsize=7, color="0.35", **offset)
 
 
 def _labels(compared: Sequence[Group]) -> list[str]:

@@ -1,7 +1,7 @@
 """The report as Markdown, and the tables that it shares with the page."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
@@ -54,6 +54,12 @@ def markdown(collection: Collection, path: Path, written: str) -> str:
     if missing:
         parts.append("## Not in this report\n\n" + "\n".join(f"- {_text(line)}" for line in missing))
     return "\n\n".join(parts) + "\n"
+
+
+def markdown_table(head: Sequence[str], lines: Iterable[Iterable[str]]) -> str:
+    """The lines of a Markdown table whose cells are Markdown."""
+    first, *others = (f"| {' | '.join(cells)} |" for cells in (head, *lines))
+    return "\n".join([first, "|---" * len(head) + "|", *others])
 
 
 def means_table(data: str, compared: Sequence[Group]) -> Table:
@@ -124,8 +130,8 @@ def _compared(rows: Sequence[Row], reported: Mapping[int, Sequence[float]], bits
 
 
 def _table(table: Table) -> str:
-    lines = [table.head, ("---",) * len(table.head), *(tuple(map(_text, line)) for line in table.lines)]
-    return f"## {_text(table.title)}\n\n{table.note}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    lines = markdown_table(table.head, [map(_text, line) for line in table.lines])
+    return f"## {_text(table.title)}\n\n{table.note}\n\n{lines}"
 
 
 def _text(text: str) -> str:

@@ -98,12 +98,16 @@ class Row:
                 object.__setattr__(self, name, column.derive(self))
 
     @property
+    def width(self) -> str:
+        return "fp32" if self.quantizer == "none" else f"{self.bits:.3g} bit"
+
+    @property
     def name(self) -> str:
-        name = "fp32"
+        name = self.width
         if self.quantizer != "none":
             mixed = "mixed " if self.levels is None and self.bits < 32 else ""
             inputs = f" a{self.activation_bits}" if self.activation_bits < 32 else ""
-            name = f"{self.quantizer} {mixed}{self.bits:.3g} bit{inputs}"
+            name = f"{self.quantizer} {mixed}{self.width}{inputs}"
         return name if self.runtime == "torch" else f"{name} {self.runtime}"
 
 

@@ -26,7 +26,7 @@ def draw_tradeoff(path: Path, rows: Sequence[Row], title: str, teacher_accuracy:
     axes.plot(reference.bytes / 1e6, 100 * reference.test_accuracy, marker="s", color="0.35", linestyle="none")
     for row in rows:
         axes.annotate(
-            "fp32" if row.quantizer == "none" else f"{row.bits:.3g} bit",
+            row.width,
             (row.bytes / 1e6, 100 * row.test_accuracy),
             textcoords="offset points",
             # The packed file of the same network is just as accurate and about as large.
