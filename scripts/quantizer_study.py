@@ -9,8 +9,7 @@ import json
 import sys
 from pathlib import Path
 
-from compress.benchmarks.quantizer_study import COMPARED, MAIN, measure
-from compress.benchmarks.quantizer_tables import tables
+from compress.benchmarks.quantizer_study import COMPARED, MAIN, measure, tables
 from compress.errors import UserError, exit_code
 from compress.files import write_json, write_text
 from compress.results.record import FILE, Record

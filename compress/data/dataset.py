@@ -72,13 +72,7 @@ class Share:
     world_size: int = 1
     batch_size: int = 1
 
-    def count(self, images: int) -> int:
-        """How many of so many images an epoch of this process has."""
-        if self.world_size == 1:
-            return images
-        return images // self.batch_size * (self.batch_size // self.world_size)
-
-    def of(self, order: list[int]) -> list[int]:
+    def of(self, order: Sequence[int]) -> Sequence[int]:
         """This process's part of `order`: its slices of the full batches; all of `order` where there is one process."""
         if self.world_size == 1:
             return order
@@ -120,7 +114,7 @@ class EpochSampler(Sampler[int]):
         return iter(self._share.of(permutation(len(self._dataset), self._seed, self._epoch)))
 
     def __len__(self) -> int:
-        return self._share.count(len(self._dataset))
+        return len(self._share.of(range(len(self._dataset))))
 
 
 def as_it_is(batch: Batch) -> Batch:

@@ -9,6 +9,7 @@ from typing import Literal
 import numpy as np
 
 from compress.export.bits import pack, packed_length, unpack
+from compress.quantization.grid import per_channel
 from compress.quantization.post_training import QuantizedLayer
 
 Encoding = Literal["dense", "bitmap"]
@@ -54,7 +55,7 @@ def decode(stream: np.ndarray, width: int, zeros: np.ndarray, encoding: str) -> 
 
 def _nonzero(layer: QuantizedLayer) -> np.ndarray:
     """Whether each weight (n,) of a layer is other than zero."""
-    zero = layer.grid.zero_point.reshape(-1, *[1] * (layer.codes.dim() - 1))
+    zero = per_channel(layer.grid.zero_point, layer.codes)
     return (layer.codes != zero.to(layer.codes.device)).flatten().cpu().numpy()
 
 

@@ -69,13 +69,7 @@ class OnnxModel:
         return torch.from_numpy(self._session.run([OUTPUT], {INPUT: content})[0])
 
 
-def start(
-    content: bytes,
-    threads: int = 1,
-    *,
-    optimized: bool = True,
-    dequantize_once: bool = False,
-) -> Any:
+def start(content: bytes, threads: int = 1, *, optimized: bool = True, dequantize_once: bool = False) -> Any:
     """An `onnxruntime.InferenceSession` on the CPU."""
     runtime = import_package("onnxruntime", "onnx")
     options = runtime.SessionOptions()

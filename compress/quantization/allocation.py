@@ -27,10 +27,7 @@ def allocate(costs: Sequence[Sequence[float]], sizes: Sequence[Sequence[int]], b
         cost,
         integrality=np.ones(len(cost)),
         bounds=(0, 1),
-        constraints=[
-            LinearConstraint(one_choice, 1, 1),
-            LinearConstraint(size[None] / budget, ub=1),
-        ],
+        constraints=[LinearConstraint(one_choice, 1, 1), LinearConstraint(size[None] / budget, ub=1)],
         options={"mip_rel_gap": 0.0},
     )
     if solution.x is None:

@@ -13,6 +13,11 @@ def code_dtype(levels: int) -> torch.dtype:
     return torch.uint8 if levels <= 256 else torch.int32
 
 
+def per_channel(values: Tensor, like: Tensor) -> Tensor:
+    """`values` (N,) in a shape that broadcasts with `like` (N, ...)."""
+    return values.reshape(-1, *[1] * (like.dim() - 1))
+
+
 @dataclass(frozen=True)
 class Grid:
     """Per-channel grid: `scale` (N,) positive floats, `zero_point` (N,) integers in 0..levels-1.
@@ -56,13 +61,11 @@ class Grid:
 
     def dequantize(self, codes: Tensor) -> Tensor:
         """Values (N, ...) of codes (N, ...), in the dtype of `scale`."""
-        shape = (-1, *[1] * (codes.dim() - 1))
-        offset = codes.to(torch.int32) - self.zero_point.to(torch.int32).reshape(shape)
-        return offset.to(self.scale.dtype) * self.scale.reshape(shape)
+        offset = codes.to(torch.int32) - per_channel(self.zero_point.to(torch.int32), codes)
+        return offset.to(self.scale.dtype) * per_channel(self.scale, codes)
 
     def quantize(self, values: Tensor) -> Tensor:
         """Codes (N, ...) of the nearest grid points to `values` (N, ...), uint8 where they fit and int32 otherwise."""
-        shape = (-1, *[1] * (values.dim() - 1))
-        steps = torch.round(values / self.scale.to(values.dtype).reshape(shape))
-        codes = steps.add_(self.zero_point.to(values.dtype).reshape(shape)).clamp_(0, self.levels - 1)
+        steps = torch.round(values / per_channel(self.scale.to(values.dtype), values))
+        codes = steps.add_(per_channel(self.zero_point.to(values.dtype), values)).clamp_(0, self.levels - 1)
         return codes.to(code_dtype(self.levels))

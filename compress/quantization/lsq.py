@@ -19,7 +19,7 @@ from compress.collective import mean_of_processes
 from compress.errors import UserError
 from compress.models.folding import bake_parametrizations, batch_norm_gain, find_foldable, fold_pairs, trace
 from compress.quantization.activations import InputQuantizer, attach_input_quantizer, detach_input_quantizer
-from compress.quantization.grid import Grid, code_dtype
+from compress.quantization.grid import Grid, code_dtype, per_channel
 from compress.quantization.preparation import choose_layers
 from compress.quantization.quantized import QuantizedLayer, QuantizedModel, float_state
 from compress.quantization.scales import mse_grid
@@ -118,23 +118,21 @@ class WeightStep(nn.Module):
         self.register_buffer("zero_point", grid.zero_point)
 
     def forward(self, weight: Tensor) -> Tensor:
-        shape = (-1, *[1] * (weight.dim() - 1))
-        low, high = self._range(shape)
+        low, high = self._range(weight)
         scale = (weight[0].numel() * (2 ** (self.bits - 1))) ** -0.5
-        return _FakeQuantize.apply(weight, _positive(self.step).reshape(shape), low, high, scale)
+        return _FakeQuantize.apply(weight, per_channel(_positive(self.step), weight), low, high, scale)
 
     def codes(self, weight: Tensor, name: str) -> tuple[Tensor, Grid]:
         """Codes (N, ...) and grid of `weight`, exactly those that `forward` multiplies out."""
         if not (torch.isfinite(weight).all() and torch.isfinite(self.step).all()):
             raise UserError(f"{name}: found weights or steps that are not finite; training has diverged")
-        shape = (-1, *[1] * (weight.dim() - 1))
-        low, high = self._range(shape)
+        low, high = self._range(weight)
         step = _positive(self.step.detach().float())
-        codes = (weight.float() / step.reshape(shape)).clamp(low, high).round() - low
+        codes = (weight.float() / per_channel(step, weight)).clamp(low, high).round() - low
         return codes.to(code_dtype(2**self.bits)), Grid(step, self.zero_point.clone(), 2**self.bits)
 
-    def _range(self, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        low = -self.zero_point.float().reshape(shape)
+    def _range(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        low = per_channel(-self.zero_point.float(), weight)
         return low, low + 2**self.bits - 1
 
 
@@ -208,12 +206,11 @@ def _positive(step: Tensor) -> Tensor:
 
 def _times(gain: Tensor, codes: Tensor, grid: Grid) -> tuple[Tensor, Grid]:
     """Codes and grid of the values times `gain` (N,), float64: mirrored where it is negative, zero where it is zero."""
-    shape = (-1, *[1] * (codes.dim() - 1))
     top = grid.levels - 1
     mirrored = gain < 0
     zero_point = torch.where(mirrored, top - grid.zero_point, grid.zero_point)
-    codes = torch.where(mirrored.reshape(shape), top - codes, codes)
+    codes = torch.where(per_channel(mirrored, codes), top - codes, codes)
     scale = (grid.scale.double() * gain.abs()).to(grid.scale.dtype)
     vanished = scale == 0
-    codes = torch.where(vanished.reshape(shape), zero_point.reshape(shape).to(codes.dtype), codes)
+    codes = torch.where(per_channel(vanished, codes), per_channel(zero_point, codes).to(codes.dtype), codes)
     return codes, Grid(torch.where(vanished, 1.0, scale), zero_point, grid.levels)

@@ -1,5 +1,6 @@
 """A width for each layer: the most accurate network within a budget of bytes, or the smallest within a drop."""
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ from compress.quantization.sensitivity import Sensitivities
 
 # Neighbouring budgets of the ladder of `smallest_within_drop`: the lower one in units of the higher.
 RUNG = 0.95
+UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20}
 
 
 @dataclass(frozen=True)
@@ -31,10 +33,7 @@ class WidthSearch:
     """Chooses widths by `sensitivities`; `quantize` makes a network of them, layer after layer."""
 
     def __init__(
-        self,
-        sensitivities: Sensitivities,
-        measures: Measures,
-        quantize: Callable[[Mapping[str, int]], QuantizedModel],
+        self, sensitivities: Sensitivities, measures: Measures, quantize: Callable[[Mapping[str, int]], QuantizedModel]
     ) -> None:
         self.sensitivities, self.measures, self.quantize = sensitivities, measures, quantize
         smallest = sensitivities.model(sensitivities.smallest())
@@ -112,3 +111,17 @@ def check_budget(budget: int, smallest: int) -> None:
             f"quantizer.budget: found {budget:,} bytes, but the smallest file with these quantizer.bits has "
             f"{smallest:,}; accepted: at least that, or lower bits"
         )
+
+
+def budget_bytes(budget: str | float, float_bytes: int) -> int:
+    """The bytes of 500000, "500kB", "0.5MB", "1MiB", or of "8x": an eighth of the float32 file's `float_bytes`.
+
+    Raises UserError for anything else.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([A-Za-z]*)\s*", str(budget))
+    number, unit = (float(match[1]), match[2] or "B") if match else (0.0, "")
+    if unit == "x" and number >= 1:
+        return int(float_bytes / number)
+    if unit in UNITS and number * UNITS[unit] >= 1:
+        return int(number * UNITS[unit])
+    raise UserError(f"budget: found {budget!r}; accepted: a size such as 500kB, 0.5MB or 1MiB, or a ratio such as 8x")

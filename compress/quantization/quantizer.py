@@ -8,8 +8,7 @@ from pydantic import AfterValidator, BeforeValidator, Field
 from torch import Tensor, nn
 
 from compress.errors import UserError
-from compress.quantization.budget import budget_bytes
-from compress.quantization.mixed_precision import Measures, WidthSearch, check_budget
+from compress.quantization.mixed_precision import Measures, WidthSearch, budget_bytes, check_budget
 from compress.quantization.options import Bits, Correction, Options, Progress, silent
 from compress.quantization.post_training import quantize_with
 from compress.quantization.preparation import check_layers

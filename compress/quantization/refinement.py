@@ -67,12 +67,7 @@ def search_scales(
 
 @torch.no_grad()
 def coordinate_descent(
-    problem: Problem,
-    codes: Tensor,
-    sweeps: int = 4,
-    block_size: int = 128,
-    refit: bool = False,
-    shared: bool = False,
+    problem: Problem, codes: Tensor, sweeps: int = 4, block_size: int = 128, refit: bool = False, shared: bool = False
 ) -> tuple[Tensor, Grid]:
     """Codes (N, d) and their grid: each column in turn replaced by the best one given all others, `sweeps` times over.
 

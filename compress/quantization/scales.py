@@ -68,12 +68,7 @@ def max_abs_grid(weight: Tensor, levels: int, importance: Tensor | None = None) 
 
 
 def percentile_grid(
-    weight: Tensor,
-    levels: int,
-    importance: Tensor | None = None,
-    *,
-    percentile: float,
-    scalar: float,
+    weight: Tensor, levels: int, importance: Tensor | None = None, *, percentile: float, scalar: float
 ) -> Grid:
     """One scale for the whole layer, as in the published GPFQ code: `scalar` * radius / (levels // 2).
 

@@ -17,7 +17,7 @@ from compress.export.packed import file_bytes, read_model, write_packed
 from compress.paths import CONF
 from compress.quantization import Correction, Measures, Options
 from compress.quantization.allocation import allocate
-from compress.quantization.budget import budget_bytes
+from compress.quantization.mixed_precision import budget_bytes
 from compress.quantization.sensitivity import measure_sensitivities
 
 DESCRIPTION = NetworkDescription(

@@ -96,12 +96,7 @@ def follow_path(problem: Problem, block_size: int, decide: Decide) -> Tensor:
 
 
 def _follow(
-    target: Tensor,
-    gram: Tensor,
-    keep: Tensor | None,
-    bounds: tuple[Tensor, Tensor],
-    block_size: int,
-    decide: Decide,
+    target: Tensor, gram: Tensor, keep: Tensor | None, bounds: tuple[Tensor, Tensor], block_size: int, decide: Decide
 ) -> Tensor:
     """Steps (d, N) from the numerators `target` (d, N), which are overwritten; `keep` (d, N) is 0 where pruned.
 
