@@ -7,6 +7,7 @@ needs nothing else. The packages `onnx`, `onnxruntime` and `onnxscript` are the 
 
 import contextlib
 import copy
+import hashlib
 import logging
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -21,7 +22,7 @@ from compress.errors import UserError
 from compress.export.container import to_json
 from compress.export.description import NetworkDescription, check_float32, grids_as_json
 from compress.export.exporter import Exporter
-from compress.export.onnx_runtime import FORMAT, INPUT, OUTPUT, UNSIGNED, OnnxModel, checksum, tensor_ranges
+from compress.export.onnx_runtime import FORMAT, INPUT, OUTPUT, UNSIGNED, OnnxModel, tensor_ranges
 from compress.files import write_atomically
 from compress.models.folding import fold_batch_norm
 from compress.quantization import QuantizedModel, Quantizer
@@ -163,6 +164,6 @@ def _write(path: Path, graph: Any, description: Mapping[str, Any]) -> None:
     del graph.graph.value_info[:]
     metadata = {"description": to_json(description), "format": FORMAT, "sha256": UNSIGNED.decode()}
     helper.set_model_props(graph, metadata)
-    digest = checksum(graph.SerializeToString(deterministic=True))
+    digest = hashlib.sha256(graph.SerializeToString(deterministic=True)).hexdigest()
     helper.set_model_props(graph, metadata | {"sha256": digest})
     write_atomically(path, lambda temporary: temporary.write_bytes(graph.SerializeToString(deterministic=True)))

@@ -3,9 +3,9 @@
 The package `onnxruntime` is the optional extra `onnx`.
 """
 
-import hashlib
 import json
 from collections.abc import Iterable, Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,7 @@ from compress.export.exporter import import_package
 
 FORMAT = "compress-onnx-1"
 INPUT, OUTPUT = "images", "logits"
-UNSIGNED = b"0" * 64  # stands for the checksum while it is computed
-
-
-def checksum(content: bytes) -> str:
-    """SHA-256 of the content of a file in which 64 zeros (`UNSIGNED`) stand for the checksum."""
-    return hashlib.sha256(content).hexdigest()
+UNSIGNED = b"0" * 64  # stands for the checksum while it is computed, the SHA-256 of the file
 
 
 class OnnxModel:
@@ -53,7 +48,7 @@ class OnnxModel:
         if metadata.get("format") != FORMAT or not {"description", "sha256"} <= metadata.keys():
             raise UserError(f"{path}: found an ONNX file without a description of its model; {accepted}")
         stated = metadata["sha256"]
-        if len(stated) != len(UNSIGNED) or checksum(content.replace(stated.encode(), UNSIGNED)) != stated:
+        if len(stated) != len(UNSIGNED) or sha256(content.replace(stated.encode(), UNSIGNED)).hexdigest() != stated:
             raise UserError(f"{path}: found content that does not match its checksum, so it was altered; {accepted}")
         try:
             description = {"format": FORMAT, **json.loads(metadata["description"])}

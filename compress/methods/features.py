@@ -4,10 +4,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from compress.errors import UserError
+from compress.models.counting import run_once
 
 
 @contextmanager
@@ -32,18 +32,10 @@ def tapped(network: nn.Module, names: Sequence[str], inputs: bool = False) -> It
 def shapes(network: nn.Module, names: Sequence[str], input_shape: Sequence[int], inputs: bool = False) -> list[Any]:
     """The shape of the output (or input) of the modules `names` for one image, None where that is no tensor.
 
-    `input_shape` is `(C, H, W)`. The network is run in eval mode; afterwards it is as before.
+    `input_shape` is `(C, H, W)`.
     """
-    parameter = next(network.parameters())
-    image = torch.zeros(1, *input_shape, device=parameter.device, dtype=parameter.dtype)
-    training = [module for module in network.modules() if module.training]
-    network.eval()
-    try:
-        with torch.no_grad(), tapped(network, names, inputs) as taken:
-            network(image)
-    finally:
-        for module in training:
-            module.training = True
+    with tapped(network, names, inputs) as taken:
+        run_once(network, input_shape)
     return [tuple(taken[name].shape) if isinstance(taken.get(name), Tensor) else None for name in names]
 
 

@@ -1,5 +1,6 @@
 """The size of a network in parameters and in multiply-accumulates."""
 
+from collections.abc import Sequence
 from itertools import chain
 
 import torch
@@ -13,22 +14,24 @@ def count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-@torch.no_grad()
-def count_macs(model: nn.Module, input_shape: tuple[int, ...]) -> int:
-    """Multiply-accumulates of convolutions and matrix products for one image of `input_shape`, `(C, H, W)`.
+def count_macs(model: nn.Module, input_shape: Sequence[int]) -> int:
+    """Multiply-accumulates of convolutions and matrix products for one image of `input_shape`, `(C, H, W)`."""
+    # Attention as plain matrix products: the counter does not know the fused kernels of the CPU.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        run_once(model, input_shape)
+    return counter.get_total_flops() // 2  # the counter takes a multiplication and an addition as two
 
-    Runs the model once in eval mode on the device of its parameters; afterwards it is as before.
-    """
+
+@torch.no_grad()
+def run_once(model: nn.Module, input_shape: Sequence[int]) -> None:
+    """Runs `model` in eval mode for a black image of `input_shape`, `(C, H, W)`; afterwards the model is as before."""
     tensors = (tensor for tensor in chain(model.parameters(), model.buffers()) if tensor.is_floating_point())
     like = next(tensors, torch.empty(0))
     images = torch.zeros(1, *input_shape, device=like.device, dtype=like.dtype)
-    training = {module: module.training for module in model.modules()}
+    training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        # Attention as plain matrix products: the counter does not know the fused kernels of the CPU.
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            model(images)
+        model(images)
     finally:
-        for module, flag in training.items():
-            module.training = flag
-    return counter.get_total_flops() // 2  # the counter takes a multiplication and an addition as two
+        for module in training:
+            module.training = True

@@ -9,11 +9,8 @@ from torch.optim import Optimizer
 
 from compress.optim.groups import as_groups, divided
 from compress.optim.kronecker import fold
+from compress.optim.shampoo import BelowOne, NotNegative, Positive, Steps
 
-NotNegative = Annotated[float, Field(ge=0)]
-BelowOne = Annotated[float, Field(ge=0, lt=1)]
-Positive = Annotated[float, Field(gt=0)]
-Steps = Annotated[int, Field(ge=1)]
 Betas = Annotated[Sequence[BelowOne], Field(min_length=2, max_length=2)]
 
 

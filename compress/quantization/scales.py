@@ -103,15 +103,9 @@ def mse_grid(
         # So it must not set the range either, unless nothing else does.
         weight = torch.where(used | ~(used & (weight != 0)).any(1, keepdim=True), weight, 0.0)
     rows = max(1, CHUNK // max(1, weight.shape[1]))
-    parts = [
-        _mse_rows(
-            weight[start : start + rows],
-            levels,
-            None if importance is None else importance[start : start + rows],
-            candidates,
-        )
-        for start in range(0, weight.shape[0], rows)
-    ]
+    chunks = weight.split(rows)
+    shares = [None] * len(chunks) if importance is None else importance.split(rows)
+    parts = [_mse_rows(chunk, levels, share, candidates) for chunk, share in zip(chunks, shares, strict=True)]
     return Grid(torch.cat([scale for scale, _ in parts]), torch.cat([zero for _, zero in parts]), levels)
 
 
