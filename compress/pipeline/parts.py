@@ -99,8 +99,8 @@ class Parts:
         return [build(node, f"export.{name}") for name, node in self.plain["export"].items()]
 
     @property
-    def grids(self) -> FakeQuantization | None:
-        """Those that the method trains on."""
+    def fake_quantization(self) -> FakeQuantization | None:
+        """The grids that the method trains on, if it does."""
         return self.method.grids(self.method_options)
 
     @cached_property
@@ -162,13 +162,13 @@ class Parts:
         node = OmegaConf.to_container(OmegaConf.select(self.config, key), resolve=True)
         return models.build(num_classes=self.data.num_classes, **node["model"])
 
-    def float_start(self, reference: Path | None) -> nn.Module | None:
+    def float_start(self, float_checkpoint: Path | None) -> nn.Module | None:
         """The float network that training starts from; None where there is none or it has lost channels since.
 
-        `reference` is a checkpoint that counts instead of that of the student.
+        `float_checkpoint` is one that counts instead of that of the student.
         """
         node = self.plain["student"]
-        checkpoint = reference or node["checkpoint"]
+        checkpoint = float_checkpoint or node["checkpoint"]
         if checkpoint is None:
             return None
         with torch.random.fork_rng(devices=[]):
