@@ -53,7 +53,7 @@ def measure_best(parts: Parts, directory: Path, float_checkpoint: Path | None = 
     """Measures the best checkpoint in `directory`/checkpoints and every quantized variant of it.
 
     A network that was trained on grids comes as the second row. The float32 student is then the one that it started
-    from, or where there was none, its weights before they are rounded; `float_checkpoint` is that of `Parts.float_start`.
+    from, or where there was none, its weights before they are rounded; `float_checkpoint`: see `Parts.float_start`.
     """
     quantizes = parts.quantizer or parts.fake_quantization
     console.print("quantizing the best checkpoint" if quantizes else "measuring the best checkpoint", style="bold")
@@ -89,19 +89,16 @@ def best_network(parts: Parts, path: Path) -> tuple[str, nn.Module]:
 
 
 def _add_trained(variants: Variants, parts: Parts, trained: nn.Module) -> None:
-    fake_quantization = parts.fake_quantization
-    widths = "".join(
-        f"{letter}{bits}"
-        for letter, bits in (("w", fake_quantization.weight_bits), ("a", fake_quantization.activation_bits))
-        if bits
-    )
+    grids = parts.fake_quantization
+    widths = {"w": grids.weight_bits, "a": grids.activation_bits}
+    suffix = "".join(f"{letter}{bits}" for letter, bits in widths.items() if bits)
     variants.add(
-        f"student-lsq-{widths}",
-        fake_quantization.bake(trained),
+        f"student-lsq-{suffix}",
+        grids.bake(trained),
         parts.data.calibration_batches(256),
         quantizer="lsq",
-        bits=fake_quantization.weight_bits or 32,
-        levels=fake_quantization.weight_bits and 2**fake_quantization.weight_bits,
-        first_last_bits=fake_quantization.first_last_bits,
-        activation_bits=fake_quantization.activation_bits or 32,
+        bits=grids.weight_bits or 32,
+        levels=grids.weight_bits and 2**grids.weight_bits,
+        first_last_bits=grids.first_last_bits,
+        activation_bits=grids.activation_bits or 32,
     )
