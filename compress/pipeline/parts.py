@@ -68,6 +68,10 @@ class Parts:
     def mixup(self) -> Any | None:
         return build(self.plain["mixup"], "mixup") if self.plain["mixup"] else None
 
+    def build_small(self) -> None:
+        """Builds what has neither data nor networks, so that a constructor of the user's fails now if it does."""
+        _ = self.loss, self.mixup, self.optimizer, self.scheduler, self.recipe, self.quantizer, self.exporters
+
     @cached_property
     def optimizer(self) -> OptimizerFactory:
         return optimizer_factory(self.plain["optimizer"])

@@ -139,6 +139,7 @@ def _train(
 def _train_in_processes(config: DictConfig, directory: Path, data_sets: DataSets) -> None:
     def have_teacher() -> None:
         teachers.resolve(Parts(config, data_sets), directory)
+        data_sets.clear()
 
     try:
         with distributed.ends_all(config.trainer, directory):
