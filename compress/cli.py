@@ -4,6 +4,7 @@ import os
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 from compress.config.help import help_text
@@ -32,7 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _main(arguments: list[str]) -> int:
     if "--help" in arguments or "-h" in arguments:
-        print(help_text())
+        with searching(_folder_for_help(arguments)):
+            print(help_text())
         return 0
     # Not at the top: PyTorch takes seconds to import, and help needs none of it.
     from compress.config.compose import searched_folders
@@ -52,6 +54,12 @@ def _main(arguments: list[str]) -> int:
                 raise UserError("-m: found it beside an option that only prints; accepted: one of them")
             return _inspect(arguments, overrides)
         return _run(overrides, multirun, dry_run)
+
+
+def _folder_for_help(arguments: list[str]) -> list[Path]:
+    """What stands behind `--config-dir`, found without Hydra's parser, which takes a second to import."""
+    words = " ".join(arguments).replace("--config-dir=", "--config-dir ").split()
+    return [Path(after) for word, after in pairwise(words) if word == "--config-dir"]
 
 
 def _parsed(arguments: list[str]) -> tuple[Namespace, list[str]]:
@@ -126,7 +134,7 @@ def _run(overrides: list[str], multirun: bool, dry_run: bool) -> int:
     if interrupted is not None:
         execute(resumed_job(interrupted, [], data_sets), interrupted, data_sets)
     else:
-        execute(job, run_directory(job, overrides), data_sets)
+        execute(job, run_directory(job, overrides), data_sets, logging_is_ours=True)
     return 0
 
 
@@ -153,7 +161,8 @@ def _chosen(key: str, overrides: list[str], latest: Callable[[Path], Path]) -> t
     from omegaconf import OmegaConf
 
     value = next(override for override in overrides if override.startswith(f"{key}=")).removeprefix(f"{key}=")
-    others = [override for override in overrides if not override.startswith(f"{key}=")]
+    # The folders of the user's options are searched already.
+    others = [override for override in overrides if not override.startswith((f"{key}=", "hydra.searchpath="))]
     if value != "latest":
         return Path(value), others
     elsewhere = [override for override in others if override.startswith("output_directory=")]

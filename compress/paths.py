@@ -22,6 +22,14 @@ def config_folders() -> list[Path]:
     return [CONF, *user_folders()]
 
 
+def search_words() -> str:
+    """What has to be typed again, behind a space, so that the user's folders are searched; nothing without any."""
+    folders = user_folders()
+    if len(folders) > 1:
+        return f" 'hydra.searchpath=[{','.join(map(str, folders))}]'"
+    return f" --config-dir {folders[0]}" if folders else ""
+
+
 @contextmanager
 def searching(folders: Sequence[Path]) -> Iterator[None]:
     """Within it, `folders` are searched too, by this process and those that it starts."""

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from compress.paths import search_words
+
 # What to type beside `python scripts/run.py` to go on with what this process does: a sweep, its job, a stage of it.
 _under_way: list[str] = []
 # The signal that `stoppable` was told of.
@@ -58,11 +60,11 @@ def stoppable() -> Iterator[None]:
 @contextmanager
 def under_way(go_on: str) -> Iterator[None]:
     """A signal within says that `go_on` continues, unless that of something around it does."""
-    _under_way.append(go_on)
+    _under_way.append(f"{go_on}{search_words()}")
     try:
         yield
     finally:
-        _under_way.remove(go_on)
+        _under_way.pop()
 
 
 def raise_if_stopped() -> None:

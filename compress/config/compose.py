@@ -19,6 +19,7 @@ from hydra.core.plugins import Plugins
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from compress.config.roles import register
 from compress.config.values import GROUPS
@@ -127,6 +128,10 @@ def compose_job(overrides: Sequence[str]) -> Job:
         raise UserError(f"{group}: found {name!r}; accepted: {accepted}") from None
     except ConfigCompositionException as failure:
         raise UserError(_unknown_key(failure, list(overrides))) from None
+    except YAMLError as failure:
+        mark = getattr(failure, "problem_mark", None)
+        place = f"{mark.name}, line {mark.line + 1}" if mark else "an option"
+        raise UserError(f"{place}: found what cannot be read as YAML; accepted: a YAML file") from None
     except (HydraException, OmegaConfBaseException, ValueError) as failure:
         raise UserError(first_line(failure)) from None
     if missing:
@@ -148,16 +153,16 @@ def _add_stems(config: DictConfig, choices: Mapping[str, str]) -> None:
     """Writes into every node with a `_target_` the word that chose it; the nodes of networks have it already."""
     for group, stem in choices.items():
         package = group.partition("@")[2] or group.replace("/", ".")
-        node = None if package.startswith("hydra") else OmegaConf.select(config, package)
-        if (
-            not isinstance(node, DictConfig)
-            or "_target_" not in node
-            or group.startswith(("student", "peer", "model@"))
-        ):
+        # With a slash it is a part of an option, such as data/options.
+        if "/" in group or group.startswith(("student", "peer", "model@")):
             continue
-        if "stem" in node:
-            raise UserError(f"{package}.stem: found {node.stem!r}; accepted: no such key, it is the word of the option")
-        node.stem = stem
+        node = OmegaConf.select(config, package)
+        if isinstance(node, DictConfig) and "_target_" in node:
+            if "stem" in node:
+                raise UserError(
+                    f"{package}.stem: found {node.stem!r}; accepted: no such key, it is the word of the option"
+                )
+            node.stem = stem
 
 
 def _with_grid(overrides: Sequence[str]) -> list[str]:

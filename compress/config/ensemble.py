@@ -26,12 +26,6 @@ def keys(config: DictConfig) -> list[str]:
     return [f"teacher.members[{index}]" for index in range(len(config.teacher.members))]
 
 
-def alone(config: DictConfig, key: str) -> DictConfig:
-    """`config` with the network at `key`, one of `keys`, as its only teacher."""
-    plain = OmegaConf.to_container(config, resolve=True)
-    return OmegaConf.create(plain | {"teacher": OmegaConf.to_container(OmegaConf.select(config, key), resolve=True)})
-
-
 def complete_members(config: DictConfig) -> None:
     """Replaces each member, a stem or a mapping of what it has of its own, by a single teacher's whole node.
 

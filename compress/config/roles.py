@@ -1,4 +1,7 @@
-"""The roles that choose from `conf/model`: student, teacher and peer are groups that no file declares."""
+"""What Hydra has to be told before it composes: the roles that choose from `conf/model`, and our resolvers.
+
+Student, teacher and peer are groups that no file declares.
+"""
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf

@@ -1,10 +1,14 @@
 """What the parts of a configuration ask of each other, as far as the configuration alone can tell."""
 
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 
 import torch
+from hydra.errors import HydraException
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from compress import models
 from compress.config import ensemble
@@ -97,7 +101,13 @@ def _check_loss(config: DictConfig) -> None:
 def _losses(references: Iterable[str | None]) -> list[str]:
     """The options of `loss` that compare with one of `references`."""
     stems = options("loss")
-    return [stem for stem in stems if compares_with(OmegaConf.load(option_file("loss", stem))) in references]
+    fitting = []
+    for stem in stems:
+        # One of the user's may take its `_target_` from another, or one that cannot be imported.
+        with suppress(OmegaConfBaseException, HydraException, YAMLError, ImportError, AttributeError, ValueError):
+            if compares_with(OmegaConf.load(option_file("loss", stem))) in references:
+                fitting.append(stem)
+    return fitting
 
 
 def _check_mixup(config: DictConfig) -> None:

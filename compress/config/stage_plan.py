@@ -1,9 +1,7 @@
 """The jobs of a run in stages: each is composed from what was typed and from its own overrides."""
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 
-from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
 
 from compress.config.compose import Job, compose_job, initialized, parse
@@ -27,7 +25,7 @@ def compose_stages(job: Job) -> tuple[Job, ...]:
     keys = {override: parse(override).key_or_group for override in job.overrides}
     taken: set[str] = set()
     stages = []
-    with nullcontext() if GlobalHydra.instance().is_initialized() else initialized():
+    with initialized():
         plan = zip(stage_directories(job.config), job.config.stages, _epochs(job.config), strict=True)
         for name, stage, epochs in plan:
             fixed = [*stage.overrides, "stages=[]"]

@@ -31,24 +31,10 @@ from compress.config.ranges import (
 from compress.errors import UserError
 from compress.export.exporter import Exporter
 from compress.optim.groups import DECAY
+from compress.paths import CONF
 
-GROUPS = (
-    "data",
-    "student",
-    "teacher",
-    "peer",
-    "mixup",
-    "pruning",
-    "method",
-    "loss",
-    "optimizer",
-    "scheduler",
-    "quantizer",
-    "export",
-    "trainer",
-    "logger",
-    "experiment",
-)
+# In the order of conf/run.yaml, which chooses an option of each.
+GROUPS = tuple(next(iter(entry)) for entry in OmegaConf.load(CONF / "run.yaml").defaults if entry != "_self_")
 
 
 def check_values(config: DictConfig) -> None:
@@ -59,7 +45,9 @@ def check_values(config: DictConfig) -> None:
     _check_groups(config)
     _coerce(config, "", TOP_LEVEL, accepted=[*TOP_LEVEL, *GROUPS], required=TOP_LEVEL)
     _check_stages(config)
-    for group in ("data", "method", "loss", "scheduler", "quantizer", "mixup", "pruning"):
+    for group in ("data", "method", "loss", "scheduler"):
+        _coerce_part(config, group)
+    for group in ("quantizer", "mixup", "pruning"):
         if config[group]:
             _coerce_part(config, group)
     _check_exporters(config)
@@ -77,6 +65,8 @@ def target(config: DictConfig, where: str) -> Any:
     """The class or function that the node `where` names. Raises UserError where it cannot be imported."""
     node = OmegaConf.select(config, where)
     name = node.get("_target_") if isinstance(node, DictConfig) else None
+    if not isinstance(name, str):
+        raise UserError(f"{where}._target_: found {name!r}; accepted: the name of a class, as in the options of --help")
     try:
         return get_object(name)
     except (ImportError, ValueError, TypeError, AttributeError):

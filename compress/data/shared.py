@@ -27,6 +27,12 @@ class DataSets:
     def __reduce__(self) -> tuple[type["DataSets"], tuple[()]]:
         return type(self), ()
 
+    def clear(self) -> None:
+        """Frees the images, before other processes need the memory; they are read again where they are asked for."""
+        self._images.clear()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
     def module(
         self,
         node: Mapping[str, Any],

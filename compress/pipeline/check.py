@@ -42,9 +42,6 @@ def check_job(job: Job, data_sets: DataSets) -> Job:
     if not job.config.stages:
         check(job, data_sets)
         return job
-    if job.config.trainer.get("num_nodes", 1) > 1:
-        count = len(job.config.stages)
-        raise UserError(f"stages: found {count} for several machines; accepted: trainer.num_nodes=1")
     stages = compose_stages(job)
     check_stages(stages, data_sets)
     return replace(job, stages=stages)
@@ -71,9 +68,10 @@ def check(job: Job, data_sets: DataSets, start: nn.Module | None = None) -> nn.M
     parts = Parts(job.config, data_sets, start)
     data = parts.data
     processes.check(job.config, data.record()["images"], uses_peers(job.config))
+    parts.build_small()
     _check_teacher_files(parts)
     _check_method(parts)
-    _check_image_sizes(parts)
+    check_image_sizes(parts)
     student = _pruned_student(parts)
     if parts.quantizer is not None:
         check_quantizer(parts, student)
@@ -103,8 +101,8 @@ def _is_pruned(parts: Parts) -> bool:
     return bool(masks.masks_of(parts.fresh_student)) or "channels" in described
 
 
-def _check_image_sizes(parts: Parts) -> None:
-    """An image has to go through every network: one that shrinks images may have nothing left of them."""
+def check_image_sizes(parts: Parts) -> None:
+    """Raises UserError where an image does not go through a network, which may shrink it to nothing."""
     taught_by = [f"{key}.model" for key in parts.teacher_keys]
     for role in ("student", *(["peer"] if parts.config.peer else []), *taught_by):
         node = OmegaConf.to_container(OmegaConf.select(parts.config, role), resolve=True)

@@ -77,9 +77,9 @@ def _sizes(parts: Parts, student: nn.Module) -> dict[str, int]:
     architecture = models.architecture(parts.plain["student"], parts.data.num_classes, student)
     description = describe(architecture, parts.data)
     sizes = {}
-    if parts.grids is not None:
+    if parts.fake_quantization is not None:
         # Steps and codes of an untrained network take as many bytes, but its zeros are none that training would leave.
-        baked = parts.grids.bake(parts.grids.prepare(student))
+        baked = parts.fake_quantization.bake(parts.fake_quantization.prepare(student))
         sizes["lsq"] = file_bytes(baked, description, bitmaps=parts.recipe is not None)
     if parts.quantizer is not None:
         # The size depends on the zeros alone, so a few images will do, and whatever the options do for the accuracy.

@@ -2,14 +2,13 @@
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from hydra._internal.callbacks import Callbacks
 from hydra.core.utils import run_job
-from hydra.types import HydraContext
+from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict, read_write
 
 from compress.config.compose import Job
@@ -24,11 +23,14 @@ from compress.training.fit import BEST
 from compress.training.processes import node_rank
 
 
-def execute(job: Job, directory: Path, data_sets: DataSets, number: int | None = None) -> Result | None:
+def execute(
+    job: Job, directory: Path, data_sets: DataSets, number: int | None = None, logging_is_ours: bool = False
+) -> Result | None:
     """Does a checked `job` in `directory`, in stages if it has any, and returns its result.
 
-    A job that was composed is run as Hydra runs one: with its callbacks, environment and logging (`run.log`), which
-    are taken back afterwards. `number` is that of a job of a sweep. Of several machines only the first has a result.
+    A job that was composed is run as Hydra runs one: with its callbacks, its environment and a `run.log`. `number` is
+    that of a job of a sweep. With `logging_is_ours` the process logs as `hydra.job_logging` says; otherwise its logging
+    is the caller's, and only the file is added. Of several machines only the first has a result.
     """
     work = run_stages if job.config.stages else run
     # A machine that is not the first leaves the directory to that.
@@ -44,8 +46,10 @@ def execute(job: Job, directory: Path, data_sets: DataSets, number: int | None =
             # Hydra would print a line of its own before ours.
             failures.append(failure)
 
-    with _logging_restored():
-        _as_hydra_does(job.hydra, directory, number, task)
+    if job.hydra.hydra.job.chdir:
+        directory = directory.absolute()
+    with nullcontext() if logging_is_ours else _log_in(directory):
+        _as_hydra_does(job.hydra, directory, number, task, logging_is_ours)
     if failures:
         raise failures[0]
     return results[0]
@@ -71,35 +75,44 @@ def resumed_job(directory: Path, overrides: list[str], data_sets: DataSets) -> J
         if not (directory / name / "result.json").exists():
             change(stage.config, overrides)
             if stages and (directory / stages[-1].name / "result.json").exists():
-                stage.config.student.checkpoint = str(directory / stages[-1].name / "checkpoints" / BEST)
+                checkpoint = directory / stages[-1].name / "checkpoints" / BEST
+                stage.config.student.checkpoint = str(checkpoint.absolute())
         stages.append(stage)
     check_stages([stage for stage in stages if not (directory / stage.name / "result.json").exists()], data_sets)
     return replace(job, stages=tuple(stages))
 
 
-def _as_hydra_does(composed: DictConfig, directory: Path, number: int | None, task: Any) -> None:
+def _as_hydra_does(
+    composed: DictConfig, directory: Path, number: int | None, task: TaskFunction, configure_logging: bool
+) -> None:
     with read_write(composed), open_dict(composed):
         composed.hydra.run.dir = str(directory)
         if number is not None:
             composed.hydra.job.num = number
             composed.hydra.job.id = str(number)
-    run_job(
+    callbacks = Callbacks(composed)
+    if number is None:
+        callbacks.on_run_start(config=composed, config_name="run")
+    ended = run_job(
         task_function=task,
         config=composed,
         job_dir_key="hydra.run.dir",
         job_subdir_key=None,
-        hydra_context=HydraContext(config_loader=None, callbacks=Callbacks(composed)),
+        hydra_context=HydraContext(config_loader=None, callbacks=callbacks),
+        configure_logging=configure_logging,
     )
+    if number is None:
+        callbacks.on_run_end(config=composed, config_name="run", job_return=ended)
 
 
 @contextmanager
-def _logging_restored() -> Iterator[None]:
-    """The caller of `compress.run` has a root logger of their own."""
-    root = logging.getLogger()
-    handlers, level = list(root.handlers), root.level
+def _log_in(directory: Path) -> Iterator[None]:
+    """Within it, what is logged goes to `run.log` too, as Hydra's logging would have it."""
+    directory.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(directory / "run.log", encoding="utf-8")
+    logging.getLogger().addHandler(handler)
     try:
         yield
     finally:
-        for handler in set(root.handlers) - set(handlers):
-            handler.close()
-        root.handlers[:], root.level = handlers, level
+        logging.getLogger().removeHandler(handler)
+        handler.close()

@@ -1,4 +1,4 @@
-"""What becomes of the best checkpoint when training is over: quantized, written, read back and measured."""
+"""What happens to the best checkpoint when training is over: it is quantized, written, read back and measured."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -49,24 +49,24 @@ class PostTrainingQuantization(pl.Callback):
             log_tradeoff(trainer.loggers, self.measured.variants.rows, trainer.global_step)
 
 
-def measure_best(parts: Parts, directory: Path, reference: Path | None = None) -> Measured:
-    """Measures the best checkpoint in `directory`/checkpoints and what the quantizer makes of it.
+def measure_best(parts: Parts, directory: Path, float_checkpoint: Path | None = None) -> Measured:
+    """Measures the best checkpoint in `directory`/checkpoints and every quantized variant of it.
 
     A network that was trained on grids comes as the second row. The float32 student is then the one that it started
-    from, or where there was none, its weights before they are rounded; `reference` is that of `Parts.float_start`.
+    from, or where there was none, its weights before they are rounded; `float_checkpoint`: see `Parts.float_start`.
     """
-    quantizes = parts.quantizer or parts.grids
+    quantizes = parts.quantizer or parts.fake_quantization
     console.print("quantizing the best checkpoint" if quantizes else "measuring the best checkpoint", style="bold")
     name, trained = best_network(parts, directory / "checkpoints" / BEST)
     student = trained
-    if parts.grids is not None:
-        start = parts.float_start(reference)
+    if parts.fake_quantization is not None:
+        start = parts.float_start(float_checkpoint)
         student = float_network(trained) if start is None else start.eval().to(parts.data.device)
     variants = Variants(parts.data, directory, parts.architectures[name], parts.exporters)
     # Convolutions on recent GPUs would otherwise round to TF32, and the table promises float32.
     with torch.backends.cudnn.flags(allow_tf32=False):
         variants.add_float(student)
-        if parts.grids is not None:
+        if parts.fake_quantization is not None:
             _add_trained(variants, parts, trained)
         if parts.quantizer is not None:
             variants.quantize(student, parts.quantizer)
@@ -79,8 +79,8 @@ def best_network(parts: Parts, path: Path) -> tuple[str, nn.Module]:
     saved = torch.load(path, map_location="cpu", weights_only=True)
     name = saved[BEST_NETWORK]
     network = models.rebuild(parts.architectures[name])
-    if parts.grids is not None:
-        network = parts.grids.prepare(network)
+    if parts.fake_quantization is not None:
+        network = parts.fake_quantization.prepare(network)
     prefix = f"{name}."
     state = {key.removeprefix(prefix): value for key, value in saved["state_dict"].items() if key.startswith(prefix)}
     masks.restore(network, state, path.name)
@@ -89,12 +89,11 @@ def best_network(parts: Parts, path: Path) -> tuple[str, nn.Module]:
 
 
 def _add_trained(variants: Variants, parts: Parts, trained: nn.Module) -> None:
-    grids = parts.grids
-    widths = "".join(
-        f"{letter}{bits}" for letter, bits in (("w", grids.weight_bits), ("a", grids.activation_bits)) if bits
-    )
+    grids = parts.fake_quantization
+    widths = {"w": grids.weight_bits, "a": grids.activation_bits}
+    suffix = "".join(f"{letter}{bits}" for letter, bits in widths.items() if bits)
     variants.add(
-        f"student-lsq-{widths}",
+        f"student-lsq-{suffix}",
         grids.bake(trained),
         parts.data.calibration_batches(256),
         quantizer="lsq",

@@ -68,6 +68,10 @@ class Parts:
     def mixup(self) -> Any | None:
         return build(self.plain["mixup"], "mixup") if self.plain["mixup"] else None
 
+    def build_small(self) -> None:
+        """Builds what has neither data nor networks, so that a constructor of the user's fails now if it does."""
+        _ = self.loss, self.mixup, self.optimizer, self.scheduler, self.recipe, self.quantizer, self.exporters
+
     @cached_property
     def optimizer(self) -> OptimizerFactory:
         return optimizer_factory(self.plain["optimizer"])
@@ -99,8 +103,8 @@ class Parts:
         return [build(node, f"export.{name}") for name, node in self.plain["export"].items()]
 
     @property
-    def grids(self) -> FakeQuantization | None:
-        """Those that the method trains on."""
+    def fake_quantization(self) -> FakeQuantization | None:
+        """The grids that the method trains on, if it does."""
         return self.method.grids(self.method_options)
 
     @cached_property
@@ -162,13 +166,13 @@ class Parts:
         node = OmegaConf.to_container(OmegaConf.select(self.config, key), resolve=True)
         return models.build(num_classes=self.data.num_classes, **node["model"])
 
-    def float_start(self, reference: Path | None) -> nn.Module | None:
+    def float_start(self, float_checkpoint: Path | None) -> nn.Module | None:
         """The float network that training starts from; None where there is none or it has lost channels since.
 
-        `reference` is a checkpoint that counts instead of that of the student.
+        `float_checkpoint` is one that counts instead of that of the student.
         """
         node = self.plain["student"]
-        checkpoint = reference or node["checkpoint"]
+        checkpoint = float_checkpoint or node["checkpoint"]
         if checkpoint is None:
             return None
         with torch.random.fork_rng(devices=[]):

@@ -9,7 +9,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Literal
 
-from compress.config.compose import Job, parse
+from compress.config.compose import Job, is_for_hydra, parse
 from compress.errors import UserError
 from compress.files import make_chosen, make_directory, remove_leftovers
 from compress.stopping import under_way
@@ -61,9 +61,9 @@ def requeued(output_directory: Path, overrides: Sequence[str]) -> Path | None:
     job = os.environ.get("SLURM_JOB_ID")
     if job is None or os.environ.get("SLURM_RESTART_COUNT", "0") == "0":
         return None
-    typed = [override for override in overrides if not override.startswith("hydra.")]
+    typed = [override for override in overrides if not is_for_hydra(override)]
     directories = {path.parent for path in output_directory.glob(f"runs/*/{STARTED}")}
-    named = [override.partition("=")[2] for override in overrides if override.startswith("hydra.run.dir=")]
+    named = [str(parse(override).value()) for override in overrides if override.startswith("hydra.run.dir=")]
     for directory in sorted(map(Path, named)) or sorted(directories, key=_start, reverse=True):
         try:
             started = json.loads((directory / STARTED).read_text(encoding="utf-8"))
@@ -72,6 +72,14 @@ def requeued(output_directory: Path, overrides: Sequence[str]) -> Path | None:
         if started.get("slurm_job") == job and started["overrides"] == typed and (directory / "config.yaml").exists():
             return directory
     return None
+
+
+def begun_with(directory: Path) -> list[str] | None:
+    """What was typed for the unfinished run in `directory`; None where none was begun."""
+    try:
+        return list(json.loads((directory / STARTED).read_text(encoding="utf-8"))["overrides"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _start(directory: Path) -> tuple[int, str]:
@@ -103,7 +111,7 @@ def run_directory(job: Job, overrides: Sequence[str]) -> Path:
 
     Raises UserError for one that is not empty, and where several machines were given none to meet in.
     """
-    name = f"{datetime.now():%Y-%m-%d_%H-%M-%S}-{job.config.method.stem}-{job.config.student.stem}"
+    name = f"{datetime.now():%Y-%m-%d_%H-%M-%S}-{job.config.method.stem}-{job.config.student.stem}".replace("/", "-")
     return directory_for("run", job, overrides, Path(job.config.output_directory) / "runs", name)
 
 

@@ -59,11 +59,11 @@ class Trained:
     measured: Measured | None
 
 
-def run(job: Job, directory: Path, data_sets: DataSets, reference: Path | None = None) -> Result | None:
+def run(job: Job, directory: Path, data_sets: DataSets, float_checkpoint: Path | None = None) -> Result | None:
     """Does what a checked `job` without stages says and leaves the results in `directory`.
 
     A run found there is continued; of one that is finished the result is read and returned. Of several machines only
-    the first has a result. `reference` is the checkpoint of the float network that one trained on grids is compared
+    the first has a result. `float_checkpoint` is that of the float network that one trained on grids is compared
     with, if it is not `student.checkpoint`, which may have been trained on grids itself.
 
     Everything a run leaves is described in `compress.results`.
@@ -78,11 +78,12 @@ def run(job: Job, directory: Path, data_sets: DataSets, reference: Path | None =
         write_text(directory / "config.yaml", OmegaConf.to_yaml(job.config, resolve=True))
         clock = _Clock()
         if processes.is_wanted(job.config.trainer):
+            # They leave a finished last.ckpt, from which `_train` goes straight on to the measuring.
             _train_in_processes(job.config, directory, data_sets)
             clock.lap("distributed")
         parts = Parts(job.config, data_sets)
         with open_loggers(job.config, directory) as loggers:
-            trained = _train(parts, directory, loggers, clock, reference)
+            trained = _train(parts, directory, loggers, clock, float_checkpoint)
             teacher_record = teachers.tested(trained.teacher, parts) if trained.teacher else None
             clock.lap("quantization")
             about = _about(parts, trained, directory)
@@ -91,13 +92,13 @@ def run(job: Job, directory: Path, data_sets: DataSets, reference: Path | None =
 
 
 def train(config: DictConfig, directory: Path) -> None:
-    """The part of `run` that belongs to each process of a training in several; the rest follows elsewhere."""
+    """What each process of a training in several does; the process that started them measures and writes."""
     with open_loggers(config, directory) as loggers:
         _train(Parts(config), directory, loggers, _Clock())
 
 
 def _train(
-    parts: Parts, directory: Path, loggers: Sequence[Logger], clock: "_Clock", reference: Path | None = None
+    parts: Parts, directory: Path, loggers: Sequence[Logger], clock: "_Clock", float_checkpoint: Path | None = None
 ) -> Trained:
     """Finds or trains the teacher, trains the student and measures what becomes of it."""
     seed = parts.plain["seed"]
@@ -115,7 +116,7 @@ def _train(
 
     def measure() -> Measured:
         clock.lap("student")
-        return measure_best(parts, directory, reference)
+        return measure_best(parts, directory, float_checkpoint)
 
     quantization = PostTrainingQuantization(measure)
     pruning = Pruning(module.networks, parts.mask_recipe, parts.architectures)
@@ -138,6 +139,7 @@ def _train(
 def _train_in_processes(config: DictConfig, directory: Path, data_sets: DataSets) -> None:
     def have_teacher() -> None:
         teachers.resolve(Parts(config, data_sets), directory)
+        data_sets.clear()
 
     try:
         with distributed.ends_all(config.trainer, directory):

@@ -39,15 +39,15 @@ def run_stages(job: Job, directory: Path, data_sets: DataSets) -> Result:
 
 def _run_each(job: Job, directory: Path, data_sets: DataSets, overrides: Sequence[str]) -> list[Result]:
     results: list[Result] = []
-    reference = None
+    float_checkpoint = None
     for number, stage in enumerate(job.stages, 1):
         if results:
-            stage.config.student.checkpoint = str(results[-1].directory / "checkpoints" / BEST)
+            stage.config.student.checkpoint = str((results[-1].directory / "checkpoints" / BEST).absolute())
         console.print(f"stage {number} of {len(job.stages)}: {job.config.stages[number - 1].name}", style="bold")
         stage = replace(stage, overrides=tuple(overrides))
-        results.append(run(stage, directory / stage.name, data_sets, reference))
-        if Parts(stage.config, data_sets).grids is None:
-            reference = results[-1].directory / "checkpoints" / BEST
+        results.append(run(stage, directory / stage.name, data_sets, float_checkpoint))
+        if Parts(stage.config, data_sets).fake_quantization is None:
+            float_checkpoint = results[-1].directory / "checkpoints" / BEST
     return results
 
 

@@ -16,11 +16,13 @@ from compress import models
 from compress.config import values
 from compress.config.compose import compose_jobs
 from compress.config.recorded import apply_override
+from compress.config.rules import check_rules
 from compress.errors import UserError
+from compress.export.formats import check_exporters
 from compress.export.packed import read_float_description
 from compress.export.weights import load_weights
 from compress.files import make_directory, write_text
-from compress.pipeline.check import check_quantizer
+from compress.pipeline.check import check_image_sizes, check_quantizer
 from compress.pipeline.parts import Parts
 from compress.pipeline.variants import Variants
 from compress.pipeline.weight_panels import weight_panels
@@ -51,6 +53,8 @@ def quantize_checkpoint(overrides: Sequence[str]) -> Path:
     parts = Parts(_composed(path, overrides, typed, about))
     student = _loaded(parts, path, about)
     check_quantizer(parts, student)
+    check_exporters(parts.exporters, parts.quantizer)
+    check_image_sizes(parts)
     stem = parts.plain["student"]["stem"]
     parent = Path(parts.plain["output_directory"]) / "quantized"
     directory = make_directory(parent, f"{datetime.now():%Y-%m-%d_%H-%M-%S}-{stem}")
@@ -91,6 +95,7 @@ def _composed(
     for override in budgets:
         apply_override(job.config, override)
     values.check_values(job.config)
+    check_rules(job.config)
     return job.config
 
 

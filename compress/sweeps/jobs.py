@@ -29,7 +29,7 @@ from compress.config.roles import register
 from compress.data.shared import DataSets
 from compress.errors import UserError
 from compress.files import write_text
-from compress.paths import searching
+from compress.paths import search_words, searching
 from compress.pipeline.resume import directory_for
 from compress.progress import console
 from compress.stopping import under_way
@@ -204,7 +204,8 @@ def _run(sweep: Sweep, jobs: Mapping[int, Job], data_sets: DataSets) -> int:
     finally:
         code = _report(sweep)
     if code:
-        console.print(f"run what is missing: python scripts/run.py sweep={sweep.directory}", markup=False)
+        words = f"sweep={sweep.directory}{search_words()}"
+        console.print(f"run what is missing: python scripts/run.py {words}", markup=False)
     return code
 
 
@@ -214,6 +215,7 @@ def _launch(sweep: Sweep, jobs: Mapping[int, Job], data_sets: DataSets) -> None:
         context.callbacks.on_multirun_start(config=config, config_name="run")
         launcher = _our_launcher(config.hydra.launcher)
         if launcher is not None:
+            data_sets.clear()
             calls = [
                 Call(sweep.jobs[number], sweep.settings, sweep.hydra, number, directory / str(number), Path.cwd())
                 for number in jobs
@@ -224,6 +226,7 @@ def _launch(sweep: Sweep, jobs: Mapping[int, Job], data_sets: DataSets) -> None:
                 console.print(f"job {number}: {escape(' '.join(_varying(sweep, number)))}", style="bold")
                 perform(job, directory / str(number), number, data_sets)
         else:
+            data_sets.clear()
             _by_plugin(sweep, list(jobs), config, context)
         context.callbacks.on_multirun_end(config=config, config_name="run")
 

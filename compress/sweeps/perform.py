@@ -4,6 +4,7 @@ import gc
 import sys
 import traceback
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ from compress.data.shared import DataSets
 from compress.errors import UserError
 from compress.pipeline.check import checked_jobs
 from compress.pipeline.execute import execute, resumed_job
-from compress.pipeline.resume import OwnedError
+from compress.pipeline.resume import OwnedError, begun_with
 from compress.stopping import raise_if_stopped
 from compress.sweeps.outcomes import FAILED, record_failure
 from compress.training.processes import node_rank
@@ -40,7 +41,7 @@ def perform(job: Job, directory: Path, number: int, data_sets: DataSets) -> None
     if first:
         (directory / FAILED).unlink(missing_ok=True)
     try:
-        execute(job, directory, data_sets, number)
+        execute(job, directory, data_sets, number, logging_is_ours=True)
     except OwnedError:
         # A job of a launcher may outlive the process that started it.
         print(f"{directory}: another process is running this job; it is left alone", file=sys.stderr)
@@ -69,9 +70,15 @@ def hydra_task(config: DictConfig) -> None:
     """What the launcher of a published plugin calls, with Hydra set up for the job."""
     hydra = HydraConfig.get()
     directory, data_sets = Path(hydra.runtime.output_dir), DataSets()
+    typed = list(hydra.overrides.task)
     try:
-        job = job_in(directory, hydra.overrides.task, [], [], data_sets)
-    except UserError as mistake:
-        report_failure(mistake, directory)
+        started = begun_with(directory)
+        settings = [] if started is None else [override for override in typed if override not in started]
+        overrides = [override for override in typed if override not in settings]
+        job = job_in(directory, overrides, settings, [], data_sets)
+    except Exception as failure:
+        raise_if_stopped()
+        report_failure(failure, directory if node_rank(config.trainer) == 0 else None)
     else:
-        perform(job, directory, hydra.job.num, data_sets)
+        # Hydra has set up callbacks and logging.
+        perform(replace(job, hydra=None), directory, hydra.job.num, data_sets)

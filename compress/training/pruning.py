@@ -49,7 +49,9 @@ class Pruning(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         checkpoint[CHANNELS] = {
-            name: each["channels"] for name, each in self.architectures.items() if "channels" in each
+            name: architecture["channels"]
+            for name, architecture in self.architectures.items()
+            if "channels" in architecture
         }
 
     def _prune(self, trainer: pl.Trainer, batches: int) -> None:

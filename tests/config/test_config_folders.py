@@ -75,3 +75,28 @@ def test_a_folder_that_is_not_there_is_a_mistake(folder, capsys):
 def test_cfg_prints_what_is_composed_from_them(folder, capsys):
     assert main(["--config-dir", "mine", "experiment=tiny", "--cfg", "job"]) == 0
     assert "width: 6" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("a: [1", "broken.yaml, line 1: found what cannot be read as YAML"),
+        ("", "loss._target_: found None; accepted: the name of a class"),
+        ("_target_: absent.Loss", "loss: found 'absent.Loss', which cannot be imported"),
+        ("_target_: failing_loss.Loss", "loss: of no use"),
+    ],
+)
+def test_an_option_of_the_users_that_cannot_be_used_is_one_line_before_any_work(folder, text, words, capfd):
+    (folder / "mine" / "loss").mkdir()
+    (folder / "mine" / "loss" / "broken.yaml").write_text(text)
+    (folder / "failing_loss.py").write_text(
+        "class Loss:\n    compares_with = None\n\n    def __init__(self):\n        raise ValueError('of no use')\n"
+    )
+    before = set(folder.iterdir())
+    assert main(["--config-dir", "mine", "loss=broken", *SHORT]) == 2
+    assert words in capfd.readouterr().err.splitlines()[-1]
+    # It does not stand in the way of the other options either.
+    assert main(["--config-dir", "mine", "loss=kd", *SHORT]) == 2
+    accepted = capfd.readouterr().err.splitlines()[-1].partition("accepted: ")[2].split(", ")
+    assert "cross_entropy" in accepted
+    assert set(folder.iterdir()) - before <= {folder / "__pycache__"}

@@ -1,6 +1,7 @@
 """What the command line, `compress.run`, sweeps, stages and resumed runs have in common, each done once."""
 
 import logging
+import sys
 from pathlib import Path
 
 import pytest
@@ -68,10 +69,36 @@ def test_each_job_is_composed_and_its_values_are_checked_once(reads, monkeypatch
 
 @pytest.mark.slow
 def test_a_run_from_python_leaves_the_log_of_the_command_line_and_the_callers_logging_alone(reads):
+    assert main(["method=supervised", *SMALL, "hydra.run.dir=typed"]) == 0
     root = logging.getLogger()
     handlers, level = list(root.handlers), root.level
-    assert main(["method=supervised", *SMALL, "hydra.run.dir=typed"]) == 0
     result = compress.run(["method=supervised", *SMALL])
     assert {path.name for path in result.directory.iterdir()} == {path.name for path in Path("typed").iterdir()}
     assert (result.directory / "run.log").is_file()
     assert (list(root.handlers), root.level) == (handlers, level)
+
+
+@pytest.mark.slow
+def test_hydras_callbacks_and_its_change_of_directory_work(reads, tmp_path):
+    names = ("on_run_start", "on_run_end", "on_job_start", "on_job_end")
+    hooks = "\n".join(f"    def {name}(self, **others): calls.append('{name}')" for name in names)
+    Path("watching.py").write_text(
+        f"from hydra.experimental.callback import Callback\ncalls = []\nclass Watching(Callback):\n{hooks}\n"
+    )
+    watching = "+hydra.callbacks.watching._target_=watching.Watching"
+    assert main(["method=supervised", *SMALL, watching, "hydra.job.chdir=true", "hydra.run.dir=run"]) == 0
+    assert (tmp_path / "run" / "result.json").is_file()
+    assert sys.modules["watching"].calls == ["on_run_start", "on_job_start", "on_job_end", "on_run_end"]
+
+
+@pytest.mark.slow
+def test_a_log_file_of_the_callers_goes_on_after_a_run_from_python(reads, tmp_path):
+    handler = logging.FileHandler(tmp_path / "mine.log", mode="w")
+    logging.getLogger().addHandler(handler)
+    try:
+        compress.run(["method=supervised", *SMALL])
+        logging.getLogger("mine").warning("after it")
+    finally:
+        logging.getLogger().removeHandler(handler)
+        handler.close()
+    assert "after it" in (tmp_path / "mine.log").read_text()

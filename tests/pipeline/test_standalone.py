@@ -216,3 +216,18 @@ def test_the_study_measures_the_networks_of_runs_and_goes_on_where_it_was(run, t
     assert f"| {change:+.2f} ± {abs(change) * 2**0.5:.2f} |" in line
     code, _, said = study(tmp_path)
     assert (code, said) == (2, f"error: {tmp_path}: found no finished run; accepted: directories with a result.json\n")
+
+
+@pytest.mark.parametrize(
+    ("typed", "words"),
+    [
+        (["trainer.accelerator=gpu"], "trainer.accelerator: found 'gpu' but no usable GPU"),
+        (["export=onnx", "quantizer.grid.alphabet=published"], "export: found"),
+    ],
+)
+def test_what_could_fail_late_is_refused_before_anything_is_written(run, tmp_path, monkeypatch, typed, words):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    file = run.directory / "models" / "student-fp32.safetensors"
+    with pytest.raises(UserError, match=words):
+        quantize_checkpoint([f"checkpoint={file}", "quantizer=rtn", f"output_directory={tmp_path}", *typed])
+    assert list(tmp_path.iterdir()) == []
