@@ -101,11 +101,11 @@ def contestants(arguments: argparse.Namespace) -> list[Contestant]:
     def spaced(lowest: float, highest: float) -> tuple[float, ...]:
         return tuple(torch.logspace(math.log10(lowest), math.log10(highest), arguments.rates).tolist())
 
-    found = [Contestant("AdamW", _builder("adamw"), spaced(*arguments.adamw_rates), arguments.steps)]
+    optimizers = [Contestant("AdamW", _builder("adamw"), spaced(*arguments.adamw_rates), arguments.steps)]
     for interval, share in zip(arguments.intervals, arguments.shares, strict=True):
         build, steps = _builder("shampoo", root_interval=interval), max(1, math.floor(share * arguments.steps))
-        found.append(Contestant(f"Shampoo, interval {interval}", build, spaced(*arguments.shampoo_rates), steps))
-    return found
+        optimizers.append(Contestant(f"Shampoo, interval {interval}", build, spaced(*arguments.shampoo_rates), steps))
+    return optimizers
 
 
 def _builder(stem: str, **options: Any) -> Callable[..., Optimizer]:

@@ -56,10 +56,6 @@ class ImageBatches(Dataset[Batch]):
             images = self._augmentation(images, self._choices[index], self._normalisation)
         return images, self.labels.index_select(0, moved)
 
-    def __getitem__(self, index: int) -> Batch:
-        images, labels = self.__getitems__([index])
-        return images[0], labels[0]
-
 
 @dataclass(frozen=True)
 class Share:

@@ -8,6 +8,7 @@ it predicts with this layer alone quantized. The sum over the layers is what `al
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 
 import torch
 from torch import Tensor, nn
@@ -89,9 +90,14 @@ def measure_sensitivities(
     choices = {name: [options.first_last_bits] if name in outer else sorted(set(widths)) for name in prepared.order}
     total = 2 * sum(map(len, choices.values()))
     batches = prepared.gather(calibration_batches)
-    answers = _answer(prepared, batches, choices, options, lambda done, what: progress(done, total, what))
+    step = count(1)
+
+    def tell(what: str) -> None:
+        progress(next(step), total, what)
+
+    answers = _answer(prepared, batches, choices, options, tell)
     sample = [part.clone() for part in torch.cat(batches)[:images].split(len(batches[0]))]
-    divergence = _diverge(prepared.analog, sample, answers, lambda done, what: progress(total // 2 + done, total, what))
+    divergence = _diverge(prepared.analog, sample, answers, tell)
     return Sensitivities(prepared, answers, divergence, options.activation_bits)
 
 
@@ -100,39 +106,34 @@ def _answer(
     batches: list[Tensor],
     choices: Mapping[str, Sequence[int]],
     options: Options,
-    progress: Callable[[int, str], None],
+    tell: Callable[[str], None],
 ) -> Answers:
     """Every layer at each of its `choices` of widths."""
     answers: Answers = {name: {} for name in prepared.order}
-    done = 0
 
     def solve(name: str, _: list[Tensor], inputs: list[Tensor]) -> None:
-        nonlocal done
         layer = prepared.analog.get_submodule(name)
         moments = layer_moments(layer, inputs, inputs, options, name)
         for bits in choices[name]:
             codes, grid, bias = solve_layer(layer, moments, bits, options, name)
             answers[name][bits] = QuantizedLayer(codes, grid, bits, None), bias
-            done += 1
-            progress(done, f"trying {bits} bit  {name}")
+            tell(f"trying {bits} bit  {name}")
 
     walk(prepared.analog, copy.deepcopy(prepared.analog), prepared.graph, batches, prepared.order, solve)
     return answers
 
 
 def _diverge(
-    analog: nn.Module, images: Sequence[Tensor], answers: Answers, progress: Callable[[int, str], None]
+    analog: nn.Module, images: Sequence[Tensor], answers: Answers, tell: Callable[[str], None]
 ) -> dict[str, dict[int, float]]:
     """The divergence of the predictions for `images` with each layer alone replaced by each of its answers."""
     reference = _log_probabilities(analog, images)
     divergence: dict[str, dict[int, float]] = {name: {} for name in answers}
-    done = 0
     for name, choices in answers.items():
         layer = analog.get_submodule(name)
         weight, bias = layer.weight, layer.bias
         for bits, (answer, new_bias) in choices.items():
-            done += 1
-            progress(done, f"measuring {bits} bit  {name}")
+            tell(f"measuring {bits} bit  {name}")
             if len(choices) == 1:
                 divergence[name][bits] = 0.0
                 continue
