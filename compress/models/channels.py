@@ -60,12 +60,10 @@ def with_channels(model: nn.Module, wanted: Channels) -> nn.Module:
     return model
 
 
-def architecture(node: Mapping[str, Any], num_classes: int, network: nn.Module | None = None) -> dict[str, Any]:
-    """What a model file says so that `rebuild` gives the network of a config `node`, or `network`, a pruned one."""
+def architecture(node: Mapping[str, Any], num_classes: int, network: nn.Module) -> dict[str, Any]:
+    """What a model file says so that `rebuild` gives `network`, that of a config `node`, perhaps pruned."""
     options = {name: value for name, value in node.items() if name not in ("stem", "_target_", "checkpoint")}
     described = {"stem": node["stem"], "options": options, "num_classes": num_classes}
-    if network is None:
-        return described
     with torch.random.fork_rng(devices=[]):
         changed = changed_channels(network, rebuild(described))
     return described | ({"channels": changed} if changed else {})
