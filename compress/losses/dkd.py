@@ -35,14 +35,6 @@ def dkd_terms(
     return divergence(student_log_binary, teacher_log_binary), divergence(student_log_others, teacher_log_others)
 
 
-def dkd_loss(
-    student_logits: Tensor, teacher_logits: Tensor, target: Tensor, alpha: float, beta: float, temperature: float
-) -> Tensor:
-    """`alpha TCKD + beta NCKD`, a scalar; the cross-entropy with the labels is not part of it. See `dkd_terms`."""
-    target_term, others_term = dkd_terms(student_logits, teacher_logits, target, temperature)
-    return alpha * target_term + beta * others_term
-
-
 def _decouple(logits: Tensor, target: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """Logarithms of [p_y, 1 - p_y], `(B, 2)`, and of the softmax over the other classes, `(B, C - 1)`."""
     scaled = at_least_float32(logits) / temperature

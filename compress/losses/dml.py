@@ -14,16 +14,11 @@ from compress.losses.cross_entropy import LabelSmoothing, cross_entropy
 from compress.losses.kd import Temperature, kd_loss
 
 
-def dml_loss(logits: Tensor, peer_logits: Sequence[Tensor], target: Tensor, temperature: float) -> Tensor:
-    """`CE + mean_j T^2 KL(p_j || p)` of one peer's logits `(B, C)` against those of the others, a scalar in nats.
-
-    No gradient reaches the others. The paper's temperature is 1.
-    """
-    return cross_entropy(logits, target) + mutual_loss(logits, peer_logits, temperature)
-
-
 def mutual_loss(logits: Tensor, peer_logits: Sequence[Tensor], temperature: float) -> Tensor:
-    """The second term of `dml_loss`. Raises ValueError without another peer."""
+    """`mean_j T^2 KL(p_j || p)` of one peer's logits `(B, C)` against those of the others, a scalar in nats.
+
+    No gradient reaches the others. The paper's temperature is 1. Raises ValueError without another peer.
+    """
     if not peer_logits:
         raise ValueError("mutual learning needs the logits of at least one other peer")
     return torch.stack([kd_loss(logits, peer.detach(), temperature) for peer in peer_logits]).mean()

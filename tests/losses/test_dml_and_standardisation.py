@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from compress.losses import dkd, kd
-from compress.losses.dml import DML, dml_loss
+from compress.losses.dml import DML
 from compress.losses.standardisation import standardise
 from compress.pipeline.check import checked_jobs
 
@@ -13,6 +13,10 @@ from compress.pipeline.check import checked_jobs
 def logits(seed, batch=8, classes=10, scale=3.0):
     generator = torch.Generator().manual_seed(seed)
     return scale * torch.randn(batch, classes, generator=generator, dtype=torch.float64)
+
+
+def dml_loss(logits, peer_logits, target, temperature):
+    return sum(DML(temperature=temperature)(logits, target, peer_logits).values())
 
 
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
@@ -26,8 +30,6 @@ def test_dml_equals_its_formula(peers, temperature):
         p_other = (other / temperature).softmax(1)
         expected = expected + temperature**2 * (p_other * (p_other.log() - p_own.log())).sum() / 8 / peers
     torch.testing.assert_close(dml_loss(own, others, target, temperature), expected, rtol=1e-12, atol=1e-12)
-    terms = DML(temperature=temperature)(own, target, others)
-    torch.testing.assert_close(sum(terms.values()), expected, rtol=1e-12, atol=1e-12)
 
 
 def test_no_gradient_reaches_a_peer():

@@ -6,13 +6,18 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from compress.losses.dkd import DKD, dkd_loss, dkd_terms
+from compress.losses.dkd import DKD, dkd_terms
 from compress.losses.kd import KD, kd_loss
 
 
 def logits(batch, classes, seed, scale=3.0):
     generator = torch.Generator().manual_seed(seed)
     return scale * torch.randn(batch, classes, generator=generator, dtype=torch.float64)
+
+
+def dkd_loss(student, teacher, target, alpha, beta, temperature):
+    target_term, others_term = dkd_terms(student, teacher, target, temperature)
+    return alpha * target_term + beta * others_term
 
 
 def softmax(values, temperature):
