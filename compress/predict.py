@@ -11,7 +11,7 @@ from torch import Tensor
 
 from compress.data.image_file import centred, read_rgb
 from compress.data.normalisation import Normalisation
-from compress.data.source import prepared
+from compress.data.source import resized_rgb
 from compress.errors import UserError
 from compress.export.formats import exporter_of
 
@@ -67,7 +67,7 @@ class Predictor:
         if image.width != image.height:
             image = centred(image, self.size)
         pixels = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)
-        return self.normalisation(prepared(pixels[None], self.size))[0]
+        return self.normalisation(resized_rgb(pixels[None], self.size))[0]
 
     def __call__(self, paths: Sequence[str | Path], top: int = 1) -> list[Prediction]:
         """The `top` likeliest classes of each image file, in their order. Raises UserError as `image` does."""

@@ -8,7 +8,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from compress.cli import main
-from compress.config import compose as config
+from compress.config.compose import compose_job, initialized
+from compress.config.roles import register
 from compress.pipeline.check import checked_jobs
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "run.py"
@@ -254,11 +255,11 @@ def test_every_file_of_every_group_composes():
         # The experiments compose in tests/config, and `search` is of scripts/search.py.
         if path.parent.name not in ("experiment", "search"):
             stems.setdefault({"model": "student"}.get(path.parent.name, path.parent.name), []).append(path.stem)
-    config.register()
-    with config.initialize():
+    register()
+    with initialized():
         # One file of each group at a time.
         for number in range(max(map(len, stems.values()))):
             chosen = {group: names[number % len(names)] for group, names in stems.items()}
-            composed = config._compose([f"{group}={stem}" for group, stem in chosen.items()])
+            composed = compose_job([f"{group}={stem}" for group, stem in chosen.items()]).config
             assert set(composed) >= {"student", "teacher", "data", "method", "loss", "optimizer", "trainer", "seed"}
             assert composed.student.stem == chosen["student"]

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from compress import models
 from compress.data.folder import Folder
 from compress.data.normalisation import Normalisation
-from compress.data.source import prepared
+from compress.data.source import resized_rgb
 from compress.errors import UserError
 from compress.export.description import NetworkDescription
 from compress.export.onnx import Onnx
@@ -68,7 +68,7 @@ def pixels(path):
 @pytest.mark.parametrize("name", ["same.png", "large.png", "grey.png"])
 def test_a_square_image_becomes_what_the_data_pipeline_makes_of_it(folder, name):
     found = Predictor.read(folder / "packed.safetensors").image(folder / name)
-    assert torch.equal(found, Normalisation(MEAN, DEVIATION, 16)(prepared(pixels(folder / name), 16))[0])
+    assert torch.equal(found, Normalisation(MEAN, DEVIATION, 16)(resized_rgb(pixels(folder / name), 16))[0])
 
 
 def test_pixels_are_scaled_and_normalised_per_channel(folder):

@@ -12,7 +12,7 @@ from torchvision import transforms
 
 from compress.benchmarks import seconds, spread
 from compress.data.augmentation import Augmentation, Normalisation
-from compress.data.dataset import EpochSampler, ImageBatches, as_it_is
+from compress.data.dataset import EpochSampler, ImageBatches, identity_collate
 
 MEAN, DEVIATION = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 
@@ -50,7 +50,7 @@ def run(arguments: argparse.Namespace) -> None:
     labels = torch.zeros(arguments.images, dtype=torch.int64)
     augmentation, normalisation = Augmentation(crop_padding=4, horizontal_flip=True), Normalisation(MEAN, DEVIATION, 32)
     images = ImageBatches(torch.from_numpy(pixels).permute(0, 3, 1, 2), labels, normalisation, augmentation)
-    ours = DataLoader(images, 128, sampler=EpochSampler(images, 0), collate_fn=as_it_is)
+    ours = DataLoader(images, 128, sampler=EpochSampler(images, 0), collate_fn=identity_collate)
     theirs = DataLoader(PerSample(pixels), 128, shuffle=True)
 
     def epoch(loader: DataLoader) -> float:

@@ -113,6 +113,6 @@ class EpochSampler(Sampler[int]):
         return len(self._share.of(range(len(self._dataset))))
 
 
-def as_it_is(batch: Batch) -> Batch:
+def identity_collate(batch: Batch) -> Batch:
     """The collate function of a set whose batches are already tensors; at module level, so that it can be pickled."""
     return batch

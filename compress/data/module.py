@@ -12,18 +12,18 @@ from torch.utils.data import DataLoader
 
 from compress.arguments import Supplied, annotations, has_mark
 from compress.data.augmentation import Augmentation, Normalisation
-from compress.data.dataset import EpochSampler, ImageBatches, Share, as_it_is, evaluation_batches
+from compress.data.dataset import EpochSampler, ImageBatches, Share, evaluation_batches, identity_collate
 from compress.data.draws import stratified_order
 from compress.data.randaugment import GREATEST_MAGNITUDE
-from compress.data.source import Images, Source, Split, prepared
+from compress.data.source import Images, Source, Split, resized_rgb
 from compress.errors import UserError
 
 Count = Annotated[int, Field(ge=1)]
 Pixels = Annotated[int, Field(ge=0)]
-_OF_BATCHES = object()
+_BATCH_OPTION = object()
 T = TypeVar("T")
 # The annotation of an argument that decides how batches are made of the images, and not which images there are.
-OfBatches = Annotated[T, _OF_BATCHES]
+BatchOption = Annotated[T, _BATCH_OPTION]
 
 
 class DataModule(pl.LightningDataModule):
@@ -39,18 +39,18 @@ class DataModule(pl.LightningDataModule):
         self,
         *,
         image_size: Annotated[int, Field(ge=4)],
-        batch_size: OfBatches[Count] = 64,
-        evaluation_batch_size: OfBatches[Count] = 500,
+        batch_size: BatchOption[Count] = 64,
+        evaluation_batch_size: BatchOption[Count] = 500,
         validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1,
         split_seed: Pixels = 0,
         limit: Count | None = None,
-        crop_padding: OfBatches[Pixels] = 0,
-        horizontal_flip: OfBatches[bool] = False,
-        cutout: OfBatches[Pixels] = 0,
-        randaugment: OfBatches[Pixels] = 0,
-        randaugment_magnitude: OfBatches[Annotated[int, Field(ge=0, le=GREATEST_MAGNITUDE)]] = 9,
-        mean: OfBatches[list[float] | None] = None,
-        standard_deviation: OfBatches[list[Annotated[float, Field(gt=0)]] | None] = None,
+        crop_padding: BatchOption[Pixels] = 0,
+        horizontal_flip: BatchOption[bool] = False,
+        cutout: BatchOption[Pixels] = 0,
+        randaugment: BatchOption[Pixels] = 0,
+        randaugment_magnitude: BatchOption[Annotated[int, Field(ge=0, le=GREATEST_MAGNITUDE)]] = 9,
+        mean: BatchOption[list[float] | None] = None,
+        standard_deviation: BatchOption[list[Annotated[float, Field(gt=0)]] | None] = None,
         seed: Supplied[int] = 0,
         device: Supplied[torch.device | str] = "cpu",
     ) -> None:
@@ -76,15 +76,15 @@ class DataModule(pl.LightningDataModule):
         """The data set, from files that `prepare_data` has checked or downloaded. Raises UserError for damaged ones."""
 
     @classmethod
-    def decisive(cls, options: Mapping[str, Any]) -> dict[str, Any]:
+    def image_options(cls, options: Mapping[str, Any]) -> dict[str, Any]:
         """Those of the constructor's `options` that decide which images there are."""
         annotated = annotations(cls)
-        return {name: value for name, value in options.items() if not has_mark(annotated.get(name), _OF_BATCHES)}
+        return {name: value for name, value in options.items() if not has_mark(annotated.get(name), _BATCH_OPTION)}
 
     def setup(self, stage: str | None = None) -> None:
         """Reads and splits the images, unless the module has some."""
         if not self.splits:
-            self.use(self.load())
+            self.set_images(self.load())
 
     def load(self) -> Images:
         """The images of this data set, read, split and resized."""
@@ -101,12 +101,12 @@ class DataModule(pl.LightningDataModule):
             validation = Split(source.validation_images, source.validation_labels)
             validation = self._limited(validation, "validation", classes)
         splits = {
-            name: Split(prepared(split.images, self.image_size).to(self.device), split.labels.to(self.device))
+            name: Split(resized_rgb(split.images, self.image_size).to(self.device), split.labels.to(self.device))
             for name, split in (("train", train), ("validation", validation), ("test", test))
         }
         return Images(splits, source.class_names, source.mean, source.standard_deviation)
 
-    def use(self, images: Images) -> None:
+    def set_images(self, images: Images) -> None:
         """Makes batches of `images`, those that `load` returns or has returned to an equal module."""
         self.splits, self.class_names = images.splits, images.class_names
         self.num_classes = len(images.class_names)
@@ -121,7 +121,7 @@ class DataModule(pl.LightningDataModule):
             images,
             self.batch_size // world_size,
             sampler=EpochSampler(images, self.seed, Share(rank, world_size, self.batch_size)),
-            collate_fn=as_it_is,
+            collate_fn=identity_collate,
             drop_last=len(images) >= self.batch_size,
             # A loader draws a number at the start of each epoch, and where a run is resumed, Lightning starts the epoch
             # earlier: from the global generator it would shift every later draw, such as those of dropout.
@@ -133,15 +133,15 @@ class DataModule(pl.LightningDataModule):
         rank, world_size = self._place()
         if world_size > 1:
             batches = evaluation_batches(len(images), self.evaluation_batch_size, rank, world_size)
-            return DataLoader(images, batch_sampler=batches, collate_fn=as_it_is)
-        return DataLoader(images, self.evaluation_batch_size, collate_fn=as_it_is)
+            return DataLoader(images, batch_sampler=batches, collate_fn=identity_collate)
+        return DataLoader(images, self.evaluation_batch_size, collate_fn=identity_collate)
 
     def _place(self) -> tuple[int, int]:
         """The rank of this process among those that train together, and their number."""
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
     def test_dataloader(self) -> DataLoader:
-        return DataLoader(self._images("test"), self.evaluation_batch_size, collate_fn=as_it_is)
+        return DataLoader(self._images("test"), self.evaluation_batch_size, collate_fn=identity_collate)
 
     def calibration_batches(self, count: int, batch_size: int = 128) -> list[Tensor]:
         """Normalised images of `count` training images without augmentation, classes in their shares.

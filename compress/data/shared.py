@@ -11,7 +11,7 @@ from compress.arguments import arguments_of, build
 from compress.data.module import DataModule
 from compress.data.source import Images
 
-MOST = 2  # data sets held in memory
+MAX_DATA_SETS = 2  # data sets held in memory
 
 
 class DataSets:
@@ -47,14 +47,14 @@ class DataSets:
         """
         replaced = {} if batch_size is None else {"batch_size": batch_size}
         data = build({**node, **replaced}, "data", seed=seed, device=device)
-        decisive = get_class(node["_target_"]).decisive(arguments_of(node))
-        key = json.dumps([node["_target_"], decisive, str(device)], sort_keys=True)
+        image_options = get_class(node["_target_"]).image_options(arguments_of(node))
+        key = json.dumps([node["_target_"], image_options, str(device)], sort_keys=True)
         images = self._images.pop(key, None)
         if images is None:
-            while len(self._images) >= MOST:
+            while len(self._images) >= MAX_DATA_SETS:
                 del self._images[next(iter(self._images))]
             data.prepare_data()
             images = data.load()
         self._images[key] = images  # at the end, as the one used last
-        data.use(images)
+        data.set_images(images)
         return data

@@ -56,7 +56,7 @@ class Images:
     standard_deviation: Sequence[float]
 
 
-def prepared(images: Tensor, image_size: int) -> Tensor:
+def resized_rgb(images: Tensor, image_size: int) -> Tensor:
     """uint8 `(n, C, H, W)` as `(n, 3, image_size, image_size)` with the channels last in memory.
 
     Resizing is bilinear with antialiasing; grey is repeated over the channels, here and not in every batch, where it

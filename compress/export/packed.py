@@ -113,7 +113,7 @@ def read_model(path: Path) -> tuple[nn.Module, dict[str, Any]]:
         with torch.random.fork_rng(devices=[]):
             model = models.rebuild(description["architecture"]).eval()
         if kind == PACKED:
-            _prepare(model, description, tensors)
+            _apply_quantization(model, description, tensors)
         _load(model, tensors)
         for quantizer in input_quantizers(model).values():
             quantizer.check()
@@ -140,7 +140,7 @@ def read_float_description(path: Path) -> dict[str, Any] | None:
     return description if kind == FLOAT else None
 
 
-def _prepare(model: nn.Module, description: Mapping[str, Any], tensors: dict[str, Tensor]) -> None:
+def _apply_quantization(model: nn.Module, description: Mapping[str, Any], tensors: dict[str, Tensor]) -> None:
     """Give `model` the modules of the quantized network, and `tensors` the weights in place of the codes."""
     fold_pairs(model, [(layer, norm) for layer, norm in description["folded"]])
     for layer in description["layers"]:

@@ -106,10 +106,10 @@ class Classifier(pl.LightningModule, ABC):
     def losses(self, images: Tensor, target: Tensor, blend: Blend | None) -> tuple[Tensor, dict[str, Tensor]]:
         """The student's logits `(B, C)` and the weighted loss terms by name, whose sum is minimised.
 
-        `blend`, if there is one, is to be applied to the images and handed to `compared`.
+        `blend`, if there is one, is to be applied to the images and handed to `loss_terms`.
         """
 
-    def compared(
+    def loss_terms(
         self, logits: Tensor, target: Tensor, reference: Any = None, blend: Blend | None = None
     ) -> dict[str, Tensor]:
         """The loss of `logits` against `target` and what the method compares with; blended labels count by weight."""
@@ -134,7 +134,7 @@ class Classifier(pl.LightningModule, ABC):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor | None:
         images, target = batch
         logits, terms = self.losses(images, target, self.blend(len(images), batch_index))
-        return self.record_terms(logits, target, terms)
+        return self.total_loss(logits, target, terms)
 
     def blend(self, batch: int, batch_index: int) -> Blend | None:
         """How this batch is blended, if it is."""
@@ -142,7 +142,7 @@ class Classifier(pl.LightningModule, ABC):
             return None
         return self.mixup.draw(batch, self.seed, self.current_epoch, batch_index + 1_000_003 * self.global_rank)
 
-    def record_terms(self, logits: Tensor, target: Tensor, terms: dict[str, Tensor]) -> Tensor:
+    def total_loss(self, logits: Tensor, target: Tensor, terms: dict[str, Tensor]) -> Tensor:
         """The sum of the terms; all of them are recorded for the end of the epoch."""
         total = torch.stack(list(terms.values())).sum()
         self.train_accuracy.update(logits.detach(), target)

@@ -51,14 +51,14 @@ class DML(Classifier):
         step = self._alternate if self.update == "alternate" else self._simultaneous
         logits, terms = step(seen, target, blend)
         mean = {name: torch.stack([of_peer[name] for of_peer in terms]).mean() for name in terms[0]}
-        self.record_terms(logits[0], target, mean)
+        self.total_loss(logits[0], target, mean)
         for schedule in self.lr_schedulers():
             schedule.step()
 
     def losses(self, images: Tensor, target: Tensor, blend: Blend | None) -> tuple[Tensor, dict[str, Tensor]]:
         """The student's part, against the other peers as they are."""
         logits = self._logits(blend(images) if blend else images)
-        return logits[0], self.compared(logits[0], target, logits[1:], blend)
+        return logits[0], self.loss_terms(logits[0], target, logits[1:], blend)
 
     def _logits(self, images: Tensor) -> list[Tensor]:
         return [network(images) for network in self.networks.values()]
@@ -70,7 +70,7 @@ class DML(Classifier):
             with torch.no_grad():
                 others = [network(images) for network in networks[:index] + networks[index + 1 :]]
             logits = networks[index](images)
-            terms = self.compared(logits, target, others, blend)
+            terms = self.loss_terms(logits, target, others, blend)
             self._step(optimizer, terms)
             all_logits.append(logits)
             all_terms.append(terms)
@@ -79,7 +79,7 @@ class DML(Classifier):
     def _simultaneous(self, images: Tensor, target: Tensor, blend: Blend | None) -> tuple[list[Tensor], list[dict]]:
         logits = self._logits(images)
         terms = [
-            self.compared(of_peer, target, logits[:index] + logits[index + 1 :], blend)
+            self.loss_terms(of_peer, target, logits[:index] + logits[index + 1 :], blend)
             for index, of_peer in enumerate(logits)
         ]
         for optimizer, of_peer in zip(self.optimizers(), terms, strict=True):

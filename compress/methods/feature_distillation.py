@@ -92,7 +92,7 @@ class FeatureDistillation(Classifier):
         with tapped(self.model, names, self.inputs) as taken:
             logits = self.model(seen)
         features = [taken[name] for name in names]
-        terms = self.compared(logits, target, teacher_logits, blend)
+        terms = self.loss_terms(logits, target, teacher_logits, blend)
         return logits, terms | self.feature_terms(features, teacher_features)
 
     @abstractmethod

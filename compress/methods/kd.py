@@ -42,9 +42,9 @@ class KD(Classifier):
         else:
             teacher_logits = self.teacher(seen)
         logits = self.model(seen)
-        terms = self.compared(logits, target, teacher_logits.detach(), blend)
+        terms = self.loss_terms(logits, target, teacher_logits.detach(), blend)
         if teacher_logits.requires_grad:
-            teacher_terms = self.compared(teacher_logits, target, logits.detach(), blend)
+            teacher_terms = self.loss_terms(teacher_logits, target, logits.detach(), blend)
             terms["teacher_loss"] = torch.stack(list(teacher_terms.values())).sum()
         return logits, terms
 

@@ -11,4 +11,4 @@ class Supervised(Classifier):
 
     def losses(self, images: Tensor, target: Tensor, blend: Blend | None) -> tuple[Tensor, dict[str, Tensor]]:
         logits = self.model(blend(images) if blend else images)
-        return logits, self.compared(logits, target, blend=blend)
+        return logits, self.loss_terms(logits, target, blend=blend)

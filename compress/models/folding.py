@@ -93,7 +93,7 @@ def batch_norm_gain(norm: nn.Module) -> Tensor:
 
 @torch.no_grad()
 def bake_parametrizations(model: nn.Module, original: bool = False) -> nn.Module:
-    """Turn every parametrized tensor of `model` (a mask, a fake quantizer) into a plain parameter; return `model`.
+    """Turn every parametrized tensor of `model` (a fake-quantized weight) into a plain parameter; return `model`.
 
     The parameter has the value that the parametrization gives, or with `original` the one that it is given.
     torch's own remove_parametrizations deletes the property from a class that a deep copy shares with its original,

@@ -46,8 +46,8 @@ def execute(
             # Hydra would print a line of its own before ours.
             failures.append(failure)
 
-    if job.hydra.hydra.job.chdir:
-        directory = directory.absolute()
+    # What is printed for going on holds in any working directory, and Hydra may change it.
+    directory = directory.absolute()
     with nullcontext() if logging_is_ours else _log_in(directory):
         _as_hydra_does(job.hydra, directory, number, task, logging_is_ours)
     if failures:

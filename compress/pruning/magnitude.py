@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from compress.pruning.recipe import MaskRecipe, dense_layers
 
 
-def largest(scores: Tensor, zeros: int) -> Tensor:
+def mask_of_largest(scores: Tensor, zeros: int) -> Tensor:
     """A boolean mask in the shape of `scores` that is False for exactly the `zeros` smallest of them.
 
     Of equal scores those of lower index go first, on every device.
@@ -43,9 +43,9 @@ def magnitude_masks(
     for name, mask in (current or {}).items():
         scores[name] = scores[name].masked_fill(~mask, -1.0)
     if scope == "layer":
-        return {name: largest(score, round(sparsity * score.numel())) for name, score in scores.items()}
+        return {name: mask_of_largest(score, round(sparsity * score.numel())) for name, score in scores.items()}
     everything = torch.cat([score.flatten() for score in scores.values()])
-    mask = largest(everything, round(sparsity * everything.numel()))
+    mask = mask_of_largest(everything, round(sparsity * everything.numel()))
     parts = mask.split([score.numel() for score in scores.values()])
     return {name: part.reshape(scores[name].shape) for name, part in zip(scores, parts, strict=True)}
 

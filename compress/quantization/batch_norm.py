@@ -18,7 +18,7 @@ LARGEST = 2.0
 
 
 @torch.no_grad()
-def matched(
+def match_output_statistics(
     layer: nn.Conv2d | nn.Linear, grid: Grid, changed: Sequence[Tensor], outputs: Sequence[Tensor]
 ) -> tuple[Grid, Tensor]:
     """(grid, bias) of a quantized `layer`, whose weight lies on `grid`, with the outputs' statistics of the float one.

@@ -19,8 +19,8 @@ STRIPES = 8
 
 
 @dataclass(frozen=True)
-class Grams:
-    """What Gram matrices are made of: at most `max_rows` patches of a layer, evenly spread (None: all), in `dtype`."""
+class GramOptions:
+    """How Grams are computed: from at most `max_rows` patches of a layer, evenly spread (None: all), in `dtype`."""
 
     max_rows: Annotated[int, Field(ge=1)] | None = None
     dtype: Literal["float32", "float64"] = "float32"

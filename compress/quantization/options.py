@@ -9,10 +9,10 @@ from pydantic import Field
 from compress.arguments import check_fields
 from compress.errors import UserError
 from compress.quantization.activations import Activations
-from compress.quantization.moments import Grams
+from compress.quantization.moments import GramOptions
 from compress.quantization.problem import Solver
 from compress.quantization.refinement import Refinement
-from compress.quantization.scales import Grids
+from compress.quantization.scales import GridOptions
 from compress.quantization.solvers import GPFQ
 
 Bits = Annotated[int, Field(ge=2, le=16)]
@@ -52,11 +52,11 @@ class Options:
     first_last_bits: Bits | None = 8
     activation_bits: Annotated[int, Field(ge=2, le=8)] | None = None
     skip: Sequence[str] = ()
-    grid: Grids = field(default_factory=Grids)
+    grid: GridOptions = field(default_factory=GridOptions)
     activations: Activations = field(default_factory=Activations)
     refinement: Refinement = field(default_factory=Refinement)
     correction: Correction = field(default_factory=Correction)
-    grams: Grams = field(default_factory=Grams)
+    grams: GramOptions = field(default_factory=GramOptions)
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -8,13 +8,13 @@ from torch import Tensor, nn
 
 from compress.errors import UserError
 from compress.quantization.activations import attach_input_quantizer
-from compress.quantization.batch_norm import matched, move_statistics
+from compress.quantization.batch_norm import match_output_statistics, move_statistics
 from compress.quantization.calibration import walk
 from compress.quantization.grid import Grid
 from compress.quantization.layer import layer_moments, solve_layer
 from compress.quantization.options import Options, Progress, silent
 from compress.quantization.preparation import Prepared, prepare
-from compress.quantization.quantized import QuantizedLayer, QuantizedModel, float_state, put
+from compress.quantization.quantized import QuantizedLayer, QuantizedModel, float_state, set_weight
 
 
 def quantize(
@@ -79,11 +79,11 @@ class _Layers:
         layer = self.prepared.analog.get_submodule(name)
         moments = layer_moments(layer, quantized_inputs, analog_inputs, self.options, name)
         codes, grid, bias = solve_layer(layer, moments, self.bits[name], self.options, name)
-        put(target, codes, grid, bias)
+        set_weight(target, codes, grid, bias)
         if self.options.correction.batch_norm and name in self.folded:
             outputs = [layer(batch) for batch in analog_inputs]
-            grid, bias = matched(target, grid, [target(batch) for batch in quantized_inputs], outputs)
-            put(target, codes, grid, bias)
+            grid, bias = match_output_statistics(target, grid, [target(batch) for batch in quantized_inputs], outputs)
+            set_weight(target, codes, grid, bias)
         self.solved[name] = codes, grid
         self.progress(len(self.solved), len(self.prepared.order), f"{self.bits[name]} bit  {name}")
 

@@ -23,7 +23,8 @@ class Problem:
     """What a solver is given of one group of a layer.
 
     weight: (N, d). gram, cross: (d, d), G and C above; None for a solver that does not read the inputs. grid: of the N
-    rows, or of K N rows, which asks for K answers one after the other, so that what they share is computed once.
+    rows, or of K N rows for K candidate scales of each row, whose solutions are stacked in that order; what they share
+    is computed once.
     mask: (N, d), False where a weight is pruned and has to stay zero; None where no weight is.
     """
 
@@ -33,8 +34,8 @@ class Problem:
     grid: Grid
     mask: Tensor | None = None
 
-    def per_answer(self, rows: Tensor) -> Tensor:
-        """`rows` (N, ...) once for each answer that the grid asks for, (K N, ...)."""
+    def repeat_for_candidates(self, rows: Tensor) -> Tensor:
+        """`rows` (N, ...) once for each of the K candidates, (K N, ...)."""
         count = self.grid.scale.shape[0] // rows.shape[0]
         return rows if count == 1 else rows.repeat(count, *[1] * (rows.dim() - 1))
 

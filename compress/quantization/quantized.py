@@ -44,7 +44,7 @@ class QuantizedModel:
         return {name: layer.bits for name, layer in self.layers.items()}
 
 
-def put(layer: nn.Module, codes: Tensor, grid: Grid, bias: Tensor | None) -> None:
+def set_weight(layer: nn.Module, codes: Tensor, grid: Grid, bias: Tensor | None) -> None:
     """Gives `layer` the weight that `codes` stand for, and `bias`, if there is one."""
     trained = layer.weight.requires_grad
     layer.weight = nn.Parameter(grid.dequantize(codes), requires_grad=trained)

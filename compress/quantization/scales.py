@@ -20,7 +20,7 @@ ZeroPoint = Literal["symmetric", "mirrored", "affine"]
 
 
 @dataclass(frozen=True)
-class Grids:
+class GridOptions:
     """How the grids of a network are chosen.
 
     alphabet: "exact" is 2^bits levels, "published" 2^bits + 1, as in the authors' code, "narrow" 2^bits - 1, as many on

@@ -20,10 +20,10 @@ from compress.quantization.calibration import walk
 from compress.quantization.layer import layer_moments, solve_layer
 from compress.quantization.options import Options, Progress, silent
 from compress.quantization.preparation import Prepared, prepare
-from compress.quantization.quantized import QuantizedLayer, QuantizedModel, float_state, put
+from compress.quantization.quantized import QuantizedLayer, QuantizedModel, float_state, set_weight
 
 # `answers[name][bits]`: the layer so quantized, on the inputs that it has in the float network, and its bias.
-Answers = dict[str, dict[int, tuple[QuantizedLayer, Tensor | None]]]
+QuantizedCandidates = dict[str, dict[int, tuple[QuantizedLayer, Tensor | None]]]
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Sensitivities:
     """
 
     prepared: Prepared
-    answers: Answers
+    answers: QuantizedCandidates
     divergence: dict[str, dict[int, float]]
     activation_bits: int | None
 
@@ -52,7 +52,7 @@ class Sensitivities:
         layers = {}
         for name, width in bits.items():
             layers[name], bias = self.answers[name][width]
-            put(quantized.get_submodule(name), layers[name].codes, layers[name].grid, bias)
+            set_weight(quantized.get_submodule(name), layers[name].codes, layers[name].grid, bias)
             if self.activation_bits is not None:
                 grid = InputQuantizer(1.0, 0, 2**self.activation_bits)
                 attach_input_quantizer(quantized.get_submodule(name), grid)
@@ -107,9 +107,9 @@ def _answer(
     choices: Mapping[str, Sequence[int]],
     options: Options,
     tell: Callable[[str], None],
-) -> Answers:
+) -> QuantizedCandidates:
     """Every layer at each of its `choices` of widths."""
-    answers: Answers = {name: {} for name in prepared.order}
+    answers: QuantizedCandidates = {name: {} for name in prepared.order}
 
     def solve(name: str, _: list[Tensor], inputs: list[Tensor]) -> None:
         layer = prepared.analog.get_submodule(name)
@@ -124,7 +124,7 @@ def _answer(
 
 
 def _diverge(
-    analog: nn.Module, images: Sequence[Tensor], answers: Answers, tell: Callable[[str], None]
+    analog: nn.Module, images: Sequence[Tensor], answers: QuantizedCandidates, tell: Callable[[str], None]
 ) -> dict[str, dict[int, float]]:
     """The divergence of the predictions for `images` with each layer alone replaced by each of its answers."""
     reference = _log_probabilities(analog, images)
@@ -137,7 +137,7 @@ def _diverge(
             if len(choices) == 1:
                 divergence[name][bits] = 0.0
                 continue
-            put(layer, answer.codes, answer.grid, new_bias)
+            set_weight(layer, answer.codes, answer.grid, new_bias)
             changed = _log_probabilities(analog, images)
             divergence[name][bits] = F.kl_div(changed, reference, reduction="batchmean", log_target=True).item()
             layer.weight, layer.bias = weight, bias

@@ -24,7 +24,7 @@ from pydantic import TypeAdapter
 from rich.markup import escape
 
 from compress.arguments import check_arguments
-from compress.config.compose import Job, initialized, is_for_hydra, parse, searched_folders
+from compress.config.compose import Job, compose_jobs, initialized, is_for_hydra, parse, searched_folders
 from compress.config.roles import register
 from compress.data.shared import DataSets
 from compress.errors import UserError
@@ -95,6 +95,7 @@ def resume(directory: Path, overrides: Sequence[str] = ()) -> int:
         hydra = tuple(override for override in hydra if not _is_for_launcher(override))
     sweep = Sweep(directory, sweep.jobs, (*hydra, *launcher), settings)
     with searching(searched_folders(sweep.hydra)):
+        compose_jobs([*sweep.jobs[0], *settings, *sweep.hydra])  # whether the launcher is an option
         check_launcher(sweep.hydra)
         data_sets = DataSets()
         jobs = {

@@ -187,8 +187,7 @@ def test_a_mistake_is_one_line_that_names_the_key(members, tmp_path, capsys):
 
 def test_a_method_that_looks_into_the_network_wants_a_single_teacher(monkeypatch, capsys):
     class Features(KD):
-        def __init__(self, layers=("layer3",), **options):
-            super().__init__(**options)
+        needs = KD.needs | {"features"}
 
     monkeypatch.setattr("compress.methods.kd.KD", Features)
     assert main(["method=kd", "teacher=ensemble", "teacher.members=[resnet8,resnet20]"]) == 2

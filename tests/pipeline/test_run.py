@@ -63,6 +63,7 @@ def test_a_run_leaves_everything_it_promises(finished):
         "tradeoff.png",
         "layers.png",
         "weights.png",
+        "run.log",
         "checkpoints/best.ckpt",
         "checkpoints/last.ckpt",
         "models/student-fp32.safetensors",
@@ -279,7 +280,7 @@ def test_a_given_checkpoint_is_the_teacher(finished, tmp_path):
 def test_a_checkpoint_of_another_network_is_refused_before_anything_is_made(finished, tmp_path, capsys):
     _, result = finished
     before = sorted(Path("outputs/runs").iterdir())
-    assert main([*SMALL, "teacher=resnet20", f"teacher.checkpoint={result.record['teacher']['file']}"]) == 2
+    assert main([*SMALL, "teacher=resnet20", f"teacher.checkpoint={result.record.teacher.file}"]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
     assert lines[0].startswith("error: teacher.checkpoint:")

@@ -85,7 +85,7 @@ def test_the_whole_has_one_result_and_one_table(whole):
     assert record["pruning"]["pruned"] == round(0.7 * WEIGHTS)
     assert (result.directory / "tradeoff.csv").read_text().count("3-distill/models/") == 2
     [run] = collect([folder / "outputs" / "runs"]).runs
-    assert (run.directory, run.epochs, run.rows) == (result.directory, 5, result.rows)
+    assert (run.directory, run.record.student.epochs, run.rows) == (result.directory, 5, result.rows)
     assert not (result.directory / "started.json").exists()
 
 

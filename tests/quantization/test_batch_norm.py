@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from compress.errors import UserError
-from compress.quantization import Correction, Grids, quantize
+from compress.quantization import Correction, GridOptions, quantize
 
 
 def network(folds: bool) -> nn.Sequential:
@@ -66,5 +66,6 @@ def test_a_norm_that_stands_alone_has_its_statistics_moved(batches):
 
 
 def test_one_scale_a_layer_cannot_be_matched_by_channel(batches):
+    one_scale, matching = GridOptions(granularity="layer"), Correction(batch_norm=True)
     with pytest.raises(UserError, match=r"^correction\.batch_norm: found true with one scale a layer"):
-        quantize(network(True), batches, 2, grid=Grids(granularity="layer"), correction=Correction(batch_norm=True))
+        quantize(network(True), batches, 2, grid=one_scale, correction=matching)

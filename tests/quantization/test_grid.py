@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from compress.quantization.grid import Grid
-from compress.quantization.scales import Grids, max_abs_grid, mse_grid, percentile_grid
+from compress.quantization.scales import GridOptions, max_abs_grid, mse_grid, percentile_grid
 
 
 def brute_force_points(scale, zero_point, levels):
@@ -105,7 +105,7 @@ def test_mse_grid_forgets_columns_without_inputs():
     assert per_row.scale[1] > 20
 
 
-@pytest.mark.parametrize("rule", [mse_grid, max_abs_grid, Grids(scale="percentile").choose])
+@pytest.mark.parametrize("rule", [mse_grid, max_abs_grid, GridOptions(scale="percentile").choose])
 @pytest.mark.parametrize("importance", [None, torch.zeros(5), torch.ones(5)])
 def test_a_channel_of_zeros_gets_a_valid_scale_and_stays_zero(rule, importance):
     weight = torch.zeros(3, 5)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from compress.quantization import Activations, Grams, Grids, Problem, Refinement, quantize
+from compress.quantization import Activations, GramOptions, GridOptions, Problem, Refinement, quantize
 from compress.quantization.activations import input_quantizers
 from compress.quantization.patches import spread
 from compress.quantization.refinement import coordinate_descent
@@ -70,7 +70,7 @@ def test_a_pruned_network_keeps_exactly_its_zeros():
 
 
 def test_a_layer_has_one_scale_where_that_is_asked_for():
-    options = {"grid": Grids(granularity="layer"), "refinement": Refinement(4, 2, True)}
+    options = {"grid": GridOptions(granularity="layer"), "refinement": Refinement(4, 2, True)}
     layers = quantize(network(), [torch.randn(32, 3, 8, 8)], 3, **options).layers
     assert all(len(layer.grid.scale.unique()) == 1 for layer in layers.values())
 
@@ -88,7 +88,7 @@ def test_affine_grids_lose_least_on_one_sided_weights(levels):
 
 
 def test_narrow_grids_have_as_many_levels_on_either_side():
-    layers = quantize(network(), [torch.randn(8, 3, 8, 8)], 3, grid=Grids(alphabet="narrow")).layers
+    layers = quantize(network(), [torch.randn(8, 3, 8, 8)], 3, grid=GridOptions(alphabet="narrow")).layers
     assert [layer.grid.levels for layer in layers.values()] == [255, 7, 255]
     assert all(bool((layer.grid.zero_point == layer.grid.levels // 2).all()) for layer in layers.values())
 
@@ -135,9 +135,9 @@ def test_every_so_many_rows_meet_every_place_of_an_image(step, period):
 
 def test_capped_rows_do_not_depend_on_how_the_images_are_cut():
     model, images = network(), torch.randn(40, 3, 8, 8)
-    options = {"grams": Grams(500, "float64")}
+    options = {"grams": GramOptions(500, "float64")}
     whole = quantize(model, [images], 3, **options).layers
     parts = quantize(model, list(images.split(7)), 3, **options).layers
-    every = quantize(model, [images], 3, grams=Grams(dtype="float64")).layers
+    every = quantize(model, [images], 3, grams=GramOptions(dtype="float64")).layers
     assert all(torch.equal(whole[name].codes, parts[name].codes) for name in whole)
     assert any(not torch.equal(whole[name].codes, every[name].codes) for name in whole)

@@ -10,10 +10,10 @@ from torch import nn
 
 from compress.errors import UserError
 from compress.models.folding import fold_batch_norm
-from compress.quantization import Correction, Grams, Grids, Refinement, calibration, quantize
+from compress.quantization import Correction, GramOptions, GridOptions, Refinement, calibration, quantize
 from compress.quantization.solvers import GPFQ, GPTQ, RTN, SPFQ, Qronos
 
-DOUBLE = Grams(dtype="float64")
+DOUBLE = GramOptions(dtype="float64")
 
 
 class Network(nn.Module):
@@ -186,7 +186,7 @@ def test_nearest_rounding_with_max_abs_scales_is_rounding_of_the_folded_weight_a
         [images(4, torch.float32)],
         3,
         solver=RTN(),
-        grid=Grids(scale="max_abs"),
+        grid=GridOptions(scale="max_abs"),
         correction=Correction(bias=False),
         first_last_bits=None,
     )
@@ -207,13 +207,15 @@ def test_first_and_last_layers_take_their_own_bits_and_null_means_those_of_the_o
     assert {layer.grid.levels for layer in quantize(model, batch, 2, first_last_bits=None).layers.values()} == {4}
     widths = [
         layer.grid.levels
-        for layer in quantize(model, batch, 2, grid=Grids(alphabet="published"), first_last_bits=4).layers.values()
+        for layer in quantize(
+            model, batch, 2, grid=GridOptions(alphabet="published"), first_last_bits=4
+        ).layers.values()
     ]
     assert widths == [17, 5, 5, 5, 17]
 
 
 def test_the_percentile_rule_gives_a_layer_one_scale():
-    grid = Grids(alphabet="published", scale="percentile", percentile=0.5, alphabet_scalar=2.0)
+    grid = GridOptions(alphabet="published", scale="percentile", percentile=0.5, alphabet_scalar=2.0)
     result = quantize(make(), [images(4)], 2, grid=grid)
     weight = fold_batch_norm(make()).conv1.weight.detach().flatten(1)
     radius = weight.abs().quantile(0.5, dim=1).mean()

@@ -9,7 +9,7 @@ from torch import nn
 from compress.arguments import build, check_arguments
 from compress.errors import UserError
 from compress.paths import CONF
-from compress.quantization import Correction, Grids, Quantizer, Refinement, quantize
+from compress.quantization import Correction, GridOptions, Quantizer, Refinement, quantize
 from compress.quantization.solvers import GPFQ, GPTQ, RTN
 
 UPWARDS = """
@@ -73,7 +73,7 @@ def test_a_call_is_quantize_with_the_options_of_the_file(name, options):
     batches = [torch.randn(16, 1, 6, 6)]
     quantizer = build(load(name, bits=3, skip=["5"], grid={"alphabet": "published"}), "quantizer")
     mine = quantizer(model, batches, 3)
-    options["grid"] = Grids(**options.get("grid", {}), alphabet="published")
+    options["grid"] = GridOptions(**options.get("grid", {}), alphabet="published")
     direct = quantize(model, batches, 3, skip=["5"], **options)
     assert [layer.grid.levels for layer in mine.layers.values()] == [257, 9]
     for key, layer in direct.layers.items():

@@ -147,7 +147,7 @@ def test_a_job_that_fails_ends_no_other_and_is_run_again_later(folder, capsys, m
     assert main(["sweep=swept", "trainer.log_every=1"]) == 2
     said = capsys.readouterr().out
     assert [outcome(Path("swept", str(number))).state for number in range(4)] == ["finished", "failed"] * 2
-    assert "Launching 3 jobs" in said
+    assert [f"job {number}: " in said for number in range(4)] == [False, True, True, True]
     assert "job 1 failed" in said
     assert "job 2" not in said
     assert "log_every: 1" in Path("swept/2/config.yaml").read_text()
@@ -321,7 +321,12 @@ def test_the_latest_sweep_is_the_one_that_was_started_last_of_those_neither_fini
         os.utime(directory / "sweep.yaml", (number, number))
     done = tmp_path / "sweeps" / "finished" / "0"
     done.mkdir()
-    (done / "result.json").write_text('{"tradeoff": []}')
+    row = dict.fromkeys(("bits", "activation_bits", "sparsity", "bytes", "ratio", "latency_ms", "latency_32_ms"), 1)
+    row |= dict.fromkeys(("validation_accuracy", "test_accuracy", "agreement"), 1.0)
+    row |= dict.fromkeys(("levels", "first_last_bits", "runtime_agreement", "logit_difference"))
+    row |= {"quantizer": "none", "runtime": "torch", "file": "m.safetensors"}
+    record = {"seed": 0, "data": {"name": "Digits"}, "student": {"model": "resnet8"}, "tradeoff": [row]}
+    (done / "result.json").write_text(json.dumps(record))
     with FileLock(tmp_path / "sweeps" / "going-on" / ".lock"):
         assert sweeps.latest(tmp_path) == tmp_path / "sweeps/old"
         with pytest.raises(UserError, match="going-on, which another process is running"):

@@ -31,8 +31,8 @@ class GPTQ(Solver):
 
     @torch.no_grad()
     def __call__(self, problem: Problem) -> Tensor:
-        weight = problem.per_answer(problem.weight.double())
-        mask = None if problem.mask is None else problem.per_answer(problem.mask)
+        weight = problem.repeat_for_candidates(problem.weight.double())
+        mask = None if problem.mask is None else problem.repeat_for_candidates(problem.mask)
         return _diffuse(weight, problem.gram.double(), problem.grid, self.block_size, mask, self.damping)
 
 
@@ -55,8 +55,8 @@ class Qronos(Solver):
         target = weight @ cross.T  # (N, d): <x~_t, X w>
         # A first column without inputs takes zero: its numerator and its Gram are zero.
         first = (target[:, 0] - weight[:, 1:] @ gram[1:, 0]) / gram[0, 0].clamp_min(torch.finfo(torch.float64).tiny)
-        target, first, weight = map(problem.per_answer, (target, first, weight))
-        mask = None if problem.mask is None else problem.per_answer(problem.mask)
+        target, first, weight = map(problem.repeat_for_candidates, (target, first, weight))
+        mask = None if problem.mask is None else problem.repeat_for_candidates(problem.mask)
         first_code = ((first / scale).round() + zero_point).clamp_(0, grid.levels - 1)
         if mask is not None:
             first_code = torch.where(mask[:, 0], first_code, zero_point)

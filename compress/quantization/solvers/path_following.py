@@ -77,7 +77,7 @@ def follow_path(problem: Problem, block_size: int, decide: Decide) -> Tensor:
         return codes
     gram, keep, index = problem.gram, None, None
     if problem.mask is not None:
-        keep = problem.per_answer(problem.mask).T.to(dtype)
+        keep = problem.repeat_for_candidates(problem.mask).T.to(dtype)
     if not bool(live.all()):
         # A dead column adds nothing to any numerator: <x~_t, .> = 0 in its own row and q_t = 0 elsewhere. It does add
         # C[t', t] w_t to later rows where only the quantized input died, so the analog side keeps all its columns.

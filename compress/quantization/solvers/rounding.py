@@ -15,4 +15,4 @@ class RTN(Solver):
 
     def __call__(self, problem: Problem) -> Tensor:
         weight = problem.weight if problem.mask is None else problem.weight * problem.mask
-        return problem.grid.quantize(problem.per_answer(weight))
+        return problem.grid.quantize(problem.repeat_for_candidates(weight))
