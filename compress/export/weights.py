@@ -12,7 +12,7 @@ from compress.export.packed import COUNTER
 from compress.export.state_dicts import ACCEPTED, listed, read_state_dict
 from compress.models import masks
 from compress.models.catalogue import build
-from compress.models.channels import with_channels
+from compress.models.channels import last_linear, with_channels
 from compress.models.timm_model import TimmModel
 
 # What wrappers put before the name of a parameter: LightningModules, DataParallel, torch.compile.
@@ -43,7 +43,7 @@ def load_weights(model: nn.Module, path: str | Path, where: str = "checkpoint") 
     # The model may have other masks from a file before.
     expected = {name: value for name, value in expected.items() if not masks.is_mask(name)}
     _check_keys(weights, expected, path, where)
-    _check_classes(weights, expected, _classifier(fitting), path, where)
+    _check_classes(weights, expected, last_linear(fitting), path, where)
     _check_tensors(weights, expected, path, where)
     with_channels(model, state.channels)
     model.load_state_dict(weights, strict=False)  # strict about all but the counters, which were allowed above
@@ -93,7 +93,7 @@ def _check_keys(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor], p
 
 
 def _check_classes(
-    weights: Mapping[str, Tensor], expected: Mapping[str, Tensor], classifier: str, path: Path, where: str
+    weights: Mapping[str, Tensor], expected: Mapping[str, Tensor], classifier: str | None, path: Path, where: str
 ) -> None:
     """Raises UserError where the number of classes is all that differs."""
     weight = f"{classifier}.weight"
@@ -119,11 +119,6 @@ def _check_tensors(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]
     broken = [name for name in weights if not weights[name].isfinite().all()]
     if broken:
         raise UserError(f"{where}: found values that are no numbers in {path}: {listed(broken)}; accepted: finite ones")
-
-
-def _classifier(model: nn.Module) -> str:
-    """The name of the last Linear."""
-    return next((name for name, module in reversed([*model.named_modules()]) if isinstance(module, nn.Linear)), "")
 
 
 def _without_counters(names: Mapping[str, Tensor]) -> set[str]:

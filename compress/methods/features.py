@@ -72,12 +72,6 @@ def feature_layers(network: nn.Module, input_shape: Sequence[int]) -> list[str]:
     return sorted(last.values(), key=names.index)
 
 
-def last_linear(network: nn.Module) -> str | None:
-    """The name of the classifier, None where the network does not end in a linear layer."""
-    names = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
-    return names[-1] if names else None
-
-
 def check_layers_of(network: nn.Module, names: Sequence[str], where: str) -> None:
     """Raises UserError, with `where` and the names of the two upper levels, for a name that `network` lacks."""
     known = dict(network.named_modules())

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from compress.errors import UserError
 from compress.losses.relational import angle_loss, distance_loss
 from compress.methods.feature_distillation import FeatureDistillation, Pairs
-from compress.methods.features import last_linear
+from compress.models.channels import last_linear
 
 Weight = Annotated[float, Field(ge=0)]
 

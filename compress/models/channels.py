@@ -60,6 +60,11 @@ def with_channels(model: nn.Module, wanted: Channels) -> nn.Module:
     return model
 
 
+def last_linear(model: nn.Module) -> str | None:
+    """The name of the last linear layer, which is the classifier; None where there is no linear layer."""
+    return next((name for name, layer in reversed([*model.named_modules()]) if isinstance(layer, nn.Linear)), None)
+
+
 def architecture(node: Mapping[str, Any], num_classes: int, network: nn.Module) -> dict[str, Any]:
     """What a model file says so that `rebuild` gives `network`, that of a config `node`, perhaps pruned."""
     options = {name: value for name, value in node.items() if name not in ("stem", "_target_", "checkpoint")}

@@ -18,7 +18,7 @@ from torch import nn
 
 from compress.errors import UserError
 from compress.models import masks
-from compress.models.channels import Channels, changed_channels, channels, with_channels
+from compress.models.channels import Channels, changed_channels, channels, last_linear, with_channels
 from compress.models.masks import layers
 from compress.pruning.recipe import Recipe
 
@@ -47,7 +47,7 @@ class Structured(Recipe):
         Raises UserError where that cannot be done.
         """
         known, chosen = layers(network), self.chosen(network)
-        classifier = next(reversed([name for name, layer in known.items() if isinstance(layer, nn.Linear)]), None)
+        classifier = last_linear(network)
         self._check_ratio({name: layer for name, layer in chosen.items() if name != classifier})
         masked = list(masks.masks_of(network))
         masks.remove(network)
