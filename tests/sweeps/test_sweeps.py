@@ -149,7 +149,7 @@ def test_a_job_that_fails_ends_no_other_and_is_run_again_later(folder, capsys, m
     assert [outcome(Path("swept", str(number))).state for number in range(4)] == ["finished", "failed"] * 2
     assert [f"job {number}: " in said for number in range(4)] == [False, True, True, True]
     assert "job 1 failed" in said
-    assert "job 2" not in said
+    assert "job 2 failed" not in said
     assert "log_every: 1" in Path("swept/2/config.yaml").read_text()
     assert before == {path: path.stat().st_mtime_ns for path in Path("swept/0").rglob("*")}
     with Path("swept/summary.csv").open() as stream:
