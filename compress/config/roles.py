@@ -3,6 +3,8 @@
 Student, teacher and peer are groups that no file declares.
 """
 
+from collections.abc import Iterable
+
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
@@ -14,12 +16,21 @@ TRAINING = {"epochs": 8, "batch_size": 64, "seed": 0, "precision": "32-true", "l
 
 def register() -> None:
     """Tells Hydra the roles, for every file in a folder `model`, and the resolvers that the YAML files use."""
+    stems = models.available()
     store = ConfigStore.instance()
-    for role in ("student", "teacher", "peer"):
-        # The store is one for the whole process, and the user's folders may be others than before.
-        store.repo.pop(role, None)
+    # The store is one for the whole process, and the user's folders may be others than before.
+    if set(store.repo.get("student", ())) != {f"{stem}.yaml" for stem in stems}:
+        for role in ("student", "teacher", "peer"):
+            store.repo.pop(role, None)
+        _store_roles(store, stems)
+    OmegaConf.register_new_resolver("when", lambda condition, yes, no: yes if condition else no, replace=True)
+    # The paper ramps over 20 of 240 epochs.
+    OmegaConf.register_new_resolver("dkd_warmup", _warmup, replace=True)
+
+
+def _store_roles(store: ConfigStore, stems: Iterable[str]) -> None:
     trained = [{"/optimizer@training.optimizer": "adamw"}, {"/scheduler@training.scheduler": "onecycle"}, "_self_"]
-    for stem in models.available():
+    for stem in stems:
         for role, keys in (("student", {"checkpoint": None}), ("peer", {})):
             defaults = [f"/model/{stem}@_here_", "_self_"]
             store.store(group=role, name=stem, node={"defaults": defaults, "stem": stem, **keys})
@@ -38,9 +49,6 @@ def register() -> None:
     store.store(group="teacher", name="ensemble", node={"defaults": trained, "members": [], "training": TRAINING})
     for role in ("teacher", "peer"):
         store.store(group=role, name="none", node={})
-    OmegaConf.register_new_resolver("when", lambda condition, yes, no: yes if condition else no, replace=True)
-    # The paper ramps over 20 of 240 epochs.
-    OmegaConf.register_new_resolver("dkd_warmup", _warmup, replace=True)
 
 
 def _warmup(epochs: object) -> int:
