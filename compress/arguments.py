@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from pydantic import BeforeValidator, Strict, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
-from compress.errors import UserError
+from compress.errors import UserError, first_line
 
 # Keys of a node that are no arguments: Hydra's, and the option that chose the node.
 NOT_ARGUMENTS = frozenset({"_target_", "_partial_", "_recursive_", "_convert_", "stem"})
@@ -145,7 +145,7 @@ def build(node: Any, where: str, kind: type | None = None, **supplied: Any) -> A
         below = str(mistake).partition(":")[0].partition(".")[0] in _parameters(target)
         raise UserError(f"{where}.{mistake}" if below else str(mistake)) from None
     except (TypeError, ValueError) as mistake:
-        raise UserError(f"{where}: {mistake}".splitlines()[0]) from None
+        raise UserError(f"{where}: {first_line(mistake)}") from None
 
 
 def check_fields(instance: Any) -> None:

@@ -11,6 +11,11 @@ class UserError(Exception):
     """
 
 
+def first_line(failure: BaseException) -> str:
+    """The first line of what `failure` says; its class where it says nothing."""
+    return next((line.strip() for line in str(failure).splitlines() if line.strip()), type(failure).__name__)
+
+
 def exit_code(work: Callable[[], object]) -> int:
     """What a script ends with after `work`: 0, or 2 for a mistake of the user, which is said in one line on stderr."""
     try:

@@ -23,7 +23,7 @@ from yaml import YAMLError
 
 from compress.config.roles import register
 from compress.config.values import GROUPS
-from compress.errors import UserError
+from compress.errors import UserError, first_line
 from compress.paths import CONF, options, user_folders
 
 SEARCH_PATH = "hydra.searchpath"
@@ -143,10 +143,6 @@ def compose_job(overrides: Sequence[str]) -> Job:
 def is_for_hydra(override: str) -> bool:
     """Whether an override is for Hydra itself, its launcher's among them."""
     return override.lstrip("+~").startswith(("hydra.", "hydra/"))
-
-
-def first_line(failure: Exception) -> str:
-    return next((line.strip() for line in str(failure).splitlines() if line.strip()), type(failure).__name__)
 
 
 def _add_stems(config: DictConfig, choices: Mapping[str, str]) -> None:

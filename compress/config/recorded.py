@@ -8,10 +8,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from compress.config.compose import first_line, parse
+from compress.config.compose import parse
 from compress.config.roles import register
 from compress.config.stage_plan import refuse_epochs
-from compress.errors import UserError
+from compress.errors import UserError, first_line
 
 
 def read_config(directory: Path) -> DictConfig:

@@ -28,7 +28,7 @@ from compress.config.ranges import (
     TRAINER_REQUIRED,
     TRAINER_SUPPLIED,
 )
-from compress.errors import UserError
+from compress.errors import UserError, first_line
 from compress.export.exporter import Exporter
 from compress.optim.groups import DECAY
 from compress.paths import CONF
@@ -198,7 +198,7 @@ def _coerce_optimizer(config: DictConfig, where: str) -> None:
     try:
         optimizer([torch.nn.Parameter(torch.zeros(1))], **values)
     except (ImportError, TypeError, ValueError, RuntimeError) as failure:
-        raise UserError(f"{where}: {failure}".splitlines()[0]) from None
+        raise UserError(f"{where}: {first_line(failure)}") from None
 
 
 def _check_model(config: DictConfig, where: str) -> None:

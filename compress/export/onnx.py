@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compress.errors import UserError
+from compress.errors import UserError, first_line
 from compress.export.container import to_json
 from compress.export.description import NetworkDescription, check_float32, grids_as_json
 from compress.export.exporter import Exporter
@@ -118,7 +118,7 @@ def _float_graph(path: Path, model: nn.Module, input_shape: Sequence[int], opset
                 dynamic_shapes=({0: torch.export.Dim("batch")},),
             )
         except torch.onnx.OnnxExporterError as error:
-            reason = (str(error).strip().splitlines() or [""])[0]
+            reason = first_line(error)
             raise UserError(f"{path}: torch.onnx cannot export {type(model).__name__} ({reason})") from error
         graph = program.model_proto
     graph.ir_version = helper.find_min_ir_version_for(graph.opset_import)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from compress import models
-from compress.errors import UserError
+from compress.errors import UserError, first_line
 from compress.export import container
 from compress.export.description import NetworkDescription, check_float32, grids_as_json
 from compress.export.encodings import decode, encode, encoding
@@ -121,7 +121,7 @@ def read_model(path: Path) -> tuple[nn.Module, dict[str, Any]]:
         raise UserError(f"{path}: {error}") from None
     # The checksum holds for whatever wrote the file; a foreign writer can still have put anything into it.
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
-        reason = (str(error).strip().splitlines() or [""])[0]
+        reason = first_line(error)
         raise UserError(f"{path}: found a description that its tensors do not fit ({reason})") from error
     return model.eval(), {"format": kind, **description}
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, Tracer
 from torch.nn.utils import parametrize
 
-from compress.errors import UserError
+from compress.errors import UserError, first_line
 
 FOLDABLE = {nn.BatchNorm2d: nn.Conv2d, nn.SyncBatchNorm: nn.Conv2d, nn.BatchNorm1d: nn.Linear}
 
@@ -26,7 +26,7 @@ def trace(model: nn.Module) -> Graph:
     try:
         return Tracer().trace(model)
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = first_line(error)
         raise UserError(
             f"{type(model).__name__}: torch.fx cannot trace its forward ({reason}); "
             "a model to be quantized may not branch on the values of tensors"

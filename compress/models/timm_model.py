@@ -9,7 +9,7 @@ import torch
 from pydantic import AfterValidator, Field
 from torch import Tensor, nn
 
-from compress.errors import UserError
+from compress.errors import UserError, first_line
 
 NEAR = 4  # names that a message suggests
 EXAMPLES = ("resnet10t", "vit_tiny_patch16_224")
@@ -56,7 +56,7 @@ class TimmModel(nn.Module):
             if input_size not in (None, usual):
                 _try(self.network, input_size)
         except (AssertionError, RuntimeError, TypeError, ValueError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            reason = first_line(error)
             raise UserError(
                 f"input_size: found {input_size}, for which timm has no {name} ({reason}); accepted: such as {usual}"
             ) from error

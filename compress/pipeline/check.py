@@ -16,7 +16,7 @@ from compress.config.rules import check_rules, uses_peers
 from compress.config.stage_plan import compose_stages
 from compress.config.values import check_values
 from compress.data.shared import DataSets
-from compress.errors import UserError
+from compress.errors import UserError, first_line
 from compress.export.description import describe
 from compress.export.formats import check_exporters
 from compress.export.packed import file_bytes
@@ -110,7 +110,7 @@ def check_image_sizes(parts: Parts) -> None:
         if mistake is not None:
             raise UserError(
                 f"data.image_size: found {parts.data.image_size}, which {role} {node['stem']} cannot take "
-                f"({str(mistake).splitlines()[0]}); accepted: a larger size, or another network"
+                f"({first_line(mistake)}); accepted: a larger size, or another network"
             )
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
-from compress.errors import UserError
+from compress.errors import UserError, first_line
 
 # Images carried at once; the calibration set is re-cut to it, so that results do not depend on how it came.
 BATCH = 128
@@ -130,7 +130,7 @@ def _evaluate_batch(node: Node, model: nn.Module, values: dict[Node, list], inde
             return getattr(args[0], node.target)(*args[1:], **kwargs)
         return node.target(*args, **kwargs)
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = first_line(error)
         name = node.target if node.op == "call_module" else node.name
         raise UserError(f"{type(model).__name__}: {name} failed on the calibration images: {reason}") from error
 

@@ -34,7 +34,7 @@ from compress.pipeline.resume import directory_for
 from compress.progress import console
 from compress.stopping import under_way
 from compress.sweeps.launchers.separate import Call, SeparateLauncher
-from compress.sweeps.outcomes import exit_code, outcome, summarise, sweep_table
+from compress.sweeps.outcomes import exit_code, outcome, summarise, sweep_table, varying
 from compress.sweeps.perform import hydra_task, job_in, perform
 
 SWEEP = "sweep.yaml"
@@ -224,7 +224,7 @@ def _launch(sweep: Sweep, jobs: Mapping[int, Job], data_sets: DataSets) -> None:
             launcher.launch(calls, directory)
         elif config.hydra.launcher._target_ == BASIC_LAUNCHER:
             for number, job in jobs.items():
-                console.print(f"job {number}: {escape(' '.join(_varying(sweep, number)))}", style="bold")
+                console.print(f"job {number}: {escape(varying(sweep.jobs[number], sweep.jobs))}", style="bold")
                 perform(job, directory / str(number), number, data_sets)
         else:
             data_sets.clear()
@@ -237,11 +237,6 @@ def _by_plugin(sweep: Sweep, numbers: Sequence[int], config: DictConfig, context
     launcher = Plugins.instance().instantiate_launcher(hydra_context=context, task_function=hydra_task, config=config)
     jobs = [[*sweep.jobs[number], *sweep.settings, f"hydra.sweep.subdir={number}"] for number in numbers]
     launcher.launch(jobs, initial_job_idx=0)
-
-
-def _varying(sweep: Sweep, number: int) -> list[str]:
-    """The overrides that distinguish a job from the others."""
-    return [override for override in sweep.jobs[number] if any(override not in job for job in sweep.jobs)]
 
 
 def _report(sweep: Sweep) -> int:

@@ -12,7 +12,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from compress.errors import UserError
+from compress.errors import UserError, first_line
 from compress.files import write_text
 from compress.report.collect import collect, write_summary
 from compress.results.record import FILE, Record
@@ -43,7 +43,7 @@ class Outcome:
 
 def record_failure(directory: Path, failure: BaseException, details: str) -> None:
     """Leaves why the job in `directory` failed; `details` (a traceback) only where the user cannot mend it."""
-    message = next((line.strip() for line in str(failure).splitlines() if line.strip()), "")
+    message = first_line(failure)
     if isinstance(failure, UserError):
         write_text(directory / FAILED, f"{USER_ERROR}{message}\n")
     else:
@@ -79,6 +79,11 @@ def summarise(directory: Path) -> list[str]:
     return list(collection.problems)
 
 
+def varying(job: Sequence[str], jobs: Sequence[Sequence[str]]) -> str:
+    """The overrides that distinguish a `job` from the others."""
+    return " ".join(override for override in job if any(override not in other for other in jobs))
+
+
 def sweep_table(title: str, jobs: Sequence[Sequence[str]], outcomes: Sequence[Outcome]) -> Table:
     """A line per job: what distinguishes it, how it ended, and the first and the smallest of its variants."""
     printed = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", collapse_padding=True, pad_edge=False)
@@ -91,12 +96,11 @@ def sweep_table(title: str, jobs: Sequence[Sequence[str]], outcomes: Sequence[Ou
     for column in (accuracy, size):
         printed.add_column(column.heading, justify="right", no_wrap=True)
     for number, (job, ended) in enumerate(zip(jobs, outcomes, strict=True)):
-        varying = [override for override in job if any(override not in other for other in jobs)]
         cells = ["", "", "", ""]
         if ended.rows:
             smallest = min(ended.rows, key=lambda row: row.bytes)
             cells = [accuracy.printed(ended.rows[0].test_accuracy), smallest.name]
             cells += [accuracy.printed(smallest.test_accuracy), size.printed(smallest.bytes)]
         state = f"[{COLOURS[ended.state]}]{ended.state}[/]"
-        printed.add_row(str(number), escape(" ".join(varying)), state, *cells)
+        printed.add_row(str(number), escape(varying(job, jobs)), state, *cells)
     return printed

@@ -10,17 +10,17 @@
 | overrides | what `scripts/run.py` takes to repeat the run |
 """
 
-import csv
 import math
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from compress.files import write_atomically
+from compress.files import write_atomically, write_csv
 from compress.report.comparison import pareto_front
 from compress.results.record import FILE, Record
 from compress.results.tradeoff import Row
@@ -64,19 +64,21 @@ def pareto_set(points: Sequence[Point]) -> list[Point]:
 def write_pareto(directory: Path, points: Sequence[Point], title: str) -> None:
     """Writes `pareto.csv` and `pareto.png` of all `points` to `directory`."""
     front = pareto_set(points)
-    write_atomically(directory / "pareto.csv", lambda temporary: _write_csv(temporary, directory, front))
+    write_csv(directory / "pareto.csv", COLUMNS, [_line(directory, point) for point in front])
     _draw(directory / "pareto.png", points, front, title)
 
 
-def _write_csv(path: Path, directory: Path, front: Sequence[Point]) -> None:
-    with path.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.writer(stream, lineterminator="\n")
-        writer.writerow(COLUMNS)
-        for point in front:
-            row = point.row
-            file = (point.directory / row.file).relative_to(directory).as_posix() if row.file else ""
-            accuracies = [float(f"{accuracy:.6g}") for accuracy in (row.validation_accuracy, row.test_accuracy)]
-            writer.writerow([point.trial, row.name, *accuracies, row.bytes, file, shlex.join(point.overrides)])
+def _line(directory: Path, point: Point) -> dict[str, Any]:
+    row = point.row
+    return {
+        "trial": point.trial,
+        "variant": row.name,
+        "validation_accuracy": float(f"{row.validation_accuracy:.6g}"),
+        "test_accuracy": float(f"{row.test_accuracy:.6g}"),
+        "bytes": row.bytes,
+        "file": (point.directory / row.file).relative_to(directory).as_posix() if row.file else "",
+        "overrides": shlex.join(point.overrides),
+    }
 
 
 def _draw(path: Path, points: Sequence[Point], front: Sequence[Point], title: str) -> None:

@@ -23,7 +23,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from compress.errors import UserError
+from compress.errors import UserError, first_line
 from compress.files import make_chosen, write_json
 from compress.progress import console
 from compress.report.finished import flattened
@@ -256,7 +256,7 @@ def _work(space: Space, directory: Path, limit: int) -> None:
                 raise_if_stopped()
                 # One combination may run out of memory, say; the others are not to blame.
                 traceback.print_exc()
-                trial.set_user_attr("reason", f"{type(failure).__name__}: {failure}".splitlines()[0])
+                trial.set_user_attr("reason", f"{type(failure).__name__}: {first_line(failure)}")
                 view.study.tell(trial, state=view.states.FAIL)
             else:
                 view.study.tell(trial, [row.validation_accuracy, row.bytes])

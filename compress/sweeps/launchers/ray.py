@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field
 
-from compress.errors import UserError
+from compress.errors import UserError, first_line
 from compress.progress import console
 from compress.stopping import raise_if_stopped
 from compress.sweeps.launchers.separate import Call, SeparateLauncher
@@ -53,7 +53,7 @@ class RayLauncher(SeparateLauncher):
                 pass
         except (ConnectionError, OSError, ValueError) as failure:
             raise UserError(
-                f"hydra.launcher.address: found {self.address!r} ({str(failure).splitlines()[0]}); accepted: null, "
+                f"hydra.launcher.address: found {self.address!r} ({first_line(failure)}); accepted: null, "
                 "auto or HOST:PORT of a Ray cluster that runs"
             ) from None
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from compress.errors import UserError
+from compress.errors import UserError, first_line
 from compress.sweeps.launchers.separate import Call, SeparateLauncher
 
 Count = Annotated[int, Field(ge=1)]
@@ -67,7 +67,7 @@ class SubmititLauncher(SeparateLauncher):
             with TemporaryDirectory() as folder:
                 self._executor(Path(folder))
         except (NameError, TypeError, ValueError) as mistake:
-            raise UserError(f"hydra.launcher: {mistake}".splitlines()[0]) from None
+            raise UserError(f"hydra.launcher: {first_line(mistake)}") from None
 
     def _executor(self, folder: Path) -> Any:
         import submitit
