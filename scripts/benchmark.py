@@ -12,9 +12,9 @@ def main() -> int:
     commands = parser.add_subparsers(required=True, metavar="BENCHMARK")
     for module in (convergence, data, optimizers, pruning, quantization, report, solver):
         name = module.__name__.rpartition(".")[2]
-        own = commands.add_parser(name, help=module.__doc__.partition(":")[0], description=module.__doc__)
-        module.add_arguments(own)
-        own.set_defaults(run=module.run)
+        command = commands.add_parser(name, help=module.__doc__.partition(":")[0], description=module.__doc__)
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
     chosen = parser.parse_args()
     return exit_code(lambda: chosen.run(chosen))
 

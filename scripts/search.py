@@ -24,20 +24,22 @@ def search(arguments: argparse.Namespace) -> bool:
     from compress.sweeps.space import read_space
 
     space = read_space(arguments.space, arguments.overrides)
-    found = search(space, arguments.output, arguments.trials, arguments.processes)
-    for number, reason in found.refused.items():
+    outcome = search(space, arguments.output, arguments.trials, arguments.processes)
+    for number, reason in outcome.refused.items():
         print(f"note: trial {number} could not be run: {reason}", file=sys.stderr)
-    for number, reason in found.broken.items():
+    for number, reason in outcome.broken.items():
         print(f"warning: trial {number} failed: {reason}", file=sys.stderr)
-    if not found.finished and not found.unfinished:
+    if not outcome.finished and not outcome.unfinished:
         raise UserError(f"{arguments.output}: no trial finished; accepted: a space with others")
-    print(f"{found.finished} of {arguments.trials} trials finished; the Pareto set, of {arguments.output}/pareto.csv:")
-    for point in found.pareto:
+    print(
+        f"{outcome.finished} of {arguments.trials} trials finished; the Pareto set, of {arguments.output}/pareto.csv:"
+    )
+    for point in outcome.pareto:
         row = point.row
         print(f"  {100 * row.validation_accuracy:6.2f} % {row.bytes / 1000:11,.1f} kB  trial {point.trial}, {row.name}")
-    if found.unfinished:
-        print(f"note: {found.unfinished} not finished here; the same command goes on with them", file=sys.stderr)
-    return not found.broken
+    if outcome.unfinished:
+        print(f"note: {outcome.unfinished} not finished here; the same command goes on with them", file=sys.stderr)
+    return not outcome.broken
 
 
 def main() -> int:

@@ -103,8 +103,8 @@ def _check_stages(config: DictConfig) -> None:
         raise UserError(f"stages: found {', '.join(names)}; accepted: names that differ")
     shares = [stage.get("share") for stage in stages]
     if any(shares) and (None in shares or abs(sum(shares) - 1) > 1e-6):
-        found = ", ".join(map(str, shares))
-        raise UserError(f"stages: found the shares {found}; accepted: shares that sum to 1, or none at all")
+        listed = ", ".join(map(str, shares))
+        raise UserError(f"stages: found the shares {listed}; accepted: shares that sum to 1, or none at all")
     epochs = config.trainer.get("max_epochs")
     if any(shares) and isinstance(epochs, int) and epochs < len(stages):
         raise UserError(

@@ -99,10 +99,10 @@ class CIFAR10(DataModule):
         self._check_sum(path, hashlib.md5(content, usedforsecurity=False).hexdigest())
         return pickle.loads(content, encoding="latin1")
 
-    def _check_sum(self, path: Path, found: str) -> None:
+    def _check_sum(self, path: Path, digest: str) -> None:
         expected = self.sums[path.name]
-        if found != expected:
-            raise UserError(f"{path}: found the MD5 sum {found}; accepted: {expected}, that of the published file")
+        if digest != expected:
+            raise UserError(f"{path}: found the MD5 sum {digest}; accepted: {expected}, that of the published file")
 
 
 class CIFAR100(CIFAR10):

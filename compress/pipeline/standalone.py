@@ -142,7 +142,7 @@ def _split(overrides: Sequence[str]) -> dict[str, str]:
             )
         if not equals or not known:
             raise UserError(
-                f"{override}: nothing is trained here; accepted: {', '.join(f'{each}=' for each in (*KEYS, *GROUPS))} "
+                f"{override}: nothing is trained here; accepted: {', '.join(f'{name}=' for name in (*KEYS, *GROUPS))} "
                 f"and the keys of {', '.join(GROUPS)} and model"
             )
         typed[key] = value
