@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -48,7 +48,7 @@ def execute(
 
     # What is printed for going on holds in any working directory, and Hydra may change it.
     directory = directory.absolute()
-    with nullcontext() if logging_is_ours else _log_in(directory):
+    with _logging_undone() if logging_is_ours else _log_in(directory):
         _as_hydra_does(job.hydra, directory, number, task, logging_is_ours)
     if failures:
         raise failures[0]
@@ -116,3 +116,15 @@ def _log_in(directory: Path) -> Iterator[None]:
     finally:
         logging.getLogger().removeHandler(handler)
         handler.close()
+
+
+@contextmanager
+def _logging_undone() -> Iterator[None]:
+    """Takes back the handlers that Hydra gives the process for a job."""
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    try:
+        yield
+    finally:
+        root.handlers[:] = handlers
+        root.setLevel(level)

@@ -159,7 +159,7 @@ def test_resuming_a_finished_run_shows_it_and_computes_nothing(finished, capsys,
     assert main([f"resume={result.directory}"]) == 0
     said = capsys.readouterr().out
     assert "gpfq 2 bit" in said
-    assert f"results in {result.directory}" in said.replace("\n", "")
+    assert f"results in {result.directory.relative_to(Path.cwd())}" in said.replace("\n", "")
     assert before == {path: path.stat().st_mtime_ns for path in (folder / result.directory).rglob("*")}
 
 

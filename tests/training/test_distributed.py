@@ -108,7 +108,6 @@ def test_processes_share_the_images_that_are_evaluated(count, size, world_size):
 def test_processes_share_each_batch(world_size):
     order = list(range(20))[::-1]
     shares = [Share(rank, world_size, 6).of(order) for rank in range(world_size)]
-    assert [len(share) for share in shares] == [Share(rank, world_size, 6).count(20) for rank in range(world_size)]
     if world_size == 1:
         assert shares == [order]
         return
