@@ -3,8 +3,10 @@
 import argparse
 import json
 import sys
+from pathlib import Path
 
 from compress.errors import exit_code
+from compress.paths import import_from_here, searching
 from compress.predict import Predictor
 
 
@@ -13,9 +15,13 @@ def main() -> int:
     parser.add_argument("file", help="a model file from a run's models/")
     parser.add_argument("images", nargs="+", help="image files of any size")
     parser.add_argument("--top", type=int, default=1, metavar="K", help="print the K likeliest classes (default 1)")
+    parser.add_argument("--config-dir", type=Path, metavar="D", help="a folder of YAML files with your own network")
     parser.add_argument("--json", action="store_true", help="print a JSON list")
     arguments = parser.parse_args()
-    return exit_code(lambda: predict(arguments))
+    folders = [] if arguments.config_dir is None else [arguments.config_dir]
+    import_from_here()
+    with searching(folders):
+        return exit_code(lambda: predict(arguments))
 
 
 def predict(arguments: argparse.Namespace) -> None:

@@ -1,12 +1,15 @@
 """Quantizes an existing checkpoint: `python scripts/quantize.py checkpoint=FILE quantizer=gpfq quantizer.bits=[4,2]`.
 
 FILE is a model file or checkpoint of a run, or a plain state dict, with model=resnet18 (and data=...) beside it.
-Groups: data, quantizer, export; see `python scripts/run.py --help` for their options. Results go to outputs/quantized/.
+Groups: data, quantizer, export; see `python scripts/run.py --help` for their options. --config-dir DIR: a folder of
+options of your own. Results go to outputs/quantized/.
 """
 
+import argparse
 import sys
 
 from compress.errors import exit_code
+from compress.paths import import_from_here, searching
 
 
 def main() -> int:
@@ -14,10 +17,20 @@ def main() -> int:
     if not arguments or "--help" in arguments or "-h" in arguments:
         print(__doc__.strip())
         return 0 if arguments else 2
-    # Not at the top: PyTorch takes seconds to import, and help needs none of it.
-    from compress.pipeline.standalone import quantize_checkpoint
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--config-dir")
+    options, overrides = parser.parse_known_args(arguments)
+    import_from_here()
 
-    return exit_code(lambda: quantize_checkpoint(arguments))
+    def work() -> None:
+        # Not at the top: PyTorch takes seconds to import, and help needs none of it.
+        from compress.config.compose import searched_folders
+        from compress.pipeline.standalone import quantize_checkpoint
+
+        with searching(searched_folders([], options.config_dir)):
+            quantize_checkpoint(overrides)
+
+    return exit_code(work)
 
 
 if __name__ == "__main__":

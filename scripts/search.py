@@ -5,12 +5,13 @@ import sys
 from pathlib import Path
 
 from compress.errors import UserError, exit_code
+from compress.paths import import_from_here, searching
 from compress.stopping import StoppedError, stoppable
 
 EPILOG = """\
 Every trial is a run of scripts/run.py in OUTPUT/trials/; OUTPUT/pareto.csv and pareto.png show those that no other
 beats in validation accuracy and bytes. The same command goes on with a search that was killed, on to more trials, or
-beside another process on the same OUTPUT. compress/search_space.py says what the file of a space may hold.
+beside another process on the same OUTPUT. compress/sweeps/space.py says what the file of a space may hold.
 
   python scripts/search.py quickstart outputs/search --trials 20 --processes 2 trainer.max_epochs=5
   python scripts/report.py outputs/search -o search.html
@@ -20,11 +21,14 @@ beside another process on the same OUTPUT. compress/search_space.py says what th
 def search(arguments: argparse.Namespace) -> bool:
     """Prints the Pareto set, and on stderr why some trials have no part in it; whether it was never our fault."""
     # Not at the top: PyTorch takes seconds to import, and help needs none of it.
+    from compress.config.compose import searched_folders
     from compress.sweeps.search import search
     from compress.sweeps.space import read_space
 
-    space = read_space(arguments.space, arguments.overrides)
-    outcome = search(space, arguments.output, arguments.trials, arguments.processes)
+    import_from_here()
+    with searching(searched_folders(arguments.overrides, arguments.config_dir)):
+        space = read_space(arguments.space, arguments.overrides)
+        outcome = search(space, arguments.output, arguments.trials, arguments.processes)
     for number, reason in outcome.refused.items():
         print(f"note: trial {number} could not be run: {reason}", file=sys.stderr)
     for number, reason in outcome.broken.items():
@@ -48,6 +52,7 @@ def main() -> int:
     parser.add_argument("space", help="YAML file of the space, or its stem in conf/search")
     parser.add_argument("output", type=Path, help="directory of the search")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="for every trial, such as data=digits")
+    parser.add_argument("--config-dir", metavar="D", help="a folder of YAML files of your own, laid out as conf/")
     parser.add_argument("--trials", type=int, default=20, help="how many there shall be in all (default 20)")
     parser.add_argument("--processes", type=int, default=1, help="how many trials run at once here (default 1)")
     arguments = parser.parse_intermixed_args()

@@ -99,12 +99,13 @@ def file_bytes(network: QuantizedModel | nn.Module, description: NetworkDescript
         return write(Path(folder) / "model.safetensors", network, description, **options)
 
 
-def read_model(path: Path) -> tuple[nn.Module, dict[str, Any]]:
+def read_model(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
     """(model in eval mode, description) of a packed or a float32 file; description["format"] says which.
 
     The weights are bit for bit those that were evaluated. Raises UserError, naming the file, where it is damaged,
     altered, of another format, or does not fit its network.
     """
+    path = Path(path)
     kind, description, tensors = container.read(path)
     if kind not in (PACKED, FLOAT):
         raise UserError(f"{path}: found the format {kind}; accepted: {PACKED}, {FLOAT}")

@@ -1,9 +1,12 @@
 """Folders of the user's own YAML files: `--config-dir`, and Hydra's `hydra.searchpath`."""
 
+import runpy
+import sys
 from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
+from PIL import Image
 
 import compress
 from compress.cli import main
@@ -11,6 +14,7 @@ from compress.config.compose import searched_folders
 from compress.errors import UserError
 from compress.paths import user_folders
 
+SCRIPTS = Path(__file__).parents[2] / "scripts"
 SHORT = ["method=supervised", "trainer.max_epochs=1", "data.limit=200", "quantizer=none", "trainer.log_every=0"]
 
 
@@ -100,3 +104,19 @@ def test_an_option_of_the_users_that_cannot_be_used_is_one_line_before_any_work(
     accepted = capfd.readouterr().err.splitlines()[-1].partition("accepted: ")[2].split(", ")
     assert "cross_entropy" in accepted
     assert set(folder.iterdir()) - before <= {folder / "__pycache__"}
+
+
+@pytest.mark.slow
+def test_a_model_file_of_the_users_network_is_quantized_again_and_classifies(folder, monkeypatch, capsys):
+    result = compress.run(["student=tiny", *SHORT], config_dir="mine")
+    file = str(result.directory / "models" / "student-fp32.safetensors")
+    Image.new("L", (8, 8), 90).save("grey.png")
+    for script, typed in (
+        ("predict", [file, "grey.png"]),
+        ("quantize", [f"checkpoint={file}", "quantizer=rtn", "quantizer.bits=[4]"]),
+    ):
+        monkeypatch.setattr(sys, "argv", [script, *typed, "--config-dir", "mine"])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(SCRIPTS / f"{script}.py"), run_name="__main__")
+        assert ended.value.code == 0, capsys.readouterr().err
+    assert len(list(Path("outputs/quantized").glob("*/models/student-rtn-4bit.safetensors"))) == 1

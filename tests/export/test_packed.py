@@ -309,3 +309,8 @@ def test_a_float64_network_is_not_written_with_float32_scales(small, tmp_path):
     with pytest.raises(UserError, match=r"found torch.float64 weights in conv1; accepted: torch.float32"):
         write_packed(tmp_path / "model.safetensors", quantized, describe("resnet8"))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_path_may_be_text_as_in_the_readme(tmp_path):
+    with pytest.raises(UserError, match=r"absent\.safetensors: found no such file"):
+        read_model(str(tmp_path / "absent.safetensors"))
