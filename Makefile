@@ -8,7 +8,7 @@ FASHION_MNIST ?= /usr/share/datasets/fashion-mnist
 demo: .venv/installed
 	$(BIN)/python scripts/run.py method=dkd student=resnet18
 
-# Two minutes on two cores.
+# The linters, and what needs neither a training nor a process.
 check: .venv/installed-dev lint
 	$(BIN)/python -m pytest -n auto --dist worksteal -m 'not slow and not soak'
 
