@@ -4,7 +4,7 @@ Constructors of this project say in their annotations what they accept; `compres
 """
 
 import inspect
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, is_dataclass
 from typing import Any
 
@@ -123,11 +123,18 @@ def _check_teachers(config: DictConfig) -> None:
         _check_model(config, f"{where}.model")
 
 
-def _check_exporters(config: DictConfig) -> None:
-    for name, node in config.export.items():
-        where = f"export.{name}"
+def _named_nodes(config: DictConfig, group: str) -> Iterator[tuple[str, DictConfig]]:
+    """The key and the node of each part of a `group` that may have several."""
+    for name, node in config[group].items():
+        where = f"{group}.{name}"
         if not isinstance(node, DictConfig):
-            raise UserError(f"{where}: found {node!r}; accepted: its keys, such as {where}.KEY=VALUE, or export=OPTION")
+            accepted = f"its keys, such as {where}.KEY=VALUE, or {group}=OPTION"
+            raise UserError(f"{where}: found {node!r}; accepted: {accepted}")
+        yield where, node
+
+
+def _check_exporters(config: DictConfig) -> None:
+    for where, node in _named_nodes(config, "export"):
         exporter = target(config, where)
         if not (inspect.isclass(exporter) and issubclass(exporter, Exporter)):
             raise UserError(f"{where}: found {node._target_!r}, which is no Exporter; accepted: export=OPTION")
@@ -136,10 +143,7 @@ def _check_exporters(config: DictConfig) -> None:
 
 def _check_loggers(config: DictConfig) -> None:
     """A logger that needs more than its arguments says so in `check`."""
-    for name, node in config.logger.items():
-        where = f"logger.{name}"
-        if not isinstance(node, DictConfig):
-            raise UserError(f"{where}: found {node!r}; accepted: its keys, such as {where}.KEY=VALUE, or logger=OPTION")
+    for where, node in _named_nodes(config, "logger"):
         logger = target(config, where)
         accepted = [key for key in parameter_names(logger) if key != "save_dir"]
         checked = check_arguments(logger if _is_ours(logger) else {}, node, where, accepted=accepted)

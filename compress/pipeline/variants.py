@@ -33,7 +33,7 @@ class Variants:
     format comes first, because the other rows are compared with its row; its files are removed again where it is not
     among the `exporters`. architecture: {"stem", "options", "num_classes"}.
     `layers` says for each reference file which layers were quantized, to how many bits and with which relative output
-    error, and `quantized` has the networks by name; `test` is the evaluation of the float32 network, `student`, on the
+    error, and `quantized` has the networks by name; `test` is the evaluation of the float32 network on the
     test set.
     """
 
@@ -48,14 +48,12 @@ class Variants:
         self.rows: list[Row] = []
         self.layers: dict[str, dict[str, Any]] = {}
         self.quantized: dict[str, QuantizedModel] = {}
-        self.student: nn.Module | None = None
         self.test: Evaluation | None = None
         self._runnable: list[Callable[[Tensor], Tensor]] = []
         self._description = describe(architecture, data)
 
     def add_float(self, student: nn.Module) -> None:
         """The reference of all others."""
-        self.student = student
         columns = {"quantizer": "none", "bits": 32, "levels": None, "first_last_bits": None, "activation_bits": 32}
         self._measure("student-fp32", student, (), columns)
 
