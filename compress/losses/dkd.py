@@ -9,10 +9,9 @@ from typing import Annotated, ClassVar
 import torch
 from pydantic import Field
 from torch import Tensor
-from torch.nn import functional as F
 
 from compress.losses.cross_entropy import LabelSmoothing, cross_entropy
-from compress.losses.kd import Temperature
+from compress.losses.kd import Temperature, kd_loss
 from compress.losses.precision import at_least_float32
 from compress.losses.standardisation import standardise
 
@@ -26,24 +25,20 @@ def dkd_terms(
     distributions [p_y, 1 - p_y]; NCKD that of the softmax over the C - 1 other classes, which are gathered, not
     masked: a mask of -inf turns into NaN inside the divergence, a large negative number leaks mass.
     """
-    student_log_binary, student_log_others = _decouple(student_logits, target, temperature)
-    teacher_log_binary, teacher_log_others = _decouple(teacher_logits, target, temperature)
-
-    def divergence(log_student: Tensor, log_teacher: Tensor) -> Tensor:
-        return temperature**2 * F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True)
-
-    return divergence(student_log_binary, teacher_log_binary), divergence(student_log_others, teacher_log_others)
+    binary, others = _decouple(student_logits, target, temperature)
+    teacher_binary, teacher_others = _decouple(teacher_logits, target, temperature)
+    factor = temperature**2
+    return factor * kd_loss(binary, teacher_binary, 1.0), factor * kd_loss(others, teacher_others, 1.0)
 
 
 def _decouple(logits: Tensor, target: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Logarithms of [p_y, 1 - p_y], `(B, 2)`, and of the softmax over the other classes, `(B, C - 1)`."""
+    """Logits of [p_y, 1 - p_y], `(B, 2)`, and of the softmax over the other classes, `(B, C - 1)`, both at T."""
     scaled = at_least_float32(logits) / temperature
     batch, classes = scaled.shape
     others = torch.arange(classes - 1, device=logits.device).expand(batch, -1)
     others = others + (others >= target[:, None])
     target_logit, other_logits = scaled.gather(1, target[:, None]), scaled.gather(1, others)
-    binary = torch.cat([target_logit, other_logits.logsumexp(dim=1, keepdim=True)], dim=1)
-    return F.log_softmax(binary, dim=1), F.log_softmax(other_logits, dim=1)
+    return torch.cat([target_logit, other_logits.logsumexp(dim=1, keepdim=True)], dim=1), other_logits
 
 
 @dataclass(frozen=True)
@@ -65,10 +60,8 @@ class DKD:
     def __call__(self, logits: Tensor, target: Tensor, teacher_logits: Tensor, epoch: int = 0) -> dict[str, Tensor]:
         """The weighted terms under their names; training minimises their sum. `epoch` counts from 0."""
         ramp = min((epoch + 1) / max(self.warmup_epochs, 1), 1.0)
-        student_logits = logits
-        if self.standardise:
-            student_logits, teacher_logits = standardise(logits), standardise(teacher_logits)
-        target_term, others_term = dkd_terms(student_logits, teacher_logits, target, self.temperature)
+        scaled = standardise if self.standardise else at_least_float32
+        target_term, others_term = dkd_terms(scaled(logits), scaled(teacher_logits), target, self.temperature)
         return {
             "cross_entropy": cross_entropy(logits, target, self.label_smoothing),
             "tckd": ramp * self.alpha * target_term,

@@ -45,10 +45,9 @@ class KD:
 
     def __call__(self, logits: Tensor, target: Tensor, teacher_logits: Tensor, epoch: int = 0) -> dict[str, Tensor]:
         """The weighted terms under their names; training minimises their sum."""
-        student_logits = logits
-        if self.standardise:
-            student_logits, teacher_logits = standardise(logits), standardise(teacher_logits)
+        scaled = standardise if self.standardise else at_least_float32
+        divergence = kd_loss(scaled(logits), scaled(teacher_logits), self.temperature)
         return {
             "cross_entropy": (1 - self.alpha) * cross_entropy(logits, target, self.label_smoothing),
-            "kd": self.alpha * self.kd_weight * kd_loss(student_logits, teacher_logits, self.temperature),
+            "kd": self.alpha * self.kd_weight * divergence,
         }
