@@ -9,9 +9,9 @@ from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
-from compress.pruning.recipe import MaskRecipe, dense_layers
+from compress.pruning.recipe import MaskRecipe
 
 
 def mask_of_largest(scores: Tensor, zeros: int) -> Tensor:
@@ -59,6 +59,3 @@ class Magnitude(MaskRecipe):
 
     def masks(self, weights: Mapping[str, Tensor], current: Mapping[str, Tensor], share: float) -> dict[str, Tensor]:
         return magnitude_masks(weights, share * self.sparsity, self.scope, current)
-
-    def dense(self, network: nn.Module) -> dict[str, str]:
-        return dense_layers(self, network, {})

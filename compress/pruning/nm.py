@@ -7,12 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated
 
+import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from compress.errors import UserError
 from compress.models.masks import weight_of
-from compress.pruning.recipe import MaskRecipe, dense_layers
+from compress.pruning.recipe import MaskRecipe
 
 
 def nm_mask(weight: Tensor, n: int, m: int, current: Tensor | None = None) -> Tensor:
@@ -23,12 +24,10 @@ def nm_mask(weight: Tensor, n: int, m: int, current: Tensor | None = None) -> Te
     scores = weight.detach().abs().float()
     if current is not None:
         scores = scores.masked_fill(~current, -1.0)
-    grouped = scores.movedim(1, -1)
-    shape = grouped.shape
-    grouped = grouped.reshape(-1, m)
-    best = grouped.sort(dim=1, descending=True, stable=True).indices[:, :n]
-    mask = grouped.new_zeros(grouped.shape).scatter_(1, best, 1.0)
-    return mask.bool().reshape(shape).movedim(-1, 1).contiguous()
+    grouped = scores.movedim(1, -1).unflatten(-1, (-1, m))
+    best = grouped.sort(descending=True, stable=True).indices[..., :n]
+    mask = torch.zeros_like(grouped, dtype=torch.bool).scatter_(-1, best, True)
+    return mask.flatten(-2).movedim(-1, 1).contiguous()
 
 
 @dataclass(frozen=True)
@@ -51,10 +50,7 @@ class NM(MaskRecipe):
         n = self.m - int(share * (self.m - self.n) + 1e-9)
         return {name: nm_mask(weight, n, self.m, current.get(name)) for name, weight in weights.items()}
 
-    def dense(self, network: nn.Module) -> dict[str, str]:
-        unfit = {}
-        for name, layer in self.chosen(network).items():
-            channels = weight_of(layer).shape[1]
-            if channels % self.m:
-                unfit[name] = f"{channels} input channels, not divisible by {self.m}"
-        return dense_layers(self, network, unfit)
+    def unfit(self, chosen: Mapping[str, nn.Module]) -> dict[str, str]:
+        inputs = {name: weight_of(layer).shape[1] for name, layer in chosen.items()}
+        reason = "{} input channels, not divisible by {}"
+        return {name: reason.format(count, self.m) for name, count in inputs.items() if count % self.m}

@@ -107,9 +107,14 @@ class MaskRecipe(Recipe):
         weights = {name: weight_of(network.get_submodule(name)) for name in current}
         narrow(network, self.masks(weights, current, share))
 
-    @abstractmethod
+    def unfit(self, chosen: Mapping[str, nn.Module]) -> dict[str, str]:
+        """Those of the `chosen` layers that the recipe cannot prune, and why."""
+        return {}
+
     def dense(self, network: nn.Module) -> dict[str, str]:
-        """The layers without a mask, and why they have none."""
+        """The layers without a mask, and why: those that the options skip, and the unfit."""
+        chosen = self.chosen(network)
+        return {name: "skipped" for name in layers(network) if name not in chosen} | self.unfit(chosen)
 
     def pruned_layers(self, network: nn.Module) -> list[str]:
         """The names of the layers that get a mask."""
@@ -160,9 +165,3 @@ class MaskRecipe(Recipe):
         if not first < batches < last or (batches - first) % self.interval:
             return None
         return cubic((batches - first) / (last - first))
-
-
-def dense_layers(recipe: Recipe, network: nn.Module, unfit: Mapping[str, str]) -> dict[str, str]:
-    """The layers without a mask, and why: those that the options skip, and the `unfit`."""
-    chosen = recipe.chosen(network)
-    return {name: "skipped" for name in layers(network) if name not in chosen} | dict(unfit)

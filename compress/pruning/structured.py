@@ -4,10 +4,9 @@ Torch-Pruning finds which layers share a channel and chooses the channels of lea
 2301.12900). What it leaves is described by `compress.models.channels`, so that files can be read without it.
 """
 
-import contextlib
 import copy
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Annotated, Any
@@ -55,7 +54,7 @@ class Structured(Recipe):
         fresh = copy.deepcopy(network)
         training = network.training
         try:
-            with _quiet():
+            with warnings.catch_warnings(action="ignore"):
                 self._prune(network.eval(), ignored, input_shape)
                 changed = changed_channels(network, fresh)
                 same = _as_described(network, fresh, changed, input_shape)
@@ -110,10 +109,3 @@ def _as_described(network: nn.Module, fresh: nn.Module, widths: Channels, input_
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(2, *input_shape, generator=generator).to(next(network.parameters()).device)
     return torch.equal(again(images), network(images))
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield

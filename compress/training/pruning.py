@@ -5,7 +5,6 @@ from typing import Any
 
 import pytorch_lightning as pl
 from torch import nn
-from torch.optim import Optimizer
 
 from compress.export.state_dicts import CHANNELS
 from compress.models import masks
@@ -35,7 +34,7 @@ class Pruning(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         for optimizer in trainer.optimizers:
-            optimizer.register_step_post_hook(self._after_step)
+            optimizer.register_step_post_hook(lambda *arguments: self._apply())
         if trainer.global_step == 0:
             self._prune(trainer, 0)
         self._apply()
@@ -55,16 +54,10 @@ class Pruning(pl.Callback):
         }
 
     def _prune(self, trainer: pl.Trainer, batches: int) -> None:
-        if self.recipe is None:
-            return
-        share = self.recipe.share(batches, trainer.num_training_batches, trainer.max_epochs)
-        if share is None:
-            return
-        for network in self.networks.values():
-            self.recipe.prune(network, share)
-
-    def _after_step(self, optimizer: Optimizer, arguments: Any, options: Any) -> None:
-        self._apply()
+        share = self.recipe and self.recipe.share(batches, trainer.num_training_batches, trainer.max_epochs)
+        if share is not None:
+            for network in self.networks.values():
+                self.recipe.prune(network, share)
 
     def _apply(self) -> None:
         for network in self.networks.values():
