@@ -48,10 +48,21 @@ class DML(Classifier):
         images, target = batch
         blend = self.blend(len(images), batch_index)
         seen = blend(images) if blend else images
-        step = self._alternate if self.update == "alternate" else self._simultaneous
-        logits, terms = step(seen, target, blend)
-        mean = {name: torch.stack([of_peer[name] for of_peer in terms]).mean() for name in terms[0]}
-        self.total_loss(logits[0], target, mean)
+        taken_first = self._logits(seen) if self.update == "simultaneous" else None
+        all_logits, all_terms = [], []
+        for index, optimizer in enumerate(self.optimizers()):
+            if taken_first:
+                logits, others = taken_first[index], taken_first[:index] + taken_first[index + 1 :]
+            else:
+                logits, others = self._fresh_logits(seen, index)
+            terms = self.loss_terms(logits, target, others, blend)
+            optimizer.zero_grad()
+            self.manual_backward(torch.stack(list(terms.values())).sum())
+            optimizer.step()
+            all_logits.append(logits)
+            all_terms.append(terms)
+        mean = {name: torch.stack([terms[name] for terms in all_terms]).mean() for name in all_terms[0]}
+        self.total_loss(all_logits[0], target, mean)
         for schedule in self.lr_schedulers():
             schedule.step()
 
@@ -63,30 +74,10 @@ class DML(Classifier):
     def _logits(self, images: Tensor) -> list[Tensor]:
         return [network(images) for network in self.networks.values()]
 
-    def _alternate(self, images: Tensor, target: Tensor, blend: Blend | None) -> tuple[list[Tensor], list[dict]]:
-        all_logits, all_terms = [], []
-        for index, optimizer in enumerate(self.optimizers()):
-            networks = list(self.networks.values())
-            with torch.no_grad():
-                others = [network(images) for network in networks[:index] + networks[index + 1 :]]
-            logits = networks[index](images)
-            terms = self.loss_terms(logits, target, others, blend)
-            self._step(optimizer, terms)
-            all_logits.append(logits)
-            all_terms.append(terms)
-        return all_logits, all_terms
-
-    def _simultaneous(self, images: Tensor, target: Tensor, blend: Blend | None) -> tuple[list[Tensor], list[dict]]:
-        logits = self._logits(images)
-        terms = [
-            self.loss_terms(of_peer, target, logits[:index] + logits[index + 1 :], blend)
-            for index, of_peer in enumerate(logits)
-        ]
-        for optimizer, of_peer in zip(self.optimizers(), terms, strict=True):
-            self._step(optimizer, of_peer)
-        return logits, terms
-
-    def _step(self, optimizer: Any, terms: dict[str, Tensor]) -> None:
-        optimizer.zero_grad()
-        self.manual_backward(torch.stack(list(terms.values())).sum())
-        optimizer.step()
+    def _fresh_logits(self, images: Tensor, index: int) -> tuple[Tensor, list[Tensor]]:
+        """Those of the peer at `index`, and of all others without gradients."""
+        networks = list(self.networks.values())
+        learner = networks.pop(index)
+        with torch.no_grad():
+            others = [network(images) for network in networks]
+        return learner(images), others

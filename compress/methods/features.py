@@ -1,7 +1,8 @@
 """Features of a network by the names of its modules, which stay as they are: hooks last for one forward pass."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,18 +16,13 @@ def tapped(network: nn.Module, names: Sequence[str], inputs: bool = False) -> It
     """Within it every call of `network` puts the outputs (or first inputs) of the modules `names` into the dict."""
     taken: dict[str, Tensor] = {}
 
-    def take(name: str) -> Any:
-        def hook(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
-            taken[name] = arguments[0] if inputs else output
+    def take(name: str, module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+        taken[name] = arguments[0] if inputs else output
 
-        return hook
-
-    handles = [network.get_submodule(name).register_forward_hook(take(name)) for name in names]
-    try:
+    with ExitStack() as hooks:
+        for name in names:
+            hooks.enter_context(network.get_submodule(name).register_forward_hook(partial(take, name)))
         yield taken
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def shapes(network: nn.Module, names: Sequence[str], input_shape: Sequence[int], inputs: bool = False) -> list[Any]:

@@ -45,12 +45,12 @@ class Structured(Recipe):
 
         Raises UserError where that cannot be done.
         """
-        known, chosen = layers(network), self.chosen(network)
-        classifier = last_linear(network)
-        self._check_ratio({name: layer for name, layer in chosen.items() if name != classifier})
+        pruned = self.chosen(network)
+        pruned.pop(last_linear(network), None)
+        self._check_ratio(pruned)
+        ignored = [layer for name, layer in layers(network).items() if name not in pruned]
         masked = list(masks.masks_of(network))
         masks.remove(network)
-        ignored = [layer for name, layer in known.items() if name == classifier or name not in chosen]
         fresh = copy.deepcopy(network)
         training = network.training
         try:
