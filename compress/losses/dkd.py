@@ -11,9 +11,8 @@ from pydantic import Field
 from torch import Tensor
 
 from compress.losses.cross_entropy import LabelSmoothing, cross_entropy
-from compress.losses.kd import Temperature, kd_loss
+from compress.losses.kd import Temperature, kd_loss, standardise
 from compress.losses.precision import at_least_float32
-from compress.losses.standardisation import standardise
 
 
 def dkd_terms(

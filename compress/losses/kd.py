@@ -1,6 +1,7 @@
 """Knowledge distillation: the student matches the teacher's softened distribution.
 
-Hinton, Vinyals & Dean 2015, https://arxiv.org/abs/1503.02531
+Hinton, Vinyals & Dean 2015, https://arxiv.org/abs/1503.02531; standardised logits, which are compared by their shape
+and not by their range: Sun et al. 2024, https://arxiv.org/abs/2403.01427
 """
 
 from dataclasses import dataclass
@@ -12,7 +13,6 @@ from torch.nn import functional as F
 
 from compress.losses.cross_entropy import LabelSmoothing, cross_entropy
 from compress.losses.precision import at_least_float32
-from compress.losses.standardisation import standardise
 
 Temperature = Annotated[float, Field(gt=0)]
 
@@ -26,6 +26,13 @@ def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float) 
     log_student = F.log_softmax(at_least_float32(student_logits) / temperature, dim=1)
     log_teacher = F.log_softmax(at_least_float32(teacher_logits) / temperature, dim=1)
     return temperature**2 * F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True)
+
+
+def standardise(logits: Tensor) -> Tensor:
+    """`(z - mean) / (1e-7 + std)` over the classes of `(B, C)`, with the unbiased deviation; float32 or better."""
+    logits = at_least_float32(logits)
+    centred = logits - logits.mean(dim=1, keepdim=True)
+    return centred / (1e-7 + logits.std(dim=1, keepdim=True))
 
 
 @dataclass(frozen=True)

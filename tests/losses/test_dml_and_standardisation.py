@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from compress.losses import dkd, kd
 from compress.losses.dml import DML
-from compress.losses.standardisation import standardise
+from compress.losses.kd import standardise
 from compress.pipeline.check import checked_jobs
 
 
