@@ -148,15 +148,12 @@ def watch(command: Sequence[str], environments: Sequence[Mapping[str, str]]) -> 
         try:
             for variables in environments:
                 # In a session of their own: Ctrl-C is for the job, which then ends them.
-                environment = os.environ | variables | {FAILURES: failures}
-                started.append(
-                    subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, start_new_session=True)
-                )
-            while any(process.poll() is None for process in started):
-                if any(process.poll() for process in started):
-                    break
+                options = {"env": os.environ | variables | {FAILURES: failures}, "start_new_session": True}
+                started.append(subprocess.Popen(command, stdin=subprocess.PIPE, **options))
+            codes: list[int | None] = [None]
+            while None in codes and not any(codes):
                 time.sleep(0.05)
-            codes = [process.poll() for process in started]
+                codes = [process.poll() for process in started]
         finally:
             for process in started:
                 # Not gently: whatever they write is there whole or not at all, and a process that waits for another
@@ -172,15 +169,17 @@ def watch(command: Sequence[str], environments: Sequence[Mapping[str, str]]) -> 
 def _raise(codes: Sequence[int | None], folder: Path) -> NoReturn:
     """The failure that came first; the others fail because of it."""
     reports = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("[0-9]*.json")]
-    for failure in sorted(reports, key=lambda report: report["time"]):
-        if failure["mistake"]:
-            raise UserError(failure["mistake"])
-    killed = [(rank, -code) for rank, code in enumerate(codes) if code is not None and code < 0]
-    for rank, number in killed:
-        raise RuntimeError(f"process {rank} of the training was killed by {signal.Signals(number).name}")
-    for failure in sorted(reports, key=lambda report: report["time"]):
-        raise RuntimeError(f"process {failure['rank']} of the training failed:\n{failure['traceback']}")
-    [(rank, code), *_] = [(rank, code) for rank, code in enumerate(codes) if code]
+    reports.sort(key=lambda report: report["time"])
+    for report in reports:
+        if report["mistake"]:
+            raise UserError(report["mistake"])
+    failed = [(rank, code) for rank, code in enumerate(codes) if code]
+    for rank, code in failed:
+        if code < 0:
+            raise RuntimeError(f"process {rank} of the training was killed by {signal.Signals(-code).name}")
+    for report in reports:
+        raise RuntimeError(f"process {report['rank']} of the training failed:\n{report['traceback']}")
+    rank, code = failed[0]
     raise RuntimeError(f"process {rank} of the training ended with exit code {code}")
 
 

@@ -48,13 +48,25 @@ def fit(
     decay = options.pop("ema_decay", None)
     options |= processes.lightning_options(options)
     plugins = options.pop("plugins")
-    # After whatever else changes the weights after a batch.
-    averaging = [] if decay is None else [MovingAverage(decay)]
+    called = [
+        EpochLines(label, log_every),
+        Divergence(label, directory / BEST),
+        # The best comes before the last: a run killed between the two repeats an epoch rather than losing its best.
+        Checkpoint(directory / BEST, first_best, monitor="val/accuracy", mode="max"),
+        Checkpoint(directory / LAST),
+        *callbacks,
+    ]
+    if patience is not None:
+        # Before the checkpoints, which are to hold how long it has waited.
+        called.insert(0, Patience("val/accuracy", first_best, mode="max", patience=patience))
+    if decay is not None:
+        # After whatever else changes the weights after a batch.
+        called.append(MovingAverage(decay))
     _quieten()
     trainer = pl.Trainer(
         **options,
         logger=list(loggers) or False,
-        callbacks=[*_callbacks(directory, label, log_every, first_best, patience), *callbacks, *averaging],
+        callbacks=called,
         default_root_dir=directory,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -74,20 +86,6 @@ def fit(
     return trainer
 
 
-def _callbacks(directory: Path, label: str, log_every: int, first_best: int, patience: int | None) -> list[pl.Callback]:
-    """Those of every fit, in the order in which Lightning is to call them."""
-    callbacks = [
-        EpochLines(label, log_every),
-        Divergence(label, directory / BEST),
-        # The best comes before the last: a run killed between the two repeats an epoch rather than losing its best.
-        Checkpoint(directory, first_best, filename=_stem(BEST), monitor="val/accuracy", mode="max"),
-        Checkpoint(directory, filename=_stem(LAST)),
-    ]
-    # Before the checkpoints, which are to hold how long it has waited.
-    stopping = [] if patience is None else [Patience("val/accuracy", first_best, mode="max", patience=patience)]
-    return [*stopping, *callbacks]
-
-
 def epoch_of(path: Path) -> int:
     """The number, from 1, of the epoch at whose end the checkpoint at `path` was written.
 
@@ -102,11 +100,12 @@ def epoch_of(path: Path) -> int:
 
 
 class Checkpoint(ModelCheckpoint):
-    """Writes one file at the end of an epoch, from epoch `first` on, when the training metrics are known too."""
+    """Writes `path` at the end of an epoch, from epoch `first` on, when the training metrics are known too."""
 
-    def __init__(self, directory: Path, first: int = 0, **options: Any) -> None:
+    def __init__(self, path: Path, first: int = 0, **options: Any) -> None:
         self.first = first
-        super().__init__(directory, save_on_train_epoch_end=True, enable_version_counter=False, **options)
+        options |= {"save_on_train_epoch_end": True, "enable_version_counter": False}
+        super().__init__(path.parent, path.stem, **options)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.current_epoch >= self.first:
@@ -114,14 +113,13 @@ class Checkpoint(ModelCheckpoint):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Lightning forgets the best score when the directory was moved; the files have moved with it."""
-        paths = {
-            key: str(Path(self.dirpath, Path(state_dict[key]).name))
-            for key in ("best_model_path", "kth_best_model_path")
-        }
-        scores = {
-            str(Path(self.dirpath, Path(path).name)): score for path, score in state_dict["best_k_models"].items()
-        }
-        super().load_state_dict(state_dict | paths | {"dirpath": self.dirpath, "best_k_models": scores})
+
+        def here(path: str) -> str:
+            return str(Path(self.dirpath, Path(path).name))
+
+        moved = {key: here(state_dict[key]) for key in ("best_model_path", "kth_best_model_path")}
+        moved["best_k_models"] = {here(path): score for path, score in state_dict["best_k_models"].items()}
+        super().load_state_dict(state_dict | moved | {"dirpath": self.dirpath})
 
 
 class Divergence(pl.Callback):
@@ -184,18 +182,10 @@ def _is_finite(module: pl.LightningModule) -> bool:
     return all(bool(parameter.isfinite().all()) for parameter in module.parameters())
 
 
-def _stem(name: str) -> str:
-    return name.removesuffix(ModelCheckpoint.FILE_EXTENSION)
-
-
 def _quieten() -> None:
     """Lightning's advice and device banners, which a table of results does not need."""
     for name in ("pytorch_lightning", "lightning.pytorch", "lightning.fabric", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    for message in (
-        ".*does not have many workers.*",
-        ".*Checkpoint directory .* exists.*",
-        ".*treespec.*",
-        ".*sync_dist.*",
-    ):
-        warnings.filterwarnings("ignore", message)
+    warnings.filterwarnings(
+        "ignore", ".*(does not have many workers|Checkpoint directory .* exists|treespec|sync_dist)"
+    )
