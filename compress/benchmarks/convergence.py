@@ -7,15 +7,16 @@ same number of learning rates with the first seed; the rate with the lowest fina
 import argparse
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from matplotlib.figure import Figure
 from omegaconf import OmegaConf
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
@@ -26,6 +27,7 @@ from compress.files import write_atomically, write_csv
 from compress.optim.groups import optimizer_factory
 from compress.optim.schedules import Cosine
 from compress.paths import CONF
+from compress.training.fit import device
 
 WARM_UP = 0.1  # of the steps
 
@@ -80,18 +82,18 @@ def run(arguments: argparse.Namespace) -> None:
         limit=arguments.limit,
         crop_padding=2,
         horizontal_flip=True,
-        device="cuda" if torch.cuda.is_available() else "cpu",
+        device=device("auto"),
     )
     data.prepare_data()
     data.setup()
-    first, *others = contestants(arguments)
     points: list[Point] = []
-    tuned = {contestant.name: _tuned(contestant, data, arguments, points) for contestant in (first, *others)}
+    tuned = {contestant.name: _tuned(contestant, data, arguments, points) for contestant in contestants(arguments)}
     path = arguments.output / "convergence.csv"
     write_csv(path, [field.name for field in fields(Point)], map(asdict, points))
-    _draw(arguments.output / "convergence.png", tuned)
-    for contestant in others:
-        print(verdict(contestant.name, tuned[first.name], tuned[contestant.name]))
+    _draw(path.with_suffix(".png"), tuned)
+    reference, *others = tuned
+    for name in others:
+        print(verdict(name, tuned[reference], tuned[name]))
     print(f"curves in {path} and {path.with_suffix('.png')}")
 
 
@@ -123,24 +125,24 @@ def train(
     optimizer = contestant.build(network.parameters(), rate)
     schedule = Cosine(warmup_epochs=WARM_UP * contestant.steps)(optimizer, 1, contestant.steps)
     data.seed = seed
-    loader = data.train_dataloader()
-    step, epoch, points = 0, 0, []
-    while step < contestant.steps:
-        loader.sampler.set_epoch(epoch)
-        epoch += 1
-        for images, target in loader:
-            network.train()
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(network(images), target).backward()
-            optimizer.step()
-            schedule.step()
-            step += 1
-            if step % arguments.every == 0 or step == contestant.steps:
-                loss = validation_loss(network, data.val_dataloader())
-                points.append(Point(contestant.name, rate, seed, contestant.steps, step, loss))
-            if step == contestant.steps:
-                break
+    points = []
+    for step, (images, target) in enumerate(islice(_batches(data.train_dataloader()), contestant.steps), 1):
+        network.train()
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(network(images), target).backward()
+        optimizer.step()
+        schedule.step()
+        if step % arguments.every == 0 or step == contestant.steps:
+            loss = validation_loss(network, data.val_dataloader())
+            points.append(Point(contestant.name, rate, seed, contestant.steps, step, loss))
     return points
+
+
+def _batches(loader: DataLoader) -> Iterator[tuple[Tensor, Tensor]]:
+    """Those of one epoch after the other, without end."""
+    for epoch in count():
+        loader.sampler.set_epoch(epoch)
+        yield from loader
 
 
 @torch.no_grad()
@@ -153,17 +155,18 @@ def validation_loss(network: nn.Module, loader: DataLoader) -> float:
 def verdict(name: str, reference: list[list[Point]], tried: list[list[Point]]) -> str:
     """How far the trainings `tried` came by when they had the final loss of the `reference` of their seed."""
     shares = []
-    for curve, goal in zip(tried, reference, strict=True):
-        reached = next((point.step for point in curve if point.loss <= goal[-1].loss), None)
-        shares.append(math.inf if reached is None else reached / goal[-1].step)
-    ends = [statistics.mean(run[-1].loss for run in runs) for runs in (reference, tried)]
+    for curve, [*_, goal] in zip(tried, reference, strict=True):
+        reached = next((point.step for point in curve if point.loss <= goal.loss), math.inf)
+        shares.append(reached / goal.step)
     by_seed = ", ".join("not reached" if share == math.inf else f"{100 * share:.0f} %" for share in shares)
     mean = statistics.mean(shares)
     when = "not in every seed" if mean == math.inf else f"after {100 * mean:.0f} % of the steps on average"
+    ends = [
+        f"{statistics.mean(run[-1].loss for run in runs):.4f} after {runs[0][-1].step}" for runs in (tried, reference)
+    ]
     return (
         f"{name}, rate {tried[0][-1].rate:.2g}: AdamW's final loss (rate {reference[0][-1].rate:.2g}) {when} "
-        f"({by_seed}); "
-        f"final losses {ends[1]:.4f} after {tried[0][-1].step} steps and {ends[0]:.4f} after {reference[0][-1].step}"
+        f"({by_seed}); final losses {ends[0]} steps and {ends[1]}"
     )
 
 

@@ -25,11 +25,10 @@ def run(arguments: argparse.Namespace) -> None:
     shape = (3, arguments.image_size, arguments.image_size)
     dense = models.build(arguments.model, 10).eval()
     small = Structured(ratio=arguments.ratio).shrink(models.build(arguments.model, 10), shape).eval()
-    for name, count in (
-        ("parameters", models.count_parameters),
-        ("MACs", lambda network: models.count_macs(network, shape)),
-    ):
-        print(f"{name}: {count(small):,} of {count(dense):,}, {count(small) / count(dense):.3f}")
+    parameters = [models.count_parameters(network) for network in (small, dense)]
+    macs = [models.count_macs(network, shape) for network in (small, dense)]
+    for name, (left, whole) in {"parameters": parameters, "MACs": macs}.items():
+        print(f"{name}: {left:,} of {whole:,}, {left / whole:.3f}")
     for batch in arguments.batch_sizes:
         images = torch.randn(batch, *shape)
         for network in (dense, small):

@@ -43,20 +43,19 @@ def run(arguments: argparse.Namespace) -> None:
         images = list(torch.randn(shape, device=device).split(128))
         prepared = prepare(network)
         operations = floor_operations(prepared, images, refinement)
-        pairs = []
-        for _ in range(arguments.pairs + 1):
-            total = seconds(partial(quantize, network, images, arguments.bits, refinement=refinement))
-            products = operations / gemm_rate(device)
-            pairs.append((total, 2 * seconds(partial(_forward, prepared.analog, images)), products))
-        pairs = pairs[1:]  # the first one warms up
-        ratios = [total / (passes + products) for total, passes, products in pairs]
-        total, passes, products = (statistics.median(column) for column in zip(*pairs, strict=True))
+        quantization = partial(quantize, network, images, arguments.bits, refinement=refinement)
+        passes = partial(_forward, prepared.analog, images)
+        _, *pairs = [  # the first one warms up
+            (seconds(quantization), operations / gemm_rate(device), 2 * seconds(passes))
+            for _ in range(arguments.pairs + 1)
+        ]
+        total, products, passes = (statistics.median(column) for column in zip(*pairs, strict=True))
         print(
             f"{arguments.model}, {count} images of {arguments.image_size}x{arguments.image_size}, {device}, "
             f"{torch.get_num_threads()} threads: {total:.2f} s; floor {passes:.2f} s of forward passes and "
             f"{products:.2f} s of products"
         )
-        print(spread(ratios))
+        print(spread([total / (products + passes) for total, products, passes in pairs]))
 
 
 def floor_operations(prepared: Prepared, images: list[Tensor], refinement: Refinement) -> float:

@@ -2,6 +2,7 @@
 
 import math
 import random
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +27,11 @@ def write_runs(folder: Path, count: int, epochs: int = 60, layers: int = 20) -> 
 
 def _write_run(directory: Path, index: int, epochs: int, layers: int) -> Path:
     draw = random.Random(index)
-    seed, rest = index % 5, index // 5
-    method, rest = METHODS[rest % 5], rest // 5
-    student, rest = list(STUDENTS)[rest % 4], rest // 4
-    rate = LEARNING_RATES[rest % 5]
+    variations = list(product(LEARNING_RATES, STUDENTS, METHODS, range(5)))
+    rate, student, method, seed = variations[index % len(variations)]
     best = 0.8 + 0.03 * list(STUDENTS).index(student) + draw.gauss(0, 0.004)
-    rows = [_row("none", 32, STUDENTS[student], best)]
-    rows += [
-        _row("gpfq", bits, STUDENTS[student], best - draw.uniform(0.5, 1) * 2.0 ** (-bits)) for bits in (8, 4, 3, 2)
-    ]
+    rows = [_row(32, STUDENTS[student], best)]
+    rows += [_row(bits, STUDENTS[student], best - draw.uniform(0.5, 1) * 2.0 ** (-bits)) for bits in (8, 4, 3, 2)]
     overrides = ["experiment=fashion_mnist_study", f"method={method}", f"student={student}"]
     record = Record(
         overrides=[*overrides, f"seed={seed}", f"optimizer.lr={rate}"],
@@ -50,8 +47,7 @@ def _write_run(directory: Path, index: int, epochs: int, layers: int) -> Path:
     for row in rows:
         write_text(directory / row.file, "invented")
     record.write(directory)
-    config = yaml.safe_dump(_config(method, student, rate, seed, epochs), sort_keys=False)
-    write_text(directory / "config.yaml", config)
+    write_text(directory / "config.yaml", yaml.safe_dump(_config(method, student, rate, seed, epochs), sort_keys=False))
     write_tradeoff(directory / "tradeoff.csv", rows)
     write_text(directory / "metrics.csv", _metrics(draw, best, rate, epochs))
     return directory
@@ -75,26 +71,27 @@ def _metrics(draw: random.Random, best: float, rate: float, epochs: int) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _row(quantizer: str, bits: int, parameters: int, accuracy: float) -> Row:
-    size = parameters * bits // 8 + 7_000
+def _row(bits: int, parameters: int, accuracy: float) -> Row:
+    """That of the float32 student, where `bits` is 32, or of one on grids."""
+    size, float32 = parameters * bits // 8 + 7_000, bits == 32
     return Row(
-        quantizer=quantizer,
+        quantizer="none" if float32 else "gpfq",
         bits=bits,
-        levels=None if bits == 32 else 2**bits,
-        first_last_bits=None if bits == 32 else 8,
+        levels=None if float32 else 2**bits,
+        first_last_bits=None if float32 else 8,
         activation_bits=32,
         runtime="torch",
         sparsity=0.0,
         validation_accuracy=accuracy - 0.01,
         test_accuracy=accuracy,
-        agreement=1.0 if bits == 32 else 1 - 0.3 * 2.0 ** (-bits),
+        agreement=1.0 if float32 else 1 - 0.3 * 2.0 ** (-bits),
         runtime_agreement=None,
         logit_difference=None,
         bytes=size,
         ratio=(parameters * 4 + 7_000) / size,
         latency_ms=0.5,
         latency_32_ms=9.0,
-        file=f"models/student-{'fp32' if bits == 32 else f'{quantizer}-{bits}bit'}.safetensors",
+        file=f"models/student-{'fp32' if float32 else f'gpfq-{bits}bit'}.safetensors",
     )
 
 
