@@ -22,6 +22,7 @@ from compress.quantization.lsq import FakeQuantization
 
 OptimizerFactory = Callable[..., Optimizer]
 Loss = Callable[..., dict[str, Tensor]]
+Shape = tuple[int, int, int]  # (C, H, W) of an image
 Teacher = FrozenTeacher | FrozenEnsemble | LearningTeacher
 
 
@@ -49,7 +50,7 @@ class Classifier(pl.LightningModule, ABC):
         optimizer: Supplied[OptimizerFactory],
         scheduler: Supplied[Schedule],
         num_classes: Supplied[int],
-        input_shape: Supplied[tuple[int, int, int] | None] = None,
+        input_shape: Supplied[Shape | None] = None,
         seed: Supplied[int] = 0,
         mixup: Supplied[Mixup | None] = None,
         teacher: Supplied[Teacher | None] = None,
@@ -91,11 +92,7 @@ class Classifier(pl.LightningModule, ABC):
 
     @classmethod
     def check_networks(
-        cls,
-        options: Mapping[str, Any],
-        student: nn.Module,
-        teacher: nn.Module | None,
-        input_shape: tuple[int, int, int],
+        cls, options: Mapping[str, Any], student: nn.Module, teacher: nn.Module | None, input_shape: Shape
     ) -> None:
         """Raises UserError where the method's `options` do not fit the float networks, whose weights may be changed.
 

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from compress.errors import UserError
-from compress.methods.classifier import Classifier
+from compress.methods.classifier import Classifier, Shape
 from compress.methods.features import check_layers_of, feature_layers, shapes, tapped
 from compress.methods.mixup import Blend
 
@@ -36,18 +36,12 @@ class FeatureDistillation(Classifier):
 
     @classmethod
     def check_networks(
-        cls,
-        options: Mapping[str, Any],
-        student: nn.Module,
-        teacher: nn.Module | None,
-        input_shape: tuple[int, int, int],
+        cls, options: Mapping[str, Any], student: nn.Module, teacher: nn.Module | None, input_shape: Shape
     ) -> None:
         cls.choose(options, student, teacher, input_shape)
 
     @classmethod
-    def choose(
-        cls, options: Mapping[str, Any], student: nn.Module, teacher: nn.Module, input_shape: tuple[int, int, int]
-    ) -> Pairs:
+    def choose(cls, options: Mapping[str, Any], student: nn.Module, teacher: nn.Module, input_shape: Shape) -> Pairs:
         """The pairs of modules; raises UserError, naming the key, for names that do not exist or do not fit."""
         layers, teacher_layers = options["layers"], options["teacher_layers"]
         if layers is None and teacher_layers is not None:
@@ -69,7 +63,7 @@ class FeatureDistillation(Classifier):
         return list(zip(layers, teacher_layers, strict=True))
 
     @classmethod
-    def default_pairs(cls, student: nn.Module, teacher: nn.Module, input_shape: tuple[int, int, int]) -> Pairs:
+    def default_pairs(cls, student: nn.Module, teacher: nn.Module, input_shape: Shape) -> Pairs:
         """The pairs that are compared where no layers are named."""
         layers, teacher_layers = feature_layers(student, input_shape), feature_layers(teacher, input_shape)
         count = min(len(layers), len(teacher_layers))

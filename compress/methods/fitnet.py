@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from compress.losses.attention import smaller_size
 from compress.losses.precision import at_least_float32
+from compress.methods.classifier import Shape
 from compress.methods.feature_distillation import FeatureDistillation, Pairs
 from compress.methods.features import shapes
 
@@ -36,7 +37,7 @@ class FitNet(FeatureDistillation):
         )
 
     @classmethod
-    def default_pairs(cls, student: nn.Module, teacher: nn.Module, input_shape: tuple[int, int, int]) -> Pairs:
+    def default_pairs(cls, student: nn.Module, teacher: nn.Module, input_shape: Shape) -> Pairs:
         pairs = super().default_pairs(student, teacher, input_shape)
         return [pairs[len(pairs) // 2]]
 

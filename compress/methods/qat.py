@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from compress.arguments import Supplied
 from compress.errors import UserError
-from compress.methods.classifier import Classifier
+from compress.methods.classifier import Classifier, Shape
 from compress.methods.kd import KD
 from compress.methods.mixup import Blend
 from compress.methods.supervised import Supervised
@@ -51,11 +51,7 @@ class QAT(Classifier):
 
     @classmethod
     def check_networks(
-        cls,
-        options: Mapping[str, Any],
-        student: nn.Module,
-        teacher: nn.Module | None,
-        input_shape: tuple[int, int, int],
+        cls, options: Mapping[str, Any], student: nn.Module, teacher: nn.Module | None, input_shape: Shape
     ) -> None:
         if options["weight_bits"] is None and options["activation_bits"] is None:
             raise UserError("method.weight_bits: found null, and activation_bits too; accepted: 2 to 8 for one of them")

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from compress.errors import UserError
 from compress.losses.relational import angle_loss, distance_loss
+from compress.methods.classifier import Shape
 from compress.methods.feature_distillation import FeatureDistillation, Pairs
 from compress.models.channels import last_linear
 
@@ -29,7 +30,7 @@ class RKD(FeatureDistillation):
         self.angle_weight = angle_weight
 
     @classmethod
-    def default_pairs(cls, student: nn.Module, teacher: nn.Module, input_shape: tuple[int, int, int]) -> Pairs:
+    def default_pairs(cls, student: nn.Module, teacher: nn.Module, input_shape: Shape) -> Pairs:
         pair = last_linear(student), last_linear(teacher)
         if None in pair:
             raise UserError("method.layers: found a network without a linear layer; accepted: names of modules")

@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.optim import Optimizer
 
-from compress.arguments import check_arguments
+from compress.arguments import check_arguments, parameter_names
 from compress.optim.kronecker import fold, inverse_root, join, split
 
 NotNegative = Annotated[float, Field(ge=0)]
@@ -68,24 +68,11 @@ class Shampoo(Optimizer):
         root_interval: Steps = 50,
         statistics_interval: Steps = 1,
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "momentum": momentum,
-            "beta2": beta2,
-            "weight_decay": weight_decay,
-            "grafting": grafting,
-            "grafting_beta2": grafting_beta2,
-            "grafting_epsilon": grafting_epsilon,
-            "damping": damping,
-            "block_size": block_size,
-            "root_interval": root_interval,
-            "statistics_interval": statistics_interval,
-        }
-        super().__init__(params, defaults)
+        given = locals()
+        super().__init__(params, {name: given[name] for name in parameter_names(Shampoo) if name != "params"})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        options = self.defaults | {name: value for name, value in param_group.items() if name in self.defaults}
-        check_arguments(Shampoo, options, "")
+        check_arguments(Shampoo, {name: param_group.get(name, value) for name, value in self.defaults.items()}, "")
         super().add_param_group(param_group)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -100,10 +87,7 @@ class Shampoo(Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of every parameter that has a gradient; `closure` computes them anew and returns the loss."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = None if closure is None else torch.enable_grad()(closure)()
         for group in self.param_groups:
             # Parameters without a gradient in some step fall behind the others.
             alike: dict[int, list[Tensor]] = defaultdict(list)
@@ -153,15 +137,14 @@ class Shampoo(Optimizer):
             steps = torch._foreach_div(gradients, deviations)
         shaped = [index for index, state in enumerate(states) if "left_0" in state]
         if shaped:
-            lengths = torch._foreach_norm([steps[index] for index in shaped])
             directions = self._directions([gradients[i] for i in shaped], [states[i] for i in shaped], group, count)
             if group["grafting"] != "none":
+                lengths = torch._foreach_norm([steps[index] for index in shaped])
                 norms = torch._foreach_norm(directions)
                 torch._foreach_clamp_min_(norms, torch.finfo(torch.float32).tiny)
                 torch._foreach_mul_(directions, torch._foreach_div(lengths, norms))
-            steps = list(steps)
-            for index, direction in zip(shaped, directions, strict=True):
-                steps[index] = direction
+            replaced = dict(zip(shaped, directions, strict=True))
+            steps = [replaced.get(index, step) for index, step in enumerate(steps)]
         if group["momentum"]:
             buffers = [state["momentum_buffer"] for state in states]
             torch._foreach_mul_(buffers, group["momentum"])

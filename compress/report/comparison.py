@@ -10,16 +10,8 @@ from compress.report.finished import Run
 from compress.results.tradeoff import Row
 
 # Overrides that a report shows elsewhere or that say nothing about the result.
-SHOWN_ELSEWHERE = (
-    "method",
-    "student",
-    "seed",
-    "data",
-    "output_directory",
-    "data.root",
-    "data.limit",
-    "trainer.log_every",
-)
+SHOWN_ELSEWHERE = {"method", "student", "seed", "data", "data.root", "data.limit"}
+SHOWN_ELSEWHERE |= {"output_directory", "trainer.log_every"}
 
 
 @dataclass(frozen=True)
@@ -135,14 +127,10 @@ def _settings(groups: Sequence[Sequence[Run]]) -> list[str]:
     Where that does not tell two of them apart, the keys of the configuration in which they differ.
     """
     first = [runs[0] for runs in groups]
-    typed = [_typed(run) for run in first]
     shared: dict[str, set[str]] = {}
-    for run, overrides in zip(first, typed, strict=True):
-        shared[run.data] = shared.get(run.data, set(overrides)) & set(overrides)
-    texts = [
-        " ".join(override for override in overrides if override not in shared[run.data])
-        for run, overrides in zip(first, typed, strict=True)
-    ]
+    for run in first:
+        shared[run.data] = set(_typed(run)) & shared.get(run.data, set(_typed(run)))
+    texts = [" ".join(text for text in _typed(run) if text not in shared[run.data]) for run in first]
     alike = defaultdict(list)
     for index, (run, text) in enumerate(zip(first, texts, strict=True)):
         alike[run.data, run.method, run.student, text].append(index)

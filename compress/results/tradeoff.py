@@ -137,14 +137,11 @@ def figures(
 
     reference: for the float32 student, from which changes are measured; without it they are None.
     """
-    shown = {}
-    for key in columns_of(table):
-        name = key.removesuffix("_change")
-        if key == name:
-            shown[key] = value(name)
-        else:
-            shown[key] = None if reference is None else value(name) - reference(name)
-    return shown
+
+    def change(name: str) -> float | None:
+        return None if reference is None else value(name) - reference(name)
+
+    return {key: value(key) if key in COLUMNS else change(key.removesuffix("_change")) for key in columns_of(table)}
 
 
 def metrics(rows: Sequence[Row], loggers: Literal["all", "wandb"]) -> dict[str, float]:

@@ -14,7 +14,6 @@ from compress.results.tradeoff import Row, table, write_tradeoff
 from compress.results.tradeoff_picture import draw_tradeoff
 
 FILES = ("tradeoff.csv", "tradeoff.png", "layers.png", "weights.png", "result.json", "config.yaml")
-FOLDERS = ("models", "checkpoints")
 
 
 def write_results(
@@ -45,8 +44,7 @@ def show(directory: Path, rows: Sequence[Row], title: str) -> None:
     """Prints the table, and what lies in `directory`."""
     console.print()
     console.print(table(rows, escape(title)))
-    present = [name for name in FILES if (directory / name).exists()]
-    present += [f"{name}/" for name in FOLDERS if (directory / name).exists()]
+    present = ", ".join(name for name in (*FILES, "models/", "checkpoints/") if (directory / name).exists())
     here = Path.cwd()
     place = directory.relative_to(here) if directory.is_relative_to(here) else directory
-    console.print(f"results in {place}/: {', '.join(present)}")
+    console.print(f"results in {place}/: {present}")
