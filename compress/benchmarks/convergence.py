@@ -202,4 +202,4 @@ def _draw(path: Path, tuned: dict[str, list[list[Point]]]) -> None:
     axes.set_title("mean and range of the seeds; optimizer, tuned learning rate", fontsize=10)
     axes.grid(alpha=0.25, which="both")
     axes.legend(fontsize=8)
-    write_atomically(path, lambda temporary: figure.savefig(temporary))
+    write_atomically(path, figure.savefig)

@@ -80,14 +80,12 @@ class FeatureDistillation(Classifier):
     def losses(self, images: Tensor, target: Tensor, blend: Blend | None) -> tuple[Tensor, dict[str, Tensor]]:
         seen = blend(images) if blend else images
         names, teacher_names = zip(*self.pairs, strict=True)
-        with tapped(self.teacher.network, teacher_names, self.inputs) as taken:
+        with tapped(self.teacher.network, teacher_names, self.inputs) as of_teacher:
             teacher_logits = self.teacher(seen)
-        teacher_features = [taken[name] for name in teacher_names]
-        with tapped(self.model, names, self.inputs) as taken:
+        with tapped(self.model, names, self.inputs) as of_student:
             logits = self.model(seen)
-        features = [taken[name] for name in names]
-        terms = self.loss_terms(logits, target, teacher_logits, blend)
-        return logits, terms | self.feature_terms(features, teacher_features)
+        features = [of_student[name] for name in names], [of_teacher[name] for name in teacher_names]
+        return logits, self.loss_terms(logits, target, teacher_logits, blend) | self.feature_terms(*features)
 
     @abstractmethod
     def feature_terms(self, student: list[Tensor], teacher: list[Tensor]) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@ https://arxiv.org/abs/2002.09018; blocks and decoupled decay from Shi et al. 202
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Annotated, Any, Literal
 
 import torch
@@ -175,7 +175,10 @@ class Shampoo(Optimizer):
                 roots = [states[index][f"{side}_root_{place}"] for index, place in members]
                 if not skipped:
                     seen = gradient @ gradient.mT if side == "left" else gradient.mT @ gradient
-                    _accumulate(factors, seen.split(counts), group["beta2"], seen_before + 1)
+                    if group["beta2"] == 1:
+                        torch._foreach_add_(factors, seen.split(counts))
+                    else:
+                        torch._foreach_lerp_(factors, seen.split(counts), _weight(group["beta2"], seen_before + 1))
                 if roots_are_due:
                     fresh = inverse_root(_concatenated(factors), 2 * order, group["damping"])
                     torch._foreach_copy_(roots, fresh.split(counts))
@@ -213,10 +216,3 @@ def _concatenated(tensors: list[Tensor]) -> Tensor:
 def _weight(beta: float, count: int) -> float:
     """Of the newest of `count` values in a moving average from which the bias of its start is taken."""
     return (1 - beta) / (1 - beta**count)
-
-
-def _accumulate(factors: list[Tensor], seen: Sequence[Tensor], beta2: float, count: int) -> None:
-    if beta2 == 1:
-        torch._foreach_add_(factors, seen)
-    else:
-        torch._foreach_lerp_(factors, seen, _weight(beta2, count))

@@ -5,7 +5,7 @@ What `result.json` holds is described in `compress.results.record`; `config.yaml
 
 import csv
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,8 @@ from compress.results.tradeoff import Row
 # libyaml is ten times faster, and not in every build of PyYAML.
 YAML = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 MOST_POINTS = 300
-# They change neither what is trained nor the images: where files lie and what is said meanwhile.
-NOT_COMPARED = ("seed", "output_directory", "logger", "data.root", "trainer.log_every", "trainer.stem")
+# Keys, or nodes, that change neither what is trained nor the images: where files lie and what is said meanwhile.
+NOT_COMPARED = ("seed.", "output_directory.", "logger.", "data.root.", "trainer.log_every.", "trainer.stem.")
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def read_run(directory: Path, name: str, problems: list[str]) -> Run:
         method=settings.get("method.stem") or "none",
         data=_data_name(record.data.name, config),
         experiment=typed.get("experiment", ""),
-        settings={key: value for key, value in settings.items() if not _starts(key, NOT_COMPARED)},
+        settings={key: value for key, value in settings.items() if not f"{key}.".startswith(NOT_COMPARED)},
         curves=_curves(directory / "metrics.csv", problems),
     )
 
@@ -95,10 +95,6 @@ def flattened(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
-
-
-def _starts(key: str, stems: Sequence[str]) -> bool:
-    return any(key == stem or key.startswith(f"{stem}.") for stem in stems)
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -2,14 +2,13 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from compress.files import write_atomically
-from compress.report.comparison import Group, Variant, groups
+from compress.report.comparison import Group, groups
 from compress.report.finished import Run
 from compress.results.tradeoff_picture import name_axes
 
@@ -27,7 +26,7 @@ def draw_runs(path: Path, runs: Sequence[Run]) -> None:
         axes.margins(x=0.06, y=0.12)
         name_axes(axes, name, "MB", "test accuracy, %")
         axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=7, frameon=False)
-    write_atomically(path, lambda temporary: figure.savefig(temporary))
+    write_atomically(path, figure.savefig)
 
 
 def _draw_panel(axes: Axes, compared: Sequence[Group]) -> None:
@@ -36,20 +35,16 @@ def _draw_panel(axes: Axes, compared: Sequence[Group]) -> None:
     for number, (group, label) in enumerate(zip(compared, _labels(compared), strict=True)):
         colour = colours(number / (len(compared) - 1) * 0.92 if many else number)
         variants = [variant for variant in group.variants if variant.row.runtime == "torch"]
-        _draw_line(axes, variants, label=label, color=colour, marker=MARKERS[number % len(MARKERS)], named=number == 0)
-
-
-def _draw_line(axes: Axes, variants: Sequence[Variant], named: bool, **style: Any) -> None:
-    """Draws the variants as one line; `named`: with their widths beside the points."""
-    variants = sorted(variants, key=lambda variant: variant.mean("bytes"))
-    megabytes = [variant.mean("bytes") / 1e6 for variant in variants]
-    accuracies = [100 * variant.mean("test_accuracy") for variant in variants]
-    deviations = [100 * (variant.deviation("test_accuracy") or 0.0) for variant in variants]
-    axes.errorbar(megabytes, accuracies, yerr=deviations, markersize=4, linewidth=1.2, capsize=2, **style)
-    if named:
-        offset = {"textcoords": "offset points", "xytext": (0, 7), "ha": "center"}
-        for variant, point in zip(variants, zip(megabytes, accuracies, strict=True), strict=True):
-            axes.annotate(variant.row.width, point, fontsize=7, color="0.35", **offset)
+        variants.sort(key=lambda variant: variant.mean("bytes"))
+        megabytes = [variant.mean("bytes") / 1e6 for variant in variants]
+        accuracies = [100 * variant.mean("test_accuracy") for variant in variants]
+        deviations = [100 * (variant.deviation("test_accuracy") or 0.0) for variant in variants]
+        style = {"color": colour, "marker": MARKERS[number % len(MARKERS)], "markersize": 4, "linewidth": 1.2}
+        axes.errorbar(megabytes, accuracies, yerr=deviations, capsize=2, label=label, **style)
+        if number == 0:  # the widths beside the points of one line
+            offset = {"textcoords": "offset points", "xytext": (0, 7), "ha": "center"}
+            for variant, point in zip(variants, zip(megabytes, accuracies, strict=True), strict=True):
+                axes.annotate(variant.row.width, point, fontsize=7, color="0.35", **offset)
 
 
 def _labels(compared: Sequence[Group]) -> list[str]:

@@ -43,7 +43,7 @@ def draw_layers(path: Path, files: Mapping[str, FileLayers], title: str) -> None
     for axes in (errors, widths):
         axes.grid(alpha=0.25)
     widths.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=8)
-    write_atomically(path, lambda temporary: figure.savefig(temporary))
+    write_atomically(path, figure.savefig)
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def draw_weights(path: Path, variants: Mapping[str, Sequence[Panel]], title: str
             axes.set_axis_off()
     figure.supxlabel("weight, in steps of its channel's grid (blue: float; orange: on the grid)", fontsize=9)
     figure.suptitle(title, fontsize=10)
-    write_atomically(path, lambda temporary: figure.savefig(temporary))
+    write_atomically(path, figure.savefig)
 
 
 def _histogram(axes: Axes, panel: Panel) -> None:

@@ -37,7 +37,7 @@ def draw_tradeoff(path: Path, rows: Sequence[Row], title: str, teacher_accuracy:
     axes.margins(x=0.08, y=0.25)
     name_axes(axes, title, "MB", "test accuracy, %")
     axes.legend(loc="lower right", fontsize=8, framealpha=0.9)
-    write_atomically(path, lambda temporary: figure.savefig(temporary))
+    write_atomically(path, figure.savefig)
 
 
 def name_axes(axes: Axes, title: str, unit: str, accuracy: str) -> None:
