@@ -22,12 +22,12 @@ def config_folders() -> list[Path]:
     return [CONF, *user_folders()]
 
 
-def search_words() -> str:
-    """What has to be typed again, behind a space, so that the user's folders are searched; nothing without any."""
-    folders = user_folders()
+def search_words() -> list[str]:
+    """What has to be typed again so that the user's folders are searched; nothing without any."""
+    folders = [str(folder) for folder in user_folders()]
     if len(folders) > 1:
-        return f" 'hydra.searchpath=[{','.join(map(str, folders))}]'"
-    return f" --config-dir {folders[0]}" if folders else ""
+        return [f"hydra.searchpath=[{','.join(folders)}]"]
+    return ["--config-dir", *folders] if folders else []
 
 
 @contextmanager

@@ -29,10 +29,10 @@ from compress.config.roles import register
 from compress.data.shared import DataSets
 from compress.errors import UserError
 from compress.files import write_text
-from compress.paths import search_words, searching
+from compress.paths import searching
 from compress.pipeline.resume import directory_for
 from compress.progress import console
-from compress.stopping import under_way
+from compress.stopping import command, under_way
 from compress.sweeps.launchers.separate import Call, SeparateLauncher
 from compress.sweeps.outcomes import exit_code, outcome, summarise, sweep_table, varying
 from compress.sweeps.perform import hydra_task, job_in, perform
@@ -205,8 +205,7 @@ def _run(sweep: Sweep, jobs: Mapping[int, Job], data_sets: DataSets) -> int:
     finally:
         code = _report(sweep)
     if code:
-        words = f"sweep={sweep.directory}{search_words()}"
-        console.print(f"run what is missing: python scripts/run.py {words}", markup=False)
+        console.print(f"run what is missing: {command(f'sweep={sweep.directory}')}", markup=False)
     return code
 
 
