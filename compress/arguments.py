@@ -126,15 +126,8 @@ def build(node: Any, where: str, kind: type | None = None, **supplied: Any) -> A
         raise UserError(f"{where}: found {_shown(node)}; accepted: a mapping of keys to values")
     target = kind
     if "_target_" in node or kind is None or inspect.isabstract(kind):
-        from hydra.utils import get_object  # late, because programs that only classify start without Hydra
-
         name = node.get("_target_")
-        try:
-            target = get_object(name)
-        except (ImportError, ValueError, TypeError, AttributeError):
-            raise UserError(
-                f"{where}: found {name!r}, which cannot be imported; accepted: an option, see --help"
-            ) from None
+        target = imported(name, where)
         if kind is not None and not (inspect.isclass(target) and issubclass(target, kind)):
             raise UserError(f"{where}: found {name}; accepted: a class derived from {kind.__module__}.{kind.__name__}")
     values = check_arguments(target, node, where, accepted=settable(target))
@@ -146,6 +139,19 @@ def build(node: Any, where: str, kind: type | None = None, **supplied: Any) -> A
         raise UserError(f"{where}.{mistake}" if below else str(mistake)) from None
     except (TypeError, ValueError) as mistake:
         raise UserError(f"{where}: {first_line(mistake)}") from None
+
+
+def imported(name: Any, where: str) -> Any:
+    """The class or function called `name`. Raises UserError, which names the key `where`, if it cannot be imported."""
+    from hydra.utils import get_object  # late, because programs that only classify start without Hydra
+
+    try:
+        return get_object(name)
+    except (ImportError, ValueError, TypeError, AttributeError):
+        raise UserError(
+            f"{where}: found {name!r}, which cannot be imported; accepted: an option, see --help, or a class that is "
+            "installed or lies in the working directory"
+        ) from None
 
 
 def check_fields(instance: Any) -> None:

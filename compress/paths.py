@@ -17,6 +17,11 @@ def user_folders() -> list[Path]:
     return [Path(folder) for folder in os.environ.get(CONFIG_PATH, "").split(os.pathsep) if folder]
 
 
+def of_the_user() -> str:
+    """What an error says behind the options that it lists, where the user has named no folder of other ones."""
+    return "" if user_folders() else ", or --config-dir DIR with others"
+
+
 def config_folders() -> list[Path]:
     """All folders of YAML groups; an option is taken from the first that has it."""
     return [CONF, *user_folders()]

@@ -3,18 +3,16 @@
 Constructors of this project say in their annotations what they accept; `compress.config.ranges` says it for the rest.
 """
 
-import inspect
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, is_dataclass
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from compress import models
-from compress.arguments import build, check_arguments, parameter_names, settable
+from compress.arguments import build, check_arguments, imported, parameter_names, settable
 from compress.config import ensemble
 from compress.config.ranges import (
     ENSEMBLE,
@@ -29,7 +27,6 @@ from compress.config.ranges import (
     TRAINER_SUPPLIED,
 )
 from compress.errors import UserError, first_line
-from compress.export.exporter import Exporter
 from compress.optim.groups import DECAY
 from compress.paths import CONF
 
@@ -50,7 +47,8 @@ def check_values(config: DictConfig) -> None:
     for group in ("quantizer", "mixup", "pruning"):
         if config[group]:
             _coerce_part(config, group)
-    _check_exporters(config)
+    for where, _ in _named_nodes(config, "export"):
+        _coerce_part(config, where)
     _coerce_optimizer(config, "optimizer")
     for role in ("student", "peer"):
         if config[role]:
@@ -67,10 +65,7 @@ def target(config: DictConfig, where: str) -> Any:
     name = node.get("_target_") if isinstance(node, DictConfig) else None
     if not isinstance(name, str):
         raise UserError(f"{where}._target_: found {name!r}; accepted: the name of a class, as in the options of --help")
-    try:
-        return get_object(name)
-    except (ImportError, ValueError, TypeError, AttributeError):
-        raise UserError(f"{where}: found {name!r}, which cannot be imported; accepted: an option, see --help") from None
+    return imported(name, where)
 
 
 def _check_groups(config: DictConfig) -> None:
@@ -131,14 +126,6 @@ def _named_nodes(config: DictConfig, group: str) -> Iterator[tuple[str, DictConf
             accepted = f"its keys, such as {where}.KEY=VALUE, or {group}=OPTION"
             raise UserError(f"{where}: found {node!r}; accepted: {accepted}")
         yield where, node
-
-
-def _check_exporters(config: DictConfig) -> None:
-    for where, node in _named_nodes(config, "export"):
-        exporter = target(config, where)
-        if not (inspect.isclass(exporter) and issubclass(exporter, Exporter)):
-            raise UserError(f"{where}: found {node._target_!r}, which is no Exporter; accepted: export=OPTION")
-        _coerce_part(config, where)
 
 
 def _check_loggers(config: DictConfig) -> None:

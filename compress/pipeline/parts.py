@@ -100,7 +100,7 @@ class Parts:
 
     @cached_property
     def exporters(self) -> list[Exporter]:
-        return [build(node, f"export.{name}") for name, node in self.plain["export"].items()]
+        return [build(node, f"export.{name}", Exporter) for name, node in self.plain["export"].items()]
 
     @property
     def fake_quantization(self) -> FakeQuantization | None:
