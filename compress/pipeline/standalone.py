@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
@@ -23,11 +22,9 @@ from compress.export.packed import read_float_description
 from compress.export.weights import load_weights
 from compress.files import make_directory, write_text
 from compress.pipeline.check import check_image_sizes, check_quantizer
+from compress.pipeline.measure import measured
 from compress.pipeline.parts import Parts
-from compress.pipeline.variants import Variants
-from compress.pipeline.weight_panels import weight_panels
 from compress.results.record import Record
-from compress.results.surroundings import surroundings
 from compress.results.writing import show, write_results
 
 GROUPS = ("data", "quantizer", "export")
@@ -60,19 +57,14 @@ def quantize_checkpoint(overrides: Sequence[str]) -> Path:
     directory = make_directory(parent, f"{datetime.now():%Y-%m-%d_%H-%M-%S}-{stem}")
     groups = {key: parts.plain[key] for key in ("seed", "data", "student", "quantizer", "export")}
     write_text(directory / "config.yaml", OmegaConf.to_yaml({"checkpoint": str(path), **groups}))
-    variants = Variants(parts.data, directory, parts.architecture, parts.exporters)
     try:
-        # Convolutions on recent GPUs would otherwise round to TF32, and the table promises float32.
-        with torch.backends.cudnn.flags(allow_tf32=False):
-            variants.add_float(student)
-            variants.quantize(student, parts.quantizer)
-            variants.finish()
+        result = measured(parts, directory, "model", student, student)
     except UserError:
         shutil.rmtree(directory)
         raise
     title = f"{stem} of {path.name}"
-    record = Record(overrides=list(overrides), **surroundings(), **_about(parts, student, path, variants))
-    write_results(directory, record, title, weight_panels(student, variants.quantized))
+    record = Record(overrides=list(overrides), teacher=None, **result.record(parts, checkpoint=str(path)))
+    write_results(directory, record, title, result.panels())
     show(directory, record.rows, title)
     return directory
 
@@ -108,27 +100,6 @@ def _loaded(parts: Parts, path: Path, about: Mapping[str, Any] | None) -> nn.Mod
         raise UserError(f"data: found other classes than those of {path} ({names}, ...); accepted: its own data")
     load_weights(parts.student, path)
     return parts.student.eval().to(parts.data.device)
-
-
-def _about(parts: Parts, student: nn.Module, path: Path, variants: Variants) -> dict[str, Any]:
-    """What the record says of the network and its variants."""
-    reference, names = variants.rows[0], parts.data.class_names
-    return {
-        "seed": parts.plain["seed"],
-        "data": parts.data.record(),
-        "teacher": None,
-        "student": {
-            "model": parts.plain["student"]["stem"],
-            "checkpoint": str(path),
-            "parameters": models.count_parameters(student),
-            "macs": models.count_macs(student, parts.data.input_shape),
-            "validation_accuracy": reference.validation_accuracy,
-            "test_accuracy": reference.test_accuracy,
-            "test_accuracy_per_class": dict(zip(names, variants.test.per_class, strict=True)),
-        },
-        "rows": variants.rows,
-        "layers": variants.layers,
-    }
 
 
 def _split(overrides: Sequence[str]) -> dict[str, str]:

@@ -16,7 +16,7 @@ from compress.data.shared import DataSets
 from compress.errors import UserError
 from compress.pipeline.check import checked_jobs
 from compress.pipeline.execute import execute, resumed_job
-from compress.pipeline.resume import OwnedError, begun_with
+from compress.pipeline.resume import OwnedError, started
 from compress.stopping import raise_if_stopped
 from compress.sweeps.outcomes import FAILED, record_failure
 from compress.training.processes import node_rank
@@ -72,9 +72,9 @@ def hydra_task(config: DictConfig) -> None:
     directory, data_sets = Path(hydra.runtime.output_dir), DataSets()
     typed = list(hydra.overrides.task)
     try:
-        started = begun_with(directory)
-        settings = [] if started is None else [override for override in typed if override not in started]
-        overrides = [override for override in typed if override not in settings]
+        begun = (started(directory) or {"overrides": typed})["overrides"]
+        settings = [override for override in typed if override not in begun]
+        overrides = [override for override in typed if override in begun]
         job = job_in(directory, overrides, settings, [], data_sets)
     except Exception as failure:
         raise_if_stopped()
