@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union
 
 from omegaconf import OmegaConf
-from pydantic import BeforeValidator, Strict, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, Field, Strict, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 from compress.errors import UserError, first_line
@@ -33,6 +33,12 @@ _SUPPLIED = object()
 T = TypeVar("T")
 # The annotation of an argument that the run supplies and no YAML: `seed: Supplied[int]`.
 Supplied = Annotated[T, _SUPPLIED]
+# Of arguments that many constructors have.
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+BelowOne = Annotated[float, Field(ge=0, lt=1)]
+Count = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 
 def _number(value: Any) -> Any:
@@ -164,11 +170,6 @@ def check_fields(instance: Any) -> None:
         object.__setattr__(instance, name, value)
 
 
-def parameter_names(target: Callable[..., Any]) -> tuple[str, ...]:
-    """The names that `target` can be called with, its parents' constructors included while one takes `**kwargs`."""
-    return tuple(annotations(target))
-
-
 def settable(target: Callable[..., Any]) -> tuple[str, ...]:
     """The names of those parameters of `target` that a YAML node sets: all that are not annotated as `Supplied`."""
     return tuple(name for name, (annotation, _) in _parameters(target).items() if not has_mark(annotation, _SUPPLIED))
@@ -180,7 +181,10 @@ def has_mark(annotation: Any, mark: Any) -> bool:
 
 
 def annotations(target: Callable[..., Any]) -> dict[str, Any]:
-    """The annotation of every one of `parameter_names`, `inspect.Parameter.empty` where there is none."""
+    """The annotation of every name that `target` can be called with, `inspect.Parameter.empty` where there is none.
+
+    The parents' constructors are included while one takes `**kwargs`.
+    """
     return {name: annotation for name, (annotation, _) in _parameters(target).items()}
 
 

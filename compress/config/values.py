@@ -12,7 +12,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from compress import models
-from compress.arguments import build, check_arguments, imported, parameter_names, settable
+from compress.arguments import annotations, build, check_arguments, imported, settable
 from compress.config import ensemble
 from compress.config.ranges import (
     ENSEMBLE,
@@ -53,7 +53,7 @@ def check_values(config: DictConfig) -> None:
     for role in ("student", "peer"):
         if config[role]:
             _check_model(config, role)
-    accepted = sorted({*parameter_names(pl.Trainer), *TRAINER} - TRAINER_SUPPLIED)
+    accepted = sorted({*annotations(pl.Trainer), *TRAINER} - TRAINER_SUPPLIED)
     _coerce(config, "trainer", TRAINER, accepted=accepted, required=TRAINER_REQUIRED)
     _check_teachers(config)
     _check_loggers(config)
@@ -132,7 +132,7 @@ def _check_loggers(config: DictConfig) -> None:
     """A logger that needs more than its arguments says so in `check`."""
     for where, node in _named_nodes(config, "logger"):
         logger = target(config, where)
-        accepted = [key for key in parameter_names(logger) if key != "save_dir"]
+        accepted = [key for key in annotations(logger) if key != "save_dir"]
         checked = check_arguments(logger if _is_ours(logger) else {}, node, where, accepted=accepted)
         if hasattr(logger, "check"):
             logger.check(checked)
@@ -181,7 +181,7 @@ def _coerce_part(config: DictConfig, where: str) -> None:
 
 def _coerce_optimizer(config: DictConfig, where: str) -> None:
     optimizer = target(config, where)
-    accepted = [name for name in parameter_names(optimizer) if name not in ("params", "defaults")] + [DECAY]
+    accepted = [name for name in annotations(optimizer) if name not in ("params", "defaults")] + [DECAY]
     values = _coerce(config, where, optimizer if _is_ours(optimizer) else OPTIMIZER, accepted=accepted)
     decays = values.pop(DECAY, True)
     if not isinstance(decays, bool):

@@ -13,13 +13,9 @@ from pydantic import Field
 from torch import Tensor
 from torch.optim import Optimizer
 
-from compress.arguments import check_arguments
+from compress.arguments import BelowOne, Count, NotNegative, Positive, check_arguments
 from compress.optim.kronecker import fold, inverse_root, join, split
 
-NotNegative = Annotated[float, Field(ge=0)]
-BelowOne = Annotated[float, Field(ge=0, lt=1)]
-Positive = Annotated[float, Field(gt=0)]
-Steps = Annotated[int, Field(ge=1)]
 CACHED = 2**20  # weights
 SIDES = ("left", "right")
 
@@ -64,9 +60,9 @@ class Shampoo(Optimizer):
         grafting_beta2: Annotated[float, Field(gt=0, lt=1)] = 0.999,
         grafting_epsilon: Positive = 1e-8,
         damping: Positive = 1e-4,
-        block_size: Steps = 256,
-        root_interval: Steps = 50,
-        statistics_interval: Steps = 1,
+        block_size: Count = 256,
+        root_interval: Count = 50,
+        statistics_interval: Count = 1,
     ) -> None:
         defaults = {
             "lr": lr,

@@ -7,6 +7,7 @@ from typing import Annotated
 
 from pydantic import Field
 
+from compress.arguments import Count
 from compress.sweeps.launchers.separate import Call, SeparateLauncher
 
 
@@ -18,9 +19,7 @@ class JoblibLauncher(SeparateLauncher):
 
     library = "joblib"
 
-    def __init__(
-        self, n_jobs: Annotated[int, Field(ge=2)] = 2, threads: Annotated[int, Field(ge=1)] | None = None
-    ) -> None:
+    def __init__(self, n_jobs: Annotated[int, Field(ge=2)] = 2, threads: Count | None = None) -> None:
         self.n_jobs = n_jobs
         self.threads = threads
 

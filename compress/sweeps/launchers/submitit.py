@@ -10,10 +10,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from compress.arguments import Count, Positive
 from compress.errors import UserError, first_line
 from compress.sweeps.launchers.separate import Call, SeparateLauncher
 
-Count = Annotated[int, Field(ge=1)]
 SECONDS_BETWEEN_LOOKS = 0.5
 
 
@@ -32,7 +32,7 @@ class SubmititLauncher(SeparateLauncher):
         gpus_per_node: Annotated[int, Field(ge=0)] = 0,
         tasks_per_node: Count = 1,
         nodes: Count = 1,
-        mem_gb: Annotated[float, Field(gt=0)] | None = None,
+        mem_gb: Positive | None = None,
         max_num_timeout: Annotated[int, Field(ge=0)] = 0,
         setup: list[str] | None = None,
         slurm: dict[str, Any] | None = None,
