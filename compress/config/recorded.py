@@ -11,6 +11,12 @@ from yaml import YAMLError
 from compress.config.compose import parse
 from compress.config.roles import register
 from compress.errors import UserError, first_line
+from compress.files import write_text
+
+
+def write_config(directory: Path, config: DictConfig) -> None:
+    """Leaves `config` in `directory`, for `read_config` and the reader."""
+    write_text(directory / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
 
 
 def read_config(directory: Path) -> DictConfig:

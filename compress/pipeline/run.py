@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytorch_lightning as pl
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from pytorch_lightning.loggers import Logger
 
 from compress import models
 from compress.config.compose import Job
+from compress.config.recorded import write_config
 from compress.data.shared import DataSets
-from compress.files import write_text
 from compress.pipeline import resume, teachers
 from compress.pipeline.measure import Measured, PostTrainingQuantization, measure_best
 from compress.pipeline.parts import Parts
@@ -67,7 +67,7 @@ def run(job: Job, directory: Path, data_sets: DataSets, float_checkpoint: Path |
             return finished(directory)
         processes.act_alone()
         started = resume.record_start(directory, job.overrides)
-        write_text(directory / "config.yaml", OmegaConf.to_yaml(job.config, resolve=True))
+        write_config(directory, job.config)
         clock = _Clock()
         if processes.is_wanted(job.config.trainer):
             # They leave a finished last.ckpt, from which `_train` goes straight on to the measuring.

@@ -9,11 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from compress.config.compose import Job
+from compress.config.recorded import write_config
 from compress.data.shared import DataSets
-from compress.files import write_text
 from compress.pipeline import resume
 from compress.pipeline.parts import Parts
 from compress.pipeline.run import Result, finished, run
@@ -31,9 +29,9 @@ def run_stages(job: Job, directory: Path, data_sets: DataSets) -> Result:
         started = resume.record_start(directory, job.overrides)
         for stage in job.stages:
             if not (directory / stage.name / "result.json").exists():
-                write_text(directory / stage.name / "config.yaml", OmegaConf.to_yaml(stage.config, resolve=True))
+                write_config(directory / stage.name, stage.config)
         # Only now, because its presence says that the configurations of the stages are all there.
-        write_text(directory / "config.yaml", OmegaConf.to_yaml(job.config, resolve=True))
+        write_config(directory, job.config)
         return _write(job, directory, started, _run_each(job, directory, data_sets, started["overrides"]))
 
 
