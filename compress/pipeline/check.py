@@ -17,7 +17,6 @@ from compress.config.stage_plan import compose_stages
 from compress.config.values import check_values
 from compress.data.shared import DataSets
 from compress.errors import UserError, first_line
-from compress.export.description import describe
 from compress.export.formats import check_exporters
 from compress.export.packed import file_bytes
 from compress.export.weights import build_network, load_weights
@@ -72,7 +71,9 @@ def check(job: Job, data_sets: DataSets, start: nn.Module | None = None) -> nn.M
     _check_teacher_files(parts)
     _check_method(parts)
     check_image_sizes(parts)
-    student = _pruned_student(parts)
+    if parts.recipe is not None:
+        _check_pruning(parts)
+    student = parts.pruned_student
     if parts.quantizer is not None:
         check_quantizer(parts, student)
     check_exporters(parts.exporters, parts.quantizer)
@@ -129,21 +130,16 @@ def _refusal(node: dict, parts: Parts) -> RuntimeError | None:
     return mistake
 
 
-def _pruned_student(parts: Parts) -> nn.Module:
-    """The student as pruning will leave it, but for the values of its weights."""
-    if parts.recipe is None:
-        return parts.fresh_student
+def _check_pruning(parts: Parts) -> None:
     networks = {"student": parts.fresh_student}
     if parts.config.peer:
         networks["peer"] = build_network(parts.peer_node, parts.data.num_classes)
     for role, network in networks.items():
         parts.recipe.check(network, parts.config.trainer.max_epochs, parts.data.input_shape, role)
-    return parts.recipe.pruned(parts.fresh_student, parts.data.input_shape)
 
 
 def check_quantizer(parts: Parts, student: nn.Module) -> None:
     """Raises UserError for options of the quantizer that do not fit `student`, or a budget that it cannot meet."""
     parts.quantizer.check(student)
-    architecture = models.architecture(parts.plain["student"], parts.data.num_classes, student)
-    size = partial(file_bytes, description=describe(architecture, parts.data))
+    size = partial(file_bytes, description=parts.description(student))
     parts.quantizer.check_budget(student, parts.data.calibration_batches(2), size, size(student))

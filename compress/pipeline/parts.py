@@ -6,15 +6,15 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from compress import models
 from compress.arguments import arguments_of, build
 from compress.config import ensemble
-from compress.config.rules import uses_peers, uses_teacher
+from compress.config.rules import method_of, uses_peers, uses_teacher
 from compress.data.shared import DataSets
+from compress.export.description import describe
 from compress.export.exporter import Exporter
 from compress.export.weights import build_network
 from compress.methods.classifier import Classifier
@@ -53,7 +53,7 @@ class Parts:
 
     @cached_property
     def method(self) -> type[Classifier]:
-        return get_class(self.plain["method"]["_target_"])
+        return method_of(self.config)
 
     @property
     def method_options(self) -> dict[str, Any]:
@@ -116,6 +116,16 @@ class Parts:
     def student(self) -> nn.Module:
         """The student that is trained, without the channels that structured pruning takes away."""
         return self._shrunk(self.fresh_student)
+
+    @property
+    def pruned_student(self) -> nn.Module:
+        """The student as pruning will leave it, but for the values of its weights."""
+        student = self.fresh_student
+        return student if self.recipe is None else self.recipe.pruned(student, self.data.input_shape)
+
+    def description(self, student: nn.Module) -> dict[str, Any]:
+        """What a model file says of `student`, with whatever channels it has, and of the data."""
+        return describe(models.architecture(self.plain["student"], self.data.num_classes, student), self.data)
 
     @cached_property
     def peers(self) -> list[nn.Module]:

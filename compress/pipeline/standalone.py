@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from compress import models
+from compress.arguments import arguments_of
 from compress.config import values
 from compress.config.compose import compose_jobs
 from compress.config.recorded import apply_override
@@ -125,37 +126,30 @@ def _model(path: Path, typed: Mapping[str, str], about: Mapping[str, Any] | None
     keys = [f"student.{key.removeprefix('model.')}={value}" for key, value in typed.items() if key.startswith("model.")]
     if "model" in typed:
         return [f"student={typed['model']}", *keys]
-    if about:
-        architecture = about["architecture"]
-        return _overrides("student", architecture["stem"], architecture["options"]) + keys
     run = _run_of(path)
-    if run is None:
+    if about:
+        node = about["architecture"]["options"] | {"stem": about["architecture"]["stem"]}
+    elif run is not None:
+        node = run.student
+    else:
         raise UserError(f"model: found none, and {path} does not say it; accepted: {', '.join(models.available())}")
-    node = OmegaConf.to_container(run.student)
-    stem = node.pop("stem")
-    for key in ("_target_", "checkpoint"):
-        node.pop(key, None)
-    return _overrides("student", stem, node) + keys
+    return _overrides("student", node) + keys
 
 
 def _data(path: Path, typed: Mapping[str, str], about: Mapping[str, Any] | None) -> list[str]:
     """The overrides for the data: those of the run that the file lies in, and the file's own normalisation."""
-    overrides = []
     run = _run_of(path)
-    if run is not None and "data" not in typed:
-        node = OmegaConf.to_container(run.data)
-        del node["_target_"]
-        overrides = _overrides("data", node.pop("stem"), node)
+    overrides = [] if run is None or "data" in typed else _overrides("data", run.data)
     if about:
         overrides += [f"data.{key}={json.dumps(about[key])}" for key in ("mean", "standard_deviation")]
     return overrides
 
 
-def _overrides(group: str, stem: str, keys: Mapping[str, Any]) -> list[str]:
-    return [
-        f"{group}={stem}",
-        *(f"++{group}.{key}={json.dumps(value, ensure_ascii=False)}" for key, value in keys.items()),
-    ]
+def _overrides(group: str, node: Mapping[str, Any]) -> list[str]:
+    """What composes the `node` of a `group` again, but for its weights."""
+    keys = {key: value for key, value in arguments_of(node).items() if key != "checkpoint"}
+    values = [f"++{group}.{key}={json.dumps(value, ensure_ascii=False)}" for key, value in keys.items()]
+    return [f"{group}={node['stem']}", *values]
 
 
 def _run_of(path: Path) -> DictConfig | None:

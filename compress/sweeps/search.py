@@ -23,8 +23,11 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from compress.data.shared import DataSets
 from compress.errors import UserError, first_line
 from compress.files import make_chosen, write_json
+from compress.pipeline.check import checked_jobs
+from compress.pipeline.execute import execute
 from compress.progress import console
 from compress.report.finished import flattened
 from compress.stopping import StoppedError, raise_if_stopped, stoppable
@@ -225,11 +228,6 @@ class _Search:
 
 def _work(space: Space, directory: Path, limit: int) -> None:
     """Runs one trial after the other until there are `limit`."""
-    # Not at the top: PyTorch takes seconds to import, and the checks of the file need none of it.
-    from compress.data.shared import DataSets
-    from compress.pipeline.check import checked_jobs
-    from compress.pipeline.execute import execute
-
     view = _Search(space, directory)
     data_sets = DataSets()
     while True:
