@@ -6,7 +6,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from omegaconf import OmegaConf
 from torch import nn
 
 from compress import models
@@ -82,13 +81,14 @@ def check(job: Job, data_sets: DataSets, start: nn.Module | None = None) -> nn.M
 
 def _check_teacher_files(parts: Parts) -> None:
     for key in ensemble.keys(parts.config):
-        checkpoint = OmegaConf.select(parts.config, key).checkpoint
+        checkpoint = parts.node(key)["checkpoint"]
         if checkpoint:
             load_weights(parts.teacher_network(key), Path(checkpoint), where=f"{key}.checkpoint")
 
 
 def _check_method(parts: Parts) -> None:
-    if uses_peers(parts.config) and _is_pruned(parts):
+    described = models.architecture(parts.plain["student"], parts.data.num_classes, parts.fresh_student)
+    if uses_peers(parts.config) and ("channels" in described or masks.masks_of(parts.fresh_student)):
         raise UserError(
             "student.checkpoint: found a pruned network for a method whose peers would not be pruned; accepted: null, "
             "or a method without peers"
@@ -97,16 +97,11 @@ def _check_method(parts: Parts) -> None:
     parts.method.check_networks(parts.method_options, parts.fresh_student, teacher, parts.data.input_shape)
 
 
-def _is_pruned(parts: Parts) -> bool:
-    described = models.architecture(parts.plain["student"], parts.data.num_classes, parts.fresh_student)
-    return bool(masks.masks_of(parts.fresh_student)) or "channels" in described
-
-
 def check_image_sizes(parts: Parts) -> None:
     """Raises UserError where an image does not go through a network, which may shrink it to nothing."""
     taught_by = [f"{key}.model" for key in parts.teacher_keys]
     for role in ("student", *(["peer"] if parts.config.peer else []), *taught_by):
-        node = OmegaConf.to_container(OmegaConf.select(parts.config, role), resolve=True)
+        node = parts.node(role)
         mistake = _refusal(node | {"checkpoint": None}, parts)
         if mistake is not None:
             raise UserError(

@@ -6,7 +6,6 @@ from dataclasses import replace
 from functools import partial
 
 import torch
-from omegaconf import OmegaConf
 from rich import box
 from rich.markup import escape
 from rich.table import Table
@@ -56,7 +55,7 @@ def _teacher(parts: Parts, printed: Table) -> tuple[dict[str, float], float]:
     # What a student's step needs of the teacher.
     work = _step if parts.updates_teacher else _forward
     for key in parts.teacher_keys:
-        node = OmegaConf.to_container(OmegaConf.select(parts.config, key))
+        node = parts.node(key)
         network = parts.teacher_network(key).to(parts.device)
         _add(printed, "teacher", node["model"]["stem"], network, input_shape)
         seconds += _seconds(partial(work, network, batch, input_shape))

@@ -39,6 +39,10 @@ class Parts:
         self.data_sets = data_sets or DataSets()
         self._start = start
 
+    def node(self, key: str) -> dict[str, Any]:
+        """The part of the configuration at `key`, such as `teacher.members[0]`."""
+        return OmegaConf.to_container(OmegaConf.select(self.config, key), resolve=True)
+
     @cached_property
     def device(self) -> torch.device:
         return device(self.plain["trainer"]["accelerator"])
@@ -173,8 +177,7 @@ class Parts:
 
     def teacher_network(self, key: str = "teacher") -> nn.Module:
         """A fresh network of the teacher at `key`, one of `teacher_keys`."""
-        node = OmegaConf.to_container(OmegaConf.select(self.config, key), resolve=True)
-        return models.build(num_classes=self.data.num_classes, **node["model"])
+        return models.build(num_classes=self.data.num_classes, **self.node(key)["model"])
 
     def float_start(self, float_checkpoint: Path | None) -> nn.Module | None:
         """The float network that training starts from; None where there is none or it has lost channels since.

@@ -217,15 +217,12 @@ def _launch(sweep: Sweep, jobs: Mapping[int, Job], data_sets: DataSets) -> None:
                 perform(job, directory / str(number), number, data_sets)
         else:
             data_sets.clear()
-            _by_plugin(sweep, list(jobs), config, context)
+            plugin = Plugins.instance().instantiate_launcher(
+                hydra_context=context, task_function=hydra_task, config=config
+            )
+            words = [[*sweep.jobs[number], *sweep.settings, f"hydra.sweep.subdir={number}"] for number in jobs]
+            plugin.launch(words, initial_job_idx=0)
         context.callbacks.on_multirun_end(config=config, config_name="run")
-
-
-def _by_plugin(sweep: Sweep, numbers: Sequence[int], config: DictConfig, context: HydraContext) -> None:
-    """Hands the jobs to the launcher of a published plugin of Hydra."""
-    launcher = Plugins.instance().instantiate_launcher(hydra_context=context, task_function=hydra_task, config=config)
-    jobs = [[*sweep.jobs[number], *sweep.settings, f"hydra.sweep.subdir={number}"] for number in numbers]
-    launcher.launch(jobs, initial_job_idx=0)
 
 
 def _report(sweep: Sweep) -> int:
