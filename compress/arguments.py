@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union
 
 from omegaconf import OmegaConf
-from pydantic import BeforeValidator, Strict, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, Field, Strict, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 from compress.errors import UserError, first_line
@@ -33,6 +33,12 @@ _SUPPLIED = object()
 T = TypeVar("T")
 # The annotation of an argument that the run supplies and no YAML: `seed: Supplied[int]`.
 Supplied = Annotated[T, _SUPPLIED]
+# Of arguments that many constructors have.
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+BelowOne = Annotated[float, Field(ge=0, lt=1)]
+Count = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 
 def _number(value: Any) -> Any:
@@ -126,15 +132,8 @@ def build(node: Any, where: str, kind: type | None = None, **supplied: Any) -> A
         raise UserError(f"{where}: found {_shown(node)}; accepted: a mapping of keys to values")
     target = kind
     if "_target_" in node or kind is None or inspect.isabstract(kind):
-        from hydra.utils import get_object  # late, because programs that only classify start without Hydra
-
         name = node.get("_target_")
-        try:
-            target = get_object(name)
-        except (ImportError, ValueError, TypeError, AttributeError):
-            raise UserError(
-                f"{where}: found {name!r}, which cannot be imported; accepted: an option, see --help"
-            ) from None
+        target = imported(name, where)
         if kind is not None and not (inspect.isclass(target) and issubclass(target, kind)):
             raise UserError(f"{where}: found {name}; accepted: a class derived from {kind.__module__}.{kind.__name__}")
     values = check_arguments(target, node, where, accepted=settable(target))
@@ -148,6 +147,19 @@ def build(node: Any, where: str, kind: type | None = None, **supplied: Any) -> A
         raise UserError(f"{where}: {first_line(mistake)}") from None
 
 
+def imported(name: Any, where: str) -> Any:
+    """The class or function called `name`. Raises UserError, which names the key `where`, if it cannot be imported."""
+    from hydra.utils import get_object  # late, because programs that only classify start without Hydra
+
+    try:
+        return get_object(name)
+    except (ImportError, ValueError, TypeError, AttributeError):
+        raise UserError(
+            f"{where}: found {name!r}, which cannot be imported; accepted: an option, see --help, or a class that is "
+            "installed or lies in the working directory"
+        ) from None
+
+
 def check_fields(instance: Any) -> None:
     """Checks the fields of a frozen dataclass against their annotations, for its `__post_init__`.
 
@@ -156,11 +168,6 @@ def check_fields(instance: Any) -> None:
     values = {field.name: getattr(instance, field.name) for field in dataclasses.fields(instance)}
     for name, value in check_arguments(type(instance), values, "", accepted=list(values)).items():
         object.__setattr__(instance, name, value)
-
-
-def parameter_names(target: Callable[..., Any]) -> tuple[str, ...]:
-    """The names that `target` can be called with, its parents' constructors included while one takes `**kwargs`."""
-    return tuple(annotations(target))
 
 
 def settable(target: Callable[..., Any]) -> tuple[str, ...]:
@@ -174,7 +181,10 @@ def has_mark(annotation: Any, mark: Any) -> bool:
 
 
 def annotations(target: Callable[..., Any]) -> dict[str, Any]:
-    """The annotation of every one of `parameter_names`, `inspect.Parameter.empty` where there is none."""
+    """The annotation of every name that `target` can be called with, `inspect.Parameter.empty` where there is none.
+
+    The parents' constructors are included while one takes `**kwargs`.
+    """
     return {name: annotation for name, (annotation, _) in _parameters(target).items()}
 
 

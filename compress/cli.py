@@ -8,7 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from compress.config.help import help_text
-from compress.errors import UserError
+from compress.errors import UserError, exit_code
 from compress.paths import CONF, import_from_here, searching
 from compress.stopping import StoppedError, stoppable
 
@@ -17,11 +17,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit code: 0 done, 2 a mistake of the user (one line on stderr)."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        with stoppable():
-            return _main(arguments)
-    except UserError as mistake:
-        print(f"error: {mistake}", file=sys.stderr)
-        return 2
+        return exit_code(lambda: _main(arguments))
     except BrokenPipeError:
         # The reader, `head` perhaps, has had enough; the interpreter must not complain about it on its way out.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -31,6 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return stopped.exit_code
 
 
+@stoppable()
 def _main(arguments: list[str]) -> int:
     if "--help" in arguments or "-h" in arguments:
         with searching(_folder_for_help(arguments)):
@@ -44,10 +41,10 @@ def _main(arguments: list[str]) -> int:
     arguments = [argument for argument in arguments if argument != "--dry-run"]
     parsed, overrides = _parsed(arguments)
     with searching(searched_folders(overrides, parsed.config_dir)):
-        for key, go_on in (("resume", _resume), ("sweep", _resume_sweep)):
+        for key in ("resume", "sweep"):
             if any(override.startswith(f"{key}=") for override in overrides):
                 _refuse_options(key, parsed, dry_run)
-                return go_on(overrides)
+                return _go_on(key, overrides)
         multirun = parsed.multirun or "hydra.mode=MULTIRUN" in overrides
         if parsed.cfg or parsed.info or parsed.hydra_help or parsed.shell_completion:
             if multirun:
@@ -113,15 +110,21 @@ def _inspect(arguments: list[str], overrides: list[str]) -> int:
 
 
 def _run(overrides: list[str], multirun: bool, dry_run: bool) -> int:
+    from compress.config.compose import compose_jobs
     from compress.data.shared import DataSets
-    from compress.pipeline.check import checked_jobs
+    from compress.pipeline.check import check_job
     from compress.pipeline.dry_run import show
-    from compress.pipeline.execute import execute, resumed_job
+    from compress.pipeline.execute import execute
     from compress.pipeline.resume import requeued, run_directory
     from compress.sweeps.jobs import check_launcher, start
 
+    jobs = compose_jobs(overrides, multirun)
+    if not multirun and not dry_run:
+        interrupted = requeued(Path(str(jobs[0].config.output_directory)), overrides)
+        if interrupted is not None:
+            return _go_on("resume", [f"resume={interrupted}"])
     data_sets = DataSets()
-    jobs = checked_jobs(overrides, multirun, data_sets)
+    jobs = [check_job(job, data_sets) for job in jobs]
     if dry_run:
         for job in jobs:
             show(job, data_sets)
@@ -129,31 +132,23 @@ def _run(overrides: list[str], multirun: bool, dry_run: bool) -> int:
     check_launcher(overrides, multirun)
     if multirun:
         return start(jobs, overrides, data_sets)
-    [job] = jobs
-    interrupted = requeued(Path(job.config.output_directory), overrides)
-    if interrupted is not None:
-        execute(resumed_job(interrupted, [], data_sets), interrupted, data_sets)
-    else:
-        execute(job, run_directory(job, overrides), data_sets, logging_is_ours=True)
+    execute(jobs[0], run_directory(jobs[0], overrides), data_sets, logging_is_ours=True)
     return 0
 
 
-def _resume(overrides: list[str]) -> int:
-    """Continues a run under its own configuration, but for overrides of trainer.* and logger.*"""
+def _go_on(key: str, overrides: list[str]) -> int:
+    """Continues the run of `resume=` or the sweep of `sweep=` under its own configuration."""
     from compress.data.shared import DataSets
+    from compress.pipeline import resume
     from compress.pipeline.execute import execute, resumed_job
-    from compress.pipeline.resume import latest
+    from compress.sweeps import jobs
 
-    directory, others = _chosen("resume", overrides, latest)
+    if key == "sweep":
+        return jobs.resume(*_chosen(key, overrides, jobs.latest))
+    directory, others = _chosen(key, overrides, resume.latest)
     data_sets = DataSets()
     execute(resumed_job(directory, others, data_sets), directory, data_sets)
     return 0
-
-
-def _resume_sweep(overrides: list[str]) -> int:
-    from compress.sweeps.jobs import latest, resume
-
-    return resume(*_chosen("sweep", overrides, latest))
 
 
 def _chosen(key: str, overrides: list[str], latest: Callable[[Path], Path]) -> tuple[Path, list[str]]:

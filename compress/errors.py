@@ -16,11 +16,10 @@ def first_line(failure: BaseException) -> str:
     return next((line.strip() for line in str(failure).splitlines() if line.strip()), type(failure).__name__)
 
 
-def exit_code(work: Callable[[], object]) -> int:
-    """What a script ends with after `work`: 0, or 2 for a mistake of the user, which is said in one line on stderr."""
+def exit_code(work: Callable[[], int | None]) -> int:
+    """The exit code after `work`: what that returns, or 2 for a mistake of the user, said in one line on stderr."""
     try:
-        work()
+        return work() or 0
     except UserError as mistake:
         print(f"error: {mistake}", file=sys.stderr)
         return 2
-    return 0

@@ -17,17 +17,22 @@ def user_folders() -> list[Path]:
     return [Path(folder) for folder in os.environ.get(CONFIG_PATH, "").split(os.pathsep) if folder]
 
 
+def of_the_user() -> str:
+    """What an error says behind the options that it lists, where the user has named no folder of other ones."""
+    return "" if user_folders() else ", or --config-dir DIR with others"
+
+
 def config_folders() -> list[Path]:
     """All folders of YAML groups; an option is taken from the first that has it."""
     return [CONF, *user_folders()]
 
 
-def search_words() -> str:
-    """What has to be typed again, behind a space, so that the user's folders are searched; nothing without any."""
-    folders = user_folders()
+def search_words() -> list[str]:
+    """What has to be typed again so that the user's folders are searched; nothing without any."""
+    folders = [str(folder) for folder in user_folders()]
     if len(folders) > 1:
-        return f" 'hydra.searchpath=[{','.join(map(str, folders))}]'"
-    return f" --config-dir {folders[0]}" if folders else ""
+        return [f"hydra.searchpath=[{','.join(folders)}]"]
+    return ["--config-dir", *folders] if folders else []
 
 
 @contextmanager

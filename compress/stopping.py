@@ -4,6 +4,7 @@ Everything a run needs to go on is on the disk at the end of every epoch, so tha
 the running epoch is lost, as it would be by `kill -9`.
 """
 
+import shlex
 import signal
 import threading
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from types import FrameType
 
 from compress.paths import search_words
 
-# What to type beside `python scripts/run.py` to go on with what this process does: a sweep, its job, a stage of it.
+# The commands that go on with what this process does: a sweep, its job, a stage of it.
 _under_way: list[str] = []
 # The signal that `stoppable` was told of.
 _stops: list["StoppedError"] = []
@@ -57,10 +58,15 @@ def stoppable() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def command(override: str) -> str:
+    """What to type to go on with a run or a sweep, `override` being `resume=DIRECTORY` or `sweep=DIRECTORY`."""
+    return shlex.join(["python", "scripts/run.py", override, *search_words()])
+
+
 @contextmanager
-def under_way(go_on: str) -> Iterator[None]:
-    """A signal within says that `go_on` continues, unless that of something around it does."""
-    _under_way.append(f"{go_on}{search_words()}")
+def under_way(override: str) -> Iterator[None]:
+    """A signal within says that the `command` of `override` continues, unless that of something around it does."""
+    _under_way.append(command(override))
     try:
         yield
     finally:

@@ -18,8 +18,9 @@ beside another process on the same OUTPUT. compress/sweeps/space.py says what th
 """
 
 
-def search(arguments: argparse.Namespace) -> bool:
-    """Prints the Pareto set, and on stderr why some trials have no part in it; whether it was never our fault."""
+@stoppable()
+def search(arguments: argparse.Namespace) -> int:
+    """Prints the Pareto set, and on stderr why some trials have no part in it; 1 where that was our fault."""
     # Not at the top: PyTorch takes seconds to import, and help needs none of it.
     from compress.config.compose import searched_folders
     from compress.sweeps.search import search
@@ -43,7 +44,7 @@ def search(arguments: argparse.Namespace) -> bool:
         print(f"  {100 * row.validation_accuracy:6.2f} % {row.bytes / 1000:11,.1f} kB  trial {point.trial}, {row.name}")
     if outcome.unfinished:
         print(f"note: {outcome.unfinished} not finished here; the same command goes on with them", file=sys.stderr)
-    return not outcome.broken
+    return int(bool(outcome.broken))
 
 
 def main() -> int:
@@ -56,10 +57,8 @@ def main() -> int:
     parser.add_argument("--trials", type=int, default=20, help="how many there shall be in all (default 20)")
     parser.add_argument("--processes", type=int, default=1, help="how many trials run at once here (default 1)")
     arguments = parser.parse_intermixed_args()
-    good = []
     try:
-        with stoppable():
-            return exit_code(lambda: good.append(search(arguments))) or int(not all(good))
+        return exit_code(lambda: search(arguments))
     except StoppedError as stopped:
         print(f"{stopped.reason}; the same command goes on", file=sys.stderr)
         return stopped.exit_code

@@ -12,7 +12,7 @@ from pydantic import AfterValidator, Field
 from pytorch_lightning import Trainer
 from torch import nn
 
-from compress.arguments import Supplied, arguments_of, check_arguments, parameter_names, settable
+from compress.arguments import Supplied, annotations, arguments_of, check_arguments, settable
 from compress.errors import UserError
 
 
@@ -162,8 +162,8 @@ def test_a_child_that_passes_the_rest_on_accepts_its_parents_keys():
 
 
 def test_names_include_objects_and_what_is_passed_on_to_parents():
-    assert {"own", "network", "untyped", "epochs"} <= set(parameter_names(Child))
-    assert set(parameter_names(Closed)) == {"own"}
+    assert {"own", "network", "untyped", "epochs"} <= set(annotations(Child))
+    assert set(annotations(Closed)) == {"own"}
 
 
 def test_a_dataclass_and_a_function_are_read_too():
@@ -227,7 +227,7 @@ def test_what_the_run_supplies_is_no_key():
         def __init__(self, seed: Supplied[int], network: Supplied[torch.nn.Module], plain=1, **rest):
             super().__init__(**rest)
 
-    assert {"seed", "network", "plain"} <= set(parameter_names(Method))
+    assert {"seed", "network", "plain"} <= set(annotations(Method))
     assert "plain" in settable(Method)
     assert not {"seed", "network"} & set(settable(Method))
     with pytest.raises(UserError, match=r"^method\.seed: found an unknown key"):

@@ -263,3 +263,14 @@ def test_every_file_of_every_group_composes():
             composed = compose_job([f"{group}={stem}" for group, stem in chosen.items()]).config
             assert set(composed) >= {"student", "teacher", "data", "method", "loss", "optimizer", "trainer", "seed"}
             assert composed.student.stem == chosen["student"]
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_when_the_reader_of_its_output_has_gone(tmp_path):
+    words = ["method=supervised", "student=resnet8", "quantizer=none", "trainer.max_epochs=1", "data.limit=200"]
+    command = [sys.executable, str(SCRIPT), *words, "hydra.run.dir=left"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    said = process.stderr.read()
+    assert process.wait() == 0, said
+    assert (tmp_path / "left" / "result.json").exists()

@@ -24,7 +24,7 @@ from yaml import YAMLError
 from compress.config.roles import register
 from compress.config.values import GROUPS
 from compress.errors import UserError, first_line
-from compress.paths import CONF, options, user_folders
+from compress.paths import CONF, of_the_user, options, user_folders
 
 SEARCH_PATH = "hydra.searchpath"
 
@@ -57,7 +57,7 @@ def compose_jobs(overrides: Sequence[str], multirun: bool = False) -> list[Job]:
         if override.key_or_group in GROUPS and not override.is_delete() and override.value() is None:
             raise UserError(f"{override.key_or_group}: found null; accepted: one of its options, see --help")
     with initialized():
-        return [compose_job(job) for job in (_expand(_with_grid(overrides)) if multirun else [list(overrides)])]
+        return _compose_sweep(overrides) if multirun else [compose_job(overrides)]
 
 
 def parse(override: str) -> Override:
@@ -71,6 +71,11 @@ def parse(override: str) -> Override:
         ) from None
 
 
+def key_of(override: str) -> str:
+    """The key of `key=value`, without what Hydra takes before it."""
+    return override.partition("=")[0].lstrip("+~")
+
+
 def searched_folders(overrides: Sequence[str], config_dir: str | Path | None = None) -> list[Path]:
     """The folders of the user's own YAML groups: `config_dir` and those in `hydra.searchpath`.
 
@@ -78,7 +83,7 @@ def searched_folders(overrides: Sequence[str], config_dir: str | Path | None = N
     """
     named = [] if config_dir is None else [("--config-dir", str(config_dir))]
     for override in overrides:
-        if override.partition("=")[0].lstrip("+~") == SEARCH_PATH:
+        if key_of(override) == SEARCH_PATH:
             value = parse(override).value()
             places = value if isinstance(value, list) else [value]
             named += [(SEARCH_PATH, str(place)) for place in places if urlsplit(str(place)).scheme in ("", "file")]
@@ -125,7 +130,7 @@ def compose_job(overrides: Sequence[str]) -> Job:
         group, _, name = str(failure.missing_cfg_file).rpartition("/")
         # Hydra names them for a single option alone, not for one of a list.
         accepted = ", ".join(failure.options or options(group))
-        raise UserError(f"{group}: found {name!r}; accepted: {accepted}") from None
+        raise UserError(f"{group}: found {name!r}; accepted: {accepted}{of_the_user()}") from None
     except ConfigCompositionException as failure:
         raise UserError(_unknown_key(failure, list(overrides))) from None
     except YAMLError as failure:
@@ -142,7 +147,7 @@ def compose_job(overrides: Sequence[str]) -> Job:
 
 def is_for_hydra(override: str) -> bool:
     """Whether an override is for Hydra itself, its launcher's among them."""
-    return override.lstrip("+~").startswith(("hydra.", "hydra/"))
+    return key_of(override).startswith(("hydra.", "hydra/"))
 
 
 def _add_stems(config: DictConfig, choices: Mapping[str, str]) -> None:
@@ -161,11 +166,13 @@ def _add_stems(config: DictConfig, choices: Mapping[str, str]) -> None:
             node.stem = stem
 
 
-def _with_grid(overrides: Sequence[str]) -> list[str]:
-    """The `overrides` of a sweep, and the values of `grid` in its configuration for the keys that are not typed."""
-    first = compose_job(_expand(overrides)[0]).config
-    typed = {override.partition("=")[0].lstrip("+") for override in overrides}
-    return [*overrides, *(f"{key}={values}" for key, values in first.grid.items() if key not in typed)]
+def _compose_sweep(overrides: Sequence[str]) -> list[Job]:
+    """The jobs of a sweep over `overrides`, and over the keys of `grid` in its configuration that are not typed."""
+    first, *others = _expand(overrides)
+    job = compose_job(first)
+    typed = set(map(key_of, overrides))
+    grid = [f"{key}={values}" for key, values in job.config.grid.items() if key not in typed]
+    return [compose_job(one) for one in _expand([*overrides, *grid])] if grid else [job, *map(compose_job, others)]
 
 
 def _expand(overrides: Sequence[str]) -> list[list[str]]:
@@ -183,7 +190,7 @@ def _unknown_key(failure: ConfigCompositionException, overrides: list[str]) -> s
     if match is None:
         return first_line(failure)
     key = match[1].lstrip("+~")
-    others = [override for override in overrides if override.split("=")[0].lstrip("+~") != key]
+    others = [override for override in overrides if key_of(override) != key]
     parent, _, name = key.rpartition(".")
     if len(others) == len(overrides) or (name in GROUPS and not parent):
         return first_line(failure)

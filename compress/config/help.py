@@ -1,5 +1,7 @@
 """The text of `--help`: the groups, their options and what each file says of itself."""
 
+import textwrap
+
 from compress.paths import option_file, options
 
 GROUPS = {
@@ -35,9 +37,11 @@ Choose an option with group=option, set a key with group.key=value, add a key wi
 
 def help_text() -> str:
     """Groups and options, with the first comment line of each option's file."""
+    indented = {"initial_indent": "  ", "subsequent_indent": "  "}
+    models = textwrap.fill("  ".join(options("model")), 100, break_on_hyphens=False, **indented)
     parts = [HEAD]
     parts.append(
-        f"student, teacher, peer: the networks (peer=none: copies of the student)\n{_wrapped(options('model'))}\n"
+        f"student, teacher, peer: the networks (peer=none: copies of the student)\n{models}\n"
         "  teacher=ensemble teacher.members=[resnet50,wrn_40_2]  the mean of their logits"
     )
     for group, purpose in GROUPS.items():
@@ -58,13 +62,3 @@ def _first_comment(group: str, stem: str) -> str:
     lines = option_file(group, stem).read_text(encoding="utf-8").splitlines()
     comments = [line for line in lines if line.startswith("# ") and not line.startswith("# @package")]
     return comments[0].removeprefix("# ").strip() if comments else ""
-
-
-def _wrapped(words: list[str], width: int = 100) -> str:
-    lines, line = [], "  "
-    for word in words:
-        if len(line) + len(word) > width:
-            lines.append(line.rstrip())
-            line = "  "
-        line += f"{word}  "
-    return "\n".join([*lines, line.rstrip()])

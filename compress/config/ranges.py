@@ -4,12 +4,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-Positive = Annotated[float, Field(gt=0)]
-NotNegative = Annotated[float, Field(ge=0)]
-BelowOne = Annotated[float, Field(ge=0, lt=1)]
-Count = Annotated[int, Field(ge=1)]
+from compress.arguments import BelowOne, Count, NotNegative, Positive, Seed
+
 BatchSize = Annotated[int, Field(ge=2)]
-Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Text = Annotated[str, Field(min_length=1)]
 
 TOP_LEVEL = {"seed": Seed, "output_directory": Text, "stages": list[dict], "grid": dict[str, str]}

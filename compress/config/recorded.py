@@ -10,8 +10,13 @@ from yaml import YAMLError
 
 from compress.config.compose import parse
 from compress.config.roles import register
-from compress.config.stage_plan import refuse_epochs
 from compress.errors import UserError, first_line
+from compress.files import write_text
+
+
+def write_config(directory: Path, config: DictConfig) -> None:
+    """Leaves `config` in `directory`, for `read_config` and the reader."""
+    write_text(directory / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
 
 
 def read_config(directory: Path) -> DictConfig:
@@ -33,18 +38,25 @@ def read_config(directory: Path) -> DictConfig:
     return config
 
 
+def check_settings(overrides: Sequence[str], resumed: str = "run", accepted: str = "") -> None:
+    """Raises UserError for an override that is none of trainer.* and logger.*, which are all that `resumed` takes."""
+    for override in overrides:
+        if not override.startswith(("trainer.", "logger.")) or "=" not in override:
+            raise UserError(
+                f"{override}: a resumed {resumed} keeps its configuration; "
+                f"accepted: trainer.*=..., logger.*=...{accepted}"
+            )
+
+
 def change(config: DictConfig, overrides: Sequence[str]) -> None:
     """Applies `overrides` of trainer.* and logger.*, which are all that a resumed run takes.
 
     Raises UserError for any other, for an unknown key, and for the epochs of a run in stages.
     """
+    check_settings(overrides)
     for override in overrides:
-        if not override.startswith(("trainer.", "logger.")) or "=" not in override:
-            raise UserError(
-                f"{override}: a resumed run keeps its configuration; accepted: trainer.*=... and logger.*=..."
-            )
-        if config.get("stages"):
-            refuse_epochs(override)
+        if config.get("stages") and override.startswith("trainer.max_epochs="):
+            raise UserError(f"{override}: the stages of a resumed run keep their epochs; accepted: other trainer.*=...")
         apply_override(config, override)
 
 

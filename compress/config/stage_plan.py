@@ -45,12 +45,6 @@ def compose_stages(job: Job) -> tuple[Job, ...]:
     return tuple(stages)
 
 
-def refuse_epochs(override: str) -> None:
-    """Raises UserError where `override` would change the epochs of stages that were shared out before."""
-    if override.startswith("trainer.max_epochs="):
-        raise UserError(f"{override}: the stages of a resumed run keep their epochs; accepted: other trainer.*=...")
-
-
 def _epochs(config: DictConfig) -> Sequence[int | None]:
     """The epochs of each stage: its share of all, by the largest remainders, and at least one; None without shares."""
     shares = [stage.get("share") for stage in config.stages]

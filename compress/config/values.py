@@ -3,18 +3,16 @@
 Constructors of this project say in their annotations what they accept; `compress.config.ranges` says it for the rest.
 """
 
-import inspect
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, is_dataclass
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from compress import models
-from compress.arguments import build, check_arguments, parameter_names, settable
+from compress.arguments import annotations, build, check_arguments, imported, settable
 from compress.config import ensemble
 from compress.config.ranges import (
     ENSEMBLE,
@@ -29,7 +27,6 @@ from compress.config.ranges import (
     TRAINER_SUPPLIED,
 )
 from compress.errors import UserError, first_line
-from compress.export.exporter import Exporter
 from compress.optim.groups import DECAY
 from compress.paths import CONF
 
@@ -50,12 +47,13 @@ def check_values(config: DictConfig) -> None:
     for group in ("quantizer", "mixup", "pruning"):
         if config[group]:
             _coerce_part(config, group)
-    _check_exporters(config)
+    for where, _ in _named_nodes(config, "export"):
+        _coerce_part(config, where)
     _coerce_optimizer(config, "optimizer")
     for role in ("student", "peer"):
         if config[role]:
             _check_model(config, role)
-    accepted = sorted({*parameter_names(pl.Trainer), *TRAINER} - TRAINER_SUPPLIED)
+    accepted = sorted({*annotations(pl.Trainer), *TRAINER} - TRAINER_SUPPLIED)
     _coerce(config, "trainer", TRAINER, accepted=accepted, required=TRAINER_REQUIRED)
     _check_teachers(config)
     _check_loggers(config)
@@ -67,10 +65,7 @@ def target(config: DictConfig, where: str) -> Any:
     name = node.get("_target_") if isinstance(node, DictConfig) else None
     if not isinstance(name, str):
         raise UserError(f"{where}._target_: found {name!r}; accepted: the name of a class, as in the options of --help")
-    try:
-        return get_object(name)
-    except (ImportError, ValueError, TypeError, AttributeError):
-        raise UserError(f"{where}: found {name!r}, which cannot be imported; accepted: an option, see --help") from None
+    return imported(name, where)
 
 
 def _check_groups(config: DictConfig) -> None:
@@ -133,19 +128,11 @@ def _named_nodes(config: DictConfig, group: str) -> Iterator[tuple[str, DictConf
         yield where, node
 
 
-def _check_exporters(config: DictConfig) -> None:
-    for where, node in _named_nodes(config, "export"):
-        exporter = target(config, where)
-        if not (inspect.isclass(exporter) and issubclass(exporter, Exporter)):
-            raise UserError(f"{where}: found {node._target_!r}, which is no Exporter; accepted: export=OPTION")
-        _coerce_part(config, where)
-
-
 def _check_loggers(config: DictConfig) -> None:
     """A logger that needs more than its arguments says so in `check`."""
     for where, node in _named_nodes(config, "logger"):
         logger = target(config, where)
-        accepted = [key for key in parameter_names(logger) if key != "save_dir"]
+        accepted = [key for key in annotations(logger) if key != "save_dir"]
         checked = check_arguments(logger if _is_ours(logger) else {}, node, where, accepted=accepted)
         if hasattr(logger, "check"):
             logger.check(checked)
@@ -194,7 +181,7 @@ def _coerce_part(config: DictConfig, where: str) -> None:
 
 def _coerce_optimizer(config: DictConfig, where: str) -> None:
     optimizer = target(config, where)
-    accepted = [name for name in parameter_names(optimizer) if name not in ("params", "defaults")] + [DECAY]
+    accepted = [name for name in annotations(optimizer) if name not in ("params", "defaults")] + [DECAY]
     values = _coerce(config, where, optimizer if _is_ours(optimizer) else OPTIMIZER, accepted=accepted)
     decays = values.pop(DECAY, True)
     if not isinstance(decays, bool):

@@ -37,7 +37,7 @@ def check_options(stem: str, options: Mapping[str, Any], where: str) -> dict[str
 def described(stem: str, where: str) -> dict[str, Any]:
     """What `student=<stem>` composes: the keys of conf/model/<stem>.yaml and the stem; `where` is for the error."""
     if stem not in available():
-        raise UserError(f"{where}: found {stem!r}; accepted: {', '.join(available())}")
+        raise UserError(f"{where}: found {stem!r}; accepted: {', '.join(available())}{paths.of_the_user()}")
     file = paths.option_file("model", stem)
     keys = OmegaConf.to_container(OmegaConf.load(file))
     if "_target_" not in keys or "defaults" in keys:

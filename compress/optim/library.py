@@ -7,9 +7,9 @@ from typing import Annotated, Any
 from pydantic import Field
 from torch.optim import Optimizer
 
+from compress.arguments import BelowOne, Count, NotNegative, Positive
 from compress.optim.groups import as_groups, divided
 from compress.optim.kronecker import fold
-from compress.optim.shampoo import BelowOne, NotNegative, Positive, Steps
 
 Betas = Annotated[Sequence[BelowOne], Field(min_length=2, max_length=2)]
 
@@ -19,8 +19,8 @@ def soap(
     lr: Positive = 3e-3,
     betas: Betas = (0.95, 0.95),
     weight_decay: NotNegative = 0.01,
-    precondition_frequency: Steps = 10,
-    max_precondition_dim: Steps = 4096,
+    precondition_frequency: Count = 10,
+    max_precondition_dim: Count = 4096,
     eps: Positive = 1e-8,
 ) -> Optimizer:
     """Adam in the eigenbasis of Shampoo (Vyas et al. 2024, https://arxiv.org/abs/2409.11321).
@@ -48,7 +48,7 @@ def muon(
     momentum: BelowOne = 0.95,
     weight_decay: NotNegative = 0.01,
     nesterov: bool = True,
-    ns_steps: Steps = 5,
+    ns_steps: Count = 5,
     adamw_lr: Positive = 1e-3,
     adamw_betas: Betas = (0.9, 0.999),
     adamw_eps: Positive = 1e-8,

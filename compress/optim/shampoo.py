@@ -13,13 +13,9 @@ from pydantic import Field
 from torch import Tensor
 from torch.optim import Optimizer
 
-from compress.arguments import check_arguments, parameter_names
+from compress.arguments import BelowOne, Count, NotNegative, Positive, annotations, check_arguments
 from compress.optim.kronecker import fold, inverse_root, join, split
 
-NotNegative = Annotated[float, Field(ge=0)]
-BelowOne = Annotated[float, Field(ge=0, lt=1)]
-Positive = Annotated[float, Field(gt=0)]
-Steps = Annotated[int, Field(ge=1)]
 CACHED = 2**20  # weights
 SIDES = ("left", "right")
 
@@ -64,12 +60,12 @@ class Shampoo(Optimizer):
         grafting_beta2: Annotated[float, Field(gt=0, lt=1)] = 0.999,
         grafting_epsilon: Positive = 1e-8,
         damping: Positive = 1e-4,
-        block_size: Steps = 256,
-        root_interval: Steps = 50,
-        statistics_interval: Steps = 1,
+        block_size: Count = 256,
+        root_interval: Count = 50,
+        statistics_interval: Count = 1,
     ) -> None:
         given = locals()
-        super().__init__(params, {name: given[name] for name in parameter_names(Shampoo) if name != "params"})
+        super().__init__(params, {name: given[name] for name in annotations(Shampoo) if name != "params"})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         check_arguments(Shampoo, {name: param_group.get(name, value) for name, value in self.defaults.items()}, "")

@@ -6,7 +6,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from omegaconf import OmegaConf
 from torch import nn
 
 from compress import models
@@ -17,7 +16,6 @@ from compress.config.stage_plan import compose_stages
 from compress.config.values import check_values
 from compress.data.shared import DataSets
 from compress.errors import UserError, first_line
-from compress.export.description import describe
 from compress.export.formats import check_exporters
 from compress.export.packed import file_bytes
 from compress.export.weights import build_network, load_weights
@@ -72,7 +70,9 @@ def check(job: Job, data_sets: DataSets, start: nn.Module | None = None) -> nn.M
     _check_teacher_files(parts)
     _check_method(parts)
     check_image_sizes(parts)
-    student = _pruned_student(parts)
+    if parts.recipe is not None:
+        _check_pruning(parts)
+    student = parts.pruned_student
     if parts.quantizer is not None:
         check_quantizer(parts, student)
     check_exporters(parts.exporters, parts.quantizer)
@@ -81,13 +81,14 @@ def check(job: Job, data_sets: DataSets, start: nn.Module | None = None) -> nn.M
 
 def _check_teacher_files(parts: Parts) -> None:
     for key in ensemble.keys(parts.config):
-        checkpoint = OmegaConf.select(parts.config, key).checkpoint
+        checkpoint = parts.node(key)["checkpoint"]
         if checkpoint:
             load_weights(parts.teacher_network(key), Path(checkpoint), where=f"{key}.checkpoint")
 
 
 def _check_method(parts: Parts) -> None:
-    if uses_peers(parts.config) and _is_pruned(parts):
+    described = models.architecture(parts.plain["student"], parts.data.num_classes, parts.fresh_student)
+    if uses_peers(parts.config) and ("channels" in described or masks.masks_of(parts.fresh_student)):
         raise UserError(
             "student.checkpoint: found a pruned network for a method whose peers would not be pruned; accepted: null, "
             "or a method without peers"
@@ -96,16 +97,11 @@ def _check_method(parts: Parts) -> None:
     parts.method.check_networks(parts.method_options, parts.fresh_student, teacher, parts.data.input_shape)
 
 
-def _is_pruned(parts: Parts) -> bool:
-    described = models.architecture(parts.plain["student"], parts.data.num_classes, parts.fresh_student)
-    return bool(masks.masks_of(parts.fresh_student)) or "channels" in described
-
-
 def check_image_sizes(parts: Parts) -> None:
     """Raises UserError where an image does not go through a network, which may shrink it to nothing."""
     taught_by = [f"{key}.model" for key in parts.teacher_keys]
     for role in ("student", *(["peer"] if parts.config.peer else []), *taught_by):
-        node = OmegaConf.to_container(OmegaConf.select(parts.config, role), resolve=True)
+        node = parts.node(role)
         mistake = _refusal(node | {"checkpoint": None}, parts)
         if mistake is not None:
             raise UserError(
@@ -129,21 +125,16 @@ def _refusal(node: dict, parts: Parts) -> RuntimeError | None:
     return mistake
 
 
-def _pruned_student(parts: Parts) -> nn.Module:
-    """The student as pruning will leave it, but for the values of its weights."""
-    if parts.recipe is None:
-        return parts.fresh_student
+def _check_pruning(parts: Parts) -> None:
     networks = {"student": parts.fresh_student}
     if parts.config.peer:
         networks["peer"] = build_network(parts.peer_node, parts.data.num_classes)
     for role, network in networks.items():
         parts.recipe.check(network, parts.config.trainer.max_epochs, parts.data.input_shape, role)
-    return parts.recipe.pruned(parts.fresh_student, parts.data.input_shape)
 
 
 def check_quantizer(parts: Parts, student: nn.Module) -> None:
     """Raises UserError for options of the quantizer that do not fit `student`, or a budget that it cannot meet."""
     parts.quantizer.check(student)
-    architecture = models.architecture(parts.plain["student"], parts.data.num_classes, student)
-    size = partial(file_bytes, description=describe(architecture, parts.data))
+    size = partial(file_bytes, description=parts.description(student))
     parts.quantizer.check_budget(student, parts.data.calibration_batches(2), size, size(student))

@@ -6,7 +6,6 @@ from dataclasses import replace
 from functools import partial
 
 import torch
-from omegaconf import OmegaConf
 from rich import box
 from rich.markup import escape
 from rich.table import Table
@@ -15,7 +14,6 @@ from torch import nn
 from compress import models
 from compress.config.compose import Job
 from compress.data.shared import DataSets
-from compress.export.description import describe
 from compress.export.packed import file_bytes
 from compress.pipeline.parts import Parts
 from compress.pipeline.teachers import cache_path
@@ -26,10 +24,7 @@ from compress.quantization import Refinement
 def show(job: Job, data_sets: DataSets) -> None:
     """Prints what the checked `job` would build and about how long it would take on this machine."""
     parts = Parts(job.config, data_sets)
-    student = parts.fresh_student
-    if parts.recipe is not None:
-        student = parts.recipe.pruned(student, parts.data.input_shape)
-    student = student.to(parts.device)
+    student = parts.pruned_student.to(parts.device)
     title = escape(f"dry run: {' '.join(job.overrides) or 'defaults'}")
     printed = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
     for heading in ("", "network", "parameters", "MACs/image", "fp32 kB"):
@@ -60,7 +55,7 @@ def _teacher(parts: Parts, printed: Table) -> tuple[dict[str, float], float]:
     # What a student's step needs of the teacher.
     work = _step if parts.updates_teacher else _forward
     for key in parts.teacher_keys:
-        node = OmegaConf.to_container(OmegaConf.select(parts.config, key))
+        node = parts.node(key)
         network = parts.teacher_network(key).to(parts.device)
         _add(printed, "teacher", node["model"]["stem"], network, input_shape)
         seconds += _seconds(partial(work, network, batch, input_shape))
@@ -74,8 +69,7 @@ def _teacher(parts: Parts, printed: Table) -> tuple[dict[str, float], float]:
 
 def _sizes(parts: Parts, student: nn.Module) -> dict[str, int]:
     """Bytes of the packed files, by variant."""
-    architecture = models.architecture(parts.plain["student"], parts.data.num_classes, student)
-    description = describe(architecture, parts.data)
+    description = parts.description(student)
     sizes = {}
     if parts.fake_quantization is not None:
         # Steps and codes of an untrained network take as many bytes, but its zeros are none that training would leave.

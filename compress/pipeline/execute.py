@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from hydra._internal.callbacks import Callbacks
-from hydra.core.utils import run_job
+from hydra.core.utils import JobReturn, run_job
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict, read_write
 
@@ -36,23 +36,17 @@ def execute(
     # A machine that is not the first leaves the directory to that.
     if job.hydra is None or node_rank(job.config.trainer) > 0:
         return work(job, directory, data_sets)
-    results: list[Result | None] = []
-    failures: list[Exception] = []
-
-    def task(config: DictConfig) -> None:
-        try:
-            results.append(work(job, directory, data_sets))
-        except Exception as failure:
-            # Hydra would print a line of its own before ours.
-            failures.append(failure)
-
     # What is printed for going on holds in any working directory, and Hydra may change it.
     directory = directory.absolute()
     with _logging_undone() if logging_is_ours else _log_in(directory):
-        _as_hydra_does(job.hydra, directory, number, task, logging_is_ours)
-    if failures:
-        raise failures[0]
-    return results[0]
+        ended = _as_hydra_does(
+            job.hydra, directory, number, lambda config: work(job, directory, data_sets), logging_is_ours
+        )
+    # Not `return_value`: Hydra would print a line of its own before ours.
+    result = ended._return_value
+    if isinstance(result, Exception):
+        raise result
+    return result
 
 
 def resumed_job(directory: Path, overrides: list[str], data_sets: DataSets) -> Job:
@@ -69,22 +63,25 @@ def resumed_job(directory: Path, overrides: list[str], data_sets: DataSets) -> J
     if not config.stages:
         check(replace(job, overrides=()), data_sets)
         return job
-    stages = []
+    stages, unfinished, checkpoint = [], [], None
     for name in stage_directories(config):
         stage = Job((), read_config(directory / name), name=name)
-        if not (directory / name / "result.json").exists():
-            change(stage.config, overrides)
-            if stages and (directory / stages[-1].name / "result.json").exists():
-                checkpoint = directory / stages[-1].name / "checkpoints" / BEST
-                stage.config.student.checkpoint = str(checkpoint.absolute())
         stages.append(stage)
-    check_stages([stage for stage in stages if not (directory / stage.name / "result.json").exists()], data_sets)
+        if (directory / name / "result.json").exists():
+            checkpoint = directory / name / "checkpoints" / BEST
+            continue
+        change(stage.config, overrides)
+        if checkpoint is not None:
+            stage.config.student.checkpoint = str(checkpoint.absolute())
+            checkpoint = None
+        unfinished.append(stage)
+    check_stages(unfinished, data_sets)
     return replace(job, stages=tuple(stages))
 
 
 def _as_hydra_does(
     composed: DictConfig, directory: Path, number: int | None, task: TaskFunction, configure_logging: bool
-) -> None:
+) -> JobReturn:
     with read_write(composed), open_dict(composed):
         composed.hydra.run.dir = str(directory)
         if number is not None:
@@ -103,6 +100,7 @@ def _as_hydra_does(
     )
     if number is None:
         callbacks.on_run_end(config=composed, config_name="run", job_return=ended)
+    return ended
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -13,9 +14,12 @@ from compress.export.state_dicts import BEST_NETWORK
 from compress.models import masks
 from compress.pipeline.parts import Parts
 from compress.pipeline.variants import Variants
+from compress.pipeline.weight_panels import weight_panels
 from compress.progress import console
 from compress.quantization.lsq import float_network
+from compress.results.layer_pictures import Panel
 from compress.results.loggers import log_tradeoff
+from compress.results.surroundings import surroundings
 from compress.training.fit import BEST
 
 
@@ -31,6 +35,32 @@ class Measured:
     student: nn.Module
     trained: nn.Module
     variants: Variants
+
+    def record(self, parts: Parts, threads: int | None = None, **about_student: Any) -> dict[str, Any]:
+        """What `compress.results.record.Record` says of it; `threads` are those of the training, if any."""
+        reference = self.variants.rows[0]
+        per_class = zip(parts.data.class_names, self.variants.test.per_class, strict=True)
+        student = {
+            "model": parts.architectures[self.name]["stem"],
+            **about_student,
+            "parameters": models.count_parameters(self.student),
+            "macs": models.count_macs(self.student, parts.data.input_shape),
+            "validation_accuracy": reference.validation_accuracy,
+            "test_accuracy": reference.test_accuracy,
+            "test_accuracy_per_class": dict(per_class),
+        }
+        return {
+            **surroundings(threads),
+            "seed": parts.plain["seed"],
+            "data": parts.data.record(),
+            "student": student,
+            "rows": self.variants.rows,
+            "layers": self.variants.layers,
+        }
+
+    def panels(self) -> dict[str, list[Panel]]:
+        """The weights that `weights.png` draws."""
+        return weight_panels(self.student, self.variants.quantized)
 
 
 class PostTrainingQuantization(pl.Callback):
@@ -62,6 +92,11 @@ def measure_best(parts: Parts, directory: Path, float_checkpoint: Path | None = 
     if parts.fake_quantization is not None:
         start = parts.float_start(float_checkpoint)
         student = float_network(trained) if start is None else start.eval().to(parts.data.device)
+    return measured(parts, directory, name, student, trained)
+
+
+def measured(parts: Parts, directory: Path, name: str, student: nn.Module, trained: nn.Module) -> Measured:
+    """Measures the network `name`, `student` in float32 and `trained` on the method's grids, and quantizes it."""
     variants = Variants(parts.data, directory, parts.architectures[name], parts.exporters)
     # Convolutions on recent GPUs would otherwise round to TF32, and the table promises float32.
     with torch.backends.cudnn.flags(allow_tf32=False):

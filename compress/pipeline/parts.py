@@ -6,15 +6,15 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from compress import models
 from compress.arguments import arguments_of, build
 from compress.config import ensemble
-from compress.config.rules import uses_peers, uses_teacher
+from compress.config.rules import method_of, uses_peers, uses_teacher
 from compress.data.shared import DataSets
+from compress.export.description import describe
 from compress.export.exporter import Exporter
 from compress.export.weights import build_network
 from compress.methods.classifier import Classifier
@@ -39,6 +39,10 @@ class Parts:
         self.data_sets = data_sets or DataSets()
         self._start = start
 
+    def node(self, key: str) -> dict[str, Any]:
+        """The part of the configuration at `key`, such as `teacher.members[0]`."""
+        return OmegaConf.to_container(OmegaConf.select(self.config, key), resolve=True)
+
     @cached_property
     def device(self) -> torch.device:
         return device(self.plain["trainer"]["accelerator"])
@@ -53,7 +57,7 @@ class Parts:
 
     @cached_property
     def method(self) -> type[Classifier]:
-        return get_class(self.plain["method"]["_target_"])
+        return method_of(self.config)
 
     @property
     def method_options(self) -> dict[str, Any]:
@@ -100,7 +104,7 @@ class Parts:
 
     @cached_property
     def exporters(self) -> list[Exporter]:
-        return [build(node, f"export.{name}") for name, node in self.plain["export"].items()]
+        return [build(node, f"export.{name}", Exporter) for name, node in self.plain["export"].items()]
 
     @property
     def fake_quantization(self) -> FakeQuantization | None:
@@ -116,6 +120,16 @@ class Parts:
     def student(self) -> nn.Module:
         """The student that is trained, without the channels that structured pruning takes away."""
         return self._shrunk(self.fresh_student)
+
+    @property
+    def pruned_student(self) -> nn.Module:
+        """The student as pruning will leave it, but for the values of its weights."""
+        student = self.fresh_student
+        return student if self.recipe is None else self.recipe.pruned(student, self.data.input_shape)
+
+    def description(self, student: nn.Module) -> dict[str, Any]:
+        """What a model file says of `student`, with whatever channels it has, and of the data."""
+        return describe(models.architecture(self.plain["student"], self.data.num_classes, student), self.data)
 
     @cached_property
     def peers(self) -> list[nn.Module]:
@@ -163,8 +177,7 @@ class Parts:
 
     def teacher_network(self, key: str = "teacher") -> nn.Module:
         """A fresh network of the teacher at `key`, one of `teacher_keys`."""
-        node = OmegaConf.to_container(OmegaConf.select(self.config, key), resolve=True)
-        return models.build(num_classes=self.data.num_classes, **node["model"])
+        return models.build(num_classes=self.data.num_classes, **self.node(key)["model"])
 
     def float_start(self, float_checkpoint: Path | None) -> nn.Module | None:
         """The float network that training starts from; None where there is none or it has lost channels since.

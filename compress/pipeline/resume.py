@@ -7,11 +7,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from compress.config.compose import Job, is_for_hydra, parse
 from compress.errors import UserError
-from compress.files import make_chosen, make_directory, remove_leftovers
+from compress.files import make_chosen, make_directory, remove_leftovers, write_json
 from compress.stopping import under_way
 from compress.training.processes import node_rank
 
@@ -65,21 +65,35 @@ def requeued(output_directory: Path, overrides: Sequence[str]) -> Path | None:
     directories = {path.parent for path in output_directory.glob(f"runs/*/{STARTED}")}
     named = [str(parse(override).value()) for override in overrides if override.startswith("hydra.run.dir=")]
     for directory in sorted(map(Path, named)) or sorted(directories, key=_start, reverse=True):
-        try:
-            started = json.loads((directory / STARTED).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        if started.get("slurm_job") == job and started["overrides"] == typed and (directory / "config.yaml").exists():
+        begun = started(directory) or {}
+        if begun.get("slurm_job") == job and begun["overrides"] == typed and (directory / "config.yaml").exists():
             return directory
     return None
 
 
-def begun_with(directory: Path) -> list[str] | None:
-    """What was typed for the unfinished run in `directory`; None where none was begun."""
+def started(directory: Path) -> dict[str, Any] | None:
+    """What `record_start` has left of the unfinished run in `directory`; None where nothing can be read."""
     try:
-        return list(json.loads((directory / STARTED).read_text(encoding="utf-8"))["overrides"])
+        content = json.loads((directory / STARTED).read_text(encoding="utf-8"))
+        return {**content, "overrides": list(content["overrides"])}
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def record_start(directory: Path, overrides: Sequence[str]) -> dict[str, Any]:
+    """What was typed and when, on the disk until the run is finished so that a resumed run can still say it."""
+    path = directory / STARTED
+    if not path.exists():
+        now = datetime.now().astimezone().isoformat(timespec="seconds")
+        slurm_job = os.environ.get("SLURM_JOB_ID")
+        content = {"overrides": list(overrides), "started": now}
+        write_json(path, content | ({"slurm_job": slurm_job} if slurm_job else {}))
+    begun = started(directory)
+    if begun is None:
+        raise UserError(
+            f"resume: found {path}, which cannot be read; accepted: to remove it, and the run goes on without it"
+        )
+    return begun
 
 
 def _start(directory: Path) -> tuple[int, str]:

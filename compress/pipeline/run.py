@@ -1,34 +1,26 @@
 """One run, top to bottom: data, teacher, student, best checkpoint, quantization, results."""
 
-import json
-import os
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 import pytorch_lightning as pl
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from pytorch_lightning.loggers import Logger
 
 from compress import models
 from compress.config.compose import Job
+from compress.config.recorded import write_config
 from compress.data.shared import DataSets
-from compress.errors import UserError
-from compress.files import write_json, write_text
 from compress.pipeline import resume, teachers
 from compress.pipeline.measure import Measured, PostTrainingQuantization, measure_best
 from compress.pipeline.parts import Parts
-from compress.pipeline.resume import STARTED
 from compress.pipeline.teachers import Teacher
-from compress.pipeline.weight_panels import weight_panels
 from compress.progress import console
 from compress.results.loggers import open_loggers
 from compress.results.record import Record
-from compress.results.surroundings import surroundings
 from compress.results.tradeoff import Row
 from compress.results.writing import show, write_results
 from compress.training import distributed, processes
@@ -74,8 +66,8 @@ def run(job: Job, directory: Path, data_sets: DataSets, float_checkpoint: Path |
         if (directory / "result.json").exists():
             return finished(directory)
         processes.act_alone()
-        started = record_start(directory, job.overrides)
-        write_text(directory / "config.yaml", OmegaConf.to_yaml(job.config, resolve=True))
+        started = resume.record_start(directory, job.overrides)
+        write_config(directory, job.config)
         clock = _Clock()
         if processes.is_wanted(job.config.trainer):
             # They leave a finished last.ckpt, from which `_train` goes straight on to the measuring.
@@ -86,9 +78,21 @@ def run(job: Job, directory: Path, data_sets: DataSets, float_checkpoint: Path |
             trained = _train(parts, directory, loggers, clock, float_checkpoint)
             teacher_record = teachers.tested(trained.teacher, parts) if trained.teacher else None
             clock.lap("quantization")
-            about = _about(parts, trained, directory)
-            record = Record(**started, seconds=clock.laps, teacher=teacher_record, **about)
-            return _write(parts, directory, trained.measured, record, loggers)
+            measured = trained.measured
+            about = measured.record(
+                parts,
+                trained.threads,
+                network=measured.name,
+                epochs=trained.trainer.current_epoch,
+                best_epoch=epoch_of(directory / "checkpoints" / BEST),
+            )
+            pruning = None if parts.recipe is None else parts.recipe.record(measured.trained)
+            record = Record(**started, seconds=clock.laps, teacher=teacher_record, pruning=pruning, **about)
+            title = f"{parts.plain['method']['stem']} {record.student.model} on {record.data.name}"
+            write_results(directory, record, title, measured.panels(), loggers)
+            (directory / resume.STARTED).unlink()
+            show(directory, record.rows, title)
+            return Result(directory, record)
 
 
 def train(config: DictConfig, directory: Path) -> None:
@@ -155,62 +159,11 @@ def _worker_command(directory: Path) -> list[str]:
     return [sys.executable, "-P", "-m", "compress.pipeline.worker", str(directory)]
 
 
-def _about(parts: Parts, trained: Trained, directory: Path) -> dict[str, Any]:
-    """What the record says of this run, besides when it ran and of its teacher."""
-    data, measured = parts.data, trained.measured
-    variants = measured.variants
-    return {
-        **surroundings(trained.threads),
-        "seed": parts.plain["seed"],
-        "data": data.record(),
-        "pruning": None if parts.recipe is None else parts.recipe.record(measured.trained),
-        "student": {
-            "model": parts.architectures[measured.name]["stem"],
-            "network": measured.name,
-            "parameters": models.count_parameters(measured.student),
-            "macs": models.count_macs(measured.student, data.input_shape),
-            "epochs": trained.trainer.current_epoch,
-            "best_epoch": epoch_of(directory / "checkpoints" / BEST),
-            "validation_accuracy": variants.rows[0].validation_accuracy,
-            "test_accuracy": variants.rows[0].test_accuracy,
-            "test_accuracy_per_class": dict(zip(data.class_names, variants.test.per_class, strict=True)),
-        },
-        "rows": variants.rows,
-        "layers": variants.layers,
-    }
-
-
-def _write(parts: Parts, directory: Path, measured: Measured, record: Record, loggers: Sequence[Logger]) -> Result:
-    title = f"{parts.plain['method']['stem']} {record.student.model} on {record.data.name}"
-    panels = weight_panels(measured.student, measured.variants.quantized)
-    write_results(directory, record, title, panels, loggers)
-    (directory / STARTED).unlink()
-    show(directory, record.rows, title)
-    return Result(directory, record)
-
-
 def finished(directory: Path) -> Result:
     """The result of a run that was finished before, which is printed again."""
     record = Record.read(directory / "result.json")
     show(directory, record.rows, f"{record.student.model}: this run was finished before")
     return Result(directory, record)
-
-
-def record_start(directory: Path, overrides: Sequence[str]) -> dict[str, Any]:
-    """What was typed and when, on the disk until the run is finished so that a resumed run can still say it."""
-    path = directory / STARTED
-    if not path.exists():
-        now = datetime.now().astimezone().isoformat(timespec="seconds")
-        slurm_job = os.environ.get("SLURM_JOB_ID")
-        content = {"overrides": list(overrides), "started": now}
-        write_json(path, content | ({"slurm_job": slurm_job} if slurm_job else {}))
-    try:
-        started = json.loads(path.read_text(encoding="utf-8"))
-        return {"overrides": list(started["overrides"]), **started}
-    except (ValueError, KeyError, TypeError):
-        raise UserError(
-            f"resume: found {path}, which cannot be read; accepted: to remove it, and the run goes on without it"
-        ) from None
 
 
 class _Clock:

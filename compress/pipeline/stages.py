@@ -9,14 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from compress.config.compose import Job
+from compress.config.recorded import write_config
 from compress.data.shared import DataSets
-from compress.files import write_text
 from compress.pipeline import resume
 from compress.pipeline.parts import Parts
-from compress.pipeline.run import Result, finished, record_start, run
+from compress.pipeline.run import Result, finished, run
 from compress.progress import console
 from compress.results.record import Stage
 from compress.results.writing import show, write_results
@@ -28,12 +26,12 @@ def run_stages(job: Job, directory: Path, data_sets: DataSets) -> Result:
     with resume.owned(directory):
         if (directory / "result.json").exists():
             return finished(directory)
-        started = record_start(directory, job.overrides)
+        started = resume.record_start(directory, job.overrides)
         for stage in job.stages:
             if not (directory / stage.name / "result.json").exists():
-                write_text(directory / stage.name / "config.yaml", OmegaConf.to_yaml(stage.config, resolve=True))
+                write_config(directory / stage.name, stage.config)
         # Only now, because its presence says that the configurations of the stages are all there.
-        write_text(directory / "config.yaml", OmegaConf.to_yaml(job.config, resolve=True))
+        write_config(directory, job.config)
         return _write(job, directory, started, _run_each(job, directory, data_sets, started["overrides"]))
 
 

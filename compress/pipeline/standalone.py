@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from compress import models
+from compress.arguments import arguments_of
 from compress.config import values
 from compress.config.compose import compose_jobs
 from compress.config.recorded import apply_override
@@ -23,11 +23,9 @@ from compress.export.packed import read_float_description
 from compress.export.weights import load_weights
 from compress.files import make_directory, write_text
 from compress.pipeline.check import check_image_sizes, check_quantizer
+from compress.pipeline.measure import measured
 from compress.pipeline.parts import Parts
-from compress.pipeline.variants import Variants
-from compress.pipeline.weight_panels import weight_panels
 from compress.results.record import Record
-from compress.results.surroundings import surroundings
 from compress.results.writing import show, write_results
 
 GROUPS = ("data", "quantizer", "export")
@@ -60,19 +58,14 @@ def quantize_checkpoint(overrides: Sequence[str]) -> Path:
     directory = make_directory(parent, f"{datetime.now():%Y-%m-%d_%H-%M-%S}-{stem}")
     groups = {key: parts.plain[key] for key in ("seed", "data", "student", "quantizer", "export")}
     write_text(directory / "config.yaml", OmegaConf.to_yaml({"checkpoint": str(path), **groups}))
-    variants = Variants(parts.data, directory, parts.architecture, parts.exporters)
     try:
-        # Convolutions on recent GPUs would otherwise round to TF32, and the table promises float32.
-        with torch.backends.cudnn.flags(allow_tf32=False):
-            variants.add_float(student)
-            variants.quantize(student, parts.quantizer)
-            variants.finish()
+        result = measured(parts, directory, "model", student, student)
     except UserError:
         shutil.rmtree(directory)
         raise
     title = f"{stem} of {path.name}"
-    record = Record(overrides=list(overrides), **surroundings(), **_about(parts, student, path, variants))
-    write_results(directory, record, title, weight_panels(student, variants.quantized))
+    record = Record(overrides=list(overrides), teacher=None, **result.record(parts, checkpoint=str(path)))
+    write_results(directory, record, title, result.panels())
     show(directory, record.rows, title)
     return directory
 
@@ -110,27 +103,6 @@ def _loaded(parts: Parts, path: Path, about: Mapping[str, Any] | None) -> nn.Mod
     return parts.student.eval().to(parts.data.device)
 
 
-def _about(parts: Parts, student: nn.Module, path: Path, variants: Variants) -> dict[str, Any]:
-    """What the record says of the network and its variants."""
-    reference, names = variants.rows[0], parts.data.class_names
-    return {
-        "seed": parts.plain["seed"],
-        "data": parts.data.record(),
-        "teacher": None,
-        "student": {
-            "model": parts.plain["student"]["stem"],
-            "checkpoint": str(path),
-            "parameters": models.count_parameters(student),
-            "macs": models.count_macs(student, parts.data.input_shape),
-            "validation_accuracy": reference.validation_accuracy,
-            "test_accuracy": reference.test_accuracy,
-            "test_accuracy_per_class": dict(zip(names, variants.test.per_class, strict=True)),
-        },
-        "rows": variants.rows,
-        "layers": variants.layers,
-    }
-
-
 def _split(overrides: Sequence[str]) -> dict[str, str]:
     typed = {}
     for override in overrides:
@@ -154,37 +126,30 @@ def _model(path: Path, typed: Mapping[str, str], about: Mapping[str, Any] | None
     keys = [f"student.{key.removeprefix('model.')}={value}" for key, value in typed.items() if key.startswith("model.")]
     if "model" in typed:
         return [f"student={typed['model']}", *keys]
-    if about:
-        architecture = about["architecture"]
-        return _overrides("student", architecture["stem"], architecture["options"]) + keys
     run = _run_of(path)
-    if run is None:
+    if about:
+        node = about["architecture"]["options"] | {"stem": about["architecture"]["stem"]}
+    elif run is not None:
+        node = run.student
+    else:
         raise UserError(f"model: found none, and {path} does not say it; accepted: {', '.join(models.available())}")
-    node = OmegaConf.to_container(run.student)
-    stem = node.pop("stem")
-    for key in ("_target_", "checkpoint"):
-        node.pop(key, None)
-    return _overrides("student", stem, node) + keys
+    return _overrides("student", node) + keys
 
 
 def _data(path: Path, typed: Mapping[str, str], about: Mapping[str, Any] | None) -> list[str]:
     """The overrides for the data: those of the run that the file lies in, and the file's own normalisation."""
-    overrides = []
     run = _run_of(path)
-    if run is not None and "data" not in typed:
-        node = OmegaConf.to_container(run.data)
-        del node["_target_"]
-        overrides = _overrides("data", node.pop("stem"), node)
+    overrides = [] if run is None or "data" in typed else _overrides("data", run.data)
     if about:
         overrides += [f"data.{key}={json.dumps(about[key])}" for key in ("mean", "standard_deviation")]
     return overrides
 
 
-def _overrides(group: str, stem: str, keys: Mapping[str, Any]) -> list[str]:
-    return [
-        f"{group}={stem}",
-        *(f"++{group}.{key}={json.dumps(value, ensure_ascii=False)}" for key, value in keys.items()),
-    ]
+def _overrides(group: str, node: Mapping[str, Any]) -> list[str]:
+    """What composes the `node` of a `group` again, but for its weights."""
+    keys = {key: value for key, value in arguments_of(node).items() if key != "checkpoint"}
+    values = [f"++{group}.{key}={json.dumps(value, ensure_ascii=False)}" for key, value in keys.items()]
+    return [f"{group}={node['stem']}", *values]
 
 
 def _run_of(path: Path) -> DictConfig | None:

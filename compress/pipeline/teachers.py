@@ -12,7 +12,6 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from filelock import FileLock, Timeout
-from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
 from compress import models
@@ -100,7 +99,7 @@ def tested(teacher: Teacher, parts: Parts) -> dict[str, Any]:
 
 def cache_path(parts: Parts, key: str) -> Path:
     """Where the teacher at `key` of the configuration is kept once it has been trained."""
-    node = OmegaConf.to_container(OmegaConf.select(parts.config, key), resolve=True)
+    node = parts.node(key)
     data = {name: value for name, value in parts.plain["data"].items() if name not in NOT_IN_KEY}
     if "root" in data:
         data["root"] = str(Path(data["root"]).expanduser().resolve())
@@ -121,7 +120,7 @@ class _Member:
 
     def __init__(self, parts: Parts, key: str, directory: Path) -> None:
         self.parts, self.key, self.directory = parts, key, directory
-        self.node = OmegaConf.to_container(OmegaConf.select(parts.config, key), resolve=True)
+        self.node = parts.node(key)
         self.stem = self.node["model"]["stem"]
         self.network = parts.teacher_network(key)
 

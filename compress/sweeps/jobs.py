@@ -18,21 +18,21 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.plugins import Plugins
 from hydra.types import HydraContext, RunMode
-from hydra.utils import get_class
 from omegaconf import DictConfig
 from pydantic import TypeAdapter
 from rich.markup import escape
 
-from compress.arguments import check_arguments
-from compress.config.compose import Job, compose_jobs, initialized, is_for_hydra, parse, searched_folders
+from compress.arguments import check_arguments, imported
+from compress.config.compose import Job, compose_jobs, initialized, is_for_hydra, key_of, parse, searched_folders
+from compress.config.recorded import check_settings
 from compress.config.roles import register
 from compress.data.shared import DataSets
 from compress.errors import UserError
 from compress.files import write_text
-from compress.paths import search_words, searching
+from compress.paths import searching
 from compress.pipeline.resume import directory_for
 from compress.progress import console
-from compress.stopping import under_way
+from compress.stopping import command, under_way
 from compress.sweeps.launchers.separate import Call, SeparateLauncher
 from compress.sweeps.outcomes import exit_code, outcome, summarise, sweep_table, varying
 from compress.sweeps.perform import hydra_task, job_in, perform
@@ -68,7 +68,7 @@ def start(jobs: Sequence[Job], overrides: Sequence[str], data_sets: DataSets) ->
     """Runs the checked `jobs` of the command line `overrides` in a new directory; returns the exit code."""
     parent = Path(jobs[0].config.output_directory) / "sweeps"
     directory = directory_for("sweep", jobs[0], overrides, parent, f"{datetime.now():%Y-%m-%d_%H-%M-%S}")
-    hydra = tuple(override for override in overrides if is_for_hydra(override) and _key(override) not in PLACE)
+    hydra = tuple(override for override in overrides if is_for_hydra(override) and key_of(override) not in PLACE)
     sweep = Sweep(directory, tuple(job.overrides for job in jobs), hydra)
     content = {"hydra": list(hydra), "jobs": [list(job) for job in sweep.jobs]}
     write_text(directory / SWEEP, yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=1000))
@@ -84,14 +84,9 @@ def resume(directory: Path, overrides: Sequence[str] = ()) -> int:
     sweep = _read(directory)
     launcher = list(filter(_is_for_launcher, overrides))
     settings = tuple(override for override in overrides if override not in launcher)
-    for override in settings:
-        if not override.startswith(("trainer.", "logger.")) or "=" not in override:
-            raise UserError(
-                f"{override}: a resumed sweep keeps its configuration; accepted: trainer.*=..., logger.*=... and "
-                "hydra/launcher=..."
-            )
+    check_settings(settings, "sweep", " and hydra/launcher=...")
     hydra = sweep.hydra
-    if any(_key(override) == "hydra/launcher" for override in launcher):
+    if any(key_of(override) == "hydra/launcher" for override in launcher):
         hydra = tuple(override for override in hydra if not _is_for_launcher(override))
     sweep = Sweep(directory, sweep.jobs, (*hydra, *launcher), settings)
     with searching(searched_folders(sweep.hydra)):
@@ -126,7 +121,7 @@ def check_launcher(overrides: Sequence[str], multirun: bool = True) -> None:
     if not multirun:
         return
     for override in overrides:
-        key = _key(override)
+        key = key_of(override)
         if any(key == reserved or key.startswith(f"{reserved}.") for reserved in NOT_OF_THE_USER):
             raise UserError(f"{key}: found it for a sweep, whose jobs are expanded and numbered here; accepted: none")
         if is_for_hydra(override) and parse(override).is_sweep_override():
@@ -145,12 +140,7 @@ def check_launcher(overrides: Sequence[str], multirun: bool = True) -> None:
 
 def _our_launcher(node: DictConfig) -> SeparateLauncher | None:
     """One of `compress.sweeps.launchers`; None where it is Hydra's or that of a plugin."""
-    try:
-        kind = get_class(node._target_)
-    except (ImportError, ValueError, AttributeError):
-        raise UserError(
-            f"hydra.launcher._target_: found {node._target_!r}, which cannot be imported; accepted: see --help"
-        ) from None
+    kind = imported(node._target_, "hydra.launcher._target_")
     if not issubclass(kind, SeparateLauncher):
         return None
     return kind(**check_arguments(kind, node, "hydra.launcher"))
@@ -205,8 +195,7 @@ def _run(sweep: Sweep, jobs: Mapping[int, Job], data_sets: DataSets) -> int:
     finally:
         code = _report(sweep)
     if code:
-        words = f"sweep={sweep.directory}{search_words()}"
-        console.print(f"run what is missing: python scripts/run.py {words}", markup=False)
+        console.print(f"run what is missing: {command(f'sweep={sweep.directory}')}", markup=False)
     return code
 
 
@@ -228,15 +217,12 @@ def _launch(sweep: Sweep, jobs: Mapping[int, Job], data_sets: DataSets) -> None:
                 perform(job, directory / str(number), number, data_sets)
         else:
             data_sets.clear()
-            _by_plugin(sweep, list(jobs), config, context)
+            plugin = Plugins.instance().instantiate_launcher(
+                hydra_context=context, task_function=hydra_task, config=config
+            )
+            words = [[*sweep.jobs[number], *sweep.settings, f"hydra.sweep.subdir={number}"] for number in jobs]
+            plugin.launch(words, initial_job_idx=0)
         context.callbacks.on_multirun_end(config=config, config_name="run")
-
-
-def _by_plugin(sweep: Sweep, numbers: Sequence[int], config: DictConfig, context: HydraContext) -> None:
-    """Hands the jobs to the launcher of a published plugin of Hydra."""
-    launcher = Plugins.instance().instantiate_launcher(hydra_context=context, task_function=hydra_task, config=config)
-    jobs = [[*sweep.jobs[number], *sweep.settings, f"hydra.sweep.subdir={number}"] for number in numbers]
-    launcher.launch(jobs, initial_job_idx=0)
 
 
 def _report(sweep: Sweep) -> int:
@@ -272,11 +258,7 @@ def _read(directory: Path) -> Sweep:
 
 
 def _is_for_launcher(override: str) -> bool:
-    return _key(override).startswith(("hydra/launcher", "hydra.launcher."))
-
-
-def _key(override: str) -> str:
-    return override.partition("=")[0].lstrip("+~")
+    return key_of(override).startswith(("hydra/launcher", "hydra.launcher."))
 
 
 def hydra_override(key: str, text: str) -> str:

@@ -4,6 +4,7 @@ A finished job has a `result.json`, a failed one a `failed.txt`: one line that s
 it, the traceback. A job with neither has not been run to its end yet.
 """
 
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,12 +42,13 @@ class Outcome:
         return f"{self.state}: {self.reason}" if self.reason else self.state
 
 
-def record_failure(directory: Path, failure: BaseException, details: str) -> None:
-    """Leaves why the job in `directory` failed; `details` (a traceback) only where the user cannot mend it."""
+def record_failure(directory: Path, failure: BaseException, details: str | None = None) -> None:
+    """Leaves why the job in `directory` failed; `details`, or else the traceback, unless the user can mend it."""
     message = first_line(failure)
     if isinstance(failure, UserError):
         write_text(directory / FAILED, f"{USER_ERROR}{message}\n")
     else:
+        details = details or "".join(traceback.format_exception(failure))
         write_text(directory / FAILED, f"{type(failure).__name__}: {message}\n\n{details.rstrip()}\n")
 
 

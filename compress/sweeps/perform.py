@@ -11,12 +11,12 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from compress.config.compose import Job
+from compress.config.compose import Job, compose_jobs
 from compress.data.shared import DataSets
 from compress.errors import UserError
-from compress.pipeline.check import checked_jobs
+from compress.pipeline.check import check_job
 from compress.pipeline.execute import execute, resumed_job
-from compress.pipeline.resume import OwnedError, begun_with
+from compress.pipeline.resume import OwnedError, started
 from compress.stopping import raise_if_stopped
 from compress.sweeps.outcomes import FAILED, record_failure
 from compress.training.processes import node_rank
@@ -29,10 +29,31 @@ def job_in(
 
     `settings` are overrides of trainer.* and logger.* beside them, `hydra` those for Hydra itself. Raises UserError.
     """
-    [job] = checked_jobs([*overrides, *settings, *hydra], data_sets=data_sets)
+    [job] = compose_jobs([*overrides, *settings, *hydra])
     if job.config.stages and (directory / "config.yaml").exists():
         return resumed_job(directory, list(settings), data_sets)
-    return job
+    return check_job(job, data_sets)
+
+
+def perform_alone(
+    directory: Path,
+    overrides: Sequence[str],
+    settings: Sequence[str],
+    hydra: Sequence[str] | None,
+    number: int,
+) -> None:
+    """Composes, checks and runs a job of a sweep in a process of its own, see `job_in` and `perform`.
+
+    hydra: None where Hydra has set up callbacks and logging already.
+    """
+    data_sets = DataSets()
+    try:
+        job = job_in(directory, overrides, settings, hydra or (), data_sets)
+    except Exception as failure:
+        raise_if_stopped()
+        report_failure(failure, directory)
+    else:
+        perform(job if hydra is not None else replace(job, hydra=None), directory, number, data_sets)
 
 
 def perform(job: Job, directory: Path, number: int, data_sets: DataSets) -> None:
@@ -57,28 +78,19 @@ def perform(job: Job, directory: Path, number: int, data_sets: DataSets) -> None
 
 def report_failure(failure: Exception, directory: Path | None) -> None:
     """Prints `failure`, a mistake of the user as one line, and records it in `directory` if there is one."""
-    mistake = isinstance(failure, UserError)
-    if mistake:
+    if isinstance(failure, UserError):
         print(f"error: {failure}", file=sys.stderr)
     else:
         traceback.print_exception(failure)
     if directory is not None:
-        record_failure(directory, failure, "" if mistake else "".join(traceback.format_exception(failure)))
+        record_failure(directory, failure)
 
 
 def hydra_task(config: DictConfig) -> None:
     """What the launcher of a published plugin calls, with Hydra set up for the job."""
     hydra = HydraConfig.get()
-    directory, data_sets = Path(hydra.runtime.output_dir), DataSets()
-    typed = list(hydra.overrides.task)
-    try:
-        started = begun_with(directory)
-        settings = [] if started is None else [override for override in typed if override not in started]
-        overrides = [override for override in typed if override not in settings]
-        job = job_in(directory, overrides, settings, [], data_sets)
-    except Exception as failure:
-        raise_if_stopped()
-        report_failure(failure, directory if node_rank(config.trainer) == 0 else None)
-    else:
-        # Hydra has set up callbacks and logging.
-        perform(replace(job, hydra=None), directory, hydra.job.num, data_sets)
+    directory, typed = Path(hydra.runtime.output_dir), list(hydra.overrides.task)
+    begun = (started(directory) or {"overrides": typed})["overrides"]
+    settings = [override for override in typed if override not in begun]
+    overrides = [override for override in typed if override in begun]
+    perform_alone(directory, overrides, settings, None, hydra.job.num)

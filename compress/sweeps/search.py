@@ -23,8 +23,11 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from compress.data.shared import DataSets
 from compress.errors import UserError, first_line
 from compress.files import make_chosen, write_json
+from compress.pipeline.check import checked_jobs
+from compress.pipeline.execute import execute
 from compress.progress import console
 from compress.report.finished import flattened
 from compress.stopping import StoppedError, raise_if_stopped, stoppable
@@ -88,7 +91,10 @@ def _open(space: Space, directory: Path) -> None:
     """Makes the directory of a checked search, or sees that it is there already."""
     path = directory / "search.json"
     if not path.exists():
-        if directory.is_dir() and _names(directory):
+        # A process that is beginning this search just now leaves its lock and unfinished files.
+        if directory.is_dir() and any(
+            file.name != "search.lock" and file.name[0] != "." for file in directory.iterdir()
+        ):
             raise UserError(f"output: found {directory}, which holds something else; accepted: a new directory")
         check_space(space)
         make_chosen(directory, "output")
@@ -107,11 +113,6 @@ def _open(space: Space, directory: Path) -> None:
                 f"{key}: found {content.get(key, 'none')!r}, but {known.get(key, 'none')!r} in {path}; accepted: the "
                 "same search, or a new directory"
             )
-
-
-def _names(directory: Path) -> list[str]:
-    """What lies there, without what a process leaves that is beginning this search just now."""
-    return [path.name for path in directory.iterdir() if path.name != "search.lock" and path.name[0] != "."]
 
 
 class _JournalLock:
@@ -225,11 +226,6 @@ class _Search:
 
 def _work(space: Space, directory: Path, limit: int) -> None:
     """Runs one trial after the other until there are `limit`."""
-    # Not at the top: PyTorch takes seconds to import, and the checks of the file need none of it.
-    from compress.data.shared import DataSets
-    from compress.pipeline.check import checked_jobs
-    from compress.pipeline.execute import execute
-
     view = _Search(space, directory)
     data_sets = DataSets()
     while True:

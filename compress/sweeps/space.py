@@ -23,11 +23,10 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field
 
-from compress.arguments import check_arguments
+from compress.arguments import Count, Seed, check_arguments
 from compress.errors import UserError
 from compress.paths import option_file, options
 
-Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 SAMPLERS = {
     "tpe": {"n_startup_trials": Annotated[int, Field(ge=0)], "n_ei_candidates": Count, "constant_liar": bool},
@@ -41,7 +40,7 @@ SAMPLERS = {
 TOP_LEVEL = {
     "sampler": Literal[tuple(SAMPLERS)],
     "sampler_options": dict,
-    "seed": Annotated[int, Field(ge=0, lt=2**32)],
+    "seed": Seed,
     "overrides": list[str],
     "space": Annotated[dict, Field(min_length=1)],
 }

@@ -40,13 +40,16 @@ def folder(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("typed", [["--config-dir", "mine"], ["hydra.searchpath=[file://mine]"]])
 @pytest.mark.slow
-def test_a_run_is_composed_from_the_users_options_and_goes_on_with_them(folder, typed):
+def test_a_run_is_composed_from_the_users_options_and_goes_on_with_them(folder, typed, capsys):
     assert main([*typed, "experiment=tiny", *SHORT, "hydra.run.dir=run"]) == 0
     config = OmegaConf.load("run/config.yaml")
     assert (config.student.stem, config.student.width, config.seed) == ("tiny", 6, 3)
     assert user_folders() == []  # nothing is remembered
     before = Path("run/tradeoff.csv").read_text().splitlines()[1].split(",")[:9]
     Path("run/result.json").unlink()
+    assert main(["resume=run"]) == 2
+    assert "student: found 'tiny'" in (said := capsys.readouterr().err)
+    assert "--config-dir DIR" in said
     assert main(["--config-dir", "mine", "resume=run"]) == 0
     assert Path("run/tradeoff.csv").read_text().splitlines()[1].split(",")[:9] == before
 

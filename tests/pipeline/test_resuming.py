@@ -188,7 +188,7 @@ def test_ctrl_c_leaves_a_run_that_goes_on_after_its_last_epoch(tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     many = [*SUPERVISED, "trainer.max_epochs=30", f"hydra.run.dir={DIRECTORY}"]
     code, said = stopped(tmp_path, signal.SIGINT, "checkpoints/last.ckpt", many)
-    assert (code, said) == (130, f"stopped by SIGINT; to go on: resume={tmp_path / DIRECTORY}\n")
+    assert (code, said) == (130, f"stopped by SIGINT; to go on: python scripts/run.py resume={tmp_path / DIRECTORY}\n")
     assert not (DIRECTORY / "result.json").exists()
     epoch = epoch_of(DIRECTORY / "checkpoints/last.ckpt")
     assert epoch < 30
@@ -214,7 +214,7 @@ def test_a_job_that_slurm_stops_and_requeues_goes_on_in_its_own_directory(tmp_pa
     slurm |= {"SLURM_PROCID": "0", "SLURM_NODEID": "0", "SLURM_JOB_NODELIST": "localhost"}
     code, said = stopped(tmp_path, signal.SIGTERM, "models/student-fp32.safetensors", SUPERVISED, environment=slurm)
     [directory] = Path("outputs/runs").iterdir()
-    assert (code, said) == (143, f"stopped by SIGTERM; to go on: resume={tmp_path / directory}\n")
+    assert (code, said) == (143, f"stopped by SIGTERM; to go on: python scripts/run.py resume={tmp_path / directory}\n")
     for key, value in (slurm | {"SLURM_RESTART_COUNT": "1"}).items():
         monkeypatch.setenv(key, value)
     assert main(SUPERVISED) == 0

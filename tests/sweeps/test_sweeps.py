@@ -189,7 +189,7 @@ def test_a_job_whose_process_is_killed_is_one_that_failed(folder, launcher, caps
 def test_a_signal_that_is_lost_on_its_way_stops_the_sweep_all_the_same(folder, capsys):
     assert main(["-m", "seed=0,1", f"method._target_={DEAF}", *ALONE, "hydra.sweep.dir=swept"]) == 143
     streams = capsys.readouterr()
-    assert streams.err == "stopped by SIGTERM; to go on: sweep=swept\n"
+    assert streams.err == "stopped by SIGTERM; to go on: python scripts/run.py sweep=swept\n"
     assert "run what is missing" not in streams.out
     assert outcome(Path("swept/0")).state == "not finished"
     assert not Path("swept/1").exists()
@@ -205,7 +205,7 @@ def test_ray_lets_itself_be_stopped(folder, number):
     process.send_signal(number)
     said = process.communicate()[1]
     assert process.returncode == 128 + number
-    assert said.splitlines()[-1] == f"stopped by {number.name}; to go on: sweep=swept"
+    assert said.splitlines()[-1] == f"stopped by {number.name}; to go on: python scripts/run.py sweep=swept"
     assert "Traceback" not in said
 
 

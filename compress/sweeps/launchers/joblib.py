@@ -3,13 +3,16 @@
 import os
 import traceback
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Annotated
 
 from pydantic import Field
 
+from compress.arguments import Count
 from compress.sweeps.launchers.separate import Call, SeparateLauncher
 
 
+@dataclass(frozen=True)
 class JoblibLauncher(SeparateLauncher):
     """`n_jobs` at a time, each on `threads` cores; left out, the cores are shared out evenly.
 
@@ -18,11 +21,8 @@ class JoblibLauncher(SeparateLauncher):
 
     library = "joblib"
 
-    def __init__(
-        self, n_jobs: Annotated[int, Field(ge=2)] = 2, threads: Annotated[int, Field(ge=1)] | None = None
-    ) -> None:
-        self.n_jobs = n_jobs
-        self.threads = threads
+    n_jobs: Annotated[int, Field(ge=2)] = 2
+    threads: Count | None = None
 
     def run(self, calls: Sequence[Call]) -> Iterator[tuple[Call, Exception | None]]:
         from joblib.externals.loky.process_executor import TerminatedWorkerError

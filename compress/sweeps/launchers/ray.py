@@ -5,19 +5,18 @@ import signal
 import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Annotated, Any
+from dataclasses import dataclass
+from typing import Any
 from urllib.parse import urlsplit
 
-from pydantic import Field
-
+from compress.arguments import NotNegative
 from compress.errors import UserError, first_line
 from compress.progress import console
 from compress.stopping import raise_if_stopped
 from compress.sweeps.launchers.separate import Call, SeparateLauncher
 
-Share = Annotated[float, Field(ge=0)]
 
-
+@dataclass(frozen=True)
 class RayLauncher(SeparateLauncher):
     """As many jobs at a time as have `num_cpus` and `num_gpus` each.
 
@@ -26,10 +25,9 @@ class RayLauncher(SeparateLauncher):
 
     library = "ray"
 
-    def __init__(self, address: str | None = None, num_cpus: Share = 1, num_gpus: Share = 0) -> None:
-        self.address = address
-        self.num_cpus = num_cpus
-        self.num_gpus = num_gpus
+    address: str | None = None
+    num_cpus: NotNegative = 1
+    num_gpus: NotNegative = 0
 
     def check(self) -> None:
         for key, asked in (("num_cpus", self.num_cpus), ("num_gpus", self.num_gpus)):

@@ -9,12 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
-from compress.data.shared import DataSets
 from compress.paths import import_from_here, searching, user_folders
 from compress.progress import console
-from compress.stopping import raise_if_stopped
 from compress.sweeps.outcomes import outcome, record_failure
-from compress.sweeps.perform import job_in, perform, report_failure
+from compress.sweeps.perform import perform_alone
 
 OUTPUT = "output.txt"
 
@@ -40,17 +38,7 @@ class Call:
         self.directory.mkdir(parents=True, exist_ok=True)
         stream = (self.directory / OUTPUT).open("a", buffering=1, encoding="utf-8")
         with stream, redirect_stdout(stream), redirect_stderr(stream), searching(self.folders):
-            self._perform()
-
-    def _perform(self) -> None:
-        data_sets = DataSets()
-        try:
-            job = job_in(self.directory, self.overrides, self.settings, self.hydra, data_sets)
-        except Exception as failure:
-            raise_if_stopped()
-            report_failure(failure, self.directory)
-        else:
-            perform(job, self.directory, self.number, data_sets)
+            perform_alone(self.directory, self.overrides, self.settings, self.hydra, self.number)
 
 
 class SeparateLauncher(ABC):

@@ -4,58 +4,48 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from compress.arguments import Count, Positive
 from compress.errors import UserError, first_line
 from compress.sweeps.launchers.separate import Call, SeparateLauncher
 
-Count = Annotated[int, Field(ge=1)]
 SECONDS_BETWEEN_LOOKS = 0.5
+PASSED_ON = ("timeout_min", "cpus_per_task", "gpus_per_node", "tasks_per_node", "nodes", "mem_gb")
 
 
+@dataclass(frozen=True)
 class SubmititLauncher(SeparateLauncher):
     """Keys are those of submitit; `slurm` holds further ones of sbatch as submitit names them."""
 
     library = "submitit"
 
-    def __init__(
-        self,
-        cluster: Literal["local", "slurm"],
-        submitit_folder: str,
-        array_parallelism: Count,
-        timeout_min: Count,
-        cpus_per_task: Count,
-        gpus_per_node: Annotated[int, Field(ge=0)] = 0,
-        tasks_per_node: Count = 1,
-        nodes: Count = 1,
-        mem_gb: Annotated[float, Field(gt=0)] | None = None,
-        max_num_timeout: Annotated[int, Field(ge=0)] = 0,
-        setup: list[str] | None = None,
-        slurm: dict[str, Any] | None = None,
-    ) -> None:
-        self.cluster = cluster
-        self.folder = submitit_folder
-        self.at_once = array_parallelism
-        self.cpus = cpus_per_task
-        self.max_num_timeout = max_num_timeout
-        parameters = {
-            "name": "compress",
-            "timeout_min": timeout_min,
-            "cpus_per_task": cpus_per_task,
-            "gpus_per_node": gpus_per_node,
-            "tasks_per_node": tasks_per_node,
-            "nodes": nodes,
-            "mem_gb": mem_gb,
-            f"{cluster}_setup": None if setup is None else list(setup),
-        }
-        parameters |= {f"slurm_{key}": value for key, value in (slurm or {}).items()}
-        if cluster == "slurm":
-            parameters["slurm_array_parallelism"] = array_parallelism
-        self.parameters = {key: value for key, value in parameters.items() if value is not None}
+    cluster: Literal["local", "slurm"]
+    submitit_folder: str
+    array_parallelism: Count
+    timeout_min: Count
+    cpus_per_task: Count
+    gpus_per_node: Annotated[int, Field(ge=0)] = 0
+    tasks_per_node: Count = 1
+    nodes: Count = 1
+    mem_gb: Positive | None = None
+    max_num_timeout: Annotated[int, Field(ge=0)] = 0
+    setup: list[str] | None = None
+    slurm: dict[str, Any] | None = None
+
+    def parameters(self) -> dict[str, Any]:
+        """What submitit's executor is told."""
+        parameters = {key: getattr(self, key) for key in PASSED_ON}
+        parameters |= {"name": "compress", f"{self.cluster}_setup": self.setup}
+        parameters |= {f"slurm_{key}": value for key, value in (self.slurm or {}).items()}
+        if self.cluster == "slurm":
+            parameters["slurm_array_parallelism"] = self.array_parallelism
+        return {key: value for key, value in parameters.items() if value is not None}
 
     def check(self) -> None:
         if self.cluster == "slurm" and not (shutil.which("sbatch") and shutil.which("srun")):
@@ -75,16 +65,16 @@ class SubmititLauncher(SeparateLauncher):
         executor = submitit.AutoExecutor(
             folder, self.cluster, **{f"{self.cluster}_max_num_timeout": self.max_num_timeout}
         )
-        executor.update_parameters(**self.parameters)
+        executor.update_parameters(**self.parameters())
         return executor
 
     def run(self, calls: Sequence[Call]) -> Iterator[tuple[Call, Exception | None]]:
-        executor = self._executor(Path(self.folder).absolute())
+        executor = self._executor(Path(self.submitit_folder).absolute())
         # A cluster queues; this machine has to be spared.
-        at_once = len(calls) if self.cluster == "slurm" else self.at_once
+        at_once = len(calls) if self.cluster == "slurm" else self.array_parallelism
         waiting, running = list(calls), {}
         # Both hand their environment on.
-        os.environ.setdefault("OMP_NUM_THREADS", str(self.cpus))
+        os.environ.setdefault("OMP_NUM_THREADS", str(self.cpus_per_task))
         try:
             while waiting or running:
                 batch = waiting[: at_once - len(running)]
