@@ -1,22 +1,19 @@
 """Classifies image files with a model file and nothing else: classes, size and normalisation are in the file."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from compress.data.image_file import centred, read_rgb
+from compress.data.image_file import ACCEPTED, image_files, read_square
 from compress.data.normalisation import Normalisation
-from compress.data.source import resized_rgb
 from compress.errors import UserError
 from compress.export.formats import exporter_of
 
 BATCH = 64
-ACCEPTED = "an image such as a .png or .jpg"
 
 
 @dataclass(frozen=True)
@@ -57,29 +54,57 @@ class Predictor:
     def image(self, path: str | Path) -> Tensor:
         """The image in a file, of any size and mode, as the network takes it: float32 `(3, H, W)`, normalised.
 
-        A square image is resized as the images of a data set are; of any other the centre is cut out, as in a folder of
-        images. Raises UserError where the file cannot be read as an image.
+        It is read, resized and cut to its centre as those in a folder of images are. Raises UserError where the file
+        cannot be read as an image.
         """
         path = Path(path)
         if not path.is_file():
             raise UserError(f"{path}: found no such file; accepted: {ACCEPTED}")
-        image = read_rgb(path, ACCEPTED)
-        if image.width != image.height:
-            image = centred(image, self.size)
-        pixels = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)
-        return self.normalisation(resized_rgb(pixels[None], self.size))[0]
+        return self.normalisation(read_square(path, self.size)[None])[0]
 
     def __call__(self, paths: Sequence[str | Path], top: int = 1) -> list[Prediction]:
         """The `top` likeliest classes of each image file, in their order. Raises UserError as `image` does."""
+        predictions = []
+        for answer in self.answers(paths, top):
+            if isinstance(answer, UserError):
+                raise answer
+            predictions.append(answer)
+        return predictions
+
+    def answers(self, paths: Sequence[str | Path], top: int = 1) -> Iterator[Prediction | UserError]:
+        """As above, a batch at a time; in the place of an image that cannot be read comes the error that says why."""
         if not 1 <= top <= len(self.class_names):
             raise UserError(f"top: found {top}; accepted: 1 to {len(self.class_names)}, the number of classes")
-        predictions = []
         for start in range(0, len(paths), BATCH):
-            batch = paths[start : start + BATCH]
-            images = torch.stack([self.image(path) for path in batch])
-            with torch.inference_mode():
-                best = self.model(images).float().softmax(1).topk(top, dim=1)
-            for path, values, indices in zip(batch, best.values.tolist(), best.indices.tolist(), strict=True):
-                classes = tuple(self.class_names[index] for index in indices)
-                predictions.append(Prediction(str(path), classes, tuple(values)))
-        return predictions
+            read = [self._image_or_error(path) for path in paths[start : start + BATCH]]
+            images = [image for image in read if isinstance(image, Tensor)]
+            ranked = iter(self._ranked(torch.stack(images), top) if images else ())
+            for path, image in zip(paths[start : start + BATCH], read, strict=True):
+                yield Prediction(str(path), *next(ranked)) if isinstance(image, Tensor) else image
+
+    def _image_or_error(self, path: str | Path) -> Tensor | UserError:
+        try:
+            return self.image(path)
+        except UserError as mistake:
+            return mistake
+
+    def _ranked(self, images: Tensor, top: int) -> Iterator[tuple[tuple[str, ...], tuple[float, ...]]]:
+        """Classes and probabilities of each of the normalised `images` `(B, 3, H, W)`."""
+        with torch.inference_mode():
+            best = self.model(images).float().softmax(1).topk(top, dim=1)
+        for values, indices in zip(best.values.tolist(), best.indices.tolist(), strict=True):
+            yield tuple(self.class_names[index] for index in indices), tuple(values)
+
+
+def pictures(paths: Sequence[str | Path]) -> list[Path]:
+    """The image files that `paths` name: a file stands for itself, a folder for all in it, at every depth.
+
+    Raises UserError for a folder without any.
+    """
+    files = []
+    for path in map(Path, paths):
+        inside = image_files(path) if path.is_dir() else [path]
+        if not inside:
+            raise UserError(f"{path}: holds no image; accepted: {ACCEPTED}")
+        files += inside
+    return files

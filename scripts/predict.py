@@ -5,15 +5,15 @@ import json
 import sys
 from pathlib import Path
 
-from compress.errors import exit_code
+from compress.errors import UserError, exit_code
 from compress.paths import import_from_here, searching
-from compress.predict import Predictor
+from compress.predict import Predictor, pictures
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("file", help="a model file from a run's models/")
-    parser.add_argument("images", nargs="+", help="image files of any size")
+    parser.add_argument("images", nargs="+", help="image files of any size, or folders of them")
     parser.add_argument("--top", type=int, default=1, metavar="K", help="print the K likeliest classes (default 1)")
     parser.add_argument("--config-dir", type=Path, metavar="D", help="a folder of YAML files with your own network")
     parser.add_argument("--json", action="store_true", help="print a JSON list")
@@ -25,18 +25,24 @@ def main() -> int:
 
 
 def predict(arguments: argparse.Namespace) -> None:
-    """Prints the classes of the images, as lines or as JSON."""
-    predictions = Predictor.read(arguments.file)(arguments.images, arguments.top)
-    ranked = [list(zip(image.classes, image.probabilities, strict=True)) for image in predictions]
+    """Prints the classes of the images, as lines or as JSON. Raises UserError at the end where some were not read."""
+    predictor, files = Predictor.read(arguments.file), pictures(arguments.images)
+    content, unread = [], 0
+    for answer in predictor.answers(files, arguments.top):
+        if isinstance(answer, UserError):
+            unread += 1
+            print(f"error: {answer}", file=sys.stderr)
+            continue
+        pairs = list(zip(answer.classes, answer.probabilities, strict=True))
+        if arguments.json:
+            classes = [{"class": name, "probability": value} for name, value in pairs]
+            content.append({"path": answer.path, "classes": classes})
+        else:
+            print(f"{answer.path}: " + ", ".join(f"{name} {100 * value:.1f} %" for name, value in pairs))
     if arguments.json:
-        content = [
-            {"path": image.path, "classes": [{"class": name, "probability": value} for name, value in pairs]}
-            for image, pairs in zip(predictions, ranked, strict=True)
-        ]
         print(json.dumps(content, indent=2))
-    else:
-        for image, pairs in zip(predictions, ranked, strict=True):
-            print(f"{image.path}: " + ", ".join(f"{name} {100 * value:.1f} %" for name, value in pairs))
+    if unread:
+        raise UserError(f"{unread} of {len(files)} images could not be read; accepted: those that are not named above")
 
 
 if __name__ == "__main__":

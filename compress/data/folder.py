@@ -3,17 +3,15 @@
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from compress.data.image_file import centred, read_rgb
+from compress.data.image_file import ACCEPTED, image_files, read_square
 from compress.data.module import DataModule
 from compress.data.source import Source
 from compress.errors import UserError
 
-ENDINGS = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 # ImageNet's, which most published weights expect; data.mean and data.standard_deviation replace them.
 MEAN, STANDARD_DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -44,7 +42,7 @@ class Folder(DataModule):
         for split in self._splits():
             for name in classes:
                 if not self._files(split, name):
-                    raise UserError(f"data.root: {self.root / split / name} holds no image; accepted: {_endings()}")
+                    raise UserError(f"data.root: {self.root / split / name} holds no image; accepted: {ACCEPTED}")
 
     def read(self) -> Source:
         classes = self._classes("train")
@@ -62,23 +60,11 @@ class Folder(DataModule):
         return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
 
     def _files(self, split: str, name: str) -> list[Path]:
-        # File managers write hidden files between the images, such as ._cat.png.
-        return sorted(
-            path
-            for path in (self.root / split / name).rglob("*")
-            if path.suffix.lower() in ENDINGS and not path.name.startswith(".") and path.is_file()
-        )
+        return image_files(self.root / split / name)
 
     def _split(self, split: str, classes: list[str]) -> tuple[Tensor, Tensor]:
         files = [(path, label) for label, name in enumerate(classes) for path in self._files(split, name)]
         images = torch.empty(len(files), 3, self.image_size, self.image_size, dtype=torch.uint8)
         for index, (path, _) in enumerate(files):
-            images[index] = torch.from_numpy(self._image(path)).permute(2, 0, 1)
+            images[index] = read_square(path, self.image_size)
         return images, torch.tensor([label for _, label in files])
-
-    def _image(self, path: Path) -> np.ndarray:
-        return np.asarray(centred(read_rgb(path, _endings()), self.image_size)).copy()
-
-
-def _endings() -> str:
-    return f"images ({', '.join(sorted(ENDINGS))})"

@@ -1,19 +1,106 @@
-"""Image files of any size and mode, made square and RGB."""
+"""Image files of any size and mode, as a viewer shows them: found in folders, made RGB, square and of one size.
 
+A picture is turned as its EXIF orientation says, what is transparent lies on white, grey of 16 bits or floats keeps its
+levels, and of an animation the first frame counts. Colour profiles are left aside, as in torchvision.
+"""
+
+import contextlib
+import os
 from pathlib import Path
+from typing import BinaryIO
 
-from PIL import Image, UnidentifiedImageError
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError, features
+from torch import Tensor
 
-from compress.errors import UserError
+from compress.errors import UserError, first_line
+
+JPEG = (".jfif", ".jpe", ".jpeg", ".jpg")
+HEIC = (".heic", ".heif")
+NETPBM = (".pbm", ".pgm", ".pnm", ".ppm")
+ENDINGS = frozenset({*JPEG, *HEIC, *NETPBM, ".avif", ".bmp", ".gif", ".png", ".tif", ".tiff", ".webp"})
+ACCEPTED = f"an image ({', '.join(sorted(ENDINGS))})"
+BACKGROUND = (255, 255, 255)
+# EXIF 2.32, tag 0x0112: how the stored picture is turned to be shown.
+ORIENTATION = 0x0112
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+# A large JPEG is decoded at 1/2, 1/4 or 1/8 of its size if that leaves this many times the pixels wanted on each side.
+REDUCING_GAP = 2
 
 
-def read_rgb(path: Path, accepted: str) -> Image.Image:
-    """The image in the file `path` as RGB; grey is repeated. Raises UserError, saying what is `accepted`."""
+def image_files(folder: Path) -> list[Path]:
+    """The image files in `folder` and below, sorted; what is hidden is left out, at every depth.
+
+    Links are followed, but each folder is entered once, and none that `folder` lies in. Raises UserError for a folder
+    that cannot be listed.
+    """
+
+    def refuse(failure: OSError) -> None:
+        raise UserError(f"{failure.filename}: cannot be listed ({failure.strerror}); accepted: a readable folder")
+
+    files, entered = [], {os.path.realpath(parent) for parent in folder.absolute().parents}
+    for path, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
+        real = os.path.realpath(path)
+        if real in entered:
+            folders.clear()
+            continue
+        entered.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        # File managers write hidden files between the images, such as ._cat.png.
+        shown = (Path(path, name) for name in names if not name.startswith("."))
+        # A link to nothing is kept, so that reading names it; a pipe would wait for ever.
+        files += [file for file in shown if is_image(file) and (file.is_file() or file.is_symlink())]
+    return sorted(files)
+
+
+def is_image(path: Path) -> bool:
+    """Whether the name of the file ends like that of an image."""
+    return path.suffix.lower() in ENDINGS
+
+
+def read_square(path: Path, size: int, content: BinaryIO | None = None) -> Tensor:
+    """The image in the file `path` as uint8 `(3, size, size)`: the shorter side resized, the centre cut out.
+
+    `content` replaces what is in the file. Raises UserError for what cannot be read, or not without doubt.
+    """
+    image = centred(read_rgb(path, content, size), size)
+    return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)
+
+
+def read_rgb(path: Path, content: BinaryIO | None = None, side: int | None = None) -> Image.Image:
+    """The image as RGB, a JPEG in less detail if it is far larger than `side` pixels; the rest as in `read_square`."""
+    ending = path.suffix.lower()
+    if ending in HEIC:
+        with contextlib.suppress(ImportError):
+            from pillow_heif import register_heif_opener
+
+            register_heif_opener()
     try:
-        with Image.open(path) as opened:
-            return opened.convert("RGB")
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as failure:
-        raise UserError(f"{path}: cannot be read ({failure}); accepted: {accepted}") from None
+        with Image.open(content or path) as opened:
+            if side is not None:
+                opened.draft(None, (REDUCING_GAP * side, REDUCING_GAP * side))
+            opened.load()
+            image = _on_background(opened)
+            turn = TURNS.get(_orientation(opened))
+            return image if turn is None else image.transpose(turn)
+    except UnidentifiedImageError:
+        reason = "no image, or of a kind that Pillow does not know"
+        if ending in HEIC:
+            reason = "Pillow reads it only with the package pillow-heif"
+        elif ending == ".avif" and not features.check("avif"):
+            reason = "this Pillow was built without AVIF"
+    except Exception as failure:  # whatever a reader of one of forty formats meets in a damaged file
+        reason = failure.strerror if isinstance(failure, OSError) and failure.strerror else first_line(failure)
+    raise UserError(f"{path}: cannot be read ({reason}); accepted: {ACCEPTED}")
 
 
 def centred(image: Image.Image, size: int) -> Image.Image:
@@ -23,3 +110,39 @@ def centred(image: Image.Image, size: int) -> Image.Image:
     resized = image.resize((width, height), Image.Resampling.BILINEAR)
     left, top = (width - size) // 2, (height - size) // 2
     return resized.crop((left, top, left + size, top + size))
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return image.getexif().get(ORIENTATION, 1)
+    except Exception:  # a damaged EXIF block says nothing, and the picture is there
+        return 1
+
+
+def _on_background(image: Image.Image) -> Image.Image:
+    """RGB, with what is transparent over BACKGROUND."""
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        image = _eight_bits(image)
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    background = Image.new("RGBA", image.size, BACKGROUND)
+    return Image.alpha_composite(background, image.convert("RGBA")).convert("RGB")
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Grey of 16 bits or floats as grey of 8 bits with its levels. Raises ValueError where their range is not known."""
+    values = np.asarray(image)
+    if image.mode == "F":
+        # Floats are 0..1 in most programs, in some 0..255.
+        highest = 1 if values.max() <= 1 else 255
+        if not (values >= 0).all() or not (values <= highest).all():
+            raise ValueError(f"floats from {values.min():g} to {values.max():g}, and those of grey are 0..1 or 0..255")
+    elif image.mode != "I" or image.format in ("PNG", "PPM"):
+        highest = 65535
+    else:
+        raise ValueError("whole numbers of 32 bits, whose black and white are not known")
+    grey = Image.fromarray(np.rint(values * (255 / highest)).astype(np.uint8))
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, int):
+        grey.putalpha(Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8)))
+    return grey
