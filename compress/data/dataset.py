@@ -9,21 +9,23 @@ from torch.utils.data import Dataset, Sampler
 
 from compress.data.augmentation import Augmentation, Normalisation
 from compress.data.draws import permutation
+from compress.data.undecoded import OnDisk
 
 Batch = tuple[Tensor, Tensor]
 
 
 class ImageBatches(Dataset[Batch]):
-    """Images and labels in memory, augmented and normalised a batch at a time.
+    """Images and labels, in memory or with the images on disk, augmented and normalised a batch at a time.
 
-    `images`: uint8 `(n, 3, H, W)`, channels last; `labels`: int64 `(n,)`; batches come out on their device. Without an
-    augmentation the images are only normalised. The random choices of an epoch are tables over all its images, drawn
-    by `set_epoch` from (seed, epoch), so what happens to an image depends on (seed, epoch, index) and not on its batch.
+    `images`: uint8 `(n, 3, S, S)`, channels last, or on disk; `labels`: int64 `(n,)`; batches come out on the device of
+    the labels, in the size that the normalisation takes. Without an augmentation the images are only normalised. The
+    random choices of an epoch are tables over all its images, drawn by `set_epoch` from (seed, epoch), so what happens
+    to an image depends on (seed, epoch, index) and not on its batch.
     """
 
     def __init__(
         self,
-        images: Tensor,
+        images: Tensor | OnDisk,
         labels: Tensor,
         normalisation: Normalisation,
         augmentation: Augmentation | None = None,
@@ -31,8 +33,7 @@ class ImageBatches(Dataset[Batch]):
     ) -> None:
         self.images = images
         self.labels = labels
-        # (n, H, W, C): selecting along the first dimension then copies one run of bytes per image.
-        self._pixels = images.permute(0, 2, 3, 1)
+        self.device = labels.device
         self._normalisation = normalisation
         self._augmentation = augmentation
         self._seed = seed
@@ -40,21 +41,29 @@ class ImageBatches(Dataset[Batch]):
 
     def set_epoch(self, epoch: int) -> None:
         if self._augmentation is not None:
-            self._choices = self._augmentation.draw(len(self), self.images.shape[-1], self._seed, epoch)
+            self._choices = self._augmentation.draw(len(self), self._normalisation.width, self._seed, epoch)
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.labels)
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
         """Images float32 `(B, 3, H, W)`, channels last, and labels int64 `(B,)`."""
         index = torch.as_tensor(indices, dtype=torch.int64)
-        moved = index.to(self.images.device)
-        images = self._pixels.index_select(0, moved).permute(0, 3, 1, 2)
+        if isinstance(self.images, OnDisk):
+            images = self.images.select(indices).to(self.device)
+        else:
+            # (n, H, W, C): selecting along the first dimension then copies one run of bytes per image.
+            pixels = self.images.permute(0, 2, 3, 1)
+            images = pixels.index_select(0, index.to(self.device)).permute(0, 3, 1, 2)
+        return self.finish(index, images)
+
+    def finish(self, index: Tensor, images: Tensor) -> Batch:
+        """The batch of the images at `index`, given as uint8 `(B, 3, S, S)` on the device."""
         if self._augmentation is None:
             images = self._normalisation(images)
         else:
             images = self._augmentation(images, self._choices[index], self._normalisation)
-        return images, self.labels.index_select(0, moved)
+        return images, self.labels.index_select(0, index.to(self.device))
 
 
 @dataclass(frozen=True)

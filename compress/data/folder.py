@@ -1,5 +1,6 @@
 """A folder of images of any size: `train/CLASS/*`, `test/CLASS/*` and, if there is one, `val/CLASS/*`."""
 
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -7,21 +8,33 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from compress.data.image_file import ACCEPTED, image_files, read_square
-from compress.data.module import DataModule
+from compress.data.class_names import class_names as names_of
+from compress.data.file_module import FileModule
+from compress.data.image_file import ACCEPTED, image_files
 from compress.data.source import Source
+from compress.data.undecoded import ImageFiles
 from compress.errors import UserError
 
 # ImageNet's, which most published weights expect; data.mean and data.standard_deviation replace them.
 MEAN, STANDARD_DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-class Folder(DataModule):
-    """`data=folder data.root=DIRECTORY`: images become RGB, the shorter side `image_size`, cropped to the centre."""
+class Folder(FileModule):
+    """`data=folder data.root=DIRECTORY`: images become RGB, the shorter side `image_size`, cropped to the centre.
 
-    def __init__(self, root: Annotated[str, Field(min_length=1)], **options: Any) -> None:
+    class_names: a file with the names of the class folders in the order of a network's outputs, or a list of them;
+    null: sorted.
+    """
+
+    def __init__(
+        self,
+        root: Annotated[str, Field(min_length=1)],
+        class_names: str | list[str] | None = None,
+        **options: Any,
+    ) -> None:
         super().__init__(**options)
         self.root = Path(root).expanduser()
+        self.given_names = None if class_names is None else names_of(class_names)
 
     def prepare_data(self) -> None:
         if not self.root.is_dir():
@@ -39,19 +52,31 @@ class Folder(DataModule):
                 raise UserError(
                     f"data.root: train and {split} differ in {different}; accepted: the same classes in both"
                 )
-        for split in self._splits():
-            for name in classes:
-                if not self._files(split, name):
+        if self.given_names is not None and set(self.given_names) != set(classes):
+            different = ", ".join(sorted(set(self.given_names) ^ set(classes))[:5])
+            raise UserError(
+                f"data.class_names: the names and the folders in {self.root / 'train'} differ in {different}; "
+                "accepted: the names of these folders"
+            )
+        for split, files in self._files.items():
+            for name, paths in files.items():
+                if not paths:
                     raise UserError(f"data.root: {self.root / split / name} holds no image; accepted: {ACCEPTED}")
 
     def read(self) -> Source:
-        classes = self._classes("train")
-        splits = {split: self._split(split, classes) for split in self._splits()}
-        validation = splits.get("val", (None, None))
-        return Source(*splits["train"], *splits["test"], tuple(classes), MEAN, STANDARD_DEVIATION, *validation)
+        splits = {split: self._split(files) for split, files in self._files.items()}
+        names = tuple(self._files["train"])
+        del self._files
+        return Source(
+            *splits["train"], *splits["test"], names, MEAN, STANDARD_DEVIATION, *splits.get("val", (None,) * 2)
+        )
 
-    def _splits(self) -> list[str]:
-        return [split for split in ("train", "val", "test") if (self.root / split).is_dir()]
+    @cached_property
+    def _files(self) -> dict[str, dict[str, list[Path]]]:
+        """The images of each class, in the order of the labels, of each split that there is."""
+        names = self.given_names or self._classes("train")
+        splits = [split for split in ("train", "val", "test") if (self.root / split).is_dir()]
+        return {split: {name: image_files(self.root / split / name) for name in names} for split in splits}
 
     def _classes(self, split: str) -> list[str]:
         folder = self.root / split
@@ -59,12 +84,6 @@ class Folder(DataModule):
             raise UserError(f"data.root: found no folder {folder}; accepted: a folder that holds train/ and test/")
         return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
 
-    def _files(self, split: str, name: str) -> list[Path]:
-        return image_files(self.root / split / name)
-
-    def _split(self, split: str, classes: list[str]) -> tuple[Tensor, Tensor]:
-        files = [(path, label) for label, name in enumerate(classes) for path in self._files(split, name)]
-        images = torch.empty(len(files), 3, self.image_size, self.image_size, dtype=torch.uint8)
-        for index, (path, _) in enumerate(files):
-            images[index] = read_square(path, self.image_size)
-        return images, torch.tensor([label for _, label in files])
+    def _split(self, files: dict[str, list[Path]]) -> tuple[ImageFiles, Tensor]:
+        labels = torch.arange(len(files)).repeat_interleave(torch.tensor([len(paths) for paths in files.values()]))
+        return ImageFiles([path for paths in files.values() for path in paths]), labels

@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 import pytorch_lightning as pl
 import torch
@@ -13,9 +13,11 @@ from torch.utils.data import DataLoader
 from compress.arguments import Supplied, annotations, has_mark
 from compress.data.augmentation import Augmentation, Normalisation
 from compress.data.dataset import EpochSampler, ImageBatches, Share, evaluation_batches, identity_collate
+from compress.data.disk_loader import DiskLoader, cores
 from compress.data.draws import stratified_order
 from compress.data.randaugment import GREATEST_MAGNITUDE
 from compress.data.source import Images, Source, Split, resized_rgb
+from compress.data.undecoded import OnDisk, Undecoded
 from compress.errors import UserError
 
 Count = Annotated[int, Field(ge=1)]
@@ -71,6 +73,9 @@ class DataModule(pl.LightningDataModule):
         self.device = torch.device(device)
         self.splits: dict[str, Split] = {}
 
+    labelled: ClassVar[bool] = True
+    workers: int | None = 0  # that decode images which stay on disk, see `DiskLoader`
+
     @abstractmethod
     def read(self) -> Source:
         """The data set, from files that `prepare_data` has checked or downloaded. Raises UserError for damaged ones."""
@@ -100,11 +105,24 @@ class DataModule(pl.LightningDataModule):
         else:
             validation = Split(source.validation_images, source.validation_labels)
             validation = self._limited(validation, "validation", classes)
+        read = {"train": train, "validation": validation, "test": test}
+        on_disk = self.stays_on_disk(sum(len(split) for split in read.values()) * 3 * self.image_size**2)
         splits = {
-            name: Split(resized_rgb(split.images, self.image_size).to(self.device), split.labels.to(self.device))
-            for name, split in (("train", train), ("validation", validation), ("test", test))
+            name: Split(self._held(split.images, self.image_size, on_disk), split.labels.to(self.device))
+            for name, split in read.items()
         }
         return Images(splits, source.class_names, source.mean, source.standard_deviation)
+
+    def stays_on_disk(self, decoded_bytes: int) -> bool:
+        """Whether images that `read` has not decoded, which would take `decoded_bytes`, are not held in memory."""
+        return False
+
+    def _held(self, images: Tensor | Undecoded, size: int, on_disk: bool) -> Tensor | OnDisk:
+        if isinstance(images, Tensor):
+            return resized_rgb(images, size).to(self.device)
+        if on_disk:
+            return OnDisk(images, size)
+        return images.decoded(range(len(images)), size, threads=cores()).to(self.device)
 
     def set_images(self, images: Images) -> None:
         """Makes batches of `images`, those that `load` returns or has returned to an equal module."""
@@ -117,11 +135,10 @@ class DataModule(pl.LightningDataModule):
         images = self._images("train", self.augmentation, self.seed)
         rank, world_size = self._place()
         # A last batch of one image would break BatchNorm; the order of another epoch has its images earlier.
-        return DataLoader(
+        return self._loader(
             images,
-            self.batch_size // world_size,
+            batch_size=self.batch_size // world_size,
             sampler=EpochSampler(images, self.seed, Share(rank, world_size, self.batch_size)),
-            collate_fn=identity_collate,
             drop_last=len(images) >= self.batch_size,
             # A loader draws a number at the start of each epoch, and where a run is resumed, Lightning starts the epoch
             # earlier: from the global generator it would shift every later draw, such as those of dropout.
@@ -133,15 +150,20 @@ class DataModule(pl.LightningDataModule):
         rank, world_size = self._place()
         if world_size > 1:
             batches = evaluation_batches(len(images), self.evaluation_batch_size, rank, world_size)
-            return DataLoader(images, batch_sampler=batches, collate_fn=identity_collate)
-        return DataLoader(images, self.evaluation_batch_size, collate_fn=identity_collate)
+            return self._loader(images, batch_sampler=batches)
+        return self._loader(images, batch_size=self.evaluation_batch_size)
 
     def _place(self) -> tuple[int, int]:
         """The rank of this process among those that train together, and their number."""
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
     def test_dataloader(self) -> DataLoader:
-        return DataLoader(self._images("test"), self.evaluation_batch_size, collate_fn=identity_collate)
+        return self._loader(self._images("test"), batch_size=self.evaluation_batch_size)
+
+    def _loader(self, images: ImageBatches, **options: Any) -> DataLoader:
+        if isinstance(images.images, OnDisk):
+            return DiskLoader(images, workers=self.workers, **options)
+        return DataLoader(images, collate_fn=identity_collate, **options)
 
     def calibration_batches(self, count: int, batch_size: int = 128) -> list[Tensor]:
         """Normalised images of `count` training images without augmentation, classes in their shares.

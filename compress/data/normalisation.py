@@ -14,6 +14,7 @@ class Normalisation:
     """
 
     def __init__(self, mean: Sequence[float], standard_deviation: Sequence[float], width: int) -> None:
+        self.width = width
         means, deviations = (torch.tensor(values, dtype=torch.float64) for values in (mean, standard_deviation))
         self.scale = (1 / (255 * deviations)).repeat(width).float()
         self.shift = (-means / deviations).repeat(width).float()

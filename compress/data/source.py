@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from compress.data.undecoded import OnDisk, Undecoded
+
 CHUNK = 1024
 
 
@@ -13,26 +15,26 @@ CHUNK = 1024
 class Source:
     """A data set before any split or resizing.
 
-    Images are uint8 `(n, C, H, W)` with C = 1 or 3, labels int64 `(n,)` in 0..classes-1. `mean` and
-    `standard_deviation` are those of the training pixels scaled to 0..1, one number or one per channel.
+    Images are uint8 `(n, C, H, W)` with C = 1 or 3, or not decoded yet; labels are int64 `(n,)` in 0..classes-1. `mean`
+    and `standard_deviation` are those of the training pixels scaled to 0..1, one number or one per channel.
     """
 
-    train_images: Tensor
+    train_images: Tensor | Undecoded
     train_labels: Tensor
-    test_images: Tensor
+    test_images: Tensor | Undecoded
     test_labels: Tensor
     class_names: tuple[str, ...]
     mean: Sequence[float]
     standard_deviation: Sequence[float]
-    validation_images: Tensor | None = None
+    validation_images: Tensor | Undecoded | None = None
     validation_labels: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Split:
-    """uint8 images `(n, C, H, W)` and class indices `(n,)`."""
+    """uint8 images `(n, C, H, W)`, or images that are encoded, and class indices `(n,)`."""
 
-    images: Tensor
+    images: Tensor | Undecoded | OnDisk
     labels: Tensor
 
     def __len__(self) -> int:
@@ -47,7 +49,7 @@ class Images:
     """A data set that has been read, split and resized.
 
     `splits` has train, validation and test: uint8 `(n, 3, image_size, image_size)`, channels last, on the device of
-    the module. `mean` and `standard_deviation` are those of the `Source`.
+    the module, or `OnDisk`. `mean` and `standard_deviation` are those of the `Source`.
     """
 
     splits: dict[str, Split]

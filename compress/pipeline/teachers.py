@@ -32,7 +32,7 @@ from compress.training.fit import BEST, fit
 from compress.training.threads import threads_for
 
 # Keys of `data` that the teacher's training has of its own, or that change nothing about it.
-NOT_IN_KEY = ("stem", "batch_size", "evaluation_batch_size")
+NOT_IN_KEY = ("stem", "batch_size", "evaluation_batch_size", "storage", "workers")
 
 
 @dataclass(frozen=True)
