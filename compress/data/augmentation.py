@@ -1,4 +1,4 @@
-"""Augmentation of batches of bytes: crop, mirror, RandAugment, normalisation and cut-out.
+"""Augmentation of batches of bytes: crops, mirror, colours, RandAugment, normalisation and cut-out.
 
 Cut-out: DeVries & Taylor 2017, https://arxiv.org/abs/1708.04552. Images are `(B, C, H, W)` tensors whose channels lie
 last in memory: a row of pixels is then one run of bytes, which makes a crop a copy of runs and normalisation one
@@ -10,9 +10,11 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from compress.data.colour_jitter import colour_jitter, draw_jitter
 from compress.data.draws import Stream, draw_integers
 from compress.data.normalisation import Normalisation
 from compress.data.randaugment import OPERATIONS, rand_augment
+from compress.data.resized_crop import draw_boxes, resized_crops
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,7 @@ class Draws:
 
     `top`, `left`: corner of the crop in the padded image. `mirrored`: bool. `row`, `column`: centre of the cut-out.
     `operations` and `negative`, `(n, k)`: index into OPERATIONS, and whether its magnitude is negated.
+    `boxes`, `(n, 4)`: see `draw_boxes`. `factors` and `order`, `(n, 4)`: see `draw_jitter`.
     """
 
     top: Tensor | None = None
@@ -30,6 +33,9 @@ class Draws:
     column: Tensor | None = None
     operations: Tensor | None = None
     negative: Tensor | None = None
+    boxes: Tensor | None = None
+    factors: Tensor | None = None
+    order: Tensor | None = None
 
     def __getitem__(self, index: Tensor) -> "Draws":
         tables = {field.name: getattr(self, field.name) for field in fields(self)}
@@ -38,16 +44,25 @@ class Draws:
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What happens to a training image: lengths in pixels, 0 or False for off."""
+    """What happens to a training image: lengths in pixels, 0, False or None for off.
+
+    `random_resized_crop`: the least and the greatest share of the area. `colour_jitter`: see `draw_jitter`.
+    """
 
     crop_padding: int = 0
     horizontal_flip: bool = False
     cutout: int = 0
     randaugment: int = 0
     randaugment_magnitude: int = 9
+    random_resized_crop: tuple[float, float] | None = None
+    colour_jitter: tuple[float, float, float, float] | None = None
 
-    def draw(self, count: int, image_size: int, seed: int, epoch: int) -> Draws:
-        """The choices for images 0..count-1 in one epoch, a pure function of the arguments."""
+    def draw(self, count: int, image_size: int, seed: int, epoch: int, stored_size: int | None = None) -> Draws:
+        """The choices for images 0..count-1 in one epoch, a pure function of the arguments.
+
+        stored_size: the side of the images that are augmented, from which random resized crops are taken; None:
+        `image_size`, the side of those that come out.
+        """
 
         def integers(below: int, stream: Stream, columns: int = 1) -> Tensor:
             return draw_integers(count * columns, below, stream, seed, epoch)
@@ -65,12 +80,20 @@ class Augmentation:
             shape = (count, self.randaugment)
             tables["operations"] = integers(len(OPERATIONS), Stream.OPERATION, self.randaugment).view(shape)
             tables["negative"] = integers(2, Stream.SIGN, self.randaugment).view(shape).bool()
+        if self.random_resized_crop:
+            tables["boxes"] = draw_boxes(count, stored_size or image_size, self.random_resized_crop, seed, epoch)
+        if self.colour_jitter:
+            tables["factors"], tables["order"] = draw_jitter(count, self.colour_jitter, seed, epoch)
         return Draws(**tables)
 
     def __call__(self, images: Tensor, choices: Draws, normalisation: Normalisation) -> Tensor:
-        """uint8 `(B, 3, H, W)` and the choices for these B images to float32 `(B, 3, H, W)`, channels last."""
+        """uint8 `(B, 3, S, S)` and the choices for these B images to float32 `(B, 3, H, W)`, channels last."""
+        if choices.boxes is not None:
+            images = resized_crops(images, choices.boxes, normalisation.width)
         if choices.top is not None or choices.mirrored is not None:
             images = crop_and_mirror(images, choices.top, choices.left, choices.mirrored, self.crop_padding)
+        if choices.factors is not None:
+            images = colour_jitter(images, choices.factors, choices.order, self.colour_jitter)
         if choices.operations is not None:
             images = rand_augment(images, choices.operations, choices.negative, self.randaugment_magnitude)
         result = normalisation(images)

@@ -9,6 +9,7 @@ from torch.utils.data import Dataset, Sampler
 
 from compress.data.augmentation import Augmentation, Normalisation
 from compress.data.draws import permutation
+from compress.data.source import resized_rgb
 from compress.data.undecoded import OnDisk
 
 Batch = tuple[Tensor, Tensor]
@@ -41,7 +42,9 @@ class ImageBatches(Dataset[Batch]):
 
     def set_epoch(self, epoch: int) -> None:
         if self._augmentation is not None:
-            self._choices = self._augmentation.draw(len(self), self._normalisation.width, self._seed, epoch)
+            stored_size = self.images.size if isinstance(self.images, OnDisk) else self.images.shape[-1]
+            size = self._normalisation.width
+            self._choices = self._augmentation.draw(len(self), size, self._seed, epoch, stored_size)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -60,7 +63,7 @@ class ImageBatches(Dataset[Batch]):
     def finish(self, index: Tensor, images: Tensor) -> Batch:
         """The batch of the images at `index`, given as uint8 `(B, 3, S, S)` on the device."""
         if self._augmentation is None:
-            images = self._normalisation(images)
+            images = self._normalisation(resized_rgb(images, self._normalisation.width))
         else:
             images = self._augmentation(images, self._choices[index], self._normalisation)
         return images, self.labels.index_select(0, index.to(self.device))

@@ -24,6 +24,12 @@ class Stream(IntEnum):
     CUTOUT_COLUMN = 7
     OPERATION = 8
     SIGN = 9
+    CROP_AREA = 10
+    CROP_RATIO = 11
+    CROP_TOP = 12
+    CROP_LEFT = 13
+    JITTER = 14
+    JITTER_ORDER = 15
 
 
 def draw(count: int, stream: Stream, seed: int, epoch: int = 0) -> np.ndarray:
@@ -34,6 +40,11 @@ def draw(count: int, stream: Stream, seed: int, epoch: int = 0) -> np.ndarray:
 def draw_integers(count: int, below: int, stream: Stream, seed: int, epoch: int = 0) -> Tensor:
     """Uniform integers in 0..below-1, int64 `(count,)`; the bias of the remainder is under `below` / 2^64."""
     return torch.from_numpy((draw(count, stream, seed, epoch) % np.uint64(below)).astype(np.int64))
+
+
+def draw_uniform(count: int, stream: Stream, seed: int, epoch: int = 0) -> Tensor:
+    """Uniform numbers in 0..1 without 1, float64 `(count,)`."""
+    return torch.from_numpy((draw(count, stream, seed, epoch) >> np.uint64(11)) * 2.0**-53)
 
 
 def permutation(count: int, seed: int, epoch: int) -> list[int]:

@@ -33,7 +33,8 @@ class DataModule(pl.LightningDataModule):
 
     A data set implements `read`, and `prepare_data` where it needs files. `split_seed` decides which training images
     are for validation; `seed`, which the run supplies, decides order and augmentation. `limit` takes only that many
-    images of each split that the data set comes with, for quick tries. `mean` and `standard_deviation` (one number or
+    images of each split that the data set comes with, for quick tries. Training images are kept at `stored_size` pixels
+    (null: `image_size`), from which `random_resized_crop` cuts. `mean` and `standard_deviation` (one number or
     three) replace those of the data set.
     """
 
@@ -51,6 +52,9 @@ class DataModule(pl.LightningDataModule):
         cutout: BatchOption[Pixels] = 0,
         randaugment: BatchOption[Pixels] = 0,
         randaugment_magnitude: BatchOption[Annotated[int, Field(ge=0, le=GREATEST_MAGNITUDE)]] = 9,
+        random_resized_crop: BatchOption[list[Annotated[float, Field(gt=0, le=1)]] | None] = None,
+        colour_jitter: BatchOption[list[Annotated[float, Field(ge=0)]] | None] = None,
+        stored_size: Annotated[int, Field(ge=4)] | None = None,
         mean: BatchOption[list[float] | None] = None,
         standard_deviation: BatchOption[list[Annotated[float, Field(gt=0)]] | None] = None,
         seed: Supplied[int] = 0,
@@ -64,7 +68,17 @@ class DataModule(pl.LightningDataModule):
         self.validation_fraction = validation_fraction
         self.split_seed = split_seed
         self.limit = limit
-        self.augmentation = Augmentation(crop_padding, horizontal_flip, cutout, randaugment, randaugment_magnitude)
+        self.stored_size = stored_size or image_size
+        _check_photo_options(image_size, stored_size, random_resized_crop, colour_jitter)
+        self.augmentation = Augmentation(
+            crop_padding,
+            horizontal_flip,
+            cutout,
+            randaugment,
+            randaugment_magnitude,
+            random_resized_crop and tuple(random_resized_crop),
+            colour_jitter and tuple(colour_jitter),
+        )
         self.given = {"mean": mean, "standard_deviation": standard_deviation}
         for key, values in self.given.items():
             if values is not None and len(values) not in (1, 3):
@@ -106,9 +120,10 @@ class DataModule(pl.LightningDataModule):
             validation = Split(source.validation_images, source.validation_labels)
             validation = self._limited(validation, "validation", classes)
         read = {"train": train, "validation": validation, "test": test}
-        on_disk = self.stays_on_disk(sum(len(split) for split in read.values()) * 3 * self.image_size**2)
+        sizes = {name: self.stored_size if name == "train" else self.image_size for name in read}
+        on_disk = self.stays_on_disk(sum(len(split) * 3 * sizes[name] ** 2 for name, split in read.items()))
         splits = {
-            name: Split(self._held(split.images, self.image_size, on_disk), split.labels.to(self.device))
+            name: Split(self._held(split.images, sizes[name], on_disk), split.labels.to(self.device))
             for name, split in read.items()
         }
         return Images(splits, source.class_names, source.mean, source.standard_deviation)
@@ -213,3 +228,28 @@ class DataModule(pl.LightningDataModule):
 def _three(values: Sequence[float]) -> tuple[float, float, float]:
     """One number or three as three."""
     return tuple(values) * 3 if len(values) == 1 else tuple(values)
+
+
+def _check_photo_options(
+    image_size: int,
+    stored_size: int | None,
+    random_resized_crop: Sequence[float] | None,
+    colour_jitter: Sequence[float] | None,
+) -> None:
+    if random_resized_crop is not None and (
+        len(random_resized_crop) != 2 or random_resized_crop[0] > random_resized_crop[1]
+    ):
+        raise UserError(
+            f"data.random_resized_crop: found {random_resized_crop}; accepted: the least and the greatest share of the "
+            "area, such as [0.08,1], or null"
+        )
+    if colour_jitter is not None and (len(colour_jitter) != 4 or colour_jitter[3] > 0.5):
+        raise UserError(
+            f"data.colour_jitter: found {colour_jitter}; accepted: the strengths of brightness, contrast, saturation "
+            "and hue, the last at most 0.5, or null"
+        )
+    if stored_size is not None and (stored_size < image_size or random_resized_crop is None):
+        raise UserError(
+            f"data.stored_size: found {stored_size}; accepted: null, or at least data.image_size ({image_size}), with "
+            "data.random_resized_crop, which cuts from it"
+        )

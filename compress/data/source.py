@@ -48,8 +48,8 @@ class Split:
 class Images:
     """A data set that has been read, split and resized.
 
-    `splits` has train, validation and test: uint8 `(n, 3, image_size, image_size)`, channels last, on the device of
-    the module, or `OnDisk`. `mean` and `standard_deviation` are those of the `Source`.
+    `splits` has train, validation and test: uint8 `(n, 3, image_size, image_size)`, for training of `stored_size`,
+    channels last, on the device of the module, or `OnDisk`. `mean` and `standard_deviation` are those of the `Source`.
     """
 
     splits: dict[str, Split]
@@ -64,7 +64,10 @@ def resized_rgb(images: Tensor, image_size: int) -> Tensor:
     Resizing is bilinear with antialiasing; grey is repeated over the channels, here and not in every batch, where it
     would cost more than the augmentation itself. Works in chunks, so that no float copy of all images ever exists.
     """
-    result = torch.empty((len(images), 3, image_size, image_size), dtype=torch.uint8, memory_format=torch.channels_last)
+    shape = (len(images), 3, image_size, image_size)
+    if images.shape == shape and images.is_contiguous(memory_format=torch.channels_last):
+        return images
+    result = torch.empty(shape, dtype=torch.uint8, device=images.device, memory_format=torch.channels_last)
     for start in range(0, len(images), CHUNK):
         chunk = images[start : start + CHUNK]
         if chunk.shape[-2:] != (image_size, image_size):

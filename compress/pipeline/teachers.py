@@ -33,6 +33,8 @@ from compress.training.threads import threads_for
 
 # Keys of `data` that the teacher's training has of its own, or that change nothing about it.
 NOT_IN_KEY = ("stem", "batch_size", "evaluation_batch_size", "storage", "workers")
+# Those that came later: where they are null, a teacher is one that was trained before they existed.
+LATER = ("class_names", "colour_jitter", "random_resized_crop", "stored_size")
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,7 @@ def cache_path(parts: Parts, key: str) -> Path:
     """Where the teacher at `key` of the configuration is kept once it has been trained."""
     node = parts.node(key)
     data = {name: value for name, value in parts.plain["data"].items() if name not in NOT_IN_KEY}
+    data = {name: value for name, value in data.items() if not (name in LATER and value is None)}
     if "root" in data:
         data["root"] = str(Path(data["root"]).expanduser().resolve())
     identity = {"model": node["model"], "training": _without_stems(node["training"]), "data": data}

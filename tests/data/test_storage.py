@@ -13,6 +13,7 @@ from compress.data.undecoded import ImageFiles, OnDisk
 from compress.errors import UserError
 
 AUGMENTED = {"crop_padding": 2, "horizontal_flip": True, "cutout": 4, "randaugment": 1}
+PHOTOS = {"random_resized_crop": [0.1, 1.0], "colour_jitter": [0.4, 0.4, 0.4, 0.1], "stored_size": 20}
 
 
 @pytest.fixture(scope="module")
@@ -43,9 +44,9 @@ def epochs(data, count=2):
     return [*batches, *data.val_dataloader(), *data.test_dataloader()]
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_the_batches_are_those_of_images_in_memory(root, workers):
-    held, encoded = module(root, "memory"), module(root, "disk", workers=workers)
+@pytest.mark.parametrize("options", [{"workers": 0}, {"workers": 2}, {"workers": 2} | PHOTOS])
+def test_the_batches_are_those_of_images_in_memory(root, options):
+    held, encoded = module(root, "memory", **options), module(root, "disk", **options)
     assert isinstance(held.splits["train"].images, torch.Tensor)
     assert isinstance(encoded.splits["train"].images, OnDisk)
     for one, other in zip(epochs(held), epochs(encoded), strict=True):
