@@ -16,7 +16,7 @@ from compress.collective import mean_of_processes
 from compress.export.state_dicts import BEST_NETWORK
 from compress.methods.frozen_teacher import FrozenEnsemble, FrozenTeacher
 from compress.methods.learning_teacher import LearningTeacher
-from compress.methods.mixup import Blend, Mixup
+from compress.methods.mixup import Blend, CutMix, Mixup
 from compress.optim.schedules import Schedule
 from compress.quantization.lsq import FakeQuantization
 
@@ -52,7 +52,7 @@ class Classifier(pl.LightningModule, ABC):
         num_classes: Supplied[int],
         input_shape: Supplied[Shape | None] = None,
         seed: Supplied[int] = 0,
-        mixup: Supplied[Mixup | None] = None,
+        mixup: Supplied[Mixup | CutMix | None] = None,
         teacher: Supplied[Teacher | None] = None,
         others: Supplied[Sequence[nn.Module]] = (),
     ) -> None:
@@ -130,14 +130,15 @@ class Classifier(pl.LightningModule, ABC):
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor | None:
         images, target = batch
-        logits, terms = self.losses(images, target, self.blend(len(images), batch_index))
+        logits, terms = self.losses(images, target, self.blend(images, batch_index))
         return self.total_loss(logits, target, terms)
 
-    def blend(self, batch: int, batch_index: int) -> Blend | None:
+    def blend(self, images: Tensor, batch_index: int) -> Blend | None:
         """How this batch is blended, if it is."""
         if self.mixup is None:
             return None
-        return self.mixup.draw(batch, self.seed, self.current_epoch, batch_index + 1_000_003 * self.global_rank)
+        place = batch_index + 1_000_003 * self.global_rank
+        return self.mixup.draw(len(images), self.seed, self.current_epoch, place, images.shape[-2:])
 
     def total_loss(self, logits: Tensor, target: Tensor, terms: dict[str, Tensor]) -> Tensor:
         """The sum of the terms; all of them are recorded for the end of the epoch."""

@@ -46,7 +46,7 @@ class DML(Classifier):
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
         images, target = batch
-        blend = self.blend(len(images), batch_index)
+        blend = self.blend(images, batch_index)
         seen = blend(images) if blend else images
         taken_first = self._logits(seen) if self.update == "simultaneous" else None
         all_logits, all_terms = [], []

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch.nn import functional as F
+from torchvision.transforms import v2
 
 import compress
 from compress import models
@@ -11,7 +12,7 @@ from compress.losses.cross_entropy import CrossEntropy
 from compress.losses.kd import KD as KDLoss  # noqa: N811 - the method has the same name
 from compress.methods.frozen_teacher import FrozenTeacher
 from compress.methods.kd import KD
-from compress.methods.mixup import Mixup
+from compress.methods.mixup import CutMix, Mixup
 from compress.methods.supervised import Supervised
 from compress.optim.schedules import Schedule
 
@@ -83,7 +84,7 @@ def test_a_blend_weighs_images_with_their_partners_the_same_for_the_same_key():
 def test_blended_labels_count_by_their_weight():
     module = Supervised(loss=CrossEntropy(), mixup=Mixup(), **parts()).eval()
     images, target = torch.randn(8, 3, 8, 8), torch.arange(8)
-    blend = module.blend(8, 0)
+    blend = module.blend(torch.zeros(8, 3, 8, 8), 0)
     logits, terms = module.losses(images, target, blend)
     torch.testing.assert_close(logits, module.model(blend(images)))
     labels = blend.weight * F.one_hot(target, 10) + (1 - blend.weight) * F.one_hot(target[blend.partner], 10)
@@ -96,7 +97,36 @@ def test_the_teacher_sees_mixed_images_or_its_logits_are_mixed(teacher_sees):
     teacher = FrozenTeacher(models.build("resnet8", 10))
     module = KD(teacher=teacher, loss=KDLoss(alpha=1.0), mixup=Mixup(teacher_sees=teacher_sees), **parts()).eval()
     images, target = torch.randn(8, 3, 8, 8), torch.arange(8)
-    blend = module.blend(8, 0)
+    blend = module.blend(torch.zeros(8, 3, 8, 8), 0)
     logits, terms = module.losses(images, target, blend)
     expected = teacher(blend(images)) if teacher_sees == "mixed" else blend(teacher(images))
     torch.testing.assert_close(terms["kd"], KDLoss(alpha=1.0)(logits, target, expected)["kd"])
+
+
+def test_cutmix_pastes_a_box_of_the_partner_and_weighs_by_what_is_left():
+    images = torch.arange(6 * 3 * 20 * 30, dtype=torch.float32).view(6, 3, 20, 30)
+    for index in range(12):
+        patch = CutMix().draw(6, seed=1, epoch=2, batch_index=index, size=(20, 30))
+        assert patch.box == CutMix().draw(6, 1, 2, index, (20, 30)).box
+        mixed, own = patch(images), 0
+        top, bottom, left, right = patch.box
+        for row in range(20):
+            for column in range(30):
+                inside = top <= row < bottom and left <= column < right
+                own += not inside
+                source = images[patch.partner] if inside else images
+                assert torch.equal(mixed[..., row, column], source[..., row, column])
+        assert patch.weight == pytest.approx(own / 600)
+        logits = torch.randn(6, 4)
+        expected = patch.weight * logits + (1 - patch.weight) * logits[patch.partner]
+        torch.testing.assert_close(patch(logits), expected)
+
+
+def test_cutmix_has_the_areas_of_torchvisions():
+    torch.manual_seed(0)
+    images, labels = torch.zeros(2, 3, 32, 32), torch.arange(2)
+    # The label of the first image is the second's in the share that was pasted.
+    theirs = [v2.CutMix(alpha=1.0, num_classes=2)(images, labels)[1][0, 0].item() for _ in range(1000)]
+    ours = [CutMix().draw(2, 0, 0, index, (32, 32)).weight for index in range(1000)]
+    quantiles = torch.tensor([0.1, 0.3, 0.5, 0.7, 0.9])
+    assert (torch.tensor(ours).quantile(quantiles) - torch.tensor(theirs).quantile(quantiles)).abs().max() < 0.08
