@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError, features
 from torch import Tensor
+from torch.nn import functional
 
 from compress.errors import UserError, first_line
 
@@ -68,12 +69,20 @@ def is_image(path: Path) -> bool:
 
 
 def read_square(path: Path, size: int, content: BinaryIO | None = None) -> Tensor:
-    """The image in the file `path` as uint8 `(3, size, size)`: the shorter side resized, the centre cut out.
+    """The image in the file `path` as uint8 `(3, size, size)`: the shorter side resized, bilinearly with
+    antialiasing, the centre cut out.
 
     `content` replaces what is in the file. Raises UserError for what cannot be read, or not without doubt.
     """
-    image = centred(read_rgb(path, content, size), size)
-    return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)
+    pixels = torch.from_numpy(np.array(read_rgb(path, content, size)))[None].permute(0, 3, 1, 2)
+    height, width = pixels.shape[2:]
+    factor = size / min(height, width)
+    shape = [max(size, round(length * factor)) for length in (height, width)]
+    if shape != [height, width]:
+        # Half the time of Pillow's, from which it differs in rounding alone.
+        pixels = functional.interpolate(pixels, shape, mode="bilinear", antialias=True)
+    top, left = ((length - size) // 2 for length in shape)
+    return pixels[0, :, top : top + size, left : left + size]
 
 
 def read_rgb(path: Path, content: BinaryIO | None = None, side: int | None = None) -> Image.Image:
@@ -101,15 +110,6 @@ def read_rgb(path: Path, content: BinaryIO | None = None, side: int | None = Non
     except Exception as failure:  # whatever a reader of one of forty formats meets in a damaged file
         reason = failure.strerror if isinstance(failure, OSError) and failure.strerror else first_line(failure)
     raise UserError(f"{path}: cannot be read ({reason}); accepted: {ACCEPTED}")
-
-
-def centred(image: Image.Image, size: int) -> Image.Image:
-    """`image` with its shorter side resized to `size` pixels, bilinearly, and the centre cut out: (size, size)."""
-    factor = size / min(image.size)
-    width, height = (max(size, round(side * factor)) for side in image.size)
-    resized = image.resize((width, height), Image.Resampling.BILINEAR)
-    left, top = (width - size) // 2, (height - size) // 2
-    return resized.crop((left, top, left + size, top + size))
 
 
 def _orientation(image: Image.Image) -> int:

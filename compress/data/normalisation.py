@@ -26,6 +26,6 @@ class Normalisation:
     def __call__(self, images: Tensor) -> Tensor:
         """uint8 `(B, C, H, W)` to float32 `(B, C, H, W)`, channels last in memory."""
         batch, channels, height, width = images.shape
-        rows = images.permute(0, 2, 3, 1).reshape(batch, height, width * channels)
-        rows = torch.addcmul(self.shift, rows.float(), self.scale)
+        rows = images.permute(0, 2, 3, 1).reshape(batch, height, width * channels).float()
+        torch.addcmul(self.shift, rows, self.scale, out=rows)  # new memory costs more than the arithmetic
         return rows.view(batch, height, width, channels).permute(0, 3, 1, 2)
