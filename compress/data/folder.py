@@ -37,6 +37,8 @@ class Folder(FileModule):
         self.given_names = None if class_names is None else names_of(class_names)
 
     def prepare_data(self) -> None:
+        if self.splits:
+            return  # Lightning asks again, and listing a million files takes a while
         if not self.root.is_dir():
             raise UserError(
                 f"data.root: found no folder {self.root.resolve()}; accepted: one that holds train/ and test/"

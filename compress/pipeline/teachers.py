@@ -104,7 +104,7 @@ def cache_path(parts: Parts, key: str) -> Path:
     node = parts.node(key)
     data = {name: value for name, value in parts.plain["data"].items() if name not in NOT_IN_KEY}
     data = {name: value for name, value in data.items() if not (name in LATER and value is None)}
-    if "root" in data:
+    if data.get("root"):
         data["root"] = str(Path(data["root"]).expanduser().resolve())
     identity = {"model": node["model"], "training": _without_stems(node["training"]), "data": data}
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]

@@ -1,0 +1,171 @@
+"""Data sets of Hugging Face's library `datasets`: parquet files, folders of images with metadata, names on the hub."""
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from compress.data.file_module import FileModule
+from compress.data.folder import MEAN, STANDARD_DEVIATION
+from compress.data.image_file import read_square
+from compress.data.source import Source
+from compress.data.undecoded import Undecoded
+from compress.errors import UserError, first_line
+
+VALIDATION = ("validation", "valid", "val", "dev")  # what the split is called
+IMAGE, LABEL = ("image", "img", "picture"), ("label", "labels", "class")  # columns, where their types do not tell
+
+
+class HuggingFace(FileModule):
+    """`data=huggingface`: `name` is one on the hub, with its `subset` if it has some, `root` a local folder instead.
+
+    Columns and splits that are not given are found: the column of images and that of classes by their types or else
+    their names; the split `test`, or if there is none that for validation, for testing, the other one for validation.
+    """
+
+    def __init__(
+        self,
+        name: str | None = None,
+        root: str | None = None,
+        subset: str | None = None,
+        image_column: str | None = None,
+        label_column: str | None = None,
+        train_split: str = "train",
+        validation_split: str | None = None,
+        test_split: str | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        if (name is None) == (root is None):
+            found = "neither" if name is None else "both"
+            raise UserError(f"data: found {found} data.name and data.root; accepted: a name on the hub or a folder")
+        self.root = None if root is None else Path(root).expanduser()
+        self.name, self.subset = name, subset
+        self.where = f"data.name: {name}" if root is None else f"data.root: {self.root}"
+        self.columns = {"image_column": image_column, "label_column": label_column}
+        self.chosen = {"train_split": train_split, "validation_split": validation_split, "test_split": test_split}
+        self._loaded: Mapping[str, Any] | None = None
+
+    def prepare_data(self) -> None:
+        if self.splits or self._loaded is not None:
+            return
+        try:
+            import datasets
+        except ImportError:
+            raise UserError(
+                "data: found huggingface, but datasets is not installed; pip install 'compress[huggingface]'"
+            ) from None
+        if self.root is not None and not self.root.is_dir():
+            raise UserError(f"data.root: found no folder {self.root.resolve()}; accepted: one that datasets reads")
+        try:
+            if self.root is not None and (self.root / "dataset_dict.json").is_file():
+                self._loaded = datasets.load_from_disk(str(self.root))
+            else:
+                self._loaded = datasets.load_dataset(self.name or str(self.root.resolve()), self.subset)
+        except Exception as failure:  # of the hub, of pyarrow, of a reader of files
+            raise UserError(
+                f"{self.where} cannot be read ({first_line(failure)}); accepted: parquet files, a folder of images, "
+                "what datasets has saved, or a name on the hub"
+            ) from None
+
+    def read(self) -> Source:
+        self.prepare_data()
+        loaded, self._loaded = self._loaded, None
+        train, validation, test = self._chosen_splits(list(loaded))
+        features = loaded[train].features
+        image = self._column("image_column", features, "Image", IMAGE)
+        label = self._column("label_column", features, "ClassLabel", LABEL)
+        names, values = self._classes(loaded[train], label)
+        place = {value: index for index, value in enumerate(values)}
+
+        def split(name: str) -> tuple[Rows, Tensor]:
+            given = list(loaded[name][label])
+            unknown = next((value for value in given if value not in place), None)
+            if unknown is not None or None in given:
+                raise UserError(
+                    f"{self.where} has in the split {name} the label {unknown!r}, which is no class of {train}; "
+                    "accepted: another data.test_split or data.label_column"
+                )
+            return Rows(loaded[name], image, f"{self.name or self.root} {name}"), torch.tensor(
+                [place[v] for v in given]
+            )
+
+        held_out = (None, None) if validation is None else split(validation)
+        return Source(*split(train), *split(test), names, MEAN, STANDARD_DEVIATION, *held_out)
+
+    def _chosen_splits(self, present: Sequence[str]) -> tuple[str, str | None, str]:
+        """Those for training, validation and test."""
+        for key, name in self.chosen.items():
+            if name is not None and name not in present:
+                raise UserError(f"data.{key}: found {name!r}, which {self.where} lacks; accepted: {', '.join(present)}")
+        train, validation, test = self.chosen.values()
+        others = [name for name in ("test", *VALIDATION) if name in present and name not in (train, validation, test)]
+        if test is None and others:
+            test = others.pop(0)
+        if test is None or test in (train, validation) or validation == train:
+            raise UserError(
+                f"{self.where} has the splits {', '.join(present)}, of which no two are for training and test; "
+                "accepted: data.train_split, data.validation_split and data.test_split that differ"
+            )
+        if validation is None:
+            validation = next((name for name in others if name in VALIDATION), None)
+        return train, validation, test
+
+    def _column(self, key: str, features: Mapping[str, Any], kind: str, names: Sequence[str]) -> str:
+        """The column given as `key`, or the only one of the type `kind`, or one of these `names`."""
+        given = self.columns[key]
+        if given is not None and given not in features:
+            raise UserError(f"data.{key}: found {given!r}, which is no column; accepted: {', '.join(features)}")
+        fitting = [name for name, feature in features.items() if type(feature).__name__ == kind]
+        fitting = fitting or [name for name in names if name in features][:1]
+        if given is None and len(fitting) != 1:
+            raise UserError(
+                f"data.{key}: found {' and '.join(fitting) or 'none by itself'}; accepted: one of {', '.join(features)}"
+            )
+        return given or fitting[0]
+
+    def _classes(self, rows: Any, label: str) -> tuple[tuple[str, ...], list[Any]]:
+        """The names of the classes and the values that stand for them."""
+        names = getattr(rows.features[label], "names", None)
+        values = list(range(len(names))) if names else sorted(set(rows[label]) - {None}, key=_numbers_first)
+        if not all(isinstance(value, int | str) for value in values) or len(values) < 2:
+            raise UserError(
+                f"data.label_column: found {label!r} with {len(values)} different values; accepted: a column of at "
+                f"least 2 classes among {', '.join(rows.features)}"
+            )
+        return tuple(map(str, names or values)), values
+
+
+class Rows(Undecoded):
+    """Images in the `column` of a data set whose file is mapped into memory; `where` says in messages what it is."""
+
+    def __init__(self, rows: Any, column: str, where: str, index: np.ndarray | None = None) -> None:
+        self._rows, self._column, self._where = rows, column, where
+        if index is None:
+            import datasets
+
+            self._rows = rows.select_columns(column).cast_column(column, datasets.Image(decode=False))
+        self._index = np.arange(len(rows)) if index is None else index
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def __getitem__(self, indices: Tensor) -> "Rows":
+        return Rows(self._rows, self._column, self._where, self._index[indices.numpy()])
+
+    def read(self, index: int, size: int) -> Tensor:
+        row = int(self._index[index])
+        cell = self._rows[row][self._column]
+        if cell is None:
+            raise UserError(f"{self._where}, row {row}: found no image; accepted: one in every row")
+        content = cell["bytes"]
+        where = Path(cell["path"]) if content is None else Path(f"{self._where}, row {row}")
+        return read_square(where, size, None if content is None else io.BytesIO(content))
+
+
+def _numbers_first(value: Any) -> tuple[bool, Any]:
+    return isinstance(value, str), value
