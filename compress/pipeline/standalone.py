@@ -78,7 +78,8 @@ def _composed(
     others = [
         override
         for override in overrides
-        if override.partition("=")[0] not in ("checkpoint", "model") and override not in budgets
+        if override.lstrip("+").partition("=")[0].partition(".")[0] not in ("checkpoint", "model")
+        and override not in budgets
     ]
     composed = ["method=supervised", *_model(path, typed, about), *_data(path, typed, about), *others]
     [job] = compose_jobs(composed)

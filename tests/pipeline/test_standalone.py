@@ -231,3 +231,11 @@ def test_what_could_fail_late_is_refused_before_anything_is_written(run, tmp_pat
     with pytest.raises(UserError, match=words):
         quantize_checkpoint([f"checkpoint={file}", "quantizer=rtn", f"output_directory={tmp_path}", *typed])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_keys_of_the_model_are_taken_with_a_foreign_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save(models.build("vgg8", 10).state_dict(), "weights.pth")
+    options = ["data=digits", "data.limit=100", "quantizer=rtn", "quantizer.bits=[8]"]
+    directory = quantize_checkpoint(["checkpoint=weights.pth", "model=vgg8", "model.dropout=0.1", *options])
+    assert "dropout: 0.1" in (directory / "config.yaml").read_text()
