@@ -47,7 +47,7 @@ class Measured:
             "macs": models.count_macs(self.student, parts.data.input_shape),
             "validation_accuracy": reference.validation_accuracy,
             "test_accuracy": reference.test_accuracy,
-            "test_accuracy_per_class": dict(per_class),
+            "test_accuracy_per_class": dict(per_class) if parts.data.labelled else {},
         }
         return {
             **surroundings(threads),

@@ -17,6 +17,8 @@ from compress.config import values
 from compress.config.compose import compose_jobs
 from compress.config.recorded import apply_override
 from compress.config.rules import check_rules
+from compress.data.folder import Folder
+from compress.data.unlabelled import Unlabelled, has_labels
 from compress.errors import UserError
 from compress.export.formats import check_exporters
 from compress.export.packed import read_float_description
@@ -39,7 +41,8 @@ def quantize_checkpoint(overrides: Sequence[str]) -> Path:
 
     `checkpoint=FILE` is a checkpoint or model file of this project, or a plain state dict, for which `model=` gives the
     architecture. A file from a run directory brings that run's data with it; others take `data=`, the digits if it is
-    not given. Raises UserError with one line for whatever is wrong, before anything is written.
+    not given. `data=folder` may name pictures without labels; the table then has the agreement with the float network.
+    Raises UserError with one line for whatever is wrong, before anything is written.
     """
     typed = _split(overrides)
     if "checkpoint" not in typed:
@@ -83,6 +86,7 @@ def _composed(
     ]
     composed = ["method=supervised", *_model(path, typed, about), *_data(path, typed, about), *others]
     [job] = compose_jobs(composed)
+    _take_pictures(job.config.data, typed, about)
     if not job.config.quantizer:
         raise UserError("quantizer: found none, and nothing else is done here; accepted: gpfq, gptq, qronos, spfq, rtn")
     # What its file takes depends on the network that is loaded, which may be pruned.
@@ -91,6 +95,21 @@ def _composed(
     values.check_values(job.config)
     check_rules(job.config)
     return job.config
+
+
+def _take_pictures(data: DictConfig, typed: Mapping[str, str], about: Mapping[str, Any] | None) -> None:
+    """Makes `data` those without labels where `data=folder` names a folder of mere pictures.
+
+    The network's classes and the size of its images are those that its file says, unless they were typed.
+    """
+    names_folder = data.get("_target_") == f"{Folder.__module__}.{Folder.__name__}"
+    if not names_folder or not Path(data.root).expanduser().is_dir() or has_labels(data.root):
+        return
+    data._target_ = f"{Unlabelled.__module__}.{Unlabelled.__name__}"
+    if about and data.class_names is None:
+        data.class_names = list(about["class_names"])
+    if about and "data.image_size" not in typed:
+        data.image_size = about["input_shape"][-1]
 
 
 def _loaded(parts: Parts, path: Path, about: Mapping[str, Any] | None) -> nn.Module:

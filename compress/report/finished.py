@@ -68,9 +68,12 @@ class Run:
 def read_run(directory: Path, name: str, problems: list[str]) -> Run:
     """The finished run in `directory`; a line is added to `problems` where it has to do without its curves.
 
-    Raises UserError, which names the file, where `result.json` or `config.yaml` cannot be read.
+    Raises UserError, which names the file, where `result.json` or `config.yaml` cannot be read, and where there is no
+    accuracy to report.
     """
     record = Record.read(directory / FILE)
+    if record.rows[0].test_accuracy is None:
+        raise UserError(f"{directory / FILE}: found no accuracy, because the images had no labels")
     config = _read_config(directory / "config.yaml")
     settings = flattened(config)
     typed = dict(override.lstrip("+").partition("=")[::2] for override in record.overrides)

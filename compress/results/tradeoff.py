@@ -59,7 +59,10 @@ NARROW = ("terminal", "page")  # Markdown has enough columns
 
 @dataclass(frozen=True)
 class Row:
-    """One variant: a file, what it holds, and what was measured of the model read back from it."""
+    """One variant: a file, what it holds, and what was measured of the model read back from it.
+
+    Accuracies are None where the images have no labels; the agreement is then what there is.
+    """
 
     quantizer: Annotated[str, Column("`none`: the float32 student; `lsq`: trained on its grids; otherwise the solver")]
     bits: Annotated[int | float, Positive, Column("width, or mean width, of inner layers' codes in bits; 32: floats")]
@@ -72,10 +75,11 @@ class Row:
         default=None, kw_only=True
     )
     validation_accuracy: Annotated[
-        Share, percent("accuracy on the validation images, in float32", "val %", deviation=True, loggers="all")
+        Share | None,
+        percent("accuracy on the validation images, in float32", "val %", deviation=True, loggers="all"),
     ]
     test_accuracy: Annotated[
-        Share,
+        Share | None,
         percent("accuracy on the test images, in float32", "test %", deviation=True, change="change", loggers="all"),
     ]
     agreement: Annotated[
@@ -139,7 +143,8 @@ def figures(
     """
 
     def change(name: str) -> float | None:
-        return None if reference is None else value(name) - reference(name)
+        known = reference is not None and value(name) is not None
+        return value(name) - reference(name) if known else None
 
     return {key: value(key) if key in COLUMNS else change(key.removesuffix("_change")) for key in columns_of(table)}
 
@@ -165,7 +170,13 @@ def _rounded(value: object) -> object:
 
 def table(rows: Sequence[Row], title: str) -> Table:
     """The rows for a terminal; the first is the float32 student, which the others are compared with."""
-    shown = columns_of("terminal")
+    values = [
+        figures("terminal", partial(getattr, row), None if row is rows[0] else partial(getattr, rows[0]))
+        for row in rows
+    ]
+    measured = rows[0].test_accuracy is not None
+    accuracies = () if measured else ("validation_accuracy", "test_accuracy", "test_accuracy_change")
+    shown = {key: column for key, column in columns_of("terminal").items() if key not in accuracies}
     printed = Table(
         title=title,
         caption="; ".join(f"{column.heading}: {column.meaning}" for column in shown.values() if column.caption),
@@ -178,9 +189,8 @@ def table(rows: Sequence[Row], title: str) -> Table:
     printed.add_column("variant")
     for column in shown.values():
         printed.add_column(column.heading, justify="right", no_wrap=True)
-    for row in rows:
-        values = figures("terminal", partial(getattr, row), None if row is rows[0] else partial(getattr, rows[0]))
-        printed.add_row(row.name, *(_cell(column, values[key]) for key, column in shown.items()))
+    for row, of_row in zip(rows, values, strict=True):
+        printed.add_row(row.name, *(_cell(column, of_row[key]) for key, column in shown.items()))
     return printed
 
 

@@ -1,4 +1,4 @@
-"""`tradeoff.png`: test accuracy against the bytes of the file."""
+"""`tradeoff.png`: test accuracy, or without labels the agreement with fp32, against the bytes of the file."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,18 +16,23 @@ def draw_tradeoff(path: Path, rows: Sequence[Row], title: str, teacher_accuracy:
     figure = Figure(figsize=(7.5, 4.6), dpi=150, layout="constrained")
     axes = figure.add_subplot()
     reference, variants = rows[0], rows[1:]
-    axes.axhline(100 * reference.test_accuracy, color="0.6", linewidth=1, linestyle="--", label="student, fp32")
+    labelled = reference.test_accuracy is not None
+
+    def percent(row: Row) -> float:
+        return 100 * (row.test_accuracy if labelled else row.agreement)
+
+    axes.axhline(percent(reference), color="0.6", linewidth=1, linestyle="--", label="student, fp32")
     if teacher_accuracy is not None:
         axes.axhline(100 * teacher_accuracy, color="0.2", linewidth=1, linestyle=":", label="teacher, fp32")
     for family in dict.fromkeys(map(_family, variants)):
         members = sorted((row for row in variants if _family(row) == family), key=lambda row: row.bytes)
-        megabytes, accuracies = [row.bytes / 1e6 for row in members], [100 * row.test_accuracy for row in members]
+        megabytes, accuracies = [row.bytes / 1e6 for row in members], [percent(row) for row in members]
         axes.plot(megabytes, accuracies, marker="o", label=family)
-    axes.plot(reference.bytes / 1e6, 100 * reference.test_accuracy, marker="s", color="0.35", linestyle="none")
+    axes.plot(reference.bytes / 1e6, percent(reference), marker="s", color="0.35", linestyle="none")
     for row in rows:
         axes.annotate(
             row.width,
-            (row.bytes / 1e6, 100 * row.test_accuracy),
+            (row.bytes / 1e6, percent(row)),
             textcoords="offset points",
             # The packed file of the same network is just as accurate and about as large.
             xytext=(0, -14 if row.runtime == "torch" else 7),
@@ -35,7 +40,7 @@ def draw_tradeoff(path: Path, rows: Sequence[Row], title: str, teacher_accuracy:
             fontsize=8,
         )
     axes.margins(x=0.08, y=0.25)
-    name_axes(axes, title, "MB", "test accuracy, %")
+    name_axes(axes, title, "MB", "test accuracy, %" if labelled else "same class as fp32, %")
     axes.legend(loc="lower right", fontsize=8, framealpha=0.9)
     write_atomically(path, figure.savefig)
 

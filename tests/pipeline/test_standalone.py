@@ -19,6 +19,7 @@ from compress.errors import UserError
 from compress.export.onnx import OnnxModel
 from compress.export.weights import load_weights
 from compress.pipeline.standalone import quantize_checkpoint
+from compress.report.collect import collect
 
 pytestmark = pytest.mark.slow
 
@@ -231,6 +232,45 @@ def test_what_could_fail_late_is_refused_before_anything_is_written(run, tmp_pat
     with pytest.raises(UserError, match=words):
         quantize_checkpoint([f"checkpoint={file}", "quantizer=rtn", f"output_directory={tmp_path}", *typed])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_pictures_without_labels_give_the_agreement_with_the_float_network(run, tmp_path, capsys):
+    for index in range(40):
+        draw = torch.Generator().manual_seed(index)
+        pixels = torch.randint(0, 256, (20, 24, 3), dtype=torch.uint8, generator=draw).numpy()
+        (tmp_path / "pictures" / str(index % 3)).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(tmp_path / "pictures" / str(index % 3) / f"{index}.png")
+    path = run.directory / "models" / "student-fp32.safetensors"
+    pictures = ["data=folder", f"data.root={tmp_path / 'pictures'}", "data.validation_fraction=0.5"]
+    options = ["quantizer=gpfq", "quantizer.bits=[8,2]", *pictures]
+    directory = quantize_checkpoint([f"checkpoint={path}", *options])
+    whole, eight, two = rows_of(directory)
+    for row in (whole, eight, two):
+        assert row["validation_accuracy"] == row["test_accuracy"] == ""
+    assert float(whole["agreement"]) == 1
+    assert float(two["agreement"]) <= float(eight["agreement"]) <= 1
+    out = capsys.readouterr().out
+    assert "test %" not in out
+    assert "same %" in out
+    record = json.loads((directory / "result.json").read_text())
+    assert record["data"]["images"] == {"train": 20, "validation": 20, "test": 20}
+    assert record["data"]["input_shape"] == [3, 8, 8]
+    assert (directory / "tradeoff.png").exists()
+    with pytest.raises(UserError, match="found no accuracy, because the images had no labels"):
+        collect([directory])
+
+    network = models.build("resnet8", 10)
+    load_weights(network, path)
+    torch.save(network.state_dict(), tmp_path / "weights.pt")
+    foreign = [f"checkpoint={tmp_path / 'weights.pt'}", "model=resnet8", "data.image_size=8", *options]
+    with pytest.raises(UserError, match=r"data\.class_names: found none"):
+        quantize_checkpoint(foreign)
+    (tmp_path / "names.json").write_text(json.dumps([str(digit) for digit in range(10)]))
+    again = quantize_checkpoint([*foreign, f"data.class_names={tmp_path / 'names.json'}", "data.mean=[0.5]"])
+    assert [row["test_accuracy"] for row in rows_of(again)] == [""] * 3
+    (tmp_path / "few").write_text("a\nb")
+    with pytest.raises(UserError, match=r"weights\.pt"):
+        quantize_checkpoint([*foreign, f"data.class_names={tmp_path / 'few'}"])
 
 
 def test_keys_of_the_model_are_taken_with_a_foreign_file(tmp_path, monkeypatch):
