@@ -1,1 +1,1 @@
-"""Data sets in memory, the augmentation of batches, and the DataModule that joins them."""
+"""Data sets in memory or on disk, the augmentation of batches, and the DataModule that joins them."""

@@ -18,7 +18,7 @@ from compress.evaluation import evaluate
 from compress.methods.kd import KD
 from compress.pipeline.check import checked_jobs
 from compress.pipeline.parts import Parts
-from compress.pipeline.teachers import cache_path, resolve
+from compress.pipeline.teachers import LATER, cache_path, resolve
 from compress.results.record import Record
 
 pytestmark = pytest.mark.slow
@@ -86,6 +86,20 @@ def test_a_run_shares_the_cache_with_single_teachers_and_records_every_member(ca
     (result.directory / "result.json").unlink()
     assert main([f"resume={result.directory}"]) == 0
     assert Record.read(result.directory / "result.json").student == result.record.student
+
+
+def test_a_teacher_is_another_only_where_its_images_are():
+    def path(*overrides):
+        return cache_path(Parts(composed("teacher=resnet20", "data=folder", *overrides)), "teacher")
+
+    assert path() == path("data.storage=disk", "data.workers=3", "data.batch_size=7")
+    assert path() != path("data.random_resized_crop=[0.1,1]")
+    assert path() != path("data.colour_jitter=[0.4,0.4,0.4,0]")
+    # As named before there were these keys.
+    parts = Parts(composed("teacher=resnet20", "data=folder"))
+    for key in LATER:
+        assert parts.plain["data"].pop(key) is None
+    assert path() == cache_path(parts, "teacher")
 
 
 def test_a_member_has_the_key_of_a_single_teacher():
