@@ -41,8 +41,8 @@ class HuggingFace(FileModule):
     ) -> None:
         super().__init__(**options)
         if (name is None) == (root is None):
-            found = "neither" if name is None else "both"
-            raise UserError(f"data: found {found} data.name and data.root; accepted: a name on the hub or a folder")
+            found = "neither data.name nor" if name is None else "both data.name and"
+            raise UserError(f"data: found {found} data.root; accepted: a name on the hub or a folder")
         self.root = None if root is None else Path(root).expanduser()
         self.name, self.subset = name, subset
         self.where = f"data.name: {name}" if root is None else f"data.root: {self.root}"

@@ -129,7 +129,7 @@ def test_a_picture_is_read_as_from_a_file(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"root": None}, "data: found neither data.name and data.root"),
+        ({"root": None}, "data: found neither data.name nor data.root"),
         ({"name": "somebody/pets"}, "data: found both"),
         ({"root": "nowhere"}, r"data\.root: found no folder"),
         ({"root": None, "name": "nobody/nothing"}, r"data\.name: nobody/nothing cannot be read"),

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from omegaconf import OmegaConf
+from PIL import Image
 from safetensors.torch import load_file
 
 import compress
@@ -89,6 +90,12 @@ def test_a_run_shares_the_cache_with_single_teachers_and_records_every_member(ca
 
 
 def test_a_teacher_is_another_only_where_its_images_are():
+    for split in ("train", "val", "test"):
+        for name in ("cat", "dog"):
+            Path("data", split, name).mkdir(parents=True)
+            for index in range(4):
+                Image.new("RGB", (32, 32)).save(Path("data", split, name, f"{index}.png"))
+
     def path(*overrides):
         return cache_path(Parts(composed("teacher=resnet20", "data=folder", *overrides)), "teacher")
 
