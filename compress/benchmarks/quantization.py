@@ -41,7 +41,7 @@ def run(arguments: argparse.Namespace) -> None:
     for count in arguments.images:
         shape = (count, 3, arguments.image_size, arguments.image_size)
         images = list(torch.randn(shape, device=device).split(128))
-        prepared = prepare(network)
+        prepared = prepare(network, images)
         operations = floor_operations(prepared, images, refinement)
         quantization = partial(quantize, network, images, arguments.bits, refinement=refinement)
         passes = partial(_forward, prepared.analog, images)

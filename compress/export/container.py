@@ -29,6 +29,10 @@ NAMES = {
 }
 
 
+# The entry of a description that names, for each tensor that is another one under a second name, that one.
+ALIASES = "aliases"
+
+
 class NoDescriptionError(UserError):
     """A safetensors file of another origin."""
 
@@ -38,7 +42,9 @@ def write(path: Path, kind: str, description: Mapping[str, Any], tensors: Mappin
 
     The file gets its name only when it is complete.
     """
-    tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    aliases = _aliases(tensors)
+    description = {**description, ALIASES: aliases} if aliases else description
+    tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items() if name not in aliases}
     # Wide elements first, so that every tensor starts at a multiple of its element's size.
     order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     text = to_json(description)
@@ -90,12 +96,28 @@ def read(path: Path) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
         description = None
     if not isinstance(description, dict):
         raise UserError(f"{path}: found a description that is not a JSON object; {accepted}")
-    return metadata["format"], description, tensors
+    aliases = description.pop(ALIASES, {})
+    if not isinstance(aliases, dict) or any(
+        name in tensors or tensors.get(one) is None for name, one in aliases.items()
+    ):
+        raise UserError(f"{path}: found {ALIASES} that its tensors do not fit; {accepted}")
+    return metadata["format"], description, tensors | {name: tensors[one] for name, one in aliases.items()}
 
 
 def to_json(content: Any) -> str:
     """One line of JSON, the same for the same content."""
     return json.dumps(content, separators=(",", ":"), sort_keys=True, allow_nan=False)
+
+
+def _aliases(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """For each tensor that lies in the same memory as one before it, in the same way, the name of that one."""
+    first: dict[tuple, str] = {}
+    aliases = {}
+    for name, value in tensors.items():
+        place = value.data_ptr(), value.dtype, tuple(value.shape), value.stride()
+        if value.numel() and first.setdefault(place, name) != name:
+            aliases[name] = first[place]
+    return aliases
 
 
 def _bytes(value: Tensor) -> memoryview:

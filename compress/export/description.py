@@ -59,6 +59,7 @@ def grids_as_json(quantized: QuantizedModel) -> dict[str, Any]:
         ],
         "folded": [list(pair) for pair in quantized.folded],
         "skipped": dict(quantized.skipped),
+        "tied": dict(quantized.tied),
     }
 
 

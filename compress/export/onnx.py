@@ -5,12 +5,9 @@ name of the format, the description that packed files have too, as JSON, and a c
 needs nothing else. The packages `onnx`, `onnxruntime` and `onnxscript` are the optional extra `onnx`.
 """
 
-import contextlib
 import copy
 import hashlib
-import logging
-import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +22,7 @@ from compress.export.exporter import Exporter
 from compress.export.onnx_runtime import FORMAT, INPUT, OUTPUT, UNSIGNED, OnnxModel, tensor_ranges
 from compress.files import write_atomically
 from compress.models.folding import fold_batch_norm
+from compress.models.tracing import quiet
 from compress.quantization import QuantizedModel, Quantizer
 from compress.quantization.activations import detach_input_quantizer, input_quantizers
 
@@ -72,8 +70,10 @@ class Onnx(Exporter):
             graph = _quantized_graph(path, network, description.input_shape, list(calibration_batches))
             grids = grids_as_json(network)
         else:
-            graph = _float_graph(path, fold_batch_norm(network), description.input_shape, OPSET)
-            grids = {"layers": [], "inputs": [], "folded": [], "skipped": {}}
+            graph = _float_graph(
+                path, fold_batch_norm(network, description.input_shape), description.input_shape, OPSET
+            )
+            grids = {"layers": [], "inputs": [], "folded": [], "skipped": {}, "tied": {}}
         _write(path, graph, description.as_json() | grids)
 
     def read(self, path: Path, threads: int = 1) -> tuple[OnnxModel, dict[str, Any]]:
@@ -105,7 +105,7 @@ def _float_graph(path: Path, model: nn.Module, input_shape: Sequence[int], opset
     from onnx import helper
 
     model = model.float().cpu().eval()
-    with _quiet(), torch.no_grad():
+    with quiet(), torch.no_grad():
         try:
             program = torch.onnx.export(
                 model,
@@ -123,19 +123,6 @@ def _float_graph(path: Path, model: nn.Module, input_shape: Sequence[int], opset
         graph = program.model_proto
     graph.ir_version = helper.find_min_ir_version_for(graph.opset_import)
     return graph
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """No warnings and no log of torch's exporter, which has much to say about its passes."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
 
 
 def _ranges(model: Any, tensors: Sequence[str], batches: Sequence[Tensor]) -> dict[str, tuple[float, float]]:

@@ -40,19 +40,26 @@ def quantize_graph(model: ModelProto, quantized: QuantizedModel) -> None:
     """
     editor = GraphEditor(model)
     inputs = input_quantizers(quantized.model)
-    waiting = set(quantized.layers) | set(inputs)
+    layers = quantized.layers | {name: quantized.layers[holder] for name, holder in quantized.tied.items()}
+    waiting = set(layers) | set(inputs)
+    known = set(waiting)
+    done: dict[str, list[str]] = {}
     for node in list(model.graph.node):
         name = _layer_of(node)
-        if node.op_type in ("Conv", "Gemm", "MatMul") and name in waiting:
-            waiting.remove(name)
+        if node.op_type in ("Conv", "Gemm", "MatMul") and name in known:
+            waiting.discard(name)
             weight = quantized.model.get_submodule(name).weight.detach().cpu().numpy()
             turned = _check_weight(name, node, editor, weight)
             if name in inputs:
                 quantizer = inputs[name]
                 grid = float(quantizer.scale), int(quantizer.zero_point), quantizer.levels
                 node.input[0] = editor.quantized(node.input[0], *grid)
-            if name in quantized.layers:
-                _quantize_weight(name, node, editor, quantized.layers[name], inputs.get(name), turned)
+            if name in done:
+                node.input[1:] = done[name]
+            elif name in layers:
+                holder = quantized.tied.get(name, name)
+                _quantize_weight(name, holder, node, editor, layers[name], inputs.get(name), turned)
+                done[name] = list(node.input[1:])
         editor.nodes.append(node)
     if waiting:
         raise UserError(f"{min(waiting)}: torch.onnx exported no Conv, Gemm or MatMul for this layer")
@@ -125,15 +132,17 @@ def _check_weight(name: str, node: NodeProto, editor: GraphEditor, weight: np.nd
 
 def _quantize_weight(
     name: str,
+    holder: str,
     node: NodeProto,
     editor: GraphEditor,
     layer: QuantizedLayer,
     quantizer: InputQuantizer | None,
     turned: bool,
 ) -> None:
+    """Puts the codes of a `layer` and what they stand for before `node`; `holder` names codes that layers share."""
     kind, _ = storage(layer.grid.levels)
     shift = layer.grid.levels // 2
-    codes = layer.codes.cpu().numpy().astype(np.int32) - shift
+    codes = unchanged = layer.codes.cpu().numpy().astype(np.int32) - shift
     zero_point = layer.grid.zero_point.cpu().numpy().astype(np.int32) - shift
     scale = layer.grid.scale.cpu().numpy().astype(np.float32)
     if quantizer is not None and len(node.input) > 2:
@@ -148,7 +157,9 @@ def _quantize_weight(
             editor.constant(f"{name}.bias.zero_point", np.zeros_like(bias_codes)),
         ]
         node.input[2] = editor.add("DequantizeLinear", parts, f"{name}.bias.values", axis=0)
-    source = editor.constant(f"{name}.weight.codes", codes.T if turned else codes, kind)
+    stored = codes.T if turned else codes
+    owner = holder if codes is unchanged and editor.holds(f"{holder}.weight.codes", stored) else name
+    source = editor.constant(f"{owner}.weight.codes", stored, kind)
     if quantizer is not None and kind != TensorProto.INT8:
         # The integer kernels take 8 bits; a runtime widens the constant once, when it loads the file.
         kind = TensorProto.INT8

@@ -72,6 +72,7 @@ def start(content: bytes, threads: int = 1, *, optimized: bool = True, dequantiz
     options.log_severity_level = 4
     if not _sums_hold():
         options.add_session_config_entry("session.x64quantprecision", "1")
+        content = _with_weights_of_their_own(content)
     if dequantize_once:
         options.add_session_config_entry("session.disable_quant_qdq", "1")
     if not optimized:
@@ -89,6 +90,43 @@ def _sums_hold() -> bool:
     """
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()
     return bool(capabilities.get("avx512_vnni") or capabilities.get("avx_vnni"))
+
+
+def _with_weights_of_their_own(content: bytes) -> bytes:
+    """The same model with a copy of its codes for every further layer that has the same weight.
+
+    With `x64quantprecision` ONNX Runtime 1.24 rewrites the codes of each layer, and fails where two layers share them.
+    """
+    import onnx
+
+    model = onnx.load_from_string(content)
+    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    sources = {node.output[0]: node for node in model.graph.node if node.op_type == "DequantizeLinear"}
+    seen: set[str] = set()
+    nodes = []
+    for node in model.graph.node:
+        weight = sources.get(node.input[1]) if len(node.input) > 1 else None
+        if node.op_type in ("Conv", "Gemm", "MatMul") and weight is not None and weight.input[0] in constants:
+            if weight.input[0] in seen:
+                copy = onnx.NodeProto()
+                copy.CopyFrom(weight)
+                for index, name in enumerate(weight.input):
+                    copy.input[index] = f"{name}.copy{len(nodes)}"
+                    tensor = model.graph.initializer.add()
+                    tensor.CopyFrom(constants[name])
+                    tensor.name = copy.input[index]
+                copy.output[0] = node.input[1] = f"{weight.output[0]}.copy{len(nodes)}"
+                copy.name = f"node_{copy.output[0]}"
+                nodes.append(copy)
+            seen.add(weight.input[0])
+        nodes.append(node)
+    if len(nodes) == len(model.graph.node):
+        return content
+    read = {name for node in nodes for name in node.input} | {output.name for output in model.graph.output}
+    nodes = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes if read & set(node.output)]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    return model.SerializeToString()
 
 
 def tensor_ranges(

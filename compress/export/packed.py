@@ -6,7 +6,6 @@ In a packed file the layer `name` is `name.weight.codes` (a stream of bits, see 
 `name.input_quantizer.scale` and `.zero_point`. All other tensors stand under their state dict's names.
 """
 
-import copy
 import math
 import tempfile
 from collections.abc import Iterable, Mapping
@@ -24,7 +23,8 @@ from compress.export.description import NetworkDescription, check_float32, grids
 from compress.export.encodings import decode, encode, encoding
 from compress.export.exporter import Exporter
 from compress.models import masks
-from compress.models.folding import bake_parametrizations, fold_pairs
+from compress.models.canonical import LAYERS, canonical
+from compress.models.folding import fold_pairs
 from compress.quantization.activations import InputQuantizer, attach_input_quantizer, input_quantizers
 from compress.quantization.grid import Grid
 from compress.quantization.post_training import QuantizedModel
@@ -80,14 +80,13 @@ def write_float(path: Path, model: nn.Module, description: NetworkDescription) -
 
     BatchNorm's step counters are not written. `compress.export.weights.load_weights` reads the file, too.
     """
-    plain = bake_parametrizations(copy.deepcopy(model))
     tensors = {
         name: value.float() if value.is_floating_point() else value
-        for name, value in plain.state_dict().items()
+        for name, value in model.state_dict().items()
         if not name.endswith(COUNTER) and not masks.is_mask(name)
     }
     content = description.as_json()
-    if masked := list(masks.masks_of(plain)):
+    if masked := list(masks.masks_of(model)):
         content["masked"] = masked
     return container.write(path, FLOAT, content, tensors)
 
@@ -114,6 +113,7 @@ def read_model(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
         with torch.random.fork_rng(devices=[]):
             model = models.rebuild(description["architecture"]).eval()
         if kind == PACKED:
+            model = canonical(model, description["input_shape"])
             _apply_quantization(model, description, tensors)
         _load(model, tensors)
         for quantizer in input_quantizers(model).values():
@@ -147,6 +147,8 @@ def _apply_quantization(model: nn.Module, description: Mapping[str, Any], tensor
     for layer in description["layers"]:
         known = {key: layer[key] for key in ("name", "shape", "levels")}
         _unpack_layer(tensors, **known, encoding=layer.get("encoding", "dense"))
+    for name, holder in description["tied"].items():
+        tensors[f"{name}.weight"] = tensors[f"{holder}.weight"]
     _add_biases(model, tensors)
     for layer in description["inputs"]:
         attach_input_quantizer(model.get_submodule(layer["name"]), InputQuantizer(1.0, 0, layer["levels"]))
@@ -168,7 +170,7 @@ def _unpack_layer(tensors: dict[str, Tensor], name: str, shape: list[int], level
 def _add_biases(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Bias correction gives a bias to layers that were built without one."""
     for name, module in model.named_modules():
-        if isinstance(module, nn.Conv2d | nn.Linear) and module.bias is None and f"{name}.bias" in tensors:
+        if type(module) in LAYERS and module.bias is None and f"{name}.bias" in tensors:
             module.bias = nn.Parameter(torch.empty(module.weight.shape[0]))
 
 

@@ -13,14 +13,16 @@ class FrozenTeacher:
 
     It is not an `nn.Module`, so a LightningModule that holds one has none of its weights in checkpoints, optimizers,
     `train()` switches or DDP. The network is copied, its BatchNorm folded, laid out channels_last, and run in
-    bfloat16 where the hardware has it.
+    bfloat16 where the hardware has it. `input_shape` is that of an image, `(C, H, W)`.
 
     `renormalise = (factor, offset)`, each `(3,)`, turns images normalised for the student into images normalised
     for a teacher trained elsewhere: `images * factor + offset`.
     """
 
-    def __init__(self, network: nn.Module, renormalise: tuple[Tensor, Tensor] | None = None) -> None:
-        self.network = frozen_for_inference(network)
+    def __init__(
+        self, network: nn.Module, input_shape: Sequence[int], renormalise: tuple[Tensor, Tensor] | None = None
+    ) -> None:
+        self.network = frozen_for_inference(network, input_shape)
         self.renormalise = renormalise
         self.low_precision: torch.dtype | None = None
 

@@ -38,10 +38,12 @@ class QAT(Classifier):
         first_last_bits: Width | None = 8,
         skip: Sequence[str] = (),
         freeze_bn_epoch: Annotated[int, Field(ge=0)] | None = None,
+        *,
+        input_shape: Supplied[tuple[int, int, int]],
         **supplied: Any,
     ) -> None:
         grids = FakeQuantization(weight_bits, activation_bits, first_last_bits, tuple(skip))
-        super().__init__(student=grids.prepare(student), **supplied)
+        super().__init__(student=grids.prepare(student, input_shape), input_shape=input_shape, **supplied)
         self.freeze_bn_epoch = freeze_bn_epoch
 
     @classmethod
@@ -55,7 +57,7 @@ class QAT(Classifier):
     ) -> None:
         if options["weight_bits"] is None and options["activation_bits"] is None:
             raise UserError("method.weight_bits: found null, and activation_bits too; accepted: 2 to 8 for one of them")
-        check_layers(student, options["skip"], "method.skip")
+        check_layers(student, input_shape, options["skip"], "method.skip")
 
     def on_train_epoch_start(self) -> None:
         super().on_train_epoch_start()

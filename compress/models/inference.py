@@ -1,25 +1,52 @@
 """A network made ready to be called as a fixed function: a teacher, or a model that is evaluated."""
 
-import copy
+import contextlib
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 
 from compress.errors import UserError
-from compress.models.folding import fold_batch_norm
+from compress.models.baking import bake, copied
+from compress.models.canonical import LAYERS, TOLERANCE, canonical, difference, probe
+from compress.models.folding import find_foldable, fold_pairs
+from compress.models.outputs import logits
 
 
-def frozen_for_inference(model: nn.Module) -> nn.Module:
-    """A copy in eval mode, without gradients, its BatchNorm folded, laid out channels_last; `model` stays as it is.
+def frozen_for_inference(model: nn.Module, input_shape: Sequence[int]) -> nn.Module:
+    """A copy for images (C, H, W), in eval mode, without gradients, BatchNorm folded, laid out channels_last.
 
-    Its logits are those of `model` in eval mode up to the rounding of the folded weights.
+    Its modules keep their places and names, and its logits are those of `model` in eval mode up to the rounding of the
+    folded weights. `model` stays as it is.
     """
+    frozen = bake(copied(model).eval())
+    with torch.no_grad():
+        images = probe(frozen, input_shape)
+        expected = logits(frozen(images.clone()))
+        folded = copied(frozen)
+        _fold(folded, input_shape)
+        # A function may read the tensors of a norm that is no longer there.
+        with contextlib.suppress(AttributeError):
+            if difference(logits(folded(images)), expected) <= TOLERANCE:
+                frozen = folded
+    return frozen.requires_grad_(False).to(memory_format=torch.channels_last)
+
+
+def _fold(network: nn.Module, input_shape: Sequence[int]) -> None:
+    """Folds in `network` itself what folds in its canonical form and is a plain layer and norm under these names."""
     try:
-        frozen = fold_batch_norm(model)
+        pairs = find_foldable(canonical(network, input_shape))
     except UserError:
-        # torch.fx cannot follow every foreign network, and a teacher needs folding for its speed alone.
-        frozen = copy.deepcopy(model)
-    return frozen.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+        return  # not every foreign network can be traced, and folding only saves time
+    modules = dict(network.named_modules())
+    norms = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
+    pairs = [pair for pair in pairs if type(modules.get(pair[0])) in LAYERS and type(modules.get(pair[1])) in norms]
+    # A norm that has another name too is one there as well.
+    folded = {id(modules[norm]) for _, norm in pairs}
+    aliases = [name for name, module in network.named_modules(remove_duplicate=False) if id(module) in folded]
+    fold_pairs(network, pairs)
+    for name in aliases:
+        network.set_submodule(name, nn.Identity().eval())
 
 
 def low_precision_dtype(device: torch.device | str) -> torch.dtype | None:

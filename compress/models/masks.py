@@ -18,7 +18,9 @@ MASK = "weight_mask"
 
 def layers(model: nn.Module) -> dict[str, nn.Module]:
     """The layers of `model` whose weights may be pruned, by name in the order of definition."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)}
+    return {
+        name: module for name, module in model.named_modules() if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Linear)
+    }
 
 
 def weight_of(layer: nn.Module) -> Tensor:

@@ -135,6 +135,6 @@ def _check_pruning(parts: Parts) -> None:
 
 def check_quantizer(parts: Parts, student: nn.Module) -> None:
     """Raises UserError for options of the quantizer that do not fit `student`, or a budget that it cannot meet."""
-    parts.quantizer.check(student)
+    parts.quantizer.check(student, parts.data.input_shape)
     size = partial(file_bytes, description=parts.description(student))
     parts.quantizer.check_budget(student, parts.data.calibration_batches(2), size, size(student))

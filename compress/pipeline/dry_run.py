@@ -73,7 +73,8 @@ def _sizes(parts: Parts, student: nn.Module) -> dict[str, int]:
     sizes = {}
     if parts.fake_quantization is not None:
         # Steps and codes of an untrained network take as many bytes, but its zeros are none that training would leave.
-        baked = parts.fake_quantization.bake(parts.fake_quantization.prepare(student))
+        input_shape = parts.data.input_shape
+        baked = parts.fake_quantization.bake(parts.fake_quantization.prepare(student, input_shape), input_shape)
         sizes["lsq"] = file_bytes(baked, description, bitmaps=parts.recipe is not None)
     if parts.quantizer is not None:
         # The size depends on the zeros alone, so a few images will do, and whatever the options do for the accuracy.

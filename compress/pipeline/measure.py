@@ -60,7 +60,7 @@ class Measured:
 
     def panels(self) -> dict[str, list[Panel]]:
         """The weights that `weights.png` draws."""
-        return weight_panels(self.student, self.variants.quantized)
+        return weight_panels(self.student, self.variants.data.input_shape, self.variants.quantized)
 
 
 class PostTrainingQuantization(pl.Callback):
@@ -115,7 +115,7 @@ def best_network(parts: Parts, path: Path) -> tuple[str, nn.Module]:
     name = saved[BEST_NETWORK]
     network = models.rebuild(parts.architectures[name])
     if parts.fake_quantization is not None:
-        network = parts.fake_quantization.prepare(network)
+        network = parts.fake_quantization.prepare(network, parts.data.input_shape)
     prefix = f"{name}."
     state = {key.removeprefix(prefix): value for key, value in saved["state_dict"].items() if key.startswith(prefix)}
     masks.restore(network, state, path.name)
@@ -129,7 +129,7 @@ def _add_trained(variants: Variants, parts: Parts, trained: nn.Module) -> None:
     suffix = "".join(f"{letter}{bits}" for letter, bits in widths.items() if bits)
     variants.add(
         f"student-lsq-{suffix}",
-        grids.bake(trained),
+        grids.bake(trained, parts.data.input_shape),
         parts.data.calibration_batches(256),
         quantizer="lsq",
         bits=grids.weight_bits or 32,

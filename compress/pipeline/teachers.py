@@ -138,7 +138,7 @@ class _Member:
             path, trained = self._find_or_train()
             where = f"trained in this run and kept as {path}" if trained else f"found in {path}"
         renormalise = _renormalise(self.node, data)
-        frozen = FrozenTeacher(self.network, renormalise)
+        frozen = FrozenTeacher(self.network, data.input_shape, renormalise)
         frozen.to_float32(data.device)
         validation = evaluate(frozen, data.val_dataloader(), data.num_classes)
         accuracy = f"validation accuracy {100 * validation.accuracy:.2f} %"

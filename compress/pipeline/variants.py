@@ -17,6 +17,7 @@ from compress.export.encodings import encoding, layer_bytes
 from compress.export.exporter import Exporter
 from compress.export.formats import REFERENCE, with_reference
 from compress.export.packed import file_bytes
+from compress.models.canonical import LAYERS
 from compress.progress import bar, console
 from compress.quantization import Measures, QuantizedModel, Quantizer
 from compress.quantization.activations import input_quantizers
@@ -186,5 +187,5 @@ class Variants:
 
 def sparsity(model: nn.Module) -> float:
     """The share, 0..1, of exact zeros among the weights of the convolutions and linear layers."""
-    weights = [module.weight for module in model.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
+    weights = [module.weight for module in model.modules() if isinstance(module, LAYERS)]
     return sum(int((weight == 0).sum()) for weight in weights) / sum(weight.numel() for weight in weights)

@@ -1,6 +1,6 @@
 """The weights that `weights.png` draws, from the float32 network and its quantized variants."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 
@@ -11,9 +11,11 @@ from compress.results.layer_pictures import Panel
 SHOWN = 4  # layers of a variant
 
 
-def weight_panels(student: nn.Module, variants: Mapping[str, QuantizedModel]) -> dict[str, list[Panel]]:
+def weight_panels(
+    student: nn.Module, input_shape: Sequence[int], variants: Mapping[str, QuantizedModel]
+) -> dict[str, list[Panel]]:
     """Panels of some layers of each of the `variants`, which are named like their files and made from `student`."""
-    folded = fold_batch_norm(student) if variants else None
+    folded = fold_batch_norm(student, input_shape) if variants else None
     return {name.removeprefix("student-"): _panels(folded, variant) for name, variant in variants.items()}
 
 

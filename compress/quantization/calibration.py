@@ -5,7 +5,8 @@ all, whatever the depth, and each layer sees the inputs that the already quantiz
 """
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
 from compress.errors import UserError, first_line
+from compress.models.canonical import LAYERS
 
 # Images carried at once; the calibration set is re-cut to it, so that results do not depend on how it came.
 BATCH = 128
@@ -45,8 +47,8 @@ def walk(
 ) -> dict[str, float]:
     """Relative output error of each of `layers`, having called `solve` for each in execution order.
 
-    A layer that is neither a convolution nor linear has no error. `graph` is that of `analog` and of its copy
-    `quantized`, both in eval mode. `solve(name, quantized_inputs, analog_inputs)` gives the layer of `quantized` its
+    A layer that is neither a convolution nor linear has no error. `graph` is that of the canonical network `analog` and
+    of its copy `quantized`. `solve(name, quantized_inputs, analog_inputs)` gives the layer of `quantized` its
     new weight and bias; the inputs are lists of one tensor per batch, and the same list while nothing has been
     quantized. The error is |Y~ - Y| / |Y - b| over all outputs of the layer. The walk ends after the last layer. Raises
     UserError, naming the operation, where one fails.
@@ -68,7 +70,7 @@ def walk(
                 solve(node.target, quantized_values[source], analog_values[source])
                 changed = _evaluate(node, quantized, quantized_values, batches)
                 layer = analog.get_submodule(node.target)
-                if isinstance(layer, nn.Conv2d | nn.Linear):
+                if isinstance(layer, LAYERS):
                     errors[node.target] = _relative_error(layer, changed, outputs)
                 _free(last_reader.get(node, ()), analog_values, quantized_values)
                 if quantized_values is analog_values:
@@ -84,6 +86,43 @@ def walk(
             analog_values[node] = results
             _free(last_reader.get(node, ()), analog_values, quantized_values)
     return errors
+
+
+@torch.no_grad()
+def repeated_inputs(
+    network: nn.Module, batches: list[Tensor], layers: Mapping[str, Iterable[str]]
+) -> dict[str, list[Tensor]]:
+    """What each of `layers` multiplies in `network` after its first call, and what the layers with its weight do.
+
+    `layers` has for each layer the names of those that share its weight. Of these, only the ones that read their inputs
+    as the layer does count. A layer that is called once and shares its weight with none is left out.
+    """
+    inputs: dict[str, list[Tensor]] = {}
+    handles = []
+    for name, others in layers.items():
+        layer = network.get_submodule(name)
+        alike = [layer, *(other for other in map(network.get_submodule, others) if _reads_alike(layer, other))]
+
+        def keep(module: nn.Module, arguments: tuple[Tensor, ...], name: str = name) -> None:
+            inputs.setdefault(name, []).append(arguments[0].clone())
+
+        handles += [module.register_forward_pre_hook(keep) for module in alike]
+    repeated: dict[str, list[Tensor]] = {}
+    try:
+        for batch in batches:
+            network(batch.clone())
+            for name, tensors in inputs.items():
+                repeated.setdefault(name, []).extend(tensors[1:])
+            inputs.clear()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: tensors for name, tensors in repeated.items() if tensors}
+
+
+def _reads_alike(layer: nn.Module, other: nn.Module) -> bool:
+    options = ("stride", "padding", "dilation", "groups", "padding_mode")
+    return all(getattr(layer, option, None) == getattr(other, option, None) for option in options)
 
 
 def _last_readers(graph: Graph) -> dict[Node, list[Node]]:
@@ -112,16 +151,9 @@ def _evaluate(node: Node, model: nn.Module, values: dict[Node, list], batches: l
 
 def _evaluate_batch(node: Node, model: nn.Module, values: dict[Node, list], index: int, batch: Tensor) -> Any:
     if node.op == "placeholder":
-        if node.prev.op == "root":
-            return batch
-        if node.args:
-            return node.args[0]
-        raise UserError(f"{type(model).__name__}: found an argument {node.target}; accepted: images alone")
+        return batch
     if node.op == "get_attr":
-        value = model
-        for part in node.target.split("."):
-            value = getattr(value, part)
-        return value
+        return attrgetter(node.target)(model)
     args, kwargs = map_arg((node.args, node.kwargs), lambda source: values[source][index])
     try:
         if node.op == "call_module":
@@ -141,7 +173,7 @@ def _relative_error(layer: nn.Module, changed: list[Tensor], outputs: list[Tenso
     for new, old in zip(changed, outputs, strict=True):
         difference += float((new - old).square().sum(dtype=torch.float64))
         if layer.bias is not None:
-            old = old - (layer.bias[:, None, None] if isinstance(layer, nn.Conv2d) else layer.bias)
+            old = old - layer.bias.reshape(-1, *[1] * (0 if isinstance(layer, nn.Linear) else layer.weight.dim() - 2))
         energy += float(old.square().sum(dtype=torch.float64))
     if difference == 0:
         return 0.0

@@ -12,7 +12,7 @@ from compress.quantization.moments import Moments
 from compress.quantization.options import Options
 from compress.quantization.problem import Problem
 
-Layer = nn.Conv2d | nn.Linear
+Layer = nn.Conv1d | nn.Conv2d | nn.Linear
 
 
 def layer_moments(
@@ -49,11 +49,16 @@ def solve_layer(
         codes, grid = _solve_groups(weight, moments, grid, options)
     else:
         codes = options.solver(Problem(weight, None, None, grid))
-    bias = layer.bias
-    if options.correction.bias:
-        change = _mean_error(weight, grid.dequantize(codes), moments).to(weight.dtype)
-        bias = change + (0 if bias is None else bias)
+    bias = corrected_bias(layer, grid.dequantize(codes), moments) if options.correction.bias else layer.bias
     return codes.reshape(layer.weight.shape), grid, bias
+
+
+@torch.no_grad()
+def corrected_bias(layer: Layer, quantized: Tensor, moments: Moments) -> Tensor:
+    """The bias (N,) of a float `layer` plus W mu - Q mu~, for the values `quantized` (N, ...) of its weight."""
+    weight = layer.weight.detach().flatten(1)
+    change = _mean_error(weight, quantized.flatten(1), moments).to(weight.dtype)
+    return change if layer.bias is None else change + layer.bias
 
 
 def _importance(weight: Tensor, moments: Moments, diagonal: Tensor) -> Tensor:

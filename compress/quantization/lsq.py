@@ -6,7 +6,7 @@ parameters; rounding passes gradients straight through, and the gradient of a st
 of a trained one. BatchNorm is folded when baking: a scale per output channel takes its factor up exactly.
 """
 
-import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -17,7 +17,9 @@ from torch.nn.utils import parametrize
 
 from compress.collective import mean_of_processes
 from compress.errors import UserError
-from compress.models.folding import bake_parametrizations, batch_norm_gain, find_foldable, fold_pairs, trace
+from compress.models.baking import bake_parametrizations, copied
+from compress.models.canonical import LAYERS, canonical, layers
+from compress.models.folding import batch_norm_gain, find_foldable, fold_pairs
 from compress.quantization.activations import InputQuantizer, attach_input_quantizer, detach_input_quantizer
 from compress.quantization.grid import Grid, code_dtype, per_channel
 from compress.quantization.preparation import choose_layers
@@ -42,64 +44,81 @@ class FakeQuantization:
     first_last_bits: Width | None = 8
     skip: tuple[str, ...] = ()
 
-    def prepare(self, model: nn.Module) -> nn.Module:
-        """A copy of the float network `model` whose Conv2d and Linear compute on fake-quantized weights and inputs.
+    def prepare(self, model: nn.Module, input_shape: Sequence[int]) -> nn.Module:
+        """A copy of the float network `model`, for images (C, H, W), with fake-quantized weights and inputs of layers.
 
-        Steps of weights start at the least squared error, steps of inputs with the first batch that is trained on.
-        Raises UserError for a network that cannot be traced or leaves no layer, and for a `skip` that matches none.
+        Layers are the Conv1d, Conv2d and Linear of torch.nn itself with weights of their own: a subclass may multiply
+        something else than its weight. Steps of weights start at the least squared error, steps of inputs with the
+        first batch that is trained on. Raises UserError for a network that cannot be traced or leaves no layer, and
+        for a `skip` that matches none.
         """
-        prepared = copy.deepcopy(model)
-        order, skipped = choose_layers(prepared, trace(prepared), self.skip)
-        for name in order:
-            if name in skipped:
-                continue
-            layer = prepared.get_submodule(name)
-            outer = self.first_last_bits if name in (order[0], order[-1]) else None
+        network = canonical(model, input_shape)
+        choice = choose_layers(network, self.skip)
+        prepared = copied(model)
+        modules, outer = dict(prepared.named_modules()), [*layers(network)]
+        chosen = [name for name in choice.order if _is_plain(modules.get(name)) and name not in choice.tied.values()]
+        if not chosen:
+            raise UserError(
+                f"{type(model).__name__}: found no layer to train on a grid; accepted: Conv1d, Conv2d or Linear of "
+                "torch.nn whose weight is a parameter of its own"
+            )
+        for name in chosen:
+            layer = modules[name]
+            wide = self.first_last_bits if name in (outer[0], outer[-1]) else None
             if self.activation_bits is not None:
-                attach_input_quantizer(layer, InputStep(outer or self.activation_bits))
+                attach_input_quantizer(layer, InputStep(wide or self.activation_bits))
             if self.weight_bits is not None:
-                step = WeightStep(layer.weight, outer or self.weight_bits)
+                step = WeightStep(layer.weight, wide or self.weight_bits)
                 parametrize.register_parametrization(layer, "weight", step)
         return prepared
 
     @torch.no_grad()
-    def bake(self, prepared: nn.Module) -> QuantizedModel:
+    def bake(self, prepared: nn.Module, input_shape: Sequence[int]) -> QuantizedModel:
         """Integer codes of a network that `prepare` made: what they compute is what it computes in eval mode.
 
         Where the factor of a BatchNorm is negative, a channel's codes are mirrored. Raises UserError, naming the layer,
         for values that are not finite.
         """
-        plain = float_network(prepared)
+        plain = canonical(float_network(prepared), input_shape)
         pairs = find_foldable(plain)
         norms = {layer: plain.get_submodule(norm) for layer, norm in pairs}
-        skipped = choose_layers(plain, trace(plain), self.skip)[1]
-        layers = {}
+        skipped = choose_layers(plain, self.skip).skipped
+        solved = {}
         for name, layer in prepared.named_modules():
-            if not parametrize.is_parametrized(layer, "weight"):
-                if isinstance(layer, nn.Conv2d | nn.Linear):
-                    skipped.setdefault(name, "weight_bits: none")
+            if not _is_on_grid(layer):
                 continue
             [step] = layer.parametrizations.weight
             codes, grid = step.codes(layer.parametrizations.weight.original, name)
             if name in norms:
                 codes, grid = _times(batch_norm_gain(norms[name]), codes, grid)
-            layers[name] = QuantizedLayer(codes, grid, step.bits, None)
+            solved[name] = QuantizedLayer(codes, grid, step.bits, None)
+        reason = "weight_bits: none" if self.weight_bits is None else "has no weight of its own"
+        skipped.update((name, reason) for name in layers(plain) if name not in solved and name not in skipped)
         fold_pairs(plain, pairs)
-        for name, layer in layers.items():
+        for name, layer in solved.items():
             plain.get_submodule(name).weight = nn.Parameter(layer.grid.dequantize(layer.codes))
         for name, layer in prepared.named_modules():
             if hasattr(layer, "input_quantizer"):
                 attach_input_quantizer(plain.get_submodule(name), layer.input_quantizer.fixed(name))
-        plain.eval()
-        return QuantizedModel(plain, layers, float_state(plain, layers), pairs, skipped)
+        return QuantizedModel(plain.eval(), solved, float_state(plain, solved), pairs, skipped)
 
 
 def float_network(prepared: nn.Module) -> nn.Module:
     """A copy of a network that `prepare` made, with the float weights behind the grids and float activations."""
-    plain = copy.deepcopy(prepared)
+    plain = copied(prepared)
     for layer in list(plain.modules()):
         detach_input_quantizer(layer)
-    return bake_parametrizations(plain, original=True)
+        if _is_on_grid(layer):
+            bake_parametrizations(layer, original=True)
+    return plain
+
+
+def _is_plain(module: nn.Module | None) -> bool:
+    return type(module) in LAYERS and not module._forward_pre_hooks
+
+
+def _is_on_grid(module: nn.Module) -> bool:
+    return parametrize.is_parametrized(module, "weight") and isinstance(module.parametrizations.weight[0], WeightStep)
 
 
 def steps(prepared: nn.Module) -> list[nn.Parameter]:

@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from compress.arguments import check_fields
-from compress.quantization.patches import live_columns, patches, row_count, spread
+from compress.quantization.patches import live_columns, patches, row_count, spread, with_rows
 
 # Elements of one chunk of patches; bounds the memory beside the Grams themselves (16 MiB a copy in float32).
 CHUNK = 1 << 22
@@ -29,9 +29,12 @@ class GramOptions:
         check_fields(self)
 
     def moments(
-        self, layer: nn.Conv2d | nn.Linear, quantized: Sequence[Tensor], analog: Sequence[Tensor], centre: bool
+        self, layer: nn.Module, quantized: Sequence[Tensor], analog: Sequence[Tensor], centre: bool
     ) -> "Moments":
-        """The `Moments` of `layer`, given its inputs in both networks, a tensor for each batch."""
+        """The `Moments` of a convolution or linear layer, given its inputs in both networks, one tensor a batch."""
+        if isinstance(layer, nn.Conv1d):
+            layer, once = with_rows(layer), {id(batch): batch.unsqueeze(2) for batch in (*quantized, *analog)}
+            quantized, analog = [once[id(batch)] for batch in quantized], [once[id(batch)] for batch in analog]
         every = 1
         if self.max_rows is not None:
             rows = sum(row_count(layer, batch) for batch in quantized)

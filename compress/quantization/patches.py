@@ -6,6 +6,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+def with_rows(layer: nn.Conv1d) -> nn.Conv2d:
+    """The Conv2d that does to (B, C, 1, L) what `layer` does to (B, C, L); it has no values."""
+    padding = layer.padding if isinstance(layer.padding, str) else (0, *layer.padding)
+    kernel, stride, dilation = (1, *layer.kernel_size), (1, *layer.stride), (1, *layer.dilation)
+    sizes = layer.in_channels, layer.out_channels, kernel
+    options = {"groups": layer.groups, "padding_mode": layer.padding_mode, "device": "meta"}
+    return nn.Conv2d(*sizes, stride, padding, dilation, **options)
+
+
 def padding_of(layer: nn.Conv2d) -> tuple[int, int, int, int]:
     """(left, right, top, bottom) that a Conv2d pads its input with; torch puts the odd one of "same" at the end."""
     if layer.padding == "valid":

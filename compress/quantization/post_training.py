@@ -11,10 +11,10 @@ from compress.quantization.activations import attach_input_quantizer
 from compress.quantization.batch_norm import match_output_statistics, move_statistics
 from compress.quantization.calibration import walk
 from compress.quantization.grid import Grid
-from compress.quantization.layer import layer_moments, solve_layer
+from compress.quantization.layer import corrected_bias, layer_moments, solve_layer
 from compress.quantization.options import Options, Progress, silent
 from compress.quantization.preparation import Prepared, prepare
-from compress.quantization.quantized import QuantizedLayer, QuantizedModel, float_state, set_weight
+from compress.quantization.quantized import QuantizedLayer, QuantizedModel, float_state, set_weight, share_weights
 
 
 def quantize(
@@ -25,7 +25,10 @@ def quantize(
     progress: Progress = silent,
     **options: Any,
 ) -> QuantizedModel:
-    """Quantize the weight of every Conv2d and Linear of `model`, which is not changed.
+    """Quantize the weight of every Conv1d, Conv2d and Linear of `model`, which is not changed.
+
+    It is done on a canonical copy, see `compress.models.canonical`, so that subclasses of these, weights computed from
+    parameters and functions that multiply a parameter count as such layers too.
 
     calibration_batches: images as the model takes them, normalised: tensors (B, ...) or (images, labels) pairs.
     bits: 1 to 16, or such a number for each layer that is quantized. options: the fields of `Options`.
@@ -44,18 +47,18 @@ def quantize_with(
     progress: Progress = silent,
 ) -> QuantizedModel:
     """`quantize` with `options` that exist."""
-    prepared = prepare(model, options.skip)
+    prepared = prepare(model, calibration_batches, options.skip)
     bits_of = prepared.widths(bits, options.first_last_bits)
     layers = _Layers(prepared, bits_of, options, progress)
     norms = prepared.norms() if options.correction.batch_norm else []
-    batches = prepared.gather(calibration_batches)
-    order = [*prepared.order, *norms]
-    errors = walk(prepared.analog, layers.quantized, prepared.graph, batches, order, layers.solve)
+    order = [*prepared.order, *prepared.choice.tied, *norms]
+    errors = walk(prepared.analog, layers.quantized, prepared.graph, prepared.images, order, layers.solve)
     solved = {
         name: QuantizedLayer(codes, grid, bits_of[name], errors[name]) for name, (codes, grid) in layers.solved.items()
     }
-    state = float_state(layers.quantized, solved)
-    return QuantizedModel(layers.quantized, solved, state, prepared.folded, prepared.skipped)
+    tied = prepared.choice.tied
+    state = float_state(layers.quantized, [*solved, *tied])
+    return QuantizedModel(layers.quantized, solved, state, prepared.folded, prepared.choice.skipped, tied)
 
 
 class _Layers:
@@ -67,6 +70,7 @@ class _Layers:
         self.input_bits = prepared.widths(options.activation_bits, first_last_bits)
         self.folded = {name for name, _ in prepared.folded}
         self.quantized = copy.deepcopy(prepared.analog)
+        self.repeated = prepared.repeated()
         self.solved: dict[str, tuple[Tensor, Grid]] = {}
 
     def solve(self, name: str, quantized_inputs: list[Tensor], analog_inputs: list[Tensor]) -> None:
@@ -74,10 +78,17 @@ class _Layers:
         if isinstance(target, nn.BatchNorm2d):
             move_statistics(target, quantized_inputs, analog_inputs)
             return
-        if self.input_bits[name] is not None:
-            quantized_inputs = self._quantize_inputs(target, name, quantized_inputs)
+        holder = self.prepared.choice.tied.get(name, name)
+        if self.input_bits[holder] is not None:
+            quantized_inputs = self._quantize_inputs(target, holder, quantized_inputs)
         layer = self.prepared.analog.get_submodule(name)
-        moments = layer_moments(layer, quantized_inputs, analog_inputs, self.options, name)
+        if holder != name:
+            self._share(name, holder, quantized_inputs, analog_inputs)
+            return
+        again = self.repeated.get(name, [])
+        # What is one tensor in both lists counts as an input that nothing before has changed.
+        changed = again if quantized_inputs is analog_inputs else [batch[:] for batch in again]
+        moments = layer_moments(layer, quantized_inputs + changed, analog_inputs + again, self.options, name)
         codes, grid, bias = solve_layer(layer, moments, self.bits[name], self.options, name)
         set_weight(target, codes, grid, bias)
         if self.options.correction.batch_norm and name in self.folded:
@@ -87,9 +98,18 @@ class _Layers:
         self.solved[name] = codes, grid
         self.progress(len(self.solved), len(self.prepared.order), f"{self.bits[name]} bit  {name}")
 
+    def _share(self, name: str, holder: str, quantized: list[Tensor], analog: list[Tensor]) -> None:
+        """Gives the layer `name` the weight of `holder`, which is solved, and a bias for its own inputs."""
+        layer, target = self.prepared.analog.get_submodule(name), self.quantized.get_submodule(name)
+        share_weights(self.quantized, {name: holder})
+        if self.options.correction.bias:
+            moments = layer_moments(layer, quantized, analog, self.options, name)
+            target.bias = nn.Parameter(corrected_bias(layer, target.weight, moments), requires_grad=False)
+
     def _quantize_inputs(self, target: nn.Module, name: str, inputs: list[Tensor]) -> list[Tensor]:
-        if not all(bool(batch.isfinite().all()) for batch in inputs):
+        inputs_and_later = inputs + self.repeated.get(name, [])
+        if not all(bool(batch.isfinite().all()) for batch in inputs_and_later):
             raise UserError(f"{name}: found inputs that are not finite on the calibration images")
-        grid = self.options.activations.calibrate(inputs, self.input_bits[name])
+        grid = self.options.activations.calibrate(inputs_and_later, self.input_bits[name])
         attach_input_quantizer(target, grid)
         return [grid(batch) for batch in inputs]

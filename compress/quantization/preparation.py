@@ -1,6 +1,5 @@
-"""A network made ready for quantization: copied, folded, traced, and its layers chosen."""
+"""A network made ready for quantization: canonical, folded, its layers chosen, beside the calibration images."""
 
-import copy
 import fnmatch
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -8,31 +7,53 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Graph
+from torch.fx import Graph, GraphModule
 
 from compress.errors import UserError
-from compress.models.folding import bake_parametrizations, find_foldable, fold_pairs, trace
-from compress.quantization.calibration import gather
+from compress.models.canonical import canonical, layers
+from compress.models.folding import find_foldable, fold_pairs
+from compress.quantization.calibration import gather, repeated_inputs
 
-PLAIN = "plain Conv2d or Linear"
+ACCEPTED = "Conv1d, Conv2d and Linear"
 NAMED = 3  # layers that a message lists before it only counts
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """A float copy of a network, folded and traced: `all_layers` and, without the `skipped`, `order`, as executed."""
+class Choice:
+    """Which layers of a canonical network are quantized.
 
-    analog: nn.Module
-    graph: Graph
-    all_layers: list[str]
-    order: list[str]
+    layers: all that could be, in execution order, without those of `tied`. skipped: why each other holder of a matrix
+    or kernel, and each layer that a pattern excludes, stays float. tied: by layer, the one before it that has the same
+    weight, and that it shares the codes with.
+    """
+
+    layers: list[str]
     skipped: dict[str, str]
-    folded: list[tuple[str, str]]
+    tied: dict[str, str]
 
     @property
-    def outer(self) -> set[str]:
-        """The first and the last layer, skipped or not."""
-        return {self.all_layers[0], self.all_layers[-1]}
+    def order(self) -> list[str]:
+        """The layers that are quantized."""
+        return [name for name in self.layers if name not in self.skipped]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A float canonical copy of a network, folded, its `choice` of layers, and the calibration `images` in its type."""
+
+    analog: GraphModule
+    images: list[Tensor]
+    choice: Choice
+    folded: list[tuple[str, str]]
+    outer: frozenset[str]
+
+    @property
+    def graph(self) -> Graph:
+        return self.analog.graph
+
+    @property
+    def order(self) -> list[str]:
+        return self.choice.order
 
     def widths(self, bits: int | Mapping[str, int] | None, first_last: int | None) -> dict[str, int | None]:
         """Bits of each layer: those of a mapping `bits`, else `bits`, and `first_last` for the first and last one."""
@@ -49,67 +70,84 @@ class Prepared:
             return dict.fromkeys(self.order, bits)
         return {name: first_last if name in self.outer else bits for name in self.order}
 
+    def repeated(self) -> dict[str, list[Tensor]]:
+        """What each layer that is called again, or whose weight another layer has, multiplies there in float."""
+        calls = Counter(node.target for node in self.graph.nodes if node.op == "call_module")
+        sharing = {name: [other for other, holder in self.choice.tied.items() if holder == name] for name in self.order}
+        shared = {name: others for name, others in sharing.items() if others or calls[name] > 1}
+        return repeated_inputs(self.analog, self.images, shared) if shared else {}
+
     def norms(self) -> list[str]:
         """The batch norms that could not be folded."""
         return [name for name, module in self.analog.named_modules() if isinstance(module, nn.BatchNorm2d)]
 
-    def gather(self, batches: Iterable) -> list[Tensor]:
-        """The calibration images on the network's device, in its type."""
-        reference = self.analog.get_submodule(self.order[0]).weight
-        return gather(batches, reference.device, reference.dtype)
 
-
-def prepare(model: nn.Module, skip: Sequence[str] = ()) -> Prepared:
+def prepare(model: nn.Module, calibration_batches: Iterable, skip: Sequence[str] = ()) -> Prepared:
     """A copy of `model` ready for `walk`; raises UserError as `quantize` does."""
-    analog = bake_parametrizations(copy.deepcopy(model).eval())
-    if any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in analog.parameters()):
-        analog = analog.float()
+    tensors = [tensor for tensor in [*model.parameters(), *model.buffers()] if tensor.is_floating_point()]
+    like = tensors[0] if tensors else torch.empty(0)
+    wide = torch.promote_types(like.dtype, torch.float32)
+    images = gather(calibration_batches, like.device, wide)
+    analog = canonical(model, images[0].shape[1:])
     folded = find_foldable(analog)
     fold_pairs(analog, folded)
-    graph = trace(analog)
-    all_layers, skipped = choose_layers(analog, graph, skip)
-    order = [name for name in all_layers if name not in skipped]
-    return Prepared(analog, graph, all_layers, order, skipped, folded)
+    choice = choose_layers(analog, skip)
+    every = list(layers(analog))
+    outer = frozenset(choice.tied.get(name, name) for name in (every[0], every[-1]))
+    return Prepared(analog, images, choice, folded, outer)
 
 
-def check_layers(model: nn.Module, skip: Sequence[str], key: str) -> None:
+def check_layers(model: nn.Module, input_shape: Sequence[int], skip: Sequence[str], key: str) -> None:
     """Raises, without quantizing, the UserErrors that `quantize` has for a model and `skip`, which they call `key`."""
     try:
-        choose_layers(model, trace(model), skip)
+        choose_layers(canonical(model, input_shape), skip)
     except UserError as mistake:
         raise UserError(f"{key}: {str(mistake).removeprefix('skip: ')}") from None
 
 
-def choose_layers(model: nn.Module, graph: Graph, patterns: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """(names of all layers that can be quantized, in execution order; why each of the others stays float).
+def choose_layers(network: GraphModule, patterns: Sequence[str]) -> Choice:
+    """The layers of a canonical network without those that `patterns`, names or globs, exclude.
 
-    A layer that `patterns` exclude is in both. `graph` is that of `model`. Raises UserError for a pattern that matches
-    no layer, and where no layer is left to quantize.
+    Raises UserError for a pattern that matches no layer, and where no layer is left to quantize.
     """
-    calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
-    named = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)}
-    skipped = {}
-    for name, module in model.named_modules():
-        matrices = any(parameter.dim() > 1 for parameter in module.parameters(recurse=False))
-        if matrices and name not in named and type(module).__module__.startswith("torch.nn.modules."):
-            skipped[name] = f"is a {type(module).__name__}, which is not a {PLAIN}"
-    for name, module in named.items():
-        if type(module) not in (nn.Conv2d, nn.Linear):
-            skipped[name] = f"is a {type(module).__name__}, which is not a {PLAIN}"
-        elif calls[name] != 1:
-            skipped[name] = f"is called {calls[name]} times" if calls[name] else "is never called on its own"
-    layers = [name for name in calls if name in named and name not in skipped]
+    every = layers(network)
+    first: dict[int, str] = {}
+    tied = {}
+    for name, layer in every.items():
+        holder = first.setdefault(id(layer.weight), name)
+        if holder != name:
+            tied[name] = holder
+    skipped = _elsewhere(network, set(first))
     for pattern in patterns:
-        matches = fnmatch.filter(named, pattern)
+        matches = fnmatch.filter(every, pattern)
         if not matches:
-            raise UserError(f"skip: found {pattern!r}, which matches no layer; accepted: {', '.join(named)}")
-        skipped.update((name, f"skip: {pattern}") for name in matches if name not in skipped)
-    if not any(name not in skipped for name in layers):
+            raise UserError(f"skip: found {pattern!r}, which matches no layer; accepted: {', '.join(every)}")
+        for name in matches:
+            skipped.setdefault(tied.get(name, name), f"skip: {pattern}")
+    chosen = [name for name in every if name not in tied]
+    if not any(name not in skipped for name in chosen):
         reasons = [f"{name} {reason}" for name, reason in skipped.items()]
         more = f", and {len(reasons) - NAMED} more" if len(reasons) > NAMED else ""
         listed = ", ".join(reasons[:NAMED]) + more if reasons else "it has none with weights"
-        raise UserError(f"{type(model).__name__}: found no layer left to quantize ({listed}); accepted: {PLAIN}")
-    return layers, skipped
+        raise UserError(f"{network._get_name()}: found no layer left to quantize ({listed}); accepted: {ACCEPTED}")
+    return Choice(chosen, skipped, {name: holder for name, holder in tied.items() if holder not in skipped})
+
+
+def _elsewhere(network: GraphModule, weights: set[int]) -> dict[str, str]:
+    """Why each matrix or kernel that is none of the `weights` of layers stays float, by the name of its module."""
+    readers = {
+        node.target: next(iter(node.users)) for node in network.graph.nodes if node.op == "get_attr" and node.users
+    }
+    reasons = {}
+    for name, parameter in network.named_parameters():
+        if parameter.dim() < 2 or id(parameter) in weights:
+            continue
+        if name in readers:
+            reasons[name] = f"is read by {readers[name].name.rstrip('_0123456789')}"
+        else:
+            owner = name.rpartition(".")[0]
+            reasons[owner] = f"is a {type(network.get_submodule(owner)).__name__}"
+    return reasons
 
 
 def _check_bits(key: str, bits: object) -> None:

@@ -1,9 +1,10 @@
 """What quantization leaves: layers as integer codes on grids, and the network that computes with them."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
 from torch import Tensor, nn
+from torch.fx import GraphModule
 
 from compress.models.masks import is_mask
 from compress.quantization.grid import Grid
@@ -27,17 +28,26 @@ class QuantizedLayer:
 class QuantizedModel:
     """A quantized network and what a file of it needs.
 
-    `model` computes with the quantized weights, and on quantized inputs where a layer has an `input_quantizer` (see
-    `compress.quantization.activations`); `float_state` is every other tensor of its state dict (biases, normalisation
-    that could not be folded, grids of inputs), without BatchNorm's step counters; `folded` names the (layer, batch
-    norm) pairs; `skipped` says of every other Conv2d and Linear why it stayed float.
+    `model`, a canonical network (see `compress.models.canonical`), computes with the quantized weights, and on
+    quantized inputs where a layer has an `input_quantizer` (see `compress.quantization.activations`). `float_state` is
+    every other tensor of its state dict (biases, normalisation that could not be folded, grids of inputs), without
+    BatchNorm's step counters. `folded` names the (layer, batch norm) pairs; `skipped` says of every other matrix and
+    kernel why it stayed float; `tied` names, for each layer without codes of its own, the one whose weight it has.
     """
 
-    model: nn.Module
+    model: GraphModule
     layers: dict[str, QuantizedLayer]
     float_state: dict[str, Tensor]
     folded: list[tuple[str, str]]
     skipped: dict[str, str]
+    tied: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def float_share(self) -> float:
+        """The share, 0..1, of all numbers in matrices and kernels that stayed float."""
+        parameters = {id(parameter): parameter.numel() for parameter in self.model.parameters() if parameter.dim() > 1}
+        quantized = sum(layer.codes.numel() for layer in self.layers.values())
+        return 1 - quantized / sum(parameters.values())
 
     def widths(self) -> dict[str, int]:
         """Bits of each quantized layer."""
@@ -50,6 +60,12 @@ def set_weight(layer: nn.Module, codes: Tensor, grid: Grid, bias: Tensor | None)
     layer.weight = nn.Parameter(grid.dequantize(codes), requires_grad=trained)
     if bias is not None:
         layer.bias = nn.Parameter(bias, requires_grad=trained)
+
+
+def share_weights(network: nn.Module, tied: Mapping[str, str]) -> None:
+    """Gives each layer of `tied` in `network` the weight of the layer that it names."""
+    for name, holder in tied.items():
+        network.get_submodule(name).weight = network.get_submodule(holder).weight
 
 
 def float_state(model: nn.Module, quantized: Iterable[str]) -> dict[str, Tensor]:

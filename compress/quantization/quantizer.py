@@ -66,9 +66,9 @@ class Quantizer(Options):
         """The solver's name."""
         return self.solver.name
 
-    def check(self, student: nn.Module) -> None:
-        """Raises UserError for what does not fit `student`: a `skip` that matches no layer, or leaves none."""
-        check_layers(student, self.skip, "quantizer.skip")
+    def check(self, student: nn.Module, input_shape: Sequence[int]) -> None:
+        """Raises UserError for what does not fit `student` and images (C, H, W), such as a `skip` without a layer."""
+        check_layers(student, input_shape, self.skip, "quantizer.skip")
 
     def check_budget(
         self, student: nn.Module, batches: Iterable, file_bytes: Callable[[QuantizedModel], int], float_bytes: int

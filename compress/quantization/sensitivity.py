@@ -20,7 +20,7 @@ from compress.quantization.calibration import walk
 from compress.quantization.layer import layer_moments, solve_layer
 from compress.quantization.options import Options, Progress, silent
 from compress.quantization.preparation import Prepared, prepare
-from compress.quantization.quantized import QuantizedLayer, QuantizedModel, float_state, set_weight
+from compress.quantization.quantized import QuantizedLayer, QuantizedModel, float_state, set_weight, share_weights
 
 # `answers[name][bits]`: the layer so quantized, on the inputs that it has in the float network, and its bias.
 QuantizedCandidates = dict[str, dict[int, tuple[QuantizedLayer, Tensor | None]]]
@@ -56,8 +56,10 @@ class Sensitivities:
             if self.activation_bits is not None:
                 grid = InputQuantizer(1.0, 0, 2**self.activation_bits)
                 attach_input_quantizer(quantized.get_submodule(name), grid)
-        state = float_state(quantized, layers)
-        return QuantizedModel(quantized, layers, state, self.prepared.folded, self.prepared.skipped)
+        choice = self.prepared.choice
+        share_weights(quantized, choice.tied)
+        state = float_state(quantized, [*layers, *choice.tied])
+        return QuantizedModel(quantized, layers, state, self.prepared.folded, choice.skipped, choice.tied)
 
     def within(self, budget: int, layer_bytes: Callable[[QuantizedLayer], int]) -> dict[str, int] | None:
         """The widths of least divergence whose layers take at most `budget` bytes in all; None: there are none."""
@@ -85,48 +87,49 @@ def measure_sensitivities(
     images: of the calibration images, those that the divergence is measured on. Each width of a layer costs a solve and
     a forward pass of `images`.
     """
-    prepared = prepare(model, options.skip)
+    prepared = prepare(model, calibration_batches, options.skip)
     outer = set() if options.first_last_bits is None else prepared.outer
     choices = {name: [options.first_last_bits] if name in outer else sorted(set(widths)) for name in prepared.order}
     total = 2 * sum(map(len, choices.values()))
-    batches = prepared.gather(calibration_batches)
     step = count(1)
 
     def tell(what: str) -> None:
         progress(next(step), total, what)
 
-    answers = _answer(prepared, batches, choices, options, tell)
-    sample = [part.clone() for part in torch.cat(batches)[:images].split(len(batches[0]))]
-    divergence = _diverge(prepared.analog, sample, answers, tell)
+    answers = _answer(prepared, choices, options, tell)
+    sample = [part.clone() for part in torch.cat(prepared.images)[:images].split(len(prepared.images[0]))]
+    divergence = _diverge(prepared, sample, answers, tell)
     return Sensitivities(prepared, answers, divergence, options.activation_bits)
 
 
 def _answer(
     prepared: Prepared,
-    batches: list[Tensor],
     choices: Mapping[str, Sequence[int]],
     options: Options,
     tell: Callable[[str], None],
 ) -> QuantizedCandidates:
     """Every layer at each of its `choices` of widths."""
     answers: QuantizedCandidates = {name: {} for name in prepared.order}
+    repeated = prepared.repeated()
 
     def solve(name: str, _: list[Tensor], inputs: list[Tensor]) -> None:
         layer = prepared.analog.get_submodule(name)
+        inputs = inputs + repeated.get(name, [])
         moments = layer_moments(layer, inputs, inputs, options, name)
         for bits in choices[name]:
             codes, grid, bias = solve_layer(layer, moments, bits, options, name)
             answers[name][bits] = QuantizedLayer(codes, grid, bits, None), bias
             tell(f"trying {bits} bit  {name}")
 
-    walk(prepared.analog, copy.deepcopy(prepared.analog), prepared.graph, batches, prepared.order, solve)
+    walk(prepared.analog, copy.deepcopy(prepared.analog), prepared.graph, prepared.images, prepared.order, solve)
     return answers
 
 
 def _diverge(
-    analog: nn.Module, images: Sequence[Tensor], answers: QuantizedCandidates, tell: Callable[[str], None]
+    prepared: Prepared, images: Sequence[Tensor], answers: QuantizedCandidates, tell: Callable[[str], None]
 ) -> dict[str, dict[int, float]]:
     """The divergence of the predictions for `images` with each layer alone replaced by each of its answers."""
+    analog = prepared.analog
     reference = _log_probabilities(analog, images)
     divergence: dict[str, dict[int, float]] = {name: {} for name in answers}
     for name, choices in answers.items():
@@ -138,9 +141,11 @@ def _diverge(
                 divergence[name][bits] = 0.0
                 continue
             set_weight(layer, answer.codes, answer.grid, new_bias)
+            share_weights(analog, prepared.choice.tied)
             changed = _log_probabilities(analog, images)
             divergence[name][bits] = F.kl_div(changed, reference, reduction="batchmean", log_target=True).item()
             layer.weight, layer.bias = weight, bias
+            share_weights(analog, prepared.choice.tied)
     return divergence
 
 

@@ -146,7 +146,8 @@ def test_the_floor_of_a_pass_counts_the_products_of_every_layer(benchmark):
     network = nn.Sequential(
         nn.Conv2d(3, 4, 3, bias=False), nn.Conv2d(4, 6, 1, groups=2), nn.Flatten(), nn.Linear(24, 5)
     )
-    resized_rgb, images = prepare(network), [torch.zeros(2, 3, 4, 4)]
+    images = [torch.zeros(2, 3, 4, 4)]
+    resized_rgb = prepare(network, images)
     # (groups, columns, patches, rows of a group), and the first layer's inputs are the same in both networks.
     shapes = [(1, 27, 8, 4), (2, 2, 8, 3), (1, 24, 2, 5)]
     plain = sum(g * d * d * (n * (1 if d == 27 else 3) + 2 * rows) for g, d, n, rows in shapes)

@@ -94,7 +94,7 @@ def test_blended_labels_count_by_their_weight():
 @pytest.mark.parametrize("teacher_sees", ["mixed", "clean"])
 def test_the_teacher_sees_mixed_images_or_its_logits_are_mixed(teacher_sees):
     torch.manual_seed(1)
-    teacher = FrozenTeacher(models.build("resnet8", 10))
+    teacher = FrozenTeacher(models.build("resnet8", 10), (3, 16, 16))
     module = KD(teacher=teacher, loss=KDLoss(alpha=1.0), mixup=Mixup(teacher_sees=teacher_sees), **parts()).eval()
     images, target = torch.randn(8, 3, 8, 8), torch.arange(8)
     blend = module.blend(torch.zeros(8, 3, 8, 8), 0)

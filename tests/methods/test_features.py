@@ -30,7 +30,7 @@ def module(method, student="resnet8", teacher="resnet20", loss=None, **options):
     torch.manual_seed(0)
     return method(
         student=models.build(student, 10),
-        teacher=FrozenTeacher(models.build(teacher, 10)),
+        teacher=FrozenTeacher(models.build(teacher, 10), (3, 16, 16)),
         input_shape=SHAPE,
         loss=loss or CrossEntropy(),
         optimizer=torch.optim.SGD,

@@ -68,13 +68,13 @@ def test_a_teacher_that_learns_from_images_of_another_normalisation():
     images = torch.randn(4, 3, 8, 8)
     learning = LearningTeacher(copy.deepcopy(network), renormalise)
     torch.testing.assert_close(
-        learning.eval()(images), FrozenTeacher(network, renormalise)(images), rtol=1e-4, atol=1e-4
+        learning.eval()(images), FrozenTeacher(network, (3, 16, 16), renormalise)(images), rtol=1e-4, atol=1e-4
     )
     assert set(learning.state_dict()) == {f"network.{name}" for name in network.state_dict()}
 
 
 def test_the_teacher_and_the_switch_must_agree():
-    frozen = FrozenTeacher(models.build("resnet8", 10))
+    frozen = FrozenTeacher(models.build("resnet8", 10), (3, 16, 16))
     with pytest.raises(ValueError, match="FrozenTeacher"):
         KD(teacher=frozen, update_teacher=True, loss=kd.KD(), student=models.build("resnet8", 10), num_classes=10,
            optimizer=torch.optim.SGD, scheduler=Schedule())  # fmt: skip

@@ -55,7 +55,7 @@ def teacher():
 def test_the_student_learns_and_the_teacher_stays(tmp_path, loss):
     network = teacher()
     before = {name: value.clone() for name, value in network.state_dict().items()}
-    frozen = FrozenTeacher(network)
+    frozen = FrozenTeacher(network, (3, 16, 16))
     held = {name: value.clone() for name, value in frozen.network.state_dict().items()}
     module = KD(teacher=frozen, loss=loss, **parts())
     start = {name: value.clone() for name, value in module.model.state_dict().items()}
@@ -77,7 +77,7 @@ def test_the_student_learns_and_the_teacher_stays(tmp_path, loss):
 
 
 def test_a_teacher_stays_in_eval_mode_whatever_the_module_does():
-    module = KD(teacher=FrozenTeacher(teacher()), loss=kd.KD(), **parts())
+    module = KD(teacher=FrozenTeacher(teacher(), (3, 16, 16)), loss=kd.KD(), **parts())
     module.train()
     images = torch.randn(4, 3, 8, 8)
     together, alone = module.teacher(images), torch.cat([module.teacher(image[None]) for image in images])
@@ -92,7 +92,7 @@ def test_teacher_logits_are_those_of_the_network_in_eval_mode():
             module.running_mean.uniform_(-1, 1)
             module.running_var.uniform_(0.5, 2)
     images = torch.randn(8, 3, 8, 8)
-    actual = FrozenTeacher(network)(images)
+    actual = FrozenTeacher(network, (3, 16, 16))(images)
     network.eval()
     assert actual.dtype == torch.float32
     torch.testing.assert_close(actual, network(images).detach(), rtol=1e-3, atol=1e-3)
@@ -106,7 +106,7 @@ def test_a_teacher_of_another_normalisation_gets_its_own():
         (torch.tensor(0.1), torch.tensor(0.7)),
     )
     factor, offset = ours[1] / theirs[1], (ours[0] - theirs[0]) / theirs[1]
-    frozen = FrozenTeacher(network, (factor, offset))
+    frozen = FrozenTeacher(network, (3, 16, 16), (factor, offset))
     normalised = (pixels - ours[0].view(3, 1, 1)) / ours[1].view(3, 1, 1)
     expected = network((pixels - theirs[0]) / theirs[1]).detach()
     torch.testing.assert_close(frozen(normalised), expected, rtol=1e-3, atol=1e-3)
@@ -115,7 +115,7 @@ def test_a_teacher_of_another_normalisation_gets_its_own():
 def test_no_gradient_reaches_a_teacher_through_the_loss():
     logits = torch.randn(4, 10, requires_grad=True)
     images = torch.randn(4, 3, 8, 8, requires_grad=True)
-    teacher_logits = FrozenTeacher(teacher())(images)
+    teacher_logits = FrozenTeacher(teacher(), (3, 16, 16))(images)
     assert not teacher_logits.requires_grad
     sum(kd.KD()(logits, torch.arange(4), teacher_logits).values()).backward()
     assert images.grad is None
@@ -123,7 +123,7 @@ def test_no_gradient_reaches_a_teacher_through_the_loss():
 
 @pytest.mark.slow
 def test_metrics_are_logged_once_an_epoch_under_their_names(tmp_path):
-    module = KD(teacher=FrozenTeacher(teacher()), loss=dkd.DKD(warmup_epochs=1), **parts())
+    module = KD(teacher=FrozenTeacher(teacher(), (3, 16, 16)), loss=dkd.DKD(warmup_epochs=1), **parts())
     fitted = trainer(tmp_path, epochs=1)
     fitted.fit(module, loader(), loader())
     names = {"cross_entropy", "tckd", "nckd", "loss", "accuracy", "learning_rate"}

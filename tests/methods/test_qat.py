@@ -69,12 +69,12 @@ def test_steps_are_saved_and_learned_without_decay(runs):
 
 def parts():
     torch.manual_seed(0)
-    return {"optimizer": torch.optim.SGD, "scheduler": Schedule(), "num_classes": 10}
+    return {"optimizer": torch.optim.SGD, "scheduler": Schedule(), "num_classes": 10, "input_shape": (3, 8, 8)}
 
 
 @pytest.mark.parametrize("teacher", [None, "resnet20"])
 def test_the_loss_is_that_of_the_fake_quantized_student(teacher):
-    frozen = teacher and FrozenTeacher(models.build(teacher, 10))
+    frozen = teacher and FrozenTeacher(models.build(teacher, 10), (3, 16, 16))
     loss = KDLoss() if teacher else CrossEntropy()
     module = QAT(student=models.build("resnet8", 10), weight_bits=2, teacher=frozen, loss=loss, **parts())
     images, target = torch.randn(8, 3, 8, 8), torch.arange(8)

@@ -28,7 +28,7 @@ def exercised(stem):
 def test_the_frozen_copy_gives_the_same_logits_without_batch_norm_and_gradients(stem, left):
     model, images = exercised(stem), torch.randn(8, 3, 16, 16)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    frozen = frozen_for_inference(model)
+    frozen = frozen_for_inference(model, (3, 16, 16))
     assert model.training
     assert all(parameter.requires_grad for parameter in model.parameters())
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
@@ -58,7 +58,7 @@ class Branching(nn.Module):
 
 def test_a_network_that_cannot_be_traced_is_frozen_without_folding():
     model = Branching()
-    frozen = frozen_for_inference(model)
+    frozen = frozen_for_inference(model, (3, 16, 16))
     assert isinstance(frozen.norm, nn.BatchNorm2d)
     assert not frozen.norm.training
     assert not any(parameter.requires_grad for parameter in frozen.parameters())

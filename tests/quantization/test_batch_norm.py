@@ -49,7 +49,7 @@ def test_a_folded_layer_gets_the_mean_and_deviation_of_its_channels_back(batches
         torch.testing.assert_close(new_deviation, deviation, rtol=1e-3, atol=1e-4)
         _, lost = channel_statistics(plain.model, layer, batches)
         assert (lost / deviation - 1).abs().max() > 0.01
-    weight = matched.model[0].weight
+    weight = matched.model.get_submodule("0").weight
     assert torch.equal(weight, matched.layers["0"].grid.dequantize(matched.layers["0"].codes))
 
 

@@ -21,6 +21,7 @@ ABOUT = NetworkDescription(
     standard_deviation=[0.25],
     input_shape=[3, 8, 8],
 )
+SHAPE = (3, 8, 8)
 
 
 def network(stem="resnet8", **options):
@@ -44,7 +45,7 @@ def images(count=16):
 
 def trained(model, fake, count=3):
     """The prepared `model` after `count` steps of SGD; the last of them has moved every parameter."""
-    prepared = fake.prepare(model).train()
+    prepared = fake.prepare(model, SHAPE).train()
     optimizer = torch.optim.SGD(prepared.parameters(), lr=0.01)
     for _ in range(count):
         optimizer.zero_grad()
@@ -107,7 +108,7 @@ def test_what_is_baked_and_read_back_is_what_was_trained(tmp_path, stem, weight_
     fake = FakeQuantization(weight_bits, activation_bits)
     prepared = trained(network(stem), fake)
     prepared.eval()
-    baked = fake.bake(prepared)
+    baked = fake.bake(prepared, SHAPE)
     expected = prepared(images(64)).detach()
     actual = baked.model(images(64)).detach()
     # Folding rounds once more, which moves a few inputs over the edge of a step.
@@ -130,7 +131,7 @@ def test_baking_leaves_what_was_trained_as_it_was():
     prepared = trained(network(), fake)
     before = {name: value.clone() for name, value in prepared.state_dict().items()}
     expected = prepared.eval()(images())
-    fake.bake(prepared)
+    fake.bake(prepared, SHAPE)
     assert all(torch.equal(value, before[name]) for name, value in prepared.state_dict().items())
     assert torch.equal(prepared(images()), expected)
 
@@ -150,7 +151,7 @@ def test_weights_take_as_many_values_as_their_bits_allow():
 def test_skipped_layers_stay_float_and_say_so():
     fake = FakeQuantization(2, 4, skip=("layer1.*", "fc"))
     prepared = trained(network(), fake)
-    baked = fake.bake(prepared)
+    baked = fake.bake(prepared, SHAPE)
     names = {name for name, each in network().named_modules() if isinstance(each, nn.Conv2d | nn.Linear)}
     left = {name for name in names if name.startswith("layer1.") or name == "fc"}
     assert set(baked.skipped) == left
@@ -162,7 +163,7 @@ def test_a_copy_and_a_restored_state_compute_the_same():
     fake = FakeQuantization(3, 3)
     prepared = trained(network(), fake)
     twin = copy.deepcopy(prepared)
-    restored = fake.prepare(models.build("resnet8", 10))
+    restored = fake.prepare(models.build("resnet8", 10), SHAPE)
     restored.load_state_dict(prepared.state_dict())
     prepared.eval()
     for other in (twin.eval(), restored.eval()):
@@ -174,11 +175,11 @@ def test_a_copy_and_a_restored_state_compute_the_same():
 
 
 def test_gradients_reach_weights_and_steps_in_bfloat16():
-    prepared = FakeQuantization(4, 4).prepare(network()).train()
+    prepared = FakeQuantization(4, 4).prepare(network(), SHAPE).train()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         F.cross_entropy(prepared(images()).float(), torch.arange(16) % 10).backward()
     assert all(torch.isfinite(each.grad).all() and each.grad.abs().sum() > 0 for each in steps(prepared))
-    whole = FakeQuantization(4, 4).prepare(network()).to(torch.bfloat16).train()
+    whole = FakeQuantization(4, 4).prepare(network(), SHAPE).to(torch.bfloat16).train()
     loss = F.cross_entropy(whole(images().bfloat16()), torch.arange(16) % 10)
     loss.backward()
     assert torch.isfinite(loss)
@@ -186,7 +187,7 @@ def test_gradients_reach_weights_and_steps_in_bfloat16():
 
 def test_the_float_network_behind_the_grids_comes_out_unchanged():
     model = network()
-    prepared = FakeQuantization(2, 2).prepare(model)
+    prepared = FakeQuantization(2, 2).prepare(model, SHAPE)
     prepared.train()(images())
     plain = float_network(prepared)
     assert plain.state_dict().keys() == model.state_dict().keys()
@@ -201,12 +202,12 @@ def test_a_diverged_network_is_refused_by_name():
     with torch.no_grad():
         prepared.layer1[0].conv2.parametrizations.weight.original[0] = float("nan")
     with pytest.raises(UserError, match=r"^layer1\.0\.conv2: found weights or steps that are not finite"):
-        fake.bake(prepared)
+        fake.bake(prepared, SHAPE)
 
 
 def test_a_foreign_file_with_an_input_grid_that_is_none_is_refused(tmp_path):
     fake = FakeQuantization(2, 2)
-    baked = fake.bake(trained(network(), fake))
+    baked = fake.bake(trained(network(), fake), SHAPE)
     baked.float_state["fc.input_quantizer.scale"] = torch.tensor(-1.0)
     write_packed(tmp_path / "model.safetensors", baked, ABOUT)
     with pytest.raises(UserError, match=r"scale: -1\.0"):

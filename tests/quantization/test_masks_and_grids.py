@@ -66,7 +66,7 @@ def test_a_pruned_network_keeps_exactly_its_zeros():
         model[3].weight[torch.rand_like(model[3].weight) < 0.5] = 0
     pruned = model[3].weight == 0
     quantized = quantize(model, images, 2, refinement=Refinement(4, 2, True)).model
-    assert bool((quantized[3].weight[pruned] == 0).all())
+    assert bool((quantized.get_submodule("3").weight[pruned] == 0).all())
 
 
 def test_a_layer_has_one_scale_where_that_is_asked_for():

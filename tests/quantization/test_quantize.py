@@ -14,6 +14,7 @@ from compress.quantization import Correction, GramOptions, GridOptions, Refineme
 from compress.quantization.solvers import GPFQ, GPTQ, RTN, SPFQ, Qronos
 
 DOUBLE = GramOptions(dtype="float64")
+SHAPE = (2, 6, 6)
 
 
 class Network(nn.Module):
@@ -89,7 +90,7 @@ def test_every_layers_codes_and_bias_equal_those_from_its_own_inputs(bits, bias_
     result = quantize(
         model, [batch], bits, grams=DOUBLE, correction=Correction(bias=bias_correction), first_last_bits=3
     )
-    analog, rebuilt = fold_batch_norm(model), fold_batch_norm(model)
+    analog, rebuilt = fold_batch_norm(model, SHAPE), fold_batch_norm(model, SHAPE)
     assert list(result.layers) == ["stem", "conv1", "conv2", "down", "fc"]
     for name, found in result.layers.items():
         layer, target = analog.get_submodule(name), rebuilt.get_submodule(name)
@@ -171,7 +172,7 @@ def test_results_do_not_depend_on_how_the_images_are_cut(cut, carried, monkeypat
 def test_bias_correction_restores_the_mean_output_of_every_layer():
     model, batch = make(dtype=torch.float32), images(dtype=torch.float32)
     result = quantize(model, [batch], 2, first_last_bits=None)
-    analog = fold_batch_norm(model)
+    analog = fold_batch_norm(model, SHAPE)
     with torch.no_grad():
         for name in result.layers:
             before = analog.get_submodule(name)(inputs_of(analog, name, batch)).transpose(0, 1).flatten(1)
@@ -190,7 +191,7 @@ def test_nearest_rounding_with_max_abs_scales_is_rounding_of_the_folded_weight_a
         correction=Correction(bias=False),
         first_last_bits=None,
     )
-    folded = fold_batch_norm(model)
+    folded = fold_batch_norm(model, SHAPE)
     for name, layer in result.layers.items():
         weight = folded.get_submodule(name).weight.detach().flatten(1)
         scale = weight.abs().amax(1, keepdim=True) * (2 / 7)
@@ -217,7 +218,7 @@ def test_first_and_last_layers_take_their_own_bits_and_null_means_those_of_the_o
 def test_the_percentile_rule_gives_a_layer_one_scale():
     grid = GridOptions(alphabet="published", scale="percentile", percentile=0.5, alphabet_scalar=2.0)
     result = quantize(make(), [images(4)], 2, grid=grid)
-    weight = fold_batch_norm(make()).conv1.weight.detach().flatten(1)
+    weight = fold_batch_norm(make(), SHAPE).conv1.weight.detach().flatten(1)
     radius = weight.abs().quantile(0.5, dim=1).mean()
     torch.testing.assert_close(result.layers["conv1"].grid.scale, (2.0 * radius / 2).expand(8))
 
@@ -229,7 +230,7 @@ def test_skipped_layers_stay_float_and_say_why():
     assert result.layers["stem"].bits == 8
     assert result.layers["down"].bits == 2
     assert result.skipped == {"conv1": "skip: conv*", "conv2": "skip: conv*", "fc": "skip: fc"}
-    folded = fold_batch_norm(model)
+    folded = fold_batch_norm(model, SHAPE)
     assert torch.equal(result.model.conv1.weight, folded.conv1.weight)
     assert torch.equal(result.float_state["fc.weight"], folded.fc.weight)
     assert result.folded == [("stem", "bn0"), ("conv1", "bn1")]
@@ -237,7 +238,7 @@ def test_skipped_layers_stay_float_and_say_why():
     assert not any("num_batches_tracked" in name for name in result.float_state)
 
 
-def test_layers_that_cannot_be_quantized_are_named():
+def test_repeated_layers_and_subclasses_are_quantized_by_the_weight_that_they_multiply():
     class Scaled(nn.Conv2d):
         def forward(self, inputs):
             return F.conv2d(inputs, 2 * self.weight, self.bias, padding=self.padding)
@@ -252,18 +253,19 @@ def test_layers_that_cannot_be_quantized_are_named():
             return self.last(self.scaled(self.twice(self.twice(batch))))
 
     model, batch = make(Odd), images(4)
-    result = quantize(model, [batch], 4)
-    assert list(result.layers) == ["last"]
-    assert result.skipped == {
-        "twice": "is called 2 times",
-        "never": "is never called on its own",
-        "scaled": "is a Scaled, which is not a plain Conv2d or Linear",
-    }
-    with pytest.raises(UserError, match=r"^Odd: found no layer left to quantize \(twice is called .*, and 1 more\)"):
-        quantize(model, [batch], 4, skip=["last"])
+    result = quantize(model, [batch], 8)
+    assert list(result.layers) == ["twice", "scaled", "last"]
+    assert result.skipped == {}
+    weight = result.model.scaled.weight
+    torch.testing.assert_close(weight, 2 * model.scaled.weight, rtol=0.05, atol=0.01)
+    torch.testing.assert_close(result.model(batch), model(batch), rtol=0.05, atol=0.05)
+    with pytest.raises(
+        UserError, match=r"^Odd: found no layer left to quantize \(twice skip: \*, .*; accepted: Conv1d,"
+    ):
+        quantize(model, [batch], 4, skip=["*"])
 
 
-def test_layers_of_other_kinds_are_named():
+def test_layers_of_other_kinds_are_named_with_their_share():
     class Sound(nn.Module):
         def __init__(self):
             super().__init__()
@@ -279,11 +281,11 @@ def test_layers_of_other_kinds_are_named():
 
     model, batch = make(Sound), torch.randn(4, 1, 8)
     result = quantize(model, [batch], 4)
-    assert list(result.layers) == ["fc"]
-    assert result.skipped == {
-        "wave": "is a Conv1d, which is not a plain Conv2d or Linear",
-        "memory": "is a LSTM, which is not a plain Conv2d or Linear",
-    }
+    assert list(result.layers) == ["wave", "fc"]
+    assert result.folded == [("wave", "norm")]
+    assert result.skipped == {"memory": "is a LSTM"}
+    left = sum(parameter.numel() for parameter in model.memory.parameters() if parameter.dim() > 1)
+    assert result.float_share == left / (left + 1 * 2 * 3 + 4 * 2)
 
 
 def test_linear_layers_over_sequences_are_quantized():
@@ -368,7 +370,10 @@ def test_half_precision_networks_are_quantized_in_float32():
             {"bits": 2, "calibration_batches": [torch.full((2, 2, 6, 6), float("nan"))]},
             r"^stem: found inputs that are not finite",
         ),
-        ({"bits": 2, "calibration_batches": [torch.ones(2, 3, 6, 6)]}, r"^Network: stem failed on the calibration"),
+        (
+            {"bits": 2, "calibration_batches": [torch.ones(2, 3, 6, 6)]},
+            r"^Network: found a forward that fails for images \(3, 6, 6\)",
+        ),
     ],
 )
 def test_mistakes_are_said_in_one_line(arguments, message):
