@@ -1,5 +1,6 @@
 """Everything that can be wrong with a run, found in one line before any work is done."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -21,6 +22,7 @@ from compress.export.packed import file_bytes
 from compress.export.weights import build_network, load_weights
 from compress.models import masks
 from compress.pipeline.parts import Parts
+from compress.pipeline.rehearsal import rehearse
 from compress.training import processes
 
 
@@ -76,7 +78,17 @@ def check(job: Job, data_sets: DataSets, start: nn.Module | None = None) -> nn.M
     if parts.quantizer is not None:
         check_quantizer(parts, student)
     check_exporters(parts.exporters, parts.quantizer)
+    key = _rehearsed(parts)
+    if start is not None or key not in data_sets.rehearsed:
+        rehearse(parts, student)
+        data_sets.rehearsed.add(key)
     return student
+
+
+def _rehearsed(parts: Parts) -> str:
+    """The same for jobs, of a sweep say, that differ in nothing that a rehearsal meets."""
+    keys = ("data", "student", "peer", "teacher", "method", "loss", "mixup", "pruning", "quantizer", "export")
+    return json.dumps({key: parts.plain.get(key) for key in keys}, sort_keys=True, default=str)
 
 
 def _check_teacher_files(parts: Parts) -> None:
