@@ -1,7 +1,8 @@
 """Loads weights into a network from any file that `compress.export.state_dicts` reads, or refuses what does not fit."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +15,24 @@ from compress.models import masks
 from compress.models.catalogue import build
 from compress.models.channels import last_linear, with_channels
 from compress.models.timm_model import TimmModel
+from compress.progress import console
 
-# What wrappers put before the name of a parameter: LightningModules, DataParallel, torch.compile.
-WRAPPERS = ("model", "module", "student", "network", "_orig_mod")
+# What wrappers put before the name of a parameter: LightningModules, DataParallel, torch.compile. Among networks behind
+# several prefixes these come first.
+WRAPPERS = ("model", "module", "student", "network", "net", "_orig_mod")
+# Buffers that thop, a counter of operations, leaves in a network.
+PROFILE = ("total_ops", "total_params")
 
 
 def load_weights(model: nn.Module, path: str | Path, where: str = "checkpoint") -> None:
     """Copies the weights in the file `path` into `model`, cast to the dtypes of the model.
 
-    A plain state dict, or one under "state_dict", "model" or "model_state_dict"; its keys bare or behind `model.`,
-    `module.`, `student.`, `network.` or `_orig_mod.`, also several of them. A file may hold several networks under
-    different prefixes: the one whose keys are exactly the model's is taken. BatchNorm's `num_batches_tracked` may be
-    absent. A `TimmModel` takes timm's own files, too. A pruned network is loaded as it is: `model` gets its masks, or
-    fewer channels. Of a checkpoint of ours it is the best network, and of one that was trained on grids the weights
-    before they are rounded.
+    A plain state dict, or one below any keys; its names bare or all behind one prefix, `module.` or `net._orig_mod.`,
+    say. A file may hold several networks: the one whose names are exactly the model's is taken, and a line says which
+    where several are. BatchNorm's `num_batches_tracked` may be absent, and the counters of a profiler are left out. A
+    `TimmModel` takes timm's own files, too. A pruned network is loaded as it is: `model` gets its masks, or fewer
+    channels. Of a checkpoint of ours it is the best network, and of one that was trained on grids the weights before
+    they are rounded.
 
     Raises UserError, which names the key `where` and the file, if the file is missing, unreadable, holds code, or does
     not fit; the model is then as it was.
@@ -38,7 +43,7 @@ def load_weights(model: nn.Module, path: str | Path, where: str = "checkpoint") 
     state = read_state_dict(path, where)
     fitting = with_channels(copy.deepcopy(model), state.channels) if state.channels else model
     expected = fitting.state_dict()
-    weights = _without_prefix(state.tensors, expected)
+    weights = _chosen(state.networks, expected, path, where)
     loaded_masks = {name: weights.pop(name) for name in [*weights] if masks.is_mask(name)}
     # The model may have other masks from a file before.
     expected = {name: value for name, value in expected.items() if not masks.is_mask(name)}
@@ -60,26 +65,53 @@ def build_network(node: Mapping[str, Any], num_classes: int, where: str = "stude
     return network
 
 
-def _without_prefix(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The entries behind the prefix that fits best, by their bare names: all names if one does, then most shapes."""
-    prefixes = {""}
-    for name in weights:
-        prefix = ""
-        for part in name.split(".")[:-1]:
-            if part not in WRAPPERS:
-                break
-            prefix += f"{part}."
-            prefixes.add(prefix)
-    views = [
-        {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
-        for prefix in sorted(prefixes, key=lambda prefix: (len(prefix), prefix))
-    ]
+def _chosen(
+    networks: Mapping[str, Mapping[str, Tensor]], expected: Mapping[str, Tensor], path: Path, where: str
+) -> dict[str, Tensor]:
+    """The network that fits best, under the model's names: all names if one has them, then most shapes."""
+    views = {
+        (key, prefix): {
+            name.removeprefix(prefix): tensor
+            for name, tensor in tensors.items()
+            if name.startswith(prefix) and (name.removeprefix(prefix) in expected or not name.endswith(PROFILE))
+        }
+        for key, tensors in networks.items()
+        for prefix in _prefixes(tensors, expected)
+    }
 
-    def fit(view: dict[str, Tensor]) -> tuple[bool, int]:
+    def fit(place: tuple[str, str]) -> tuple[bool, int]:
+        view = views[place]
         fitting = [name for name in view if name in expected and view[name].shape == expected[name].shape]
         return _without_counters(view) == _without_counters(expected), len(fitting)
 
-    return max(views, key=fit)
+    best = max(views, key=fit)
+    whole = [f"{key} {prefix}*".strip() for key, prefix in views if fit((key, prefix))[0]]
+    if len(whole) > 1:
+        _say(f"{where}: {path} holds several networks that fit ({', '.join(whole)}); took {whole[0]}")
+    key, prefix = best
+    profile = [name for name in networks[key] if name.startswith(prefix) and name[len(prefix) :] not in views[best]]
+    if profile:
+        _say(f"{where}: left out {len(profile)} counters of a profiler in {path}, such as {profile[0]}")
+    return views[best]
+
+
+def _prefixes(names: Iterable[str], expected: Mapping[str, Tensor]) -> list[str]:
+    """What stands before names of the model, the empty prefix first, then those of wrappers, then the shortest."""
+    prefixes = {""}
+    for name in names:
+        parts = name.split(".")
+        prefixes |= {
+            "".join(f"{part}." for part in parts[:count])
+            for count in range(1, len(parts))
+            if ".".join(parts[count:]) in expected
+        }
+    return sorted(prefixes, key=lambda prefix: (not {*prefix.split(".")[:-1]} <= {*WRAPPERS}, len(prefix), prefix))
+
+
+@cache
+def _say(line: str) -> None:
+    """Prints `line`, once in a process: a run reads its files while it is checked and when it begins."""
+    console.print(line)
 
 
 def _check_keys(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: Path, where: str) -> None:
