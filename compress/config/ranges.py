@@ -65,7 +65,7 @@ TRAINER_SUPPLIED = {
     "plugins",
     "use_distributed_sampler",
 }
-STUDENT = {"checkpoint": Text | None}
+STUDENT = {"checkpoint": Text | None, "head": Literal["keep", "new"]}
 TEACHER = {
     "model": dict,
     "checkpoint": Text | None,

@@ -47,6 +47,8 @@ def check_rules(config: DictConfig, overrides: Sequence[str] = ()) -> None:
     name one for those of its methods that do.
     """
     _refuse_unused_roles(config, overrides)
+    if config.student.get("head") == "new" and config.student.checkpoint is None:
+        raise UserError("student.head: found new without a student.checkpoint; accepted: keep, or a checkpoint")
     _check_teacher(config)
     _check_loss(config)
     _check_mixup(config)

@@ -198,8 +198,9 @@ def _check_model(config: DictConfig, where: str) -> None:
         raise UserError(f"{where}: found {node!r}; accepted: {', '.join(models.available())}")
     options = OmegaConf.to_container(node, resolve=True)
     stem = options.pop("stem")
-    if "checkpoint" in options:
-        check_arguments(STUDENT, {"checkpoint": options.pop("checkpoint")}, where)
+    if where == "student":
+        # A run from before there was a choice of heads does not name it.
+        check_arguments(STUDENT, {key: options.pop(key) for key in STUDENT if key in options}, where)
     values = models.check_options(stem, options, where)
     with open_dict(config):
         for key in options.keys() & values.keys():

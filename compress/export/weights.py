@@ -1,7 +1,7 @@
 """Loads weights into a network from any file that `compress.export.state_dicts` reads, or refuses what does not fit."""
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,9 @@ WRAPPERS = ("model", "module", "student", "network", "net", "_orig_mod")
 PROFILE = ("total_ops", "total_params")
 
 
-def load_weights(model: nn.Module, path: str | Path, where: str = "checkpoint") -> None:
+def load_weights(
+    model: nn.Module, path: str | Path, where: str = "checkpoint", new_head: bool = False, way_out: str = ""
+) -> None:
     """Copies the weights in the file `path` into `model`, cast to the dtypes of the model.
 
     A plain state dict, or one below any keys; its names bare or all behind one prefix, `module.` or `net._orig_mod.`,
@@ -32,7 +34,8 @@ def load_weights(model: nn.Module, path: str | Path, where: str = "checkpoint") 
     where several are. BatchNorm's `num_batches_tracked` may be absent, and the counters of a profiler are left out. A
     `TimmModel` takes timm's own files, too. A pruned network is loaded as it is: `model` gets its masks, or fewer
     channels. Of a checkpoint of ours it is the best network, and of one that was trained on grids the weights before
-    they are rounded.
+    they are rounded. With `new_head` the classifier keeps the weights that it has, and that of the file may be
+    of other classes or absent; else `way_out` ends the message about one of other classes.
 
     Raises UserError, which names the key `where` and the file, if the file is missing, unreadable, holds code, or does
     not fit; the model is then as it was.
@@ -42,13 +45,19 @@ def load_weights(model: nn.Module, path: str | Path, where: str = "checkpoint") 
     path = Path(path).expanduser()
     state = read_state_dict(path, where)
     fitting = with_channels(copy.deepcopy(model), state.channels) if state.channels else model
-    expected = fitting.state_dict()
-    weights = _chosen(state.networks, expected, path, where)
+    expected, head = fitting.state_dict(), ()
+    classifier = _classifier(fitting)
+    if new_head:
+        if classifier is None:
+            raise UserError(f"{where}: found a network without a classifier for which a head is new; accepted: keep")
+        head = tuple(name for name in expected if name.startswith(f"{classifier}."))
+        expected = {name: value for name, value in expected.items() if name not in head}
+    weights = _chosen(state.networks, expected, head, path, where)
     loaded_masks = {name: weights.pop(name) for name in [*weights] if masks.is_mask(name)}
     # The model may have other masks from a file before.
     expected = {name: value for name, value in expected.items() if not masks.is_mask(name)}
     _check_keys(weights, expected, path, where)
-    _check_classes(weights, expected, last_linear(fitting), path, where)
+    _check_classes(weights, expected, classifier, path, where, way_out)
     _check_tensors(weights, expected, path, where)
     with_channels(model, state.channels)
     model.load_state_dict(weights, strict=False)  # strict about all but the counters, which were allowed above
@@ -58,22 +67,34 @@ def load_weights(model: nn.Module, path: str | Path, where: str = "checkpoint") 
 
 def build_network(node: Mapping[str, Any], num_classes: int, where: str = "student") -> nn.Module:
     """The network of a config `node`, with the weights in its `checkpoint` if it names one; `where` is for errors."""
-    options = {name: value for name, value in node.items() if name != "checkpoint"}
+    options = {name: value for name, value in node.items() if name not in ("checkpoint", "head")}
     network = build(num_classes=num_classes, **options)
     if node.get("checkpoint") is not None:
-        load_weights(network, node["checkpoint"], where=f"{where}.checkpoint")
+        new_head = node.get("head") == "new"
+        load_weights(network, node["checkpoint"], f"{where}.checkpoint", new_head, way_out=f"{where}.head=new")
     return network
 
 
 def _chosen(
-    networks: Mapping[str, Mapping[str, Tensor]], expected: Mapping[str, Tensor], path: Path, where: str
+    networks: Mapping[str, Mapping[str, Tensor]],
+    expected: Mapping[str, Tensor],
+    head: Sequence[str],
+    path: Path,
+    where: str,
 ) -> dict[str, Tensor]:
-    """The network that fits best, under the model's names: all names if one has them, then most shapes."""
+    """The network that fits best, under the model's names: all names if one has them, then most shapes.
+
+    The entries of the `head` are left out.
+    """
+
+    def wanted(name: str) -> bool:
+        return name in expected or not (name in head or name.endswith(PROFILE))
+
     views = {
         (key, prefix): {
             name.removeprefix(prefix): tensor
             for name, tensor in tensors.items()
-            if name.startswith(prefix) and (name.removeprefix(prefix) in expected or not name.endswith(PROFILE))
+            if name.startswith(prefix) and wanted(name.removeprefix(prefix))
         }
         for key, tensors in networks.items()
         for prefix in _prefixes(tensors, expected)
@@ -89,7 +110,8 @@ def _chosen(
     if len(whole) > 1:
         _say(f"{where}: {path} holds several networks that fit ({', '.join(whole)}); took {whole[0]}")
     key, prefix = best
-    profile = [name for name in networks[key] if name.startswith(prefix) and name[len(prefix) :] not in views[best]]
+    profile = [name for name in networks[key] if name.startswith(prefix) and name.endswith(PROFILE)]
+    profile = [name for name in profile if name[len(prefix) :] not in views[best]]
     if profile:
         _say(f"{where}: left out {len(profile)} counters of a profiler in {path}, such as {profile[0]}")
     return views[best]
@@ -114,6 +136,12 @@ def _say(line: str) -> None:
     console.print(line)
 
 
+def _classifier(model: nn.Module) -> str | None:
+    """The layer that gives the logits: the last linear one, else the last convolution."""
+    convolutions = [name for name, layer in model.named_modules() if isinstance(layer, nn.Conv2d)]
+    return last_linear(model) or next(reversed(convolutions), None)
+
+
 def _check_keys(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: Path, where: str) -> None:
     missing = [name for name in expected if name not in weights and not name.endswith(COUNTER)]
     unexpected = [name for name in weights if name not in expected]
@@ -125,7 +153,12 @@ def _check_keys(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor], p
 
 
 def _check_classes(
-    weights: Mapping[str, Tensor], expected: Mapping[str, Tensor], classifier: str | None, path: Path, where: str
+    weights: Mapping[str, Tensor],
+    expected: Mapping[str, Tensor],
+    classifier: str | None,
+    path: Path,
+    where: str,
+    way_out: str,
 ) -> None:
     """Raises UserError where the number of classes is all that differs."""
     weight = f"{classifier}.weight"
@@ -133,7 +166,8 @@ def _check_classes(
     if weight in differing and differing <= {weight, f"{classifier}.bias"}:
         (classes, *inputs), (wanted, *wanted_inputs) = weights[weight].shape, expected[weight].shape
         if inputs == wanted_inputs:
-            raise UserError(f"{where}: {path} has {classes} classes, the data have {wanted}")
+            accepted = f"; accepted: a file of as many, or {way_out}" if way_out else ""
+            raise UserError(f"{where}: {path} has {classes} classes, the data have {wanted}{accepted}")
 
 
 def _check_tensors(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: Path, where: str) -> None:

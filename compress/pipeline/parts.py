@@ -136,7 +136,7 @@ class Parts:
         """The other networks of a method with peers."""
         if not uses_peers(self.config):
             return []
-        node = self.peer_node | {"checkpoint": None}
+        node = self.peer_node | {"checkpoint": None, "head": "keep"}
         networks = [
             build_network(node, self.data.num_classes)
             for _ in range(self.method.number_of_peers(self.method_options) - 1)
@@ -186,10 +186,10 @@ class Parts:
         """
         node = self.plain["student"]
         checkpoint = float_checkpoint or node["checkpoint"]
-        if checkpoint is None:
+        if checkpoint is None or (float_checkpoint is None and node.get("head") == "new"):  # which knows no class yet
             return None
         with torch.random.fork_rng(devices=[]):
-            start = build_network(node | {"checkpoint": str(checkpoint)}, self.data.num_classes)
+            start = build_network(node | {"checkpoint": str(checkpoint), "head": "keep"}, self.data.num_classes)
         described = models.architecture(node, self.data.num_classes, start)
         return start if described == self.architecture else None
 

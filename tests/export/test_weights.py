@@ -16,7 +16,7 @@ from torch import nn
 
 from compress.errors import UserError
 from compress.export import container
-from compress.export.weights import load_weights
+from compress.export.weights import build_network, load_weights
 from compress.models import build
 
 
@@ -390,3 +390,39 @@ def test_a_whole_network_is_refused_with_its_class_and_the_way_to_its_tensors(mo
     message = refusal(model, path)
     assert "found Python objects (compress.models.cifar_resnet.CifarResNet) beside the tensors" in message
     assert "accepted: tensors alone: where the file comes from, torch.save(model.state_dict(), NEW_FILE)" in message
+
+
+@pytest.mark.parametrize(
+    ("stem", "head"), [("resnet8", "fc"), ("densenet121", "classifier"), ("mobilenetv3_small", "classifier.3")]
+)
+def test_a_new_head_keeps_its_own_weights_and_takes_all_others(stem, head, tmp_path):
+    source, model = build(stem, 100).state_dict(), build(stem, 10)
+    fresh = {name: tensor.clone() for name, tensor in model.state_dict().items() if name.startswith(f"{head}.")}
+    torch.save({"state_dict": behind("module.", source)}, tmp_path / "hundred.pth")
+    load_weights(model, tmp_path / "hundred.pth", new_head=True)
+    assert len(fresh) == 2
+    assert same(model, source | fresh)
+
+
+def test_a_file_without_a_head_goes_with_a_new_one_alone(weights, model, tmp_path):
+    path = tmp_path / "backbone.pth"
+    torch.save({name: tensor for name, tensor in weights.items() if not name.startswith("fc.")}, path)
+    assert "lacks fc.weight, fc.bias" in refusal(model, path)
+    head = {name: tensor.clone() for name, tensor in model.state_dict().items() if name.startswith("fc.")}
+    load_weights(model, path, new_head=True)
+    assert same(model, weights | head)
+
+
+def test_a_new_head_excuses_no_other_difference(weights, model, tmp_path):
+    path = tmp_path / "stem.pt"
+    torch.save(weights | {"conv1.weight": torch.ones(16, 3, 7, 7)}, path)
+    assert "conv1.weight (16, 3, 7, 7) for (16, 3, 3, 3)" in refusal(model, path, new_head=True)
+
+
+def test_a_student_of_other_classes_is_told_of_the_new_head(tmp_path):
+    path = tmp_path / "hundred.pt"
+    torch.save(build("resnet8", 100).state_dict(), path)
+    node = {"stem": "resnet8", "checkpoint": str(path), "head": "keep"}
+    with pytest.raises(UserError, match=r"the data have 10; accepted: .*, or student\.head=new$"):
+        build_network(node, 10)
+    assert build_network(node | {"head": "new"}, 10).fc.out_features == 10
