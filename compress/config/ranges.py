@@ -69,6 +69,7 @@ STUDENT = {"checkpoint": Text | None, "head": Literal["keep", "new"]}
 TEACHER = {
     "model": dict,
     "checkpoint": Text | None,
+    "classes": list[int | str] | None,
     "mean": list[float] | None,
     "standard_deviation": list[Positive] | None,
     "training": dict,

@@ -41,6 +41,7 @@ def _store_roles(store: ConfigStore, stems: Iterable[str]) -> None:
                 "defaults": [{"/model@model": stem}, *trained],
                 "model": {"stem": stem},
                 "checkpoint": None,
+                "classes": None,
                 "mean": None,
                 "standard_deviation": None,
                 "training": TRAINING,

@@ -113,7 +113,8 @@ def _check_teachers(config: DictConfig) -> None:
         _coerce_training(config, "teacher.training")
         ensemble.complete_members(config)
     for where in ensemble.keys(config):
-        _coerce(config, where, TEACHER, required=TEACHER)
+        # A run from before there was a choice of classes does not name them.
+        _coerce(config, where, TEACHER, required=[key for key in TEACHER if key != "classes"])
         _coerce_training(config, f"{where}.training")
         _check_model(config, f"{where}.model")
 

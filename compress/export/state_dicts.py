@@ -47,12 +47,13 @@ class StateDict:
 
     networks: the tensors by name of each mapping that has some, by the keys that lead to it, such as `model_ema`, the
     mapping that a user expects first. channels: the channels of the layers that have fewer than their architecture.
-    masked: layers whose zeros stay zero.
+    masked: layers whose zeros stay zero. class_names: those of a model file of ours, in order.
     """
 
     networks: dict[str, dict[str, Tensor]]
     channels: Mapping[str, Any] = field(default_factory=dict)
     masked: Sequence[str] = ()
+    class_names: Sequence[str] = ()
 
 
 def read_state_dict(path: Path, where: str) -> StateDict:
@@ -116,7 +117,7 @@ def _read_safetensors(path: Path, where: str) -> StateDict:
         raise UserError(f"{where}: found no tensors in {path}; {ACCEPTED}")
     architecture = description.get("architecture")
     channels = architecture.get("channels", {}) if isinstance(architecture, Mapping) else {}
-    return StateDict({"": tensors}, channels, description.get("masked", []))
+    return StateDict({"": tensors}, channels, description.get("masked", []), description.get("class_names", []))
 
 
 class _LeftOut:

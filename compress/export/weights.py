@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from compress.errors import UserError
 from compress.export.packed import COUNTER
-from compress.export.state_dicts import ACCEPTED, listed, read_state_dict
+from compress.export.state_dicts import ACCEPTED, StateDict, listed, read_state_dict
 from compress.models import masks
 from compress.models.catalogue import build
 from compress.models.channels import last_linear, with_channels
@@ -25,7 +25,12 @@ PROFILE = ("total_ops", "total_params")
 
 
 def load_weights(
-    model: nn.Module, path: str | Path, where: str = "checkpoint", new_head: bool = False, way_out: str = ""
+    model: nn.Module,
+    path: str | Path,
+    where: str = "checkpoint",
+    new_head: bool = False,
+    way_out: str = "",
+    classes: Sequence[int | str] | None = None,
 ) -> None:
     """Copies the weights in the file `path` into `model`, cast to the dtypes of the model.
 
@@ -35,7 +40,8 @@ def load_weights(
     `TimmModel` takes timm's own files, too. A pruned network is loaded as it is: `model` gets its masks, or fewer
     channels. Of a checkpoint of ours it is the best network, and of one that was trained on grids the weights before
     they are rounded. With `new_head` the classifier keeps the weights that it has, and that of the file may be
-    of other classes or absent; else `way_out` ends the message about one of other classes.
+    of other classes or absent; else `way_out` ends the message about one of other classes. `classes` says for each
+    class of the model, in order, which class of the file it is, by index or, where the file names them, by name.
 
     Raises UserError, which names the key `where` and the file, if the file is missing, unreadable, holds code, or does
     not fit; the model is then as it was.
@@ -57,6 +63,8 @@ def load_weights(
     # The model may have other masks from a file before.
     expected = {name: value for name, value in expected.items() if not masks.is_mask(name)}
     _check_keys(weights, expected, path, where)
+    if classes is not None:
+        weights = weights | _rows(weights, expected, classifier, _indexes(classes, state, path, way_out), path, way_out)
     _check_classes(weights, expected, classifier, path, where, way_out)
     _check_tensors(weights, expected, path, where)
     with_channels(model, state.channels)
@@ -150,6 +158,42 @@ def _check_keys(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor], p
     if problems:
         wanted = len(_without_counters(expected))
         raise UserError(f"{where}: {path} {' and '.join(problems)}; accepted: exactly the model's {wanted} keys")
+
+
+def _indexes(classes: Sequence[int | str], state: StateDict, path: Path, key: str) -> list[int]:
+    """The classes of the file by index, counted from 0. `key` is that of the configuration, for errors."""
+    names = [*state.class_names]
+    for name in classes:
+        if isinstance(name, str) and name not in names:
+            accepted = f"one of {listed(names)}" if names else f"an index, for {path} names no classes"
+            raise UserError(f"{key}: found {name!r}; accepted: {accepted}")
+    indexes = [names.index(name) if isinstance(name, str) else name for name in classes]
+    twice = next((index for index in indexes if indexes.count(index) > 1), None)
+    if twice is not None:
+        raise UserError(f"{key}: found class {twice} of {path} twice; accepted: each class once")
+    return indexes
+
+
+def _rows(
+    weights: Mapping[str, Tensor],
+    expected: Mapping[str, Tensor],
+    classifier: str | None,
+    indexes: Sequence[int],
+    path: Path,
+    key: str,
+) -> dict[str, Tensor]:
+    """The classifier's entries for the classes at `indexes` alone, whose logits are then compared with each other."""
+    head = {name: weights[name] for name in weights if name.startswith(f"{classifier}.")}
+    if not head:
+        raise UserError(f"{key}: found it for a network without a classifier; accepted: null")
+    (wanted,) = {len(expected[name]) for name in head}
+    (available,) = {len(tensor) for tensor in head.values()}
+    if len(indexes) != wanted:
+        raise UserError(f"{key}: found {len(indexes)} classes, the data have {wanted}; accepted: one for each of them")
+    outside = next((index for index in indexes if not 0 <= index < available), None)
+    if outside is not None:
+        raise UserError(f"{key}: found {outside}; accepted: from 0 to {available - 1}, the classes of {path}")
+    return {name: tensor[list(indexes)] for name, tensor in head.items()}
 
 
 def _check_classes(

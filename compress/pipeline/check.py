@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -18,7 +17,7 @@ from compress.data.shared import DataSets
 from compress.errors import UserError, first_line
 from compress.export.formats import check_exporters
 from compress.export.packed import file_bytes
-from compress.export.weights import build_network, load_weights
+from compress.export.weights import build_network
 from compress.models import masks
 from compress.pipeline.parts import Parts
 from compress.training import processes
@@ -81,9 +80,8 @@ def check(job: Job, data_sets: DataSets, start: nn.Module | None = None) -> nn.M
 
 def _check_teacher_files(parts: Parts) -> None:
     for key in ensemble.keys(parts.config):
-        checkpoint = parts.node(key)["checkpoint"]
-        if checkpoint:
-            load_weights(parts.teacher_network(key), Path(checkpoint), where=f"{key}.checkpoint")
+        if parts.node(key)["checkpoint"]:
+            parts.load_teacher(parts.teacher_network(key), key)
 
 
 def _check_method(parts: Parts) -> None:

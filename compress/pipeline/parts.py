@@ -16,7 +16,7 @@ from compress.config.rules import method_of, uses_peers, uses_teacher
 from compress.data.shared import DataSets
 from compress.export.description import describe
 from compress.export.exporter import Exporter
-from compress.export.weights import build_network
+from compress.export.weights import build_network, load_weights
 from compress.methods.classifier import Classifier
 from compress.optim.groups import OptimizerFactory, optimizer_factory
 from compress.pruning.recipe import MaskRecipe, Recipe
@@ -178,6 +178,12 @@ class Parts:
     def teacher_network(self, key: str = "teacher") -> nn.Module:
         """A fresh network of the teacher at `key`, one of `teacher_keys`."""
         return models.build(num_classes=self.data.num_classes, **self.node(key)["model"])
+
+    def load_teacher(self, network: nn.Module, key: str) -> None:
+        """Loads the checkpoint of the teacher at `key` into its `network`: the classes that the data have."""
+        node = self.node(key)
+        classes = {"classes": node.get("classes"), "way_out": f"{key}.classes"}
+        load_weights(network, node["checkpoint"], f"{key}.checkpoint", **classes)
 
     def float_start(self, float_checkpoint: Path | None) -> nn.Module | None:
         """The float network that training starts from; None where there is none or it has lost channels since.

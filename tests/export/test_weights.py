@@ -426,3 +426,37 @@ def test_a_student_of_other_classes_is_told_of_the_new_head(tmp_path):
     with pytest.raises(UserError, match=r"the data have 10; accepted: .*, or student\.head=new$"):
         build_network(node, 10)
     assert build_network(node | {"head": "new"}, 10).fc.out_features == 10
+
+
+def test_the_classes_of_the_model_are_chosen_among_those_of_the_file(tmp_path):
+    source, model = build("resnet8", 100), build("resnet8", 10)
+    chosen = [7, 99, 0, 3, 50, 51, 52, 53, 54, 2]
+    torch.save(source.state_dict(), tmp_path / "hundred.pt")
+    load_weights(model, tmp_path / "hundred.pt", way_out="teacher.classes", classes=chosen)
+    images = torch.randn(4, 3, 8, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(images), source.eval()(images)[:, chosen])
+
+
+def test_the_classes_of_a_model_file_have_names(weights, tmp_path):
+    names = list("abcdefghij")
+    container.write(tmp_path / "float.safetensors", "compress-float-1", {"class_names": names}, weights)
+    model = build("resnet8", 2)
+    load_weights(model, tmp_path / "float.safetensors", way_out="teacher.classes", classes=["j", "b"])
+    assert torch.equal(model.fc.weight, weights["fc.weight"][[9, 1]])
+
+
+@pytest.mark.parametrize(
+    ("classes", "message"),
+    [
+        ([0, 10], "found 10; accepted: from 0 to 9, the classes of "),
+        ([0, -1], "found -1; accepted: from 0 to 9, the classes of "),
+        ([3, 3], "found class 3 of .* twice; accepted: each class once"),
+        ([1, 2, 3], "found 3 classes, the data have 2; accepted: one for each of them"),
+        (["cat", "dog"], "found 'cat'; accepted: an index, for .* names no classes"),
+    ],
+)
+def test_wrong_classes_are_refused(classes, message, weights, tmp_path):
+    torch.save(weights, tmp_path / "ten.pt")
+    with pytest.raises(UserError, match=f"^teacher.classes: {message}"):
+        load_weights(build("resnet8", 2), tmp_path / "ten.pt", way_out="teacher.classes", classes=classes)

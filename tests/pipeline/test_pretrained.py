@@ -47,3 +47,15 @@ def test_a_student_with_a_new_head_is_trained_and_its_file_needs_no_checkpoint(h
     model, about = read_model(file)
     assert about["architecture"]["num_classes"] == 10
     assert model(torch.zeros(1, 3, 8, 8)).shape == (1, 10)
+
+
+def test_a_teacher_of_more_classes_is_checked_with_those_of_the_data(hundred):
+    distil = ["data=digits", "method=kd", "student=resnet8", "teacher=resnet8", f"teacher.checkpoint={hundred}"]
+    [job] = checked_jobs([*distil, "teacher.classes=[10,11,12,13,14,15,16,17,18,99]"])
+    assert job.config.teacher.classes[-1] == 99
+    with pytest.raises(UserError, match=r"^teacher\.checkpoint: .* has 100 classes.*, or teacher\.classes$"):
+        checked_jobs(distil)
+    with pytest.raises(UserError, match=r"^teacher\.classes: found 2 classes, the data have 10"):
+        checked_jobs([*distil, "teacher.classes=[1,2]"])
+    with pytest.raises(UserError, match=r"^teacher\.classes: found some for a teacher that is trained"):
+        checked_jobs([*distil[:-1], "teacher.classes=[1,2]"])
