@@ -65,10 +65,11 @@ TRAINER_SUPPLIED = {
     "plugins",
     "use_distributed_sampler",
 }
-STUDENT = {"checkpoint": Text | None}
+STUDENT = {"checkpoint": Text | None, "head": Literal["keep", "new"]}
 TEACHER = {
     "model": dict,
     "checkpoint": Text | None,
+    "classes": list[int | str] | None,
     "mean": list[float] | None,
     "standard_deviation": list[Positive] | None,
     "training": dict,

@@ -47,6 +47,8 @@ def check_rules(config: DictConfig, overrides: Sequence[str] = ()) -> None:
     name one for those of its methods that do.
     """
     _refuse_unused_roles(config, overrides)
+    if config.student.get("head") == "new" and config.student.checkpoint is None:
+        raise UserError("student.head: found new without a student.checkpoint; accepted: keep, or a checkpoint")
     _check_teacher(config)
     _check_loss(config)
     _check_mixup(config)
@@ -57,7 +59,7 @@ def check_rules(config: DictConfig, overrides: Sequence[str] = ()) -> None:
         )
     _check_training(config)
     for where in ensemble.keys(config):
-        _check_normalisation(config, where)
+        _check_foreign_teacher(config, where)
 
 
 def _refuse_unused_roles(config: DictConfig, overrides: Sequence[str]) -> None:
@@ -138,8 +140,10 @@ def _check_training(config: DictConfig) -> None:
         raise UserError(f"data.batch_size: found {config.data.batch_size}; accepted: a whole number of at least 2")
 
 
-def _check_normalisation(config: DictConfig, where: str) -> None:
+def _check_foreign_teacher(config: DictConfig, where: str) -> None:
     node = OmegaConf.select(config, where)
+    if node.get("classes") is not None and node.checkpoint is None:
+        raise UserError(f"{where}.classes: found some for a teacher that is trained on these data; accepted: null")
     for key in ("mean", "standard_deviation"):
         if node[key] is not None and len(node[key]) not in (1, 3):
             raise UserError(f"{where}.{key}: found {len(node[key])} values; accepted: 1 or 3")

@@ -113,7 +113,8 @@ def _check_teachers(config: DictConfig) -> None:
         _coerce_training(config, "teacher.training")
         ensemble.complete_members(config)
     for where in ensemble.keys(config):
-        _coerce(config, where, TEACHER, required=TEACHER)
+        # A run from before there was a choice of classes does not name them.
+        _coerce(config, where, TEACHER, required=[key for key in TEACHER if key != "classes"])
         _coerce_training(config, f"{where}.training")
         _check_model(config, f"{where}.model")
 
@@ -198,8 +199,9 @@ def _check_model(config: DictConfig, where: str) -> None:
         raise UserError(f"{where}: found {node!r}; accepted: {', '.join(models.available())}")
     options = OmegaConf.to_container(node, resolve=True)
     stem = options.pop("stem")
-    if "checkpoint" in options:
-        check_arguments(STUDENT, {"checkpoint": options.pop("checkpoint")}, where)
+    if where == "student":
+        # A run from before there was a choice of heads does not name it.
+        check_arguments(STUDENT, {key: options.pop(key) for key in STUDENT if key in options}, where)
     values = models.check_options(stem, options, where)
     with open_dict(config):
         for key in options.keys() & values.keys():

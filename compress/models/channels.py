@@ -67,7 +67,7 @@ def last_linear(model: nn.Module) -> str | None:
 
 def architecture(node: Mapping[str, Any], num_classes: int, network: nn.Module) -> dict[str, Any]:
     """What a model file says so that `rebuild` gives `network`, that of a config `node`, perhaps pruned."""
-    options = {name: value for name, value in node.items() if name not in ("stem", "_target_", "checkpoint")}
+    options = {name: value for name, value in node.items() if name not in ("stem", "_target_", "checkpoint", "head")}
     described = {"stem": node["stem"], "options": options, "num_classes": num_classes}
     with torch.random.fork_rng(devices=[]):
         changed = changed_channels(network, rebuild(described))

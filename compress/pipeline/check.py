@@ -4,7 +4,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -19,7 +18,7 @@ from compress.data.shared import DataSets
 from compress.errors import UserError, first_line
 from compress.export.formats import check_exporters
 from compress.export.packed import file_bytes
-from compress.export.weights import build_network, load_weights
+from compress.export.weights import build_network
 from compress.models import masks
 from compress.pipeline.parts import Parts
 from compress.pipeline.rehearsal import rehearse
@@ -93,9 +92,8 @@ def _rehearsed(parts: Parts) -> str:
 
 def _check_teacher_files(parts: Parts) -> None:
     for key in ensemble.keys(parts.config):
-        checkpoint = parts.node(key)["checkpoint"]
-        if checkpoint:
-            load_weights(parts.teacher_network(key), Path(checkpoint), where=f"{key}.checkpoint")
+        if parts.node(key)["checkpoint"]:
+            parts.load_teacher(parts.teacher_network(key), key)
 
 
 def _check_method(parts: Parts) -> None:

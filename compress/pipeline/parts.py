@@ -16,7 +16,7 @@ from compress.config.rules import method_of, uses_peers, uses_teacher
 from compress.data.shared import DataSets
 from compress.export.description import describe
 from compress.export.exporter import Exporter
-from compress.export.weights import build_network
+from compress.export.weights import build_network, load_weights
 from compress.methods.classifier import Classifier
 from compress.optim.groups import OptimizerFactory, optimizer_factory
 from compress.pruning.recipe import MaskRecipe, Recipe
@@ -136,7 +136,7 @@ class Parts:
         """The other networks of a method with peers."""
         if not uses_peers(self.config):
             return []
-        node = self.peer_node | {"checkpoint": None}
+        node = self.peer_node | {"checkpoint": None, "head": "keep"}
         networks = [
             build_network(node, self.data.num_classes)
             for _ in range(self.method.number_of_peers(self.method_options) - 1)
@@ -179,6 +179,12 @@ class Parts:
         """A fresh network of the teacher at `key`, one of `teacher_keys`."""
         return models.build(num_classes=self.data.num_classes, **self.node(key)["model"])
 
+    def load_teacher(self, network: nn.Module, key: str) -> None:
+        """Loads the checkpoint of the teacher at `key` into its `network`: the classes that the data have."""
+        node = self.node(key)
+        classes = {"classes": node.get("classes"), "way_out": f"{key}.classes"}
+        load_weights(network, node["checkpoint"], f"{key}.checkpoint", **classes)
+
     def float_start(self, float_checkpoint: Path | None) -> nn.Module | None:
         """The float network that training starts from; None where there is none or it has lost channels since.
 
@@ -186,10 +192,10 @@ class Parts:
         """
         node = self.plain["student"]
         checkpoint = float_checkpoint or node["checkpoint"]
-        if checkpoint is None:
+        if checkpoint is None or (float_checkpoint is None and node.get("head") == "new"):  # which knows no class yet
             return None
         with torch.random.fork_rng(devices=[]):
-            start = build_network(node | {"checkpoint": str(checkpoint)}, self.data.num_classes)
+            start = build_network(node | {"checkpoint": str(checkpoint), "head": "keep"}, self.data.num_classes)
         described = models.architecture(node, self.data.num_classes, start)
         return start if described == self.architecture else None
 

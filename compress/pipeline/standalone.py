@@ -167,7 +167,7 @@ def _data(path: Path, typed: Mapping[str, str], about: Mapping[str, Any] | None)
 
 def _overrides(group: str, node: Mapping[str, Any]) -> list[str]:
     """What composes the `node` of a `group` again, but for its weights."""
-    keys = {key: value for key, value in arguments_of(node).items() if key != "checkpoint"}
+    keys = {key: value for key, value in arguments_of(node).items() if key not in ("checkpoint", "head")}
     values = [f"++{group}.{key}={json.dumps(value, ensure_ascii=False)}" for key, value in keys.items()]
     return [f"{group}={node['stem']}", *values]
 

@@ -132,7 +132,7 @@ class _Member:
         data = self.parts.data
         if self.node["checkpoint"] is not None:
             path, trained = Path(self.node["checkpoint"]), False
-            load_weights(self.network, path, where="teacher.checkpoint")
+            self.parts.load_teacher(self.network, self.key)
             where = f"from {path}"
         else:
             path, trained = self._find_or_train()
