@@ -69,8 +69,8 @@ def check(job: Job, data_sets: DataSets, start: nn.Module | None = None) -> nn.M
     processes.check(job.config, data.record()["images"], uses_peers(job.config))
     parts.build_small()
     _check_teacher_files(parts)
-    _check_method(parts)
     check_image_sizes(parts)
+    _check_method(parts)
     if parts.recipe is not None:
         _check_pruning(parts)
     student = parts.pruned_student
@@ -107,12 +107,20 @@ def _check_method(parts: Parts) -> None:
     parts.method.check_networks(parts.method_options, parts.fresh_student, teacher, parts.data.input_shape)
 
 
-def check_image_sizes(parts: Parts) -> None:
-    """Raises UserError where an image does not go through a network, which may shrink it to nothing."""
+def check_image_sizes(parts: Parts, training: bool = True) -> None:
+    """Raises UserError where a network does not turn an image, which it may shrink to nothing, into logits.
+
+    With `training`, those that will learn have to do so in training too, where some call parts of theirs that they do
+    not call otherwise.
+    """
     taught_by = [f"{key}.model" for key in parts.teacher_keys]
     for role in ("student", *(["peer"] if parts.config.peer else []), *taught_by):
         node = parts.node(role)
-        mistake = _refusal(node | {"checkpoint": None}, parts)
+        learns = role not in taught_by or parts.updates_teacher or not parts.node(role.rpartition(".")[0])["checkpoint"]
+        try:
+            mistake = _refusal(node | {"checkpoint": None}, parts, training and learns)
+        except UserError as refused:
+            raise UserError(f"{role} {node['stem']}: {refused}") from None
         if mistake is not None:
             raise UserError(
                 f"data.image_size: found {parts.data.image_size}, which {role} {node['stem']} cannot take "
@@ -120,15 +128,16 @@ def check_image_sizes(parts: Parts) -> None:
             )
 
 
-def _refusal(node: dict, parts: Parts) -> RuntimeError | None:
-    """What the network of a `node` has against an image of the data; None where it takes one."""
+def _refusal(node: dict, parts: Parts, training: bool) -> RuntimeError | None:
+    """What the network of a `node` has against images of the data; None where it takes them."""
     mistake = None
     # Shapes alone are quick; a network that needs values shows on the CPU whether it works.
     for device in ("meta", "cpu"):
         try:
             with torch.device(device), torch.no_grad():
-                network = build_network(node, parts.data.num_classes).eval()
-                network(torch.zeros(1, *parts.data.input_shape))
+                network = build_network(node, parts.data.num_classes)
+                for mode in (False, True) if training else (False,):
+                    network.train(mode)(torch.zeros(2, *parts.data.input_shape))
             return None
         except RuntimeError as failure:
             mistake = failure

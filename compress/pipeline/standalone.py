@@ -55,7 +55,7 @@ def quantize_checkpoint(overrides: Sequence[str]) -> Path:
     student = _loaded(parts, path, about)
     check_quantizer(parts, student)
     check_exporters(parts.exporters, parts.quantizer)
-    check_image_sizes(parts)
+    check_image_sizes(parts, training=False)
     stem = parts.plain["student"]["stem"]
     parent = Path(parts.plain["output_directory"]) / "quantized"
     directory = make_directory(parent, f"{datetime.now():%Y-%m-%d_%H-%M-%S}-{stem}")

@@ -15,6 +15,7 @@ from pytorch_lightning.loggers import Logger
 from compress.arguments import arguments_of
 from compress.errors import UserError
 from compress.files import write_atomically
+from compress.methods.classifier import Classifier
 from compress.progress import console
 from compress.training import processes
 from compress.training.averaging import MovingAverage
@@ -24,7 +25,7 @@ BEST, LAST = "best.ckpt", "last.ckpt"
 
 
 def fit(
-    module: pl.LightningModule,
+    module: Classifier,
     data: pl.LightningDataModule,
     trainer_options: dict[str, Any],
     directory: Path,
@@ -46,7 +47,7 @@ def fit(
     options = arguments_of(trainer_options)
     patience, log_every = options.pop("early_stopping"), options.pop("log_every")
     decay = options.pop("ema_decay", None)
-    options |= processes.lightning_options(options)
+    options |= processes.lightning_options(options, module.learning_networks, module.input_shape)
     plugins = options.pop("plugins")
     called = [
         EpochLines(label, log_every),
