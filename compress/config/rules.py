@@ -131,8 +131,12 @@ def _check_training(config: DictConfig) -> None:
         raise UserError(
             f"trainer.accelerator: found {trainer.accelerator!r} but no usable GPU; accepted here: cpu, auto"
         )
-    if trainer.precision == "16-mixed" and not (trainer.accelerator != "cpu" and torch.cuda.is_available()):
-        raise UserError("trainer.precision: found '16-mixed', which needs a GPU; accepted here: bf16-mixed, 32-true")
+    if trainer.accelerator == "cpu" or not torch.cuda.is_available():
+        for where in ("trainer", *(f"{key}.training" for key in ensemble.keys(config))):
+            if OmegaConf.select(config, f"{where}.precision") == "16-mixed":
+                raise UserError(
+                    f"{where}.precision: found '16-mixed', which needs a GPU; accepted here: bf16-mixed, 32-true"
+                )
     if trainer.get("gradient_clip_algorithm") is not None and trainer.gradient_clip_val is None:
         raise UserError(
             f"trainer.gradient_clip_algorithm: found {trainer.gradient_clip_algorithm!r} without "

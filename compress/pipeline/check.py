@@ -92,7 +92,7 @@ def _check_epochs(parts: Parts) -> None:
     }
     for key, count in batches.items():
         limit = trainer.get(key)
-        if isinstance(limit, float) and int(limit * count) < 1:
+        if limited(count, limit) < 1:
             raise UserError(
                 f"trainer.{key}: found {limit}, which leaves none of the {count} batches; accepted: at least "
                 f"{math.ceil(1e4 / count) / 1e4}, or a whole number of batches"
@@ -103,6 +103,11 @@ def _check_epochs(parts: Parts) -> None:
             f"trainer.check_val_every_n_epoch: found {every}, which validates none of the epochs {first} to {last}, of "
             f"which the best is kept; accepted: a number that divides one of these"
         )
+
+
+def limited(count: int, limit: int | float | None) -> int:
+    """How many of `count` batches the Trainer takes under a limit: so many, that share, or all."""
+    return count if limit is None else min(count, limit) if isinstance(limit, int) else int(count * limit)
 
 
 def _check_teacher_files(parts: Parts) -> None:
