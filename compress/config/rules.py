@@ -52,11 +52,13 @@ def check_rules(config: DictConfig, overrides: Sequence[str] = ()) -> None:
     _check_teacher(config)
     _check_loss(config)
     _check_mixup(config)
-    if uses_peers(config) and config.trainer.gradient_clip_val is not None:
-        raise UserError(
-            f"trainer.gradient_clip_val: found {config.trainer.gradient_clip_val}, which Lightning cannot do for "
-            "several optimizers; accepted: null"
-        )
+    if uses_peers(config):
+        for key, neutral in (("gradient_clip_val", None), ("accumulate_grad_batches", 1)):
+            if (value := config.trainer.get(key, neutral)) != neutral:
+                raise UserError(
+                    f"trainer.{key}: found {value}, which Lightning cannot do for several optimizers; accepted: "
+                    f"{'null' if neutral is None else neutral}"
+                )
     _check_training(config)
     for where in ensemble.keys(config):
         _check_foreign_teacher(config, where)
@@ -131,6 +133,19 @@ def _check_training(config: DictConfig) -> None:
         raise UserError(
             f"trainer.accelerator: found {trainer.accelerator!r} but no usable GPU; accepted here: cpu, auto"
         )
+    if trainer.accelerator == "cpu" or not torch.cuda.is_available():
+        for where in ("trainer", *(f"{key}.training" for key in ensemble.keys(config))):
+            if OmegaConf.select(config, f"{where}.precision") == "16-mixed":
+                raise UserError(
+                    f"{where}.precision: found '16-mixed', which needs a GPU; accepted here: bf16-mixed, 32-true"
+                )
+    if trainer.get("gradient_clip_algorithm") is not None and trainer.gradient_clip_val is None:
+        raise UserError(
+            f"trainer.gradient_clip_algorithm: found {trainer.gradient_clip_algorithm!r} without "
+            "trainer.gradient_clip_val; accepted: both, or neither"
+        )
+    if trainer.get("deterministic") and trainer.get("benchmark"):
+        raise UserError("trainer.benchmark: found true with trainer.deterministic; accepted: one of the two")
     if trainer.gradient_clip_val is not None and trainer.precision.endswith("mixed") and config.optimizer.get("fused"):
         raise UserError(
             "optimizer.fused: found true with trainer.gradient_clip_val and mixed precision, which Lightning cannot "

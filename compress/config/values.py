@@ -7,7 +7,6 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, is_dataclass
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
 from omegaconf import DictConfig, OmegaConf, open_dict
 
@@ -23,8 +22,8 @@ from compress.config.ranges import (
     TEACHER_TRAINING,
     TOP_LEVEL,
     TRAINER,
+    TRAINER_REFUSED,
     TRAINER_REQUIRED,
-    TRAINER_SUPPLIED,
 )
 from compress.errors import UserError, first_line
 from compress.optim.groups import DECAY
@@ -53,8 +52,10 @@ def check_values(config: DictConfig) -> None:
     for role in ("student", "peer"):
         if config[role]:
             _check_model(config, role)
-    accepted = sorted({*annotations(pl.Trainer), *TRAINER} - TRAINER_SUPPLIED)
-    _coerce(config, "trainer", TRAINER, accepted=accepted, required=TRAINER_REQUIRED)
+    for key in config.trainer.keys() & TRAINER_REFUSED.keys():
+        why, instead = TRAINER_REFUSED[key]
+        raise UserError(f"trainer.{key}: found {config.trainer[key]!r}, {why}; accepted: {instead}")
+    _coerce(config, "trainer", TRAINER, accepted=sorted(TRAINER), required=TRAINER_REQUIRED)
     _check_teachers(config)
     _check_loggers(config)
 

@@ -1,6 +1,7 @@
 """Everything that can be wrong with a run, found in one line before any work is done."""
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -14,6 +15,7 @@ from compress.config.compose import Job, compose_jobs
 from compress.config.rules import check_rules, uses_peers
 from compress.config.stage_plan import compose_stages
 from compress.config.values import check_values
+from compress.data.dataset import evaluation_batches
 from compress.data.shared import DataSets
 from compress.errors import UserError, first_line
 from compress.export.formats import check_exporters
@@ -67,6 +69,7 @@ def check(job: Job, data_sets: DataSets, start: nn.Module | None = None) -> nn.M
     parts = Parts(job.config, data_sets, start)
     data = parts.data
     processes.check(job.config, data.record()["images"], uses_peers(job.config))
+    _check_epochs(parts)
     parts.build_small()
     _check_teacher_files(parts)
     check_image_sizes(parts)
@@ -88,6 +91,34 @@ def _rehearsed(parts: Parts) -> str:
     """The same for jobs, of a sweep say, that differ in nothing that a rehearsal meets."""
     keys = ("data", "student", "peer", "teacher", "method", "loss", "mixup", "pruning", "quantizer", "export")
     return json.dumps({key: parts.plain.get(key) for key in keys}, sort_keys=True, default=str)
+
+
+def _check_epochs(parts: Parts) -> None:
+    """Raises UserError where some epoch would train or validate nothing, or none that can be the best is validated."""
+    trainer, data = parts.config.trainer, parts.data
+    images, together = data.record()["images"], processes.processes(trainer)
+    batches = {
+        "limit_train_batches": len(data.train_dataloader()),
+        "limit_val_batches": len(evaluation_batches(images["validation"], data.evaluation_batch_size, 0, together)),
+    }
+    for key, count in batches.items():
+        limit = trainer.get(key)
+        if limited(count, limit) < 1:
+            raise UserError(
+                f"trainer.{key}: found {limit}, which leaves none of the {count} batches; accepted: at least "
+                f"{math.ceil(1e4 / count) / 1e4}, or a whole number of batches"
+            )
+    every, first, last = trainer.get("check_val_every_n_epoch", 1), parts.first_best_epoch + 1, trainer.max_epochs
+    if last // every * every < first:
+        raise UserError(
+            f"trainer.check_val_every_n_epoch: found {every}, which validates none of the epochs {first} to {last}, of "
+            f"which the best is kept; accepted: a number that divides one of these"
+        )
+
+
+def limited(count: int, limit: int | float | None) -> int:
+    """How many of `count` batches the Trainer takes under a limit: so many, that share, or all."""
+    return count if limit is None else min(count, limit) if isinstance(limit, int) else int(count * limit)
 
 
 def _check_teacher_files(parts: Parts) -> None:

@@ -71,8 +71,10 @@ CHOICES = {
     "a tuple, on grids": ["method=qat", "student=pair", "~quantizer.bits", "~quantizer.calibration_images"],
     "peers": ["method=dml", "student=named", "peer=pair"],
     "features": ["method=fitnet", "student=named", "teacher=pair", "teacher.training.epochs=1", "method.layers=[stem]"],
-    "an auxiliary head": ["method=supervised", "student=googlenet", "quantizer=rtn", "data.image_size=32"]
-    + ["export=[packed,onnx]", "~quantizer.calibration_images"],
+    "an auxiliary head": [
+        *("method=supervised", "student=googlenet", "quantizer=rtn", "data.image_size=32"),
+        *("export=[packed,onnx]", "~quantizer.calibration_images"),
+    ],
     "a teacher": ["method=dkd", "student=pair", "teacher=googlenet", "teacher.training.epochs=1", "data.image_size=32"],
     "masks": ["method=supervised", "student=pair", "pruning=magnitude", "optimizer=shampoo"],
     "channels": ["method=supervised", "student=named", "pruning=structured"],
