@@ -205,7 +205,8 @@ class _Member:
         with threads_for(macs * data.batch_size):
             fit(module, data, options, directory, label="teacher")
         load_weights(network, directory / BEST, where="teacher")
-        state = {key: value.contiguous() for key, value in network.state_dict().items()}
+        # Copies, because safetensors refuses tensors that share memory: those of a module under two names, say.
+        state = {key: value.clone(memory_format=torch.contiguous_format) for key, value in network.state_dict().items()}
         identity = {"model": self.node["model"], "training": training, "data": self.parts.plain["data"]}
         identity["run"] = str(self.directory.resolve())
         write_json(path.with_suffix(".json"), identity)

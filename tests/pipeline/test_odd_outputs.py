@@ -30,6 +30,12 @@ class Pair(odd_networks.Pair):
         self.head = nn.Linear(6, num_classes)
 
 
+class TwoNames(Named):
+    def __init__(self, num_classes: int):
+        super().__init__(num_classes)
+        self.body = nn.Sequential(self.stem, nn.ReLU())
+
+
 class Features(Named):
     def forward(self, images):
         return self.stem(images).mean((2, 3)), [images]
@@ -55,7 +61,7 @@ def folder(tmp_path, monkeypatch):
     """A working directory with the networks above, their options in `mine`."""
     (tmp_path / "my_networks.py").write_text(MODULE)
     (tmp_path / "mine" / "model").mkdir(parents=True)
-    for name in ("Named", "Pair", "Features", "Maps", "InTraining"):
+    for name in ("Named", "Pair", "TwoNames", "Features", "Maps", "InTraining"):
         (tmp_path / "mine" / "model" / f"{name.lower()}.yaml").write_text(f"_target_: my_networks.{name}\n")
     (tmp_path / "mine" / "model" / "googlenet.yaml").write_text(GOOGLENET)
     monkeypatch.chdir(tmp_path)
@@ -76,6 +82,12 @@ CHOICES = {
         *("export=[packed,onnx]", "~quantizer.calibration_images"),
     ],
     "a teacher": ["method=dkd", "student=pair", "teacher=googlenet", "teacher.training.epochs=1", "data.image_size=32"],
+    "a teacher with a module under two names": [
+        "method=kd",
+        "student=pair",
+        "teacher=twonames",
+        "teacher.training.epochs=1",
+    ],
     "masks": ["method=supervised", "student=pair", "pruning=magnitude", "optimizer=shampoo"],
     "channels": ["method=supervised", "student=named", "pruning=structured"],
 }
