@@ -38,7 +38,7 @@ def compare(model: nn.Module, calibration_batches: Iterable, skip: Sequence[str]
         name = _folded_wrongly(model, prepared, expected)
         raise UserError(
             f"{name}: found logits {folded:.2g} off the float network's when its BatchNorm is folded; accepted: up to "
-            f"{FOLDED_LIMIT:g}. Please report this network, or leave the layer out with skip"
+            f"{FOLDED_LIMIT:g}"
         )
     rounded = difference(_rounded(prepared, prepared.order)(images.clone()), expected)
     if rounded > ROUNDED_LIMIT:
