@@ -148,8 +148,7 @@ class Parts:
         return self.plain["peer"] or self.plain["student"]
 
     def _shrunk(self, network: nn.Module) -> nn.Module:
-        shrunk = network if self.recipe is None else self.recipe.shrink(network, self.data.input_shape)
-        return shrunk.to(memory_format=torch.channels_last)
+        return network if self.recipe is None else self.recipe.shrink(network, self.data.input_shape)
 
     @cached_property
     def architecture(self) -> dict[str, Any]:

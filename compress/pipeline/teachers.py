@@ -152,7 +152,7 @@ class _Member:
             "macs": models.count_macs(self.network, data.input_shape),
             "validation_accuracy": validation.accuracy,
         }
-        learning = LearningTeacher(self.network.to(memory_format=torch.channels_last), renormalise)
+        learning = LearningTeacher(self.network, renormalise)
         return Teacher(frozen, record, learning)
 
     def _find_or_train(self) -> tuple[Path, bool]:
@@ -188,7 +188,7 @@ class _Member:
         console.print(f"teacher {self.stem}: none trained under this configuration yet, training it", style="bold")
         pl.seed_everything(training["seed"], verbose=False)
         data = self.parts.data_with(training["seed"], training["batch_size"])
-        network = self.parts.teacher_network(self.key).to(memory_format=torch.channels_last)
+        network = self.parts.teacher_network(self.key)
         module = Supervised(
             student=network,
             loss=CrossEntropy(training["label_smoothing"]),
