@@ -3,19 +3,20 @@
 import contextlib
 import copy
 import difflib
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from pydantic import AfterValidator, Field
-from torch import Tensor, nn
+from torch import nn
 
 from compress.errors import UserError, first_line
+from compress.models.resized import Resized
 
 NEAR = 4  # names that a message suggests
 EXAMPLES = ("resnet10t", "vit_tiny_patch16_224")
 
 
-def _known(name: str) -> str:
+def known_name(name: str) -> str:
     """Only what lies in timm itself: its builder would also fetch an `hf-hub:` name from the network."""
     try:
         import timm
@@ -23,18 +24,19 @@ def _known(name: str) -> str:
         raise ValueError("a name of timm, which is not installed: pip install 'compress[timm]'") from None
     names = timm.list_models()
     if name not in names:
-        near = difflib.get_close_matches(name.partition(".")[0], names, NEAR, 0.4) or EXAMPLES
-        raise ValueError(f"a name of timm without a tag, such as {', '.join(near)}")
+        architecture, dot, _ = name.partition(".")
+        near = [architecture] if architecture in names else difflib.get_close_matches(architecture, names, NEAR, 0.4)
+        of_weights = dot or name.startswith("hf-hub:")
+        hint = "; with pretrained=true, such with a tag or hf-hub:OWNER/NAME" if of_weights else ""
+        raise ValueError(f"a name of timm without a tag, such as {', '.join(near or EXAMPLES)}{hint}")
     return name
 
 
-class TimmModel(nn.Module):
+class TimmModel(Resized):
     """`(B, 3, H, W) -> (B, num_classes)`, logits of the timm model `name` with fresh weights; nothing is downloaded.
 
-    Images are resized to `input_size` pixels, bilinearly. Without it they stay as they are, unless the model is made
-    for one size, as ViT is: then they get that. Such a model is made for the `input_size` where there is one.
-
-    The keys are timm's behind `network.`; `compress.export.weights.load_weights` takes them without that prefix, too.
+    Images are resized to `input_size` pixels. Without it they stay as they are, unless the model is made for one size,
+    as ViT is: then they get that. Such a model is made for the `input_size` where there is one.
 
     Raises UserError where timm cannot make the model for `input_size`.
     """
@@ -42,31 +44,32 @@ class TimmModel(nn.Module):
     def __init__(
         self,
         num_classes: Annotated[int, Field(ge=1)],
-        name: Annotated[str, AfterValidator(_known)],
+        name: Annotated[str, AfterValidator(known_name)],
         input_size: Annotated[int, Field(ge=1)] | None = None,
     ) -> None:
         import timm
 
-        super().__init__()
         about = timm.get_pretrained_cfg(name)
         usual = about.input_size[-1]
-        options = {"img_size": input_size} if about.fixed_input_size and input_size else {}
         try:
-            self.network = timm.create_model(name, pretrained=False, num_classes=num_classes, **options)
+            network = create(name, num_classes, input_size)
             if input_size not in (None, usual):
-                _try(self.network, input_size)
+                _try(network, input_size)
         except (AssertionError, RuntimeError, TypeError, ValueError) as error:
             reason = first_line(error)
             raise UserError(
                 f"input_size: found {input_size}, for which timm has no {name} ({reason}); accepted: such as {usual}"
             ) from error
-        self.input_size = input_size or (usual if about.fixed_input_size else None)
+        super().__init__(network, input_size or (usual if about.fixed_input_size else None))
 
-    def forward(self, images: Tensor) -> Tensor:
-        if self.input_size is not None:
-            size = (self.input_size, self.input_size)
-            images = nn.functional.interpolate(images, size, mode="bilinear", antialias=False)
-        return self.network(images)
+
+def create(name: str, num_classes: int, input_size: int | None, **options: Any) -> nn.Module:
+    """timm's model `name`, made for images of `input_size` pixels where it is made for one size."""
+    import timm
+
+    if input_size and timm.get_pretrained_cfg(name).fixed_input_size:
+        options["img_size"] = input_size
+    return timm.create_model(name, num_classes=num_classes, **options)
 
 
 def _try(network: nn.Module, size: int) -> None:

@@ -1,0 +1,99 @@
+"""Weights that are published under a name: what they were trained on, and their tensors, fetched where needed."""
+
+import pickle
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.hub import download_url_to_file
+
+from compress.errors import UserError, first_line
+
+# What reading a file of weights can end with that is damaged or something else.
+FAILURES = (OSError, RuntimeError, TypeError, ValueError, KeyError, pickle.UnpicklingError)
+
+
+@dataclass(frozen=True)
+class Published(ABC):
+    """Weights of an architecture, which images they want, and which classes they tell apart.
+
+    `options` are those of the network, `weights` is the name of the weights among those published of it. Images have
+    `size` pixels on each side and are normalised by `mean` and `standard_deviation`, of pixel values in 0..1.
+    """
+
+    options: Mapping[str, Any]
+    weights: str
+    size: int
+    mean: tuple[float, ...]
+    standard_deviation: tuple[float, ...]
+    class_names: Sequence[str] = ()
+
+    @abstractmethod
+    def tensors(self, input_size: int | None) -> dict[str, Tensor]:
+        """The state dict of the network with its own classes, made for images of `input_size` pixels.
+
+        Raises UserError where a file is missing and cannot be fetched.
+        """
+
+
+def downloads() -> Path:
+    """The folder in which PyTorch keeps the weights that it has downloaded."""
+    return Path(torch.hub.get_dir()) / "checkpoints"
+
+
+@dataclass(frozen=True)
+class File:
+    """A published file: that at its `address` is wanted at `place`, or in the cache of the hub if `identity` is there.
+
+    A `digest` is the beginning of its SHA-256, in hexadecimal digits.
+    """
+
+    address: str
+    place: Path
+    identity: str | None = None  # OWNER/NAME on the hub
+    digest: str | None = None
+
+    def fetched(self) -> Path:
+        """Where it is. Raises UserError for one that is not on this machine and cannot be fetched."""
+        if self.place.exists():
+            return self.place
+        try:
+            if self.identity is not None:
+                return self._from_hub()
+            self.place.parent.mkdir(parents=True, exist_ok=True)
+            download_url_to_file(self.address, str(self.place), self.digest)
+        except (OSError, RuntimeError) as failure:
+            raise UserError(
+                f"found weights that are not on this machine and cannot be fetched ({first_line(failure)}); accepted: "
+                f"a connection, or {self.address} as {self.place}"
+            ) from failure
+        return self.place
+
+    def unreadable(self, failure: BaseException) -> UserError:
+        """What is said of a file that was found and cannot be read."""
+        why = first_line(failure)
+        return UserError(f"found {self.fetched()}, which cannot be read ({why}); accepted: {self.address}")
+
+    def _from_hub(self) -> Path:
+        from huggingface_hub import hf_hub_download
+
+        with _quiet():
+            return Path(hf_hub_download(self.identity, self.address.rpartition("/")[2]))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Within it, the hub's library says nothing of what it tries again."""
+    from huggingface_hub.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
