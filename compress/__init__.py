@@ -3,7 +3,7 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 # PyTorch's threads read this when PyTorch is imported. They wait awake for their next operation, a thirtieth as long as
 # they would by themselves: enough within a training step, and beside other jobs it does not keep cores from them.
@@ -11,6 +11,9 @@ if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 if TYPE_CHECKING:
+    from torch import nn
+
+    from compress.pipeline.own_module import QuantizedNetwork
     from compress.pipeline.run import Result
 
 
@@ -31,3 +34,26 @@ def run(overrides: Sequence[str] = (), config_dir: str | Path | None = None) -> 
     with searching(searched_folders(overrides, config_dir)):
         [job] = checked_jobs(overrides, data_sets=data_sets)
         return execute(job, run_directory(job, overrides), data_sets)
+
+
+def quantize(
+    network: "nn.Module", images: Any, bits: int | Sequence[int] = 4, quantizer: str = "gpfq", **keys: Any
+) -> "QuantizedNetwork":
+    """Quantizes any `network` on some `images`, without training; see `compress.pipeline.own_module.quantize`.
+
+    `quantize(network, images, bits=3, quantizer="gptq").save("net.safetensors")`; images are normalised as the network
+    takes them. Raises `compress.errors.UserError` for a mistake.
+    """
+    from compress.pipeline import own_module
+
+    return own_module.quantize(network, images, bits, quantizer, **keys)
+
+
+def load(path: str | Path, network: Any = None) -> tuple[Any, dict[str, Any]]:
+    """(network, description) of a model file: `load("net.safetensors", network=MyNet())` for a class of one's own.
+
+    See `compress.pipeline.own_module.load`.
+    """
+    from compress.pipeline import own_module
+
+    return own_module.load(path, network)

@@ -55,6 +55,18 @@ def available() -> list[Exporter]:
     return exporters
 
 
+def exporter_called(name: str) -> Exporter:
+    """The exporter, with its default options, of the node `name` in `conf/export`. Raises UserError where none is."""
+    nodes: dict[str, str] = {}
+    for stem in options("export"):
+        content = yaml.safe_load(option_file("export", stem).read_text(encoding="utf-8")) or {}
+        nodes |= {key: node["_target_"] for key, node in content.items()}
+    if name not in nodes:
+        raise UserError(f"format: found {name!r}; accepted: {', '.join(sorted(nodes))}")
+    module, _, last = nodes[name].rpartition(".")
+    return getattr(import_module(module), last)()
+
+
 def exporter_of(path: Path) -> Exporter:
     """The exporter whose suffix the file has; of several the one with the longest. Raises UserError where none has."""
     exporters = available()

@@ -8,7 +8,7 @@ In a packed file the layer `name` is `name.weight.codes` (a stream of bits, see 
 
 import math
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,11 +98,14 @@ def file_bytes(network: QuantizedModel | nn.Module, description: NetworkDescript
         return write(Path(folder) / "model.safetensors", network, description, **options)
 
 
-def read_model(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
+def read_model(
+    path: str | Path, network: nn.Module | Callable[..., nn.Module] | None = None
+) -> tuple[nn.Module, dict[str, Any]]:
     """(model in eval mode, description) of a packed or a float32 file; description["format"] says which.
 
-    The weights are bit for bit those that were evaluated. Raises UserError, naming the file, where it is damaged,
-    altered, of another format, or does not fit its network.
+    The weights are bit for bit those that were evaluated. `network`, or its class, is needed for a file of one of the
+    user's own class, see `compress.models.rebuild`; it stays as it is. Raises UserError, naming the file, where it is
+    damaged, altered, of another format, or does not fit its network.
     """
     path = Path(path)
     kind, description, tensors = container.read(path)
@@ -111,7 +114,7 @@ def read_model(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
     try:
         # Fresh weights are drawn and thrown away; reading a file must not move anyone's random numbers.
         with torch.random.fork_rng(devices=[]):
-            model = models.rebuild(description["architecture"]).eval()
+            model = models.rebuild(description["architecture"], network).eval()
         if kind == PACKED:
             model = canonical(model, description["input_shape"])
             _apply_quantization(model, description, tensors)
@@ -125,6 +128,16 @@ def read_model(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
         reason = first_line(error)
         raise UserError(f"{path}: found a description that its tensors do not fit ({reason})") from error
     return model.eval(), {"format": kind, **description}
+
+
+def architecture_of(path: str | Path) -> dict[str, Any]:
+    """What a packed or a float32 file says of how to build its network; empty where it says nothing."""
+    try:
+        _, description, _ = container.read(Path(path))
+    except container.NoDescriptionError:
+        return {}
+    found = description.get("architecture")
+    return found if isinstance(found, dict) else {}
 
 
 def read_float_description(path: Path) -> dict[str, Any] | None:

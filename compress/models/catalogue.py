@@ -10,6 +10,7 @@ from torch import nn
 from compress import paths
 from compress.arguments import check_arguments
 from compress.errors import UserError
+from compress.models.own_class import own_network
 
 
 def available() -> tuple[str, ...]:
@@ -20,8 +21,8 @@ def available() -> tuple[str, ...]:
 def build(stem: str, num_classes: int, **options: Any) -> nn.Module:
     """The network described by conf/model/<stem>.yaml with freshly drawn weights: `(B, 3, H, W) -> (B, num_classes)`.
 
-    `options` replace keys of that file. What is called is the `_target_` of the file alone: stem and options may come
-    from a downloaded model, which must not be able to name code.
+    `options` replace keys of that file. What is called is the `_target_` of the file, or a class that the options name:
+    those of a downloaded model go through `compress.models.rebuild`, which refuses that.
 
     Raises UserError for a stem without a file and for options that the file does not have or that are out of range.
     """
@@ -32,6 +33,11 @@ def build(stem: str, num_classes: int, **options: Any) -> nn.Module:
 def check_options(stem: str, options: Mapping[str, Any], where: str) -> dict[str, Any]:
     """All arguments that `build` would pass, without `num_classes`; raises the same errors, naming `where`."""
     return _description(stem, options, where, where)[1]
+
+
+def names_class(stem: str) -> bool:
+    """Whether the options of `stem` name a class that would be imported."""
+    return described(stem, "student/model")["_target_"] == f"{own_network.__module__}.{own_network.__name__}"
 
 
 def described(stem: str, where: str) -> dict[str, Any]:
