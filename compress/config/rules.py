@@ -55,6 +55,10 @@ def check_rules(config: DictConfig, overrides: Sequence[str] = ()) -> None:
             f"trainer.gradient_clip_val: found {config.trainer.gradient_clip_val}, which Lightning cannot do for "
             "several optimizers; accepted: null"
         )
+    if uses_peers(config) and not config.peer and config.student.get("from_python"):
+        raise UserError(
+            "student: found a network from Python, which cannot be drawn anew as a peer; accepted: peer=STEM"
+        )
     _check_training(config)
     for where in ensemble.keys(config):
         _check_normalisation(config, where)
@@ -145,5 +149,5 @@ def _check_normalisation(config: DictConfig, where: str) -> None:
             raise UserError(f"{where}.{key}: found {len(node[key])} values; accepted: 1 or 3")
     if (node.mean is None) != (node.standard_deviation is None):
         raise UserError(f"{where}.mean: found only one of mean and standard_deviation; accepted: both or neither")
-    if node.mean is not None and node.checkpoint is None:
+    if node.mean is not None and node.checkpoint is None and not node.model.get("from_python"):
         raise UserError(f"{where}.mean: found one for a teacher that is trained on these data; accepted: null")

@@ -27,6 +27,7 @@ from compress.config.ranges import (
     TRAINER_SUPPLIED,
 )
 from compress.errors import UserError, first_line
+from compress.models import own_class
 from compress.optim.groups import DECAY
 from compress.paths import CONF
 
@@ -201,6 +202,8 @@ def _check_model(config: DictConfig, where: str) -> None:
     if "checkpoint" in options:
         check_arguments(STUDENT, {"checkpoint": options.pop("checkpoint")}, where)
     values = models.check_options(stem, options, where)
+    if models.names_class(stem):
+        own_class.check(values, where)
     with open_dict(config):
         for key in options.keys() & values.keys():
             node[key] = values[key]

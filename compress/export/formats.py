@@ -3,12 +3,14 @@
 from collections.abc import Iterable
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from compress.errors import UserError
 from compress.export.exporter import Exporter
 from compress.export.packed import Packed
+from compress.models.own_class import OwnNetwork
 from compress.paths import option_file, options
 from compress.quantization import Quantizer
 
@@ -65,6 +67,16 @@ def exporter_called(name: str) -> Exporter:
         raise UserError(f"format: found {name!r}; accepted: {', '.join(sorted(nodes))}")
     module, _, last = nodes[name].rpartition(".")
     return getattr(import_module(module), last)()
+
+
+def read_any(path: Path, threads: int = 1, network: OwnNetwork | None = None) -> tuple[Any, dict[str, Any]]:
+    """(model, description) of a file of any format, see `Exporter.read`; `network`: one of the user's own class."""
+    exporter = exporter_of(path)
+    if network is None:
+        return exporter.read(path, threads)
+    if not exporter.takes_network:
+        raise UserError(f"{path}: found network= for a {exporter.suffix} file, which needs none; accepted: no network=")
+    return exporter.read(path, threads, network=network)
 
 
 def exporter_of(path: Path) -> Exporter:

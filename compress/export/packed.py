@@ -8,7 +8,7 @@ In a packed file the layer `name` is `name.weight.codes` (a stream of bits, see 
 
 import math
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from compress.export.exporter import Exporter
 from compress.models import masks
 from compress.models.canonical import LAYERS, canonical
 from compress.models.folding import fold_pairs
+from compress.models.own_class import OwnNetwork
 from compress.quantization.activations import InputQuantizer, attach_input_quantizer, input_quantizers
 from compress.quantization.grid import Grid
 from compress.quantization.post_training import QuantizedModel
@@ -37,7 +38,7 @@ COUNTER = "num_batches_tracked"
 class Packed(Exporter):
     """`export=packed`: packed codes, or float32 weights, that torch computes with."""
 
-    suffix, runtime, movable = ".safetensors", "torch", True
+    suffix, runtime, movable, takes_network = ".safetensors", "torch", True, True
 
     def write(
         self,
@@ -49,8 +50,8 @@ class Packed(Exporter):
         write = write_packed if isinstance(network, QuantizedModel) else write_float
         write(path, network, description)
 
-    def read(self, path: Path, threads: int = 1) -> tuple[nn.Module, dict[str, Any]]:
-        return read_model(path)
+    def read(self, path: Path, threads: int = 1, network: OwnNetwork | None = None) -> tuple[nn.Module, dict[str, Any]]:
+        return read_model(path, network)
 
 
 def write_packed(path: Path, quantized: QuantizedModel, description: NetworkDescription, bitmaps: bool = True) -> int:
@@ -98,9 +99,7 @@ def file_bytes(network: QuantizedModel | nn.Module, description: NetworkDescript
         return write(Path(folder) / "model.safetensors", network, description, **options)
 
 
-def read_model(
-    path: str | Path, network: nn.Module | Callable[..., nn.Module] | None = None
-) -> tuple[nn.Module, dict[str, Any]]:
+def read_model(path: str | Path, network: OwnNetwork | None = None) -> tuple[nn.Module, dict[str, Any]]:
     """(model in eval mode, description) of a packed or a float32 file; description["format"] says which.
 
     The weights are bit for bit those that were evaluated. `network`, or its class, is needed for a file of one of the

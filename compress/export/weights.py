@@ -3,7 +3,6 @@
 import copy
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -11,7 +10,6 @@ from compress.errors import UserError
 from compress.export.packed import COUNTER
 from compress.export.state_dicts import ACCEPTED, listed, read_state_dict
 from compress.models import masks
-from compress.models.catalogue import build
 from compress.models.channels import last_linear, with_channels
 from compress.models.timm_model import TimmModel
 
@@ -49,15 +47,6 @@ def load_weights(model: nn.Module, path: str | Path, where: str = "checkpoint") 
     model.load_state_dict(weights, strict=False)  # strict about all but the counters, which were allowed above
     masks.restore(model, loaded_masks, where)
     masks.mask_zeros(model, [name for name in state.masked if name in masks.layers(model)])
-
-
-def build_network(node: Mapping[str, Any], num_classes: int, where: str = "student") -> nn.Module:
-    """The network of a config `node`, with the weights in its `checkpoint` if it names one; `where` is for errors."""
-    options = {name: value for name, value in node.items() if name != "checkpoint"}
-    network = build(num_classes=num_classes, **options)
-    if node.get("checkpoint") is not None:
-        load_weights(network, node["checkpoint"], where=f"{where}.checkpoint")
-    return network
 
 
 def _without_prefix(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@ layer, `[features]` of a batch norm. It travels with checkpoints and model files
 the network again.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -82,13 +82,14 @@ def architecture(
     return described | ({"channels": changed} if changed else {})
 
 
-def rebuild(architecture: Mapping[str, Any], network: nn.Module | Callable[..., nn.Module] | None = None) -> nn.Module:
+def rebuild(architecture: Mapping[str, Any], network: own_class.OwnNetwork | None = None) -> nn.Module:
     """The network that {"stem", "options", "num_classes"} and perhaps "channels" describe, with weights of no meaning.
 
     `network`, of the user's own class, takes the place of the stem: a copy of it counts, or what it makes if it is a
     class. Raises UserError where the description names such a class and there is none: it may come from a file.
     """
     classes, options = architecture["num_classes"], architecture["options"]
+    own_class.refuse_targets(options)
     if isinstance(network, nn.Module):
         model = own_class.given(network, classes)
     elif network is not None:

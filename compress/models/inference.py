@@ -29,7 +29,19 @@ def frozen_for_inference(model: nn.Module, input_shape: Sequence[int]) -> nn.Mod
         with contextlib.suppress(AttributeError):
             if difference(logits(folded(images)), expected) <= TOLERANCE:
                 frozen = folded
-    return frozen.requires_grad_(False).to(memory_format=torch.channels_last)
+    return laid_out(frozen.requires_grad_(False), input_shape)
+
+
+def laid_out(network: nn.Module, input_shape: Sequence[int]) -> nn.Module:
+    """`network` itself in channels_last, or as it was where its forward cannot be so, as one with a `view` cannot."""
+    last = torch.channels_last
+    trial = copied(network).eval().to(memory_format=last)
+    try:
+        with torch.no_grad():
+            trial(probe(trial, input_shape).contiguous(memory_format=last))
+    except RuntimeError:
+        return network
+    return network.to(memory_format=last)
 
 
 def _fold(network: nn.Module, input_shape: Sequence[int]) -> None:

@@ -15,6 +15,8 @@ from compress.errors import UserError, first_line
 from compress.models.baking import copied
 from compress.models.outputs import returning_logits
 
+# A network of the user's, or the class or function that makes one.
+OwnNetwork = nn.Module | Callable[..., nn.Module]
 # The option of `student` and `teacher`, conf/model/module.yaml.
 STEM = "module"
 # The argument that a class need not have, and gets if it does.
@@ -59,12 +61,12 @@ def make(target: Callable[..., nn.Module], num_classes: int, arguments: Mapping[
         raise UserError(f"{name}({_shown(arguments)}): {first_line(failure)}; accepted: what it can make") from failure
     if not isinstance(network, nn.Module):
         raise UserError(f"{name}: found what makes a {type(network).__name__}; accepted: a torch.nn.Module")
-    return returning_logits(network, num_classes)
+    return _adapted(network, num_classes)
 
 
 def given(network: nn.Module, num_classes: int | None = None) -> nn.Module:
     """A copy, on the CPU and in float32, of a `network` that was given from Python; it returns its logits alone."""
-    return returning_logits(copied(network).cpu().float(), num_classes)
+    return _adapted(copied(network).cpu().float(), num_classes)
 
 
 def check(options: Mapping[str, Any], where: str) -> None:
@@ -78,6 +80,15 @@ def check(options: Mapping[str, Any], where: str) -> None:
     check_arguments(target, options["arguments"] or {}, f"{where}.arguments", accepted=accepted)
 
 
+def refuse_targets(options: Any) -> None:
+    """Raises UserError for a `_target_` anywhere in `options` that come from a file: it would name code to import."""
+    values = options.values() if isinstance(options, Mapping) else options if isinstance(options, list) else ()
+    if isinstance(options, Mapping) and "_target_" in options:
+        raise UserError(f"found the class {str(options['_target_'])!r}; accepted: a file that names no code to run")
+    for value in values:
+        refuse_targets(value)
+
+
 def class_name(network: nn.Module) -> str:
     """The name of the class of `network`, with its module's."""
     return f"{type(network).__module__}.{type(network).__qualname__}"
@@ -86,6 +97,17 @@ def class_name(network: nn.Module) -> str:
 def options_of(network: nn.Module) -> dict[str, Any]:
     """The options of `own_network` that stand for a `network` which is given from Python."""
     return {"target": class_name(network), "arguments": None, "from_python": True}
+
+
+def label(stem: str, options: Mapping[str, Any]) -> str:
+    """What a network is called: its `stem`, or its class."""
+    return options["target"] if stem == STEM else stem
+
+
+def _adapted(network: nn.Module, num_classes: int | None) -> nn.Module:
+    """`network` itself, which returns its logits alone and gets its images laid out as its author had them."""
+    network.register_forward_pre_hook(lambda module, images: tuple(image.contiguous() for image in images))
+    return returning_logits(network, num_classes)
 
 
 def _shown(arguments: Mapping[str, Any]) -> str:

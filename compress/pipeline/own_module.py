@@ -1,7 +1,7 @@
 """`compress.quantize(network, images)`: any network, with weights of its own, quantized and written without a run."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,8 +16,8 @@ from compress.config.compose import compose_jobs
 from compress.errors import UserError
 from compress.export.description import NetworkDescription
 from compress.export.encodings import layer_bytes
-from compress.export.formats import exporter_called, exporter_of
-from compress.export.packed import Packed, file_bytes, read_model
+from compress.export.formats import exporter_called, exporter_of, read_any
+from compress.export.packed import file_bytes
 from compress.models import own_class
 from compress.quantization import Measures, QuantizedModel, Quantizer
 from compress.quantization.options import silent
@@ -116,17 +116,14 @@ def quantize(
     )
 
 
-def load(path: str | Path, network: nn.Module | Callable[..., nn.Module] | None = None) -> tuple[Any, dict[str, Any]]:
+def load(path: str | Path, network: own_class.OwnNetwork | None = None) -> tuple[Any, dict[str, Any]]:
     """(network in eval mode, description) of a file that `compress` wrote, in a run or by `QuantizedNetwork.save`.
 
     network: one of the class that the file names, or the class, where that is none of `conf/model`; a file can import
     nothing. It stays as it is. The weights are bit for bit those that were saved. Raises UserError in one line for a
     file that is damaged, or that does not fit the network.
     """
-    path = Path(path)
-    if network is not None or path.name.endswith(Packed.suffix):
-        return read_model(path, network)
-    return exporter_of(path).read(path, torch.get_num_threads())
+    return read_any(Path(path), torch.get_num_threads(), network)
 
 
 def _quantizer(stem: str, keys: Mapping[str, Any]) -> Quantizer:

@@ -124,13 +124,15 @@ class _Member:
     def __init__(self, parts: Parts, key: str, directory: Path) -> None:
         self.parts, self.key, self.directory = parts, key, directory
         self.node = parts.node(key)
-        self.stem = self.node["model"]["stem"]
+        self.label = parts.label(key)
         self.network = parts.teacher_network(key)
 
     def resolve(self) -> Teacher:
         started = time.perf_counter()
         data = self.parts.data
-        if self.node["checkpoint"] is not None:
+        if self.parts.is_given(self.key) and self.node["checkpoint"] is None:
+            path, trained, where = None, False, "as it was given"
+        elif self.node["checkpoint"] is not None:
             path, trained = Path(self.node["checkpoint"]), False
             load_weights(self.network, path, where="teacher.checkpoint")
             where = f"from {path}"
@@ -142,17 +144,17 @@ class _Member:
         frozen.to_float32(data.device)
         validation = evaluate(frozen, data.val_dataloader(), data.num_classes)
         accuracy = f"validation accuracy {100 * validation.accuracy:.2f} %"
-        console.print(f"teacher {self.stem} {where}: {accuracy}", style="bold")
+        console.print(f"teacher {self.label} {where}: {accuracy}", style="bold")
         record = {
-            "model": self.stem,
-            "file": str(path),
+            "model": self.label,
+            "file": path and str(path),
             "trained_in_this_run": trained,
             "seconds": round(time.perf_counter() - started, 1),
             "parameters": models.count_parameters(self.network),
             "macs": models.count_macs(self.network, data.input_shape),
             "validation_accuracy": validation.accuracy,
         }
-        learning = LearningTeacher(self.network.to(memory_format=torch.channels_last), renormalise)
+        learning = LearningTeacher(models.laid_out(self.network, data.input_shape), renormalise)
         return Teacher(frozen, record, learning)
 
     def _find_or_train(self) -> tuple[Path, bool]:
@@ -163,7 +165,7 @@ class _Member:
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            console.print(f"teacher {self.stem}: another job is training it, waiting")
+            console.print(f"teacher {self.label}: another job is training it, waiting")
             lock.acquire()
         try:
             remove_leftovers(path.parent, path.stem)
@@ -185,10 +187,10 @@ class _Member:
 
     def _train(self, path: Path) -> None:
         training, trainer = self.node["training"], self.parts.plain["trainer"]
-        console.print(f"teacher {self.stem}: none trained under this configuration yet, training it", style="bold")
+        console.print(f"teacher {self.label}: none trained under this configuration yet, training it", style="bold")
         pl.seed_everything(training["seed"], verbose=False)
         data = self.parts.data_with(training["seed"], training["batch_size"])
-        network = self.parts.teacher_network(self.key).to(memory_format=torch.channels_last)
+        network = models.laid_out(self.parts.teacher_network(self.key), data.input_shape)
         module = Supervised(
             student=network,
             loss=CrossEntropy(training["label_smoothing"]),
