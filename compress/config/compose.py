@@ -22,6 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 from yaml import YAMLError
 
+from compress.config.reserved import check_stems
 from compress.config.roles import register
 from compress.config.values import GROUPS
 from compress.errors import UserError, first_line
@@ -127,6 +128,7 @@ def compose_job(overrides: Sequence[str]) -> Job:
         with open_dict(config):
             del config["hydra"]
             _add_stems(config, composed.hydra.runtime.choices)
+        check_stems(config, composed.hydra.runtime.choices)
         OmegaConf.resolve(config)
         missing = OmegaConf.missing_keys(config)
     except MissingConfigException as failure:

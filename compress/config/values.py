@@ -26,6 +26,7 @@ from compress.config.ranges import (
     TRAINER_REQUIRED,
     TRAINER_SUPPLIED,
 )
+from compress.config.reserved import check_reserved, check_target
 from compress.errors import UserError, first_line
 from compress.models import own_class
 from compress.optim.groups import DECAY
@@ -41,6 +42,7 @@ def check_values(config: DictConfig) -> None:
     Raises UserError for the first one that is wrong.
     """
     _check_groups(config)
+    check_reserved(config)
     _coerce(config, "", TOP_LEVEL, accepted=[*TOP_LEVEL, *GROUPS], required=TOP_LEVEL)
     _check_stages(config)
     for group in ("data", "method", "loss", "scheduler"):
@@ -198,6 +200,8 @@ def _check_model(config: DictConfig, where: str) -> None:
     if not isinstance(node, DictConfig) or "stem" not in node:
         raise UserError(f"{where}: found {node!r}; accepted: {', '.join(models.available())}")
     options = OmegaConf.to_container(node, resolve=True)
+    if isinstance(options["stem"], str):
+        check_target(options, where)
     stem = options.pop("stem")
     if "checkpoint" in options:
         check_arguments(STUDENT, {"checkpoint": options.pop("checkpoint")}, where)
