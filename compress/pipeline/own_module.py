@@ -163,7 +163,7 @@ def _first(images: Any, count: int) -> Tensor:
             break
     if missing == count:
         raise UserError(f"images: found none; {IMAGES}")
-    return torch.cat(chosen)
+    return torch.cat(chosen).contiguous()
 
 
 def _about(network: nn.Module, images: Tensor) -> NetworkDescription:

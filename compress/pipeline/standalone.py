@@ -147,6 +147,8 @@ def _model(path: Path, typed: Mapping[str, str], about: Mapping[str, Any] | None
     """The overrides that compose the network: what was typed, what the file says of itself, or what its run says."""
     keys = [f"student.{key.removeprefix('model.')}={value}" for key, value in typed.items() if key.startswith("model.")]
     if "model" in typed:
+        if "network" in typed:
+            raise UserError("network: found it beside model; accepted: one of the two")
         return [f"student={typed['model']}", *keys]
     run = _run_of(path)
     if about:
@@ -154,9 +156,15 @@ def _model(path: Path, typed: Mapping[str, str], about: Mapping[str, Any] | None
         node = about["architecture"]["options"] | {"stem": about["architecture"]["stem"]}
     elif run is not None:
         node = run.student
+    elif "network" in typed:
+        node = {"stem": own_class.STEM}
     else:
         raise UserError(f"model: found none, and {path} does not say it; accepted: {', '.join(models.available())}")
-    return _overrides("student", _own_class(path, typed, node) if models.names_class(node["stem"]) else node) + keys
+    if models.names_class(node["stem"]):
+        node = _own_class(path, typed, node)
+    elif "network" in typed:
+        raise UserError(f"network: found a class for {path}, which is of {node['stem']}; accepted: no network=")
+    return _overrides("student", node) + keys
 
 
 def _own_class(path: Path, typed: Mapping[str, str], node: Mapping[str, Any]) -> dict[str, Any]:

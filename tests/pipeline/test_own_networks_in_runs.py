@@ -12,9 +12,12 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 import compress
+from compress import models
 from compress.cli import main
 from compress.errors import UserError
 from compress.export.container import read, write
+from compress.export.description import NetworkDescription
+from compress.export.packed import write_float
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 SHORT = [
@@ -269,3 +272,20 @@ def test_a_network_from_python_that_cannot_be_used_is_one_line(networks, overrid
         compress.run([*overrides, *short], **given)
     assert str(mistake.value).startswith(message)
     assert len(str(mistake.value).splitlines()) == 1
+
+
+def test_a_class_for_a_checkpoint_that_needs_none_is_refused(folder, capsys):
+    network = models.build("resnet8", 10)
+    about = NetworkDescription(
+        {"stem": "resnet8", "options": {}, "num_classes": 10}, list("0123456789"), [0], [1], (3, 8, 8)
+    )
+    write_float(folder / "resnet8.safetensors", network, about)
+    for more, words in (
+        ([], "which is of resnet8; accepted: no network="),
+        (["model=resnet8"], "found it beside model"),
+    ):
+        typed = ["checkpoint=resnet8.safetensors", "network=my_networks.MyNet", *more]
+        assert script("quantize", *typed) == 2
+        [line] = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: network: ")
+        assert words in line
