@@ -47,21 +47,25 @@ def check_rules(config: DictConfig, overrides: Sequence[str] = ()) -> None:
     name one for those of its methods that do.
     """
     _refuse_unused_roles(config, overrides)
+    if config.student.get("head") == "new" and config.student.checkpoint is None:
+        raise UserError("student.head: found new without a student.checkpoint; accepted: keep, or a checkpoint")
     _check_teacher(config)
     _check_loss(config)
     _check_mixup(config)
-    if uses_peers(config) and config.trainer.gradient_clip_val is not None:
-        raise UserError(
-            f"trainer.gradient_clip_val: found {config.trainer.gradient_clip_val}, which Lightning cannot do for "
-            "several optimizers; accepted: null"
-        )
-    if uses_peers(config) and not config.peer and config.student.get("from_python"):
-        raise UserError(
-            "student: found a network from Python, which cannot be drawn anew as a peer; accepted: peer=STEM"
-        )
+    if uses_peers(config):
+        for key, neutral in (("gradient_clip_val", None), ("accumulate_grad_batches", 1)):
+            if (value := config.trainer.get(key, neutral)) != neutral:
+                raise UserError(
+                    f"trainer.{key}: found {value}, which Lightning cannot do for several optimizers; accepted: "
+                    f"{'null' if neutral is None else neutral}"
+                )
+        if not config.peer and config.student.get("from_python"):
+            raise UserError(
+                "student: found a network from Python, which cannot be drawn anew as a peer; accepted: peer=STEM"
+            )
     _check_training(config)
     for where in ensemble.keys(config):
-        _check_normalisation(config, where)
+        _check_foreign_teacher(config, where)
 
 
 def _refuse_unused_roles(config: DictConfig, overrides: Sequence[str]) -> None:
@@ -133,6 +137,19 @@ def _check_training(config: DictConfig) -> None:
         raise UserError(
             f"trainer.accelerator: found {trainer.accelerator!r} but no usable GPU; accepted here: cpu, auto"
         )
+    if trainer.accelerator == "cpu" or not torch.cuda.is_available():
+        for where in ("trainer", *(f"{key}.training" for key in ensemble.keys(config))):
+            if OmegaConf.select(config, f"{where}.precision") == "16-mixed":
+                raise UserError(
+                    f"{where}.precision: found '16-mixed', which needs a GPU; accepted here: bf16-mixed, 32-true"
+                )
+    if trainer.get("gradient_clip_algorithm") is not None and trainer.gradient_clip_val is None:
+        raise UserError(
+            f"trainer.gradient_clip_algorithm: found {trainer.gradient_clip_algorithm!r} without "
+            "trainer.gradient_clip_val; accepted: both, or neither"
+        )
+    if trainer.get("deterministic") and trainer.get("benchmark"):
+        raise UserError("trainer.benchmark: found true with trainer.deterministic; accepted: one of the two")
     if trainer.gradient_clip_val is not None and trainer.precision.endswith("mixed") and config.optimizer.get("fused"):
         raise UserError(
             "optimizer.fused: found true with trainer.gradient_clip_val and mixed precision, which Lightning cannot "
@@ -142,8 +159,10 @@ def _check_training(config: DictConfig) -> None:
         raise UserError(f"data.batch_size: found {config.data.batch_size}; accepted: a whole number of at least 2")
 
 
-def _check_normalisation(config: DictConfig, where: str) -> None:
+def _check_foreign_teacher(config: DictConfig, where: str) -> None:
     node = OmegaConf.select(config, where)
+    if node.get("classes") is not None and node.checkpoint is None:
+        raise UserError(f"{where}.classes: found some without {where}.checkpoint; accepted: null, or a checkpoint")
     for key in ("mean", "standard_deviation"):
         if node[key] is not None and len(node[key]) not in (1, 3):
             raise UserError(f"{where}.{key}: found {len(node[key])} values; accepted: 1 or 3")

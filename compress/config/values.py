@@ -7,7 +7,6 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, is_dataclass
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
 from omegaconf import DictConfig, OmegaConf, open_dict
 
@@ -23,8 +22,8 @@ from compress.config.ranges import (
     TEACHER_TRAINING,
     TOP_LEVEL,
     TRAINER,
+    TRAINER_REFUSED,
     TRAINER_REQUIRED,
-    TRAINER_SUPPLIED,
 )
 from compress.config.reserved import check_reserved, check_target
 from compress.errors import UserError, first_line
@@ -56,8 +55,10 @@ def check_values(config: DictConfig) -> None:
     for role in ("student", "peer"):
         if config[role]:
             _check_model(config, role)
-    accepted = sorted({*annotations(pl.Trainer), *TRAINER} - TRAINER_SUPPLIED)
-    _coerce(config, "trainer", TRAINER, accepted=accepted, required=TRAINER_REQUIRED)
+    for key in config.trainer.keys() & TRAINER_REFUSED.keys():
+        why, instead = TRAINER_REFUSED[key]
+        raise UserError(f"trainer.{key}: found {config.trainer[key]!r}, {why}; accepted: {instead}")
+    _coerce(config, "trainer", TRAINER, accepted=sorted(TRAINER), required=TRAINER_REQUIRED)
     _check_teachers(config)
     _check_loggers(config)
 
@@ -116,7 +117,8 @@ def _check_teachers(config: DictConfig) -> None:
         _coerce_training(config, "teacher.training")
         ensemble.complete_members(config)
     for where in ensemble.keys(config):
-        _coerce(config, where, TEACHER, required=TEACHER)
+        # A run from before there was a choice of classes does not name them.
+        _coerce(config, where, TEACHER, required=[key for key in TEACHER if key != "classes"])
         _coerce_training(config, f"{where}.training")
         _check_model(config, f"{where}.model")
 
@@ -203,8 +205,9 @@ def _check_model(config: DictConfig, where: str) -> None:
     if isinstance(options["stem"], str):
         check_target(options, where)
     stem = options.pop("stem")
-    if "checkpoint" in options:
-        check_arguments(STUDENT, {"checkpoint": options.pop("checkpoint")}, where)
+    if where == "student":
+        # A run from before there was a choice of heads does not name it.
+        check_arguments(STUDENT, {key: options.pop(key) for key in STUDENT if key in options}, where)
     values = models.check_options(stem, options, where)
     if models.names_class(stem):
         own_class.check(values, where)

@@ -17,12 +17,13 @@ MAX_DATA_SETS = 2  # data sets held in memory
 class DataSets:
     """Makes data modules; those that differ in nothing but how batches are made share the images that one has read.
 
-    The images of the two data sets that were used last are held. A pickled copy holds none: a launcher sends what it
-    runs to other processes.
+    The images of the two data sets that were used last are held, and what was rehearsed on them is remembered. A
+    pickled copy holds none: a launcher sends what it runs to other processes.
     """
 
     def __init__(self) -> None:
         self._images: dict[str, Images] = {}
+        self.rehearsed: set[str] = set()
 
     def __reduce__(self) -> tuple[type["DataSets"], tuple[()]]:
         return type(self), ()

@@ -79,6 +79,14 @@ def read_any(path: Path, threads: int = 1, network: OwnNetwork | None = None) ->
     return exporter.read(path, threads, network=network)
 
 
+def read_back(
+    exporter: Exporter, path: Path, threads: int = 1, own_network: OwnNetwork | None = None
+) -> tuple[Any, dict[str, Any]]:
+    """(model, description) of a file that `exporter` wrote of `own_network`, if it is of the user's own class."""
+    own = {} if own_network is None or not exporter.takes_network else {"network": own_network}
+    return exporter.read(path, threads, **own)
+
+
 def exporter_of(path: Path) -> Exporter:
     """The exporter whose suffix the file has; of several the one with the longest. Raises UserError where none has."""
     exporters = available()

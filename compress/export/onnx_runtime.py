@@ -72,14 +72,20 @@ def start(content: bytes, threads: int = 1, *, optimized: bool = True, dequantiz
     options.log_severity_level = 4
     if not _sums_hold():
         options.add_session_config_entry("session.x64quantprecision", "1")
-        content = _with_weights_of_their_own(content)
     if dequantize_once:
         options.add_session_config_entry("session.disable_quant_qdq", "1")
     if not optimized:
         options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
     # That pass rounds weights that stayed float; what is to be integer is so in the file.
     disabled = ["WeightBiasQuantization"]
-    return runtime.InferenceSession(content, options, ["CPUExecutionProvider"], disabled_optimizers=disabled)
+    providers = ["CPUExecutionProvider"]
+    try:
+        return runtime.InferenceSession(content, options, providers, disabled_optimizers=disabled)
+    except Exception:  # ONNX Runtime has a class for each of its errors, without a common one
+        if _sums_hold():
+            raise
+        copied = _with_weights_of_their_own(content)
+        return runtime.InferenceSession(copied, options, providers, disabled_optimizers=disabled)
 
 
 def _sums_hold() -> bool:
@@ -97,8 +103,7 @@ def _with_weights_of_their_own(content: bytes) -> bytes:
 
     With `x64quantprecision` ONNX Runtime 1.24 rewrites the codes of each layer, and fails where two layers share them.
     """
-    import onnx
-
+    onnx = import_package("onnx", "onnx")
     model = onnx.load_from_string(content)
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
     sources = {node.output[0]: node for node in model.graph.node if node.op_type == "DequantizeLinear"}

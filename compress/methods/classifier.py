@@ -76,6 +76,11 @@ class Classifier(pl.LightningModule, ABC):
         self.train_terms: dict[str, list[Tensor]] = {}
         self.teacher = teacher
 
+    @property
+    def learning_networks(self) -> list[nn.Module]:
+        """The student, its peers, and a teacher that learns on."""
+        return [*self.networks.values(), *([self.teacher.network] if isinstance(self.teacher, LearningTeacher) else [])]
+
     @classmethod
     def number_of_peers(cls, options: Mapping[str, Any]) -> int:
         """How many networks a method with these `options` trains, the student among them."""

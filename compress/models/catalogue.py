@@ -10,6 +10,7 @@ from torch import nn
 from compress import paths
 from compress.arguments import check_arguments
 from compress.errors import UserError
+from compress.models.outputs import returning_logits
 from compress.models.own_class import own_network
 
 
@@ -22,12 +23,13 @@ def build(stem: str, num_classes: int, **options: Any) -> nn.Module:
     """The network described by conf/model/<stem>.yaml with freshly drawn weights: `(B, 3, H, W) -> (B, num_classes)`.
 
     `options` replace keys of that file. What is called is the `_target_` of the file, or a class that the options name:
-    those of a downloaded model go through `compress.models.rebuild`, which refuses that.
+    those of a downloaded model go through `compress.models.rebuild`, which refuses that. Of what the network returns
+    only the logits count.
 
     Raises UserError for a stem without a file and for options that the file does not have or that are out of range.
     """
     target, values = _description(stem, options, "student/model", stem)
-    return target(num_classes=num_classes, **values)
+    return returning_logits(target(num_classes=num_classes, **values), num_classes)
 
 
 def check_options(stem: str, options: Mapping[str, Any], where: str) -> dict[str, Any]:

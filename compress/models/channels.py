@@ -16,6 +16,7 @@ from torch.nn.utils import parametrize
 from compress.errors import UserError
 from compress.models import own_class
 from compress.models.catalogue import build, names_class
+from compress.models.outputs import returning_logits
 
 Channels = Mapping[str, Sequence[int]]
 WIDTHS = {
@@ -73,7 +74,7 @@ def architecture(
 
     `fresh` is an unpruned network of the same node; without one, it is built.
     """
-    options = {name: value for name, value in node.items() if name not in ("stem", "_target_", "checkpoint")}
+    options = {name: value for name, value in node.items() if name not in ("stem", "_target_", "checkpoint", "head")}
     described = {"stem": node["stem"], "options": options, "num_classes": num_classes}
     if fresh is None:
         with torch.random.fork_rng(devices=[]):
@@ -91,9 +92,9 @@ def rebuild(architecture: Mapping[str, Any], network: own_class.OwnNetwork | Non
     classes, options = architecture["num_classes"], architecture["options"]
     own_class.refuse_targets(options)
     if isinstance(network, nn.Module):
-        model = own_class.given(network, classes)
+        model = returning_logits(own_class.given(network), classes)
     elif network is not None:
-        model = own_class.make(network, classes, options.get("arguments") or {})
+        model = returning_logits(own_class.make(network, classes, options.get("arguments") or {}), classes)
     elif names_class(architecture["stem"]):
         raise UserError(
             f"found a network of the class {str(options.get('target'))!r}, and no file may name code to run; accepted: "

@@ -13,7 +13,6 @@ from torch import nn
 from compress.arguments import annotations, check_arguments, imported
 from compress.errors import UserError, first_line
 from compress.models.baking import copied
-from compress.models.outputs import returning_logits
 
 # A network of the user's, or the class or function that makes one.
 OwnNetwork = nn.Module | Callable[..., nn.Module]
@@ -36,7 +35,7 @@ ClassName = Annotated[str, AfterValidator(_name)]
 def own_network(
     num_classes: int, target: ClassName, arguments: dict[str, Any] | None = None, from_python: bool = False
 ) -> nn.Module:
-    """The network that the class or function called `target` makes: images `(B, 3, H, W)` to logits.
+    """The network that the class or function called `target` makes, for images `(B, 3, H, W)`.
 
     `target` is called with `arguments` and, if it takes them, with `num_classes`. Raises UserError for a class that
     cannot be imported or that fails, and for `from_python`: such a network has to be given again.
@@ -50,7 +49,7 @@ def own_network(
 
 
 def make(target: Callable[..., nn.Module], num_classes: int, arguments: Mapping[str, Any]) -> nn.Module:
-    """The network that `target`, a class or function of the user's choice, makes; it returns its logits alone."""
+    """The network that `target`, a class or function of the user's choice, makes."""
     name = getattr(target, "__qualname__", str(target))
     try:
         given = {CLASSES: num_classes} if CLASSES in annotations(target) else {}
@@ -61,12 +60,12 @@ def make(target: Callable[..., nn.Module], num_classes: int, arguments: Mapping[
         raise UserError(f"{name}({_shown(arguments)}): {first_line(failure)}; accepted: what it can make") from failure
     if not isinstance(network, nn.Module):
         raise UserError(f"{name}: found what makes a {type(network).__name__}; accepted: a torch.nn.Module")
-    return _adapted(network, num_classes)
+    return _with_plain_images(network)
 
 
-def given(network: nn.Module, num_classes: int | None = None) -> nn.Module:
-    """A copy, on the CPU and in float32, of a `network` that was given from Python; it returns its logits alone."""
-    return _adapted(copied(network).cpu().float(), num_classes)
+def given(network: nn.Module) -> nn.Module:
+    """A copy, on the CPU and in float32, of a `network` that was given from Python."""
+    return _with_plain_images(copied(network).cpu().float())
 
 
 def check(options: Mapping[str, Any], where: str) -> None:
@@ -104,10 +103,10 @@ def label(stem: str, options: Mapping[str, Any]) -> str:
     return options["target"] if stem == STEM else stem
 
 
-def _adapted(network: nn.Module, num_classes: int | None) -> nn.Module:
-    """`network` itself, which returns its logits alone and gets its images laid out as its author had them."""
+def _with_plain_images(network: nn.Module) -> nn.Module:
+    """`network` itself, which gets its images laid out as its author had them."""
     network.register_forward_pre_hook(lambda module, images: tuple(image.contiguous() for image in images))
-    return returning_logits(network, num_classes)
+    return network
 
 
 def _shown(arguments: Mapping[str, Any]) -> str:

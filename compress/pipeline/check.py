@@ -1,25 +1,27 @@
 """Everything that can be wrong with a run, found in one line before any work is done."""
 
+import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from compress.config import ensemble
 from compress.config.compose import Job, compose_jobs
 from compress.config.rules import check_rules, uses_peers
 from compress.config.stage_plan import compose_stages
 from compress.config.values import check_values
+from compress.data.dataset import evaluation_batches
 from compress.data.shared import DataSets
 from compress.errors import UserError, first_line
 from compress.export.formats import check_exporters
 from compress.export.packed import file_bytes
-from compress.export.weights import load_weights
 from compress.models import masks
 from compress.pipeline.parts import Parts
+from compress.pipeline.rehearsal import rehearse
 from compress.training import processes
 
 
@@ -77,24 +79,62 @@ def check(job: Job, data_sets: DataSets, start: nn.Module | None = None) -> nn.M
             "trainer=default, or student=module with its class"
         )
     processes.check(job.config, data.record()["images"], uses_peers(job.config))
+    _check_epochs(parts)
     parts.build_small()
     _check_teacher_files(parts)
-    _check_method(parts)
     check_image_sizes(parts)
+    _check_method(parts)
     if parts.recipe is not None:
         _check_pruning(parts)
     student = parts.pruned_student
     if parts.quantizer is not None:
         check_quantizer(parts, student)
     check_exporters(parts.exporters, parts.quantizer)
+    key = _rehearsed(parts)
+    if start is not None or key not in data_sets.rehearsed:
+        rehearse(parts, student)
+        data_sets.rehearsed.add(key)
     return student
+
+
+def _rehearsed(parts: Parts) -> str:
+    """The same for jobs, of a sweep say, that differ in nothing that a rehearsal meets."""
+    keys = ("data", "student", "peer", "teacher", "method", "loss", "mixup", "pruning", "quantizer", "export")
+    return json.dumps({key: parts.plain.get(key) for key in keys}, sort_keys=True, default=str)
+
+
+def _check_epochs(parts: Parts) -> None:
+    """Raises UserError where some epoch would train or validate nothing, or none that can be the best is validated."""
+    trainer, data = parts.config.trainer, parts.data
+    images, together = data.record()["images"], processes.processes(trainer)
+    batches = {
+        "limit_train_batches": len(data.train_dataloader()),
+        "limit_val_batches": len(evaluation_batches(images["validation"], data.evaluation_batch_size, 0, together)),
+    }
+    for key, count in batches.items():
+        limit = trainer.get(key)
+        if limited(count, limit) < 1:
+            raise UserError(
+                f"trainer.{key}: found {limit}, which leaves none of the {count} batches; accepted: at least "
+                f"{math.ceil(1e4 / count) / 1e4}, or a whole number of batches"
+            )
+    every, first, last = trainer.get("check_val_every_n_epoch", 1), parts.first_best_epoch + 1, trainer.max_epochs
+    if last // every * every < first:
+        raise UserError(
+            f"trainer.check_val_every_n_epoch: found {every}, which validates none of the epochs {first} to {last}, of "
+            f"which the best is kept; accepted: a number that divides one of these"
+        )
+
+
+def limited(count: int, limit: int | float | None) -> int:
+    """How many of `count` batches the Trainer takes under a limit: so many, that share, or all."""
+    return count if limit is None else min(count, limit) if isinstance(limit, int) else int(count * limit)
 
 
 def _check_teacher_files(parts: Parts) -> None:
     for key in ensemble.keys(parts.config):
-        checkpoint = parts.node(key)["checkpoint"]
-        if checkpoint:
-            load_weights(parts.teacher_network(key), Path(checkpoint), where=f"{key}.checkpoint")
+        if parts.node(key)["checkpoint"]:
+            parts.load_teacher(parts.teacher_network(key), key)
 
 
 def _check_method(parts: Parts) -> None:
@@ -108,31 +148,38 @@ def _check_method(parts: Parts) -> None:
     parts.method.check_networks(parts.method_options, parts.fresh_student, teacher, parts.data.input_shape)
 
 
-def check_image_sizes(parts: Parts) -> None:
-    """Raises UserError where an image does not go through a network, which may shrink it to nothing."""
-    for role in ("student", *(["peer"] if parts.config.peer else []), *parts.teacher_keys):
-        found = _output(role, parts)
-        classes, name = parts.data.num_classes, f"{role} {parts.label(role)}"
-        if isinstance(found, Exception):
+def check_image_sizes(parts: Parts, training: bool = True) -> None:
+    """Raises UserError where a network does not turn an image, which it may shrink to nothing, into logits.
+
+    With `training`, those that will learn have to do so in training too, where some call parts of theirs that they do
+    not call otherwise.
+    """
+    taught_by = parts.teacher_keys
+    for role in ("student", *(["peer"] if parts.config.peer else []), *taught_by):
+        name = f"{role} {parts.label(role)}"
+        learns = role not in taught_by or parts.updates_teacher or parts.trains_teacher(role)
+        mistake = _refusal(role, parts, training and learns)
+        if isinstance(mistake, UserError):
+            raise UserError(f"{name}: {mistake}") from None
+        if mistake is not None:
             raise UserError(
                 f"data.image_size: found {parts.data.image_size}, which {name} cannot take "
-                f"({first_line(found)}); accepted: a larger size, or another network"
+                f"({first_line(mistake)}); accepted: a larger size, or another network"
             )
-        if tuple(found.shape) != (1, classes):
-            raise UserError(f"{name}: found outputs {tuple(found.shape)} of one image; accepted: logits (1, {classes})")
 
 
-def _output(role: str, parts: Parts) -> Tensor | Exception:
-    """What the network of a `role` makes of an image of the data, or what it has against it."""
-    mistake: Exception | None = None
+def _refusal(role: str, parts: Parts, training: bool) -> Exception | None:
+    """What the network of a `role` has against images of the data; None where it takes them."""
+    mistake = None
     # Shapes alone are quick; a network that needs values shows on the CPU whether it works.
     for device in ("cpu",) if parts.is_given(role) else ("meta", "cpu"):
         try:
             with torch.device(device), torch.no_grad():
-                return parts.network(role).eval()(torch.zeros(1, *parts.data.input_shape))
-        except UserError as wrong:
-            raise UserError(f"{role}: {wrong}") from None
-        except Exception as failure:  # a forward of the user's can fail with anything
+                network = parts.network(role)
+                for mode in (False, True) if training else (False,):
+                    network.train(mode)(torch.zeros(2, *parts.data.input_shape))
+            return None
+        except Exception as failure:  # a class of the user's can fail with anything
             mistake = failure
     return mistake
 

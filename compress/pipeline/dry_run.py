@@ -15,6 +15,7 @@ from compress import models
 from compress.config.compose import Job
 from compress.data.shared import DataSets
 from compress.export.packed import file_bytes
+from compress.pipeline.check import limited
 from compress.pipeline.parts import Parts
 from compress.pipeline.teachers import cache_path
 from compress.progress import console
@@ -35,7 +36,8 @@ def show(job: Job, data_sets: DataSets) -> None:
 
     batch, epochs = parts.plain["data"]["batch_size"], parts.plain["trainer"]["max_epochs"]
     step = _seconds(lambda: _step(student, batch, parts.data.input_shape)) + teacher_seconds
-    minutes["student"] = epochs * parts.data.record()["images"]["train"] / batch * step / 60
+    batches = limited(len(parts.data.train_dataloader()), parts.plain["trainer"].get("limit_train_batches"))
+    minutes["student"] = epochs * batches * step / 60
     sizes = _sizes(parts, student)
     if sizes:
         console.print("packed files: " + ", ".join(f"{name} {size / 1000:,.1f} kB" for name, size in sizes.items()))
@@ -59,7 +61,7 @@ def _teacher(parts: Parts, printed: Table) -> tuple[dict[str, float], float]:
         network = parts.teacher_network(key).to(parts.device)
         _add(printed, "teacher", parts.label(key), network, input_shape)
         seconds += _seconds(partial(work, network, batch, input_shape))
-        if node["checkpoint"] is None and not cache_path(parts, key).exists():
+        if parts.trains_teacher(key) and not cache_path(parts, key).exists():
             training = node["training"]
             step = _seconds(partial(_step, network, training["batch_size"], input_shape))
             steps = training["epochs"] * parts.data.record()["images"]["train"] / training["batch_size"]

@@ -56,6 +56,7 @@ class Measured:
             "student": student,
             "rows": self.variants.rows,
             "layers": self.variants.layers,
+            "comparisons": self.variants.comparisons,
         }
 
     def panels(self) -> dict[str, list[Panel]]:

@@ -13,6 +13,7 @@ from torch import nn
 from compress import models
 from compress.arguments import arguments_of, build
 from compress.config import ensemble
+from compress.config.ranges import STUDENT
 from compress.config.rules import method_of, uses_peers, uses_teacher
 from compress.data.shared import DataSets
 from compress.export.description import describe
@@ -124,17 +125,24 @@ class Parts:
     @cached_property
     def fresh_student(self) -> nn.Module:
         """The student before any pruning, with the weights of its checkpoint if it has one."""
-        return self.network("student", self.plain["student"]["checkpoint"]) if self._start is None else self._start
+        if self._start is not None:
+            return self._start
+        node = self.plain["student"]
+        return self.network("student", node["checkpoint"], new_head=node.get("head") == "new")
 
-    def network(self, role: str, checkpoint: str | Path | None = None) -> nn.Module:
-        """A fresh network of `student`, `peer` or one of `teacher_keys`, with the weights in `checkpoint` if any."""
+    def network(self, role: str, checkpoint: str | Path | None = None, new_head: bool = False) -> nn.Module:
+        """A fresh network of `student`, `peer` or one of `teacher_keys`, with the weights in `checkpoint` if any.
+
+        With `new_head` those of its classifier stay fresh.
+        """
+        classes = self.data.num_classes
         if self.is_given(role):
-            network = own_class.given(self.networks[role], self.data.num_classes)
+            network = models.returning_logits(own_class.given(self.networks[role]), classes)
         else:
-            options = {name: value for name, value in self.network_node(role).items() if name != "checkpoint"}
-            network = models.build(num_classes=self.data.num_classes, **options)
+            options = {key: value for key, value in self.network_node(role).items() if key not in STUDENT}
+            network = models.build(num_classes=classes, **options)
         if checkpoint is not None:
-            load_weights(network, checkpoint, where=f"{role}.checkpoint")
+            load_weights(network, checkpoint, f"{role}.checkpoint", new_head, way_out=f"{role}.head=new")
         return network
 
     def is_given(self, role: str) -> bool:
@@ -220,13 +228,24 @@ class Parts:
         """A fresh network of the teacher at `key`, one of `teacher_keys`."""
         return self.network(key)
 
+    def trains_teacher(self, key: str) -> bool:
+        """Whether the teacher at `key` has to be trained or found: it has no checkpoint, and is not given."""
+        return self.node(key)["checkpoint"] is None and not self.is_given(key)
+
+    def load_teacher(self, network: nn.Module, key: str) -> None:
+        """Loads the checkpoint of the teacher at `key` into its `network`: the classes that the data have."""
+        node = self.node(key)
+        classes = {"classes": node.get("classes"), "way_out": f"{key}.classes"}
+        load_weights(network, node["checkpoint"], f"{key}.checkpoint", **classes)
+
     def float_start(self, float_checkpoint: Path | None) -> nn.Module | None:
         """The float network that training starts from; None where there is none or it has lost channels since.
 
         `float_checkpoint` is one that counts instead of that of the student.
         """
-        checkpoint = float_checkpoint or self.plain["student"]["checkpoint"]
-        if checkpoint is None:
+        node = self.plain["student"]
+        checkpoint = float_checkpoint or node["checkpoint"]
+        if checkpoint is None or (float_checkpoint is None and node.get("head") == "new"):  # which knows no class yet
             return None
         with torch.random.fork_rng(devices=[]):
             start = self.network("student", checkpoint)

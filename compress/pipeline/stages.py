@@ -41,6 +41,7 @@ def _run_each(job: Job, directory: Path, data_sets: DataSets, overrides: Sequenc
     for number, stage in enumerate(job.stages, 1):
         if results:
             stage.config.student.checkpoint = str((results[-1].directory / "checkpoints" / BEST).absolute())
+            stage.config.student.head = "keep"
         console.print(f"stage {number} of {len(job.stages)}: {job.config.stages[number - 1].name}", style="bold")
         stage = replace(stage, overrides=tuple(overrides))
         results.append(run(stage, directory / stage.name, data_sets, float_checkpoint))

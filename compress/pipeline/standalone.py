@@ -15,6 +15,7 @@ from compress import models
 from compress.arguments import arguments_of
 from compress.config import values
 from compress.config.compose import compose_jobs
+from compress.config.ranges import STUDENT
 from compress.config.recorded import apply_override
 from compress.config.rules import check_rules
 from compress.data.folder import Folder
@@ -57,7 +58,7 @@ def quantize_checkpoint(overrides: Sequence[str]) -> Path:
     student = _loaded(parts, path, about)
     check_quantizer(parts, student)
     check_exporters(parts.exporters, parts.quantizer)
-    check_image_sizes(parts)
+    check_image_sizes(parts, training=False)
     stem = parts.plain["student"]["stem"]
     parent = Path(parts.plain["output_directory"]) / "quantized"
     directory = make_directory(parent, f"{datetime.now():%Y-%m-%d_%H-%M-%S}-{stem}")
@@ -188,7 +189,7 @@ def _data(path: Path, typed: Mapping[str, str], about: Mapping[str, Any] | None)
 
 def _overrides(group: str, node: Mapping[str, Any]) -> list[str]:
     """What composes the `node` of a `group` again, but for its weights."""
-    keys = {key: value for key, value in arguments_of(node).items() if key != "checkpoint"}
+    keys = {key: value for key, value in arguments_of(node).items() if key not in STUDENT}
     return [f"{group}={node['stem']}", *(f"++{group}.{key}={_value(value)}" for key, value in keys.items())]
 
 

@@ -130,15 +130,15 @@ class _Member:
     def resolve(self) -> Teacher:
         started = time.perf_counter()
         data = self.parts.data
-        if self.parts.is_given(self.key) and self.node["checkpoint"] is None:
-            path, trained, where = None, False, "as it was given"
-        elif self.node["checkpoint"] is not None:
-            path, trained = Path(self.node["checkpoint"]), False
-            load_weights(self.network, path, where="teacher.checkpoint")
-            where = f"from {path}"
-        else:
+        if self.parts.trains_teacher(self.key):
             path, trained = self._find_or_train()
             where = f"trained in this run and kept as {path}" if trained else f"found in {path}"
+        elif self.node["checkpoint"] is not None:
+            path, trained = Path(self.node["checkpoint"]), False
+            self.parts.load_teacher(self.network, self.key)
+            where = f"from {path}"
+        else:
+            path, trained, where = None, False, "as it was given"
         renormalise = _renormalise(self.node, data)
         frozen = FrozenTeacher(self.network, data.input_shape, renormalise)
         frozen.to_float32(data.device)
@@ -207,7 +207,8 @@ class _Member:
         with threads_for(macs * data.batch_size):
             fit(module, data, options, directory, label="teacher")
         load_weights(network, directory / BEST, where="teacher")
-        state = {key: value.contiguous() for key, value in network.state_dict().items()}
+        # Copies, because safetensors refuses tensors that share memory: those of a module under two names, say.
+        state = {key: value.clone(memory_format=torch.contiguous_format) for key, value in network.state_dict().items()}
         identity = {"model": self.node["model"], "training": training, "data": self.parts.plain["data"]}
         identity["run"] = str(self.directory.resolve())
         write_json(path.with_suffix(".json"), identity)

@@ -11,19 +11,25 @@ import torch
 from torch import Tensor, nn
 
 from compress import models
+from compress.errors import UserError
 from compress.evaluation import Evaluation, evaluate, paired_latency_ms
 from compress.export.description import describe
 from compress.export.encodings import encoding, layer_bytes
 from compress.export.exporter import Exporter
-from compress.export.formats import REFERENCE, with_reference
+from compress.export.formats import REFERENCE, read_back, with_reference
 from compress.export.packed import file_bytes
-from compress.models.canonical import LAYERS
+from compress.models.baking import copied
+from compress.models.canonical import LAYERS, difference
+from compress.models.outputs import logits
 from compress.progress import bar, console
 from compress.quantization import Measures, QuantizedModel, Quantizer
 from compress.quantization.activations import input_quantizers
+from compress.quantization.comparisons import compare
 from compress.results.tradeoff import Row
 
 # Batch sizes of the two latencies, and how often each is measured.
+NAMED = 0.02  # share of the weights; where more stay float, the layers are named
+COMPARED = 32  # calibration images that a file is read back for
 TIMED = {"latency_ms": (1, 20), "latency_32_ms": (32, 5)}
 
 
@@ -52,6 +58,7 @@ class Variants:
         self.rows: list[Row] = []
         self.layers: dict[str, dict[str, Any]] = {}
         self.quantized: dict[str, QuantizedModel] = {}
+        self.comparisons: dict[str, Any] = {"read_back": {}}
         self.test: Evaluation | None = None
         self._runnable: list[Callable[[Tensor], Tensor]] = []
         self._description = describe(architecture, data)
@@ -93,13 +100,19 @@ class Variants:
                 progress.update(task, completed=done, total=total, description=what)
 
             measures = Measures(self._bytes, layer_bytes, self._validation_accuracy, self.rows[0].bytes)
+            self.comparisons |= compare(student, batches, quantizer.skip)
             for variant in quantizer.variants(student, batches, measures, show):
                 quantized = variant.model
                 seconds = time.perf_counter() - started
-                skipped = f", left float: {', '.join(quantized.skipped)}" if quantized.skipped else ""
+                share = quantized.float_share
+                left = (
+                    f", left float: {share:.0%} of the weights ({', '.join(quantized.skipped)})"
+                    if share > NAMED
+                    else ""
+                )
                 console.print(
                     f"  {quantizer.name} {variant.label}: {len(quantized.layers)} layers on {count} images, "
-                    f"{seconds:.1f} s{skipped}"
+                    f"{seconds:.1f} s{left}"
                 )
                 inputs = f"-a{quantizer.activation_bits}" if quantizer.activation_bits else ""
                 self.add(
@@ -143,8 +156,8 @@ class Variants:
         for exporter in with_reference(self.exporters):
             path = self.directory / "models" / f"{name}{exporter.suffix}"
             exporter.write(path, network, self._description, calibration)
-            own = {"network": self.own_network} if exporter.takes_network and self.own_network is not None else {}
-            model, _ = exporter.read(path, torch.get_num_threads(), **own)
+            model, _ = read_back(exporter, path, torch.get_num_threads(), self.own_network)
+            self._compare(path.name, exporter, network, model)
             if reference is None:
                 macs = models.count_macs(model, self.data.input_shape)
                 columns = {**columns, "macs": macs, "sparsity": sparsity(model)}
@@ -155,6 +168,23 @@ class Variants:
             self._runnable.append(model.cpu() if exporter.movable else exporter.read(path, threads=1)[0])
             if exporter not in self.exporters:
                 path.unlink()
+
+    def _compare(
+        self, file: str, exporter: Exporter, network: nn.Module | QuantizedModel, model: Callable[[Tensor], Tensor]
+    ) -> None:
+        """Records how far the `model` read from a file is from the `network` in memory; UserError where too far."""
+        written = network.model if isinstance(network, QuantizedModel) else network
+        [images, *_] = self.data.calibration_batches(COMPARED)
+        with torch.no_grad():
+            expected = logits(copied(written).eval().cpu()(images.cpu()))
+            found = difference(model(images.cpu()), expected)
+        # On integers a value that lies between two codes can fall either way.
+        limit = 1e-4 if exporter is REFERENCE else 0.5 if input_quantizers(written) else 1e-2
+        if found > limit:
+            raise UserError(
+                f"{file}: found logits {found:.2g} off those of the network that was written; accepted: up to {limit:g}"
+            )
+        self.comparisons["read_back"][file] = found
 
     def _add_row(
         self,

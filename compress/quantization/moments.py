@@ -16,14 +16,23 @@ from compress.quantization.patches import live_columns, patches, row_count, spre
 CHUNK = 1 << 22
 # Symmetric products are made in this many stripes: the lower triangle then costs 56 % of the full matrix.
 STRIPES = 8
+# Below so many images the ridge grows as their number falls.
+FEW = 64
 
 
 @dataclass(frozen=True)
 class GramOptions:
-    """How Grams are computed: from at most `max_rows` patches of a layer, evenly spread (None: all), in `dtype`."""
+    """How Grams are computed: from at most `max_rows` patches of a layer, evenly spread (None: all), in `dtype`.
+
+    ridge: the share of the mean diagonal element that is added to the diagonals of both Grams. To the error of the
+    outputs, |X w - X~ q|^2, that adds the share times |w - q|^2, so that a weight whose input hardly varies on the
+    calibration images is rounded, and few images cannot say more than they know; below 64 images it grows as their
+    number falls.
+    """
 
     max_rows: Annotated[int, Field(ge=1)] | None = None
     dtype: Literal["float32", "float64"] = "float32"
+    ridge: Annotated[float, Field(ge=0)] = 0.01
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -39,7 +48,7 @@ class GramOptions:
         if self.max_rows is not None:
             rows = sum(row_count(layer, batch) for batch in quantized)
             every = spread(-(-rows // self.max_rows), row_count(layer, quantized[0][:1]))
-        moments = Moments(layer, getattr(torch, self.dtype), centre, every)
+        moments = Moments(layer, getattr(torch, self.dtype), centre, every, self.ridge)
         for mine, other in zip(quantized, analog, strict=True):
             moments.update(mine, other)
         return moments
@@ -53,9 +62,11 @@ class Moments:
     columns (of all d) the sums are about, or None for all; see `live_columns`.
     """
 
-    def __init__(self, layer: nn.Conv2d | nn.Linear, dtype: torch.dtype, centre: bool, every: int = 1) -> None:
-        self.layer, self.dtype, self.centre, self.every = layer, dtype, centre, every
-        self.count = self.seen = 0
+    def __init__(
+        self, layer: nn.Conv2d | nn.Linear, dtype: torch.dtype, centre: bool, every: int = 1, ridge: float = 0.0
+    ) -> None:
+        self.layer, self.dtype, self.centre, self.every, self.ridge = layer, dtype, centre, every, ridge
+        self.count = self.seen = self.images = 0
         self.live = None
         self.gram = self.cross = self.sum_quantized = self.sum_analog = None
         self.shift_quantized = self.shift_analog = None
@@ -84,6 +95,7 @@ class Moments:
         mine = self._columns(quantized)
         other = mine if same else self._columns(analog)
         self.seen += row_count(self.layer, quantized)
+        self.images += quantized.shape[0]
         if mine.shape[2] == 0:
             return
         first = self.count == 0
@@ -119,7 +131,8 @@ class Moments:
         """(gram, cross, mean_quantized, mean_analog): (groups, d, d) twice and (groups, d) twice; nothing can follow.
 
         d is the number of columns in `live`, all of them where that is None. With `centre`, a quantized input that
-        varies by less than the rounding of its mean counts as dead: its row in both, and its column in gram, are zero.
+        varies by less than the rounding of its mean counts as dead: its row in both, and its column in gram, are zero
+        but for the ridge.
         """
         gram = mirror_lower(self.gram)
         cross = gram if self.cross is None else self.cross
@@ -137,6 +150,14 @@ class Moments:
                 gram[constant] = 0
                 cross[constant] = 0
                 gram.transpose(1, 2)[constant] = 0
+        if self.ridge:
+            diagonal = gram.diagonal(dim1=1, dim2=2)
+            mean = diagonal.mean(1, keepdim=True)
+            # Where no input varies, any weight of the second term will do.
+            share = torch.where(mean > 0, self.ridge * max(1.0, FEW / self.images) * mean, 1.0)
+            diagonal.add_(share)
+            if cross is not gram:
+                cross.diagonal(dim1=1, dim2=2).add_(share)
         return gram, cross, mean_quantized, mean_analog
 
 

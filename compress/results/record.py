@@ -105,6 +105,14 @@ class FileLayers(Part):
     input_bits: dict[str, int] = {}  # width of the inputs of each layer, where they are quantized
 
 
+class Comparisons(Part):
+    """Differences of logits on calibration images, |changed - reference| / |reference|, where none should be."""
+
+    folded: float | None = None  # the folded student from the student
+    rounded_to_16_bits: float | None = None  # the student with rounded weights from the student
+    read_back: dict[str, float] = {}  # by file, the network read from it from the one that was written
+
+
 class Record(Part):
     """What a finished run was and what came out of it; its presence says that the run is finished."""
 
@@ -124,6 +132,7 @@ class Record(Part):
     # As in tradeoff.csv, the float32 student first.
     rows: tuple[SavedRow, ...] = Field(alias="tradeoff", min_length=1)
     layers: dict[str, FileLayers] = {}  # by the name of the packed file
+    comparisons: Comparisons = Comparisons()
 
     @classmethod
     def read(cls, path: Path) -> "Record":

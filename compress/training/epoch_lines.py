@@ -10,6 +10,11 @@ from rich.progress import Progress
 from compress.progress import bar, console
 
 
+def is_validated(trainer: pl.Trainer) -> bool:
+    """Whether the epoch of `trainer` is one that ends with a validation."""
+    return (trainer.current_epoch + 1) % trainer.check_val_every_n_epoch == 0
+
+
 class EpochLines(Checkpoint):
     """One line per `every` epochs; `every = 0` prints none.
 
@@ -38,11 +43,12 @@ class EpochLines(Checkpoint):
         if self.every == 0 or (epoch % self.every and epoch != trainer.max_epochs):
             return
         metrics = trainer.callback_metrics
+        validation = f"  validation {100 * metrics['val/accuracy']:.1f} %" if is_validated(trainer) else ""
         console.print(
             f"  {self.label} epoch {epoch:>{len(str(trainer.max_epochs))}}/{trainer.max_epochs}"
             f"  loss {metrics['train/loss']:.3f}"
             f"  train {100 * metrics['train/accuracy']:.1f} %"
-            f"  validation {100 * metrics['val/accuracy']:.1f} %"
+            f"{validation}"
             f"  {time.perf_counter() - self.started:.1f} s"
         )
 

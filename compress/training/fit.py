@@ -15,16 +15,18 @@ from pytorch_lightning.loggers import Logger
 from compress.arguments import arguments_of
 from compress.errors import UserError
 from compress.files import write_atomically
+from compress.methods.classifier import Classifier
 from compress.progress import console
 from compress.training import processes
 from compress.training.averaging import MovingAverage
-from compress.training.epoch_lines import EpochLines
+from compress.training.epoch_lines import EpochLines, is_validated
+from compress.training.torch_flags import TorchFlags
 
 BEST, LAST = "best.ckpt", "last.ckpt"
 
 
 def fit(
-    module: pl.LightningModule,
+    module: Classifier,
     data: pl.LightningDataModule,
     trainer_options: dict[str, Any],
     directory: Path,
@@ -46,9 +48,10 @@ def fit(
     options = arguments_of(trainer_options)
     patience, log_every = options.pop("early_stopping"), options.pop("log_every")
     decay = options.pop("ema_decay", None)
-    options |= processes.lightning_options(options)
+    options |= processes.lightning_options(options, module.learning_networks, module.input_shape)
     plugins = options.pop("plugins")
     called = [
+        TorchFlags(),
         EpochLines(label, log_every),
         Divergence(label, directory / BEST),
         # The best comes before the last: a run killed between the two repeats an epoch rather than losing its best.
@@ -100,7 +103,10 @@ def epoch_of(path: Path) -> int:
 
 
 class Checkpoint(ModelCheckpoint):
-    """Writes `path` at the end of an epoch, from epoch `first` on, when the training metrics are known too."""
+    """Writes `path` at the end of an epoch, from epoch `first` on, when the training metrics are known too.
+
+    One that monitors a metric looks at the epochs alone that are validated.
+    """
 
     def __init__(self, path: Path, first: int = 0, **options: Any) -> None:
         self.first = first
@@ -108,7 +114,7 @@ class Checkpoint(ModelCheckpoint):
         super().__init__(path.parent, path.stem, **options)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.current_epoch >= self.first:
+        if trainer.current_epoch >= self.first and (self.monitor is None or is_validated(trainer)):
             super().on_train_epoch_end(trainer, pl_module)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -2,7 +2,7 @@
 
 import os
 import signal
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import pytorch_lightning as pl
@@ -11,8 +11,10 @@ from lightning_fabric.plugins.environments import LightningEnvironment, TorchEla
 from omegaconf import DictConfig
 from pytorch_lightning.strategies import DDPStrategy
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
+from torch import nn
 
 from compress.errors import UserError
+from compress.models.outputs import has_idle_parameters
 from compress.progress import console
 
 # Set for the processes that train together, and the folder where one says why it failed.
@@ -56,15 +58,21 @@ def act_alone() -> None:
     rank_zero_only.rank = 0
 
 
-def lightning_options(trainer: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of Lightning's Trainer: all processes in one that trains with others, and one process anywhere else."""
+def lightning_options(trainer: Mapping[str, Any], networks: Iterable[nn.Module], input_shape: Any) -> dict[str, Any]:
+    """Arguments of Lightning's Trainer: all processes in one that trains with others, and one process anywhere else.
+
+    `networks` are those that learn from images of `input_shape`, `(C, H, W)`.
+    """
     if not is_worker():
         # Not SLURM's environment: it answers signals with a checkpoint within the epoch, which would not go on exactly.
         alone = {"devices": 1, "num_nodes": 1, "strategy": "auto", "sync_batchnorm": False}
         return {key: value for key, value in alone.items() if key in trainer} | {"plugins": [LightningEnvironment()]}
     return {
         "devices": processes_here(trainer),
-        "strategy": DDPStrategy(),
+        # DDP would wait for the gradients of a head that the logits do not depend on.
+        "strategy": DDPStrategy(
+            find_unused_parameters=any(has_idle_parameters(network, input_shape) for network in networks)
+        ),
         "use_distributed_sampler": False,
         "plugins": [TorchElasticEnvironment()],
     }

@@ -1,10 +1,14 @@
 """Weights from files: the layouts understood, the files refused, and a model that a failure leaves alone."""
 
 import argparse
+import datetime
+import gzip
 import pickle
 import re
+from collections import OrderedDict
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -227,11 +231,101 @@ def test_a_model_file_that_was_altered_is_refused(weights, model, tmp_path):
     assert "damaged" in refusal(model, path)
 
 
-def test_a_missing_file_a_folder_and_a_foreign_suffix_are_told_apart(model, tmp_path):
+@pytest.mark.parametrize("name", ["model_best.pth.tar", "weights.th", "UPPER.PTH", "weights.pkl", "weights", "v1.0"])
+def test_a_file_may_have_any_name(name, weights, model, tmp_path):
+    torch.save({"state_dict": behind("module.", weights)}, tmp_path / name)
+    load_weights(model, tmp_path / name)
+    assert same(model, weights)
+
+
+def test_the_content_and_not_the_name_says_what_a_file_is(weights, model, tmp_path):
+    save_file(weights, tmp_path / "tensors.pth")
+    load_weights(model, tmp_path / "tensors.pth")
+    assert same(model, weights)
+
+
+@pytest.mark.parametrize(
+    "prefix", ["net.", "backbone.", "net._orig_mod.", "model.encoder.", "module.module.", "any.0."]
+)
+def test_one_prefix_may_stand_before_all_names(prefix, weights, model, tmp_path):
+    torch.save({"state_dict": behind(prefix, weights) | {"criterion.weight": torch.ones(3)}}, tmp_path / "some.ckpt")
+    load_weights(model, tmp_path / "some.ckpt")
+    assert same(model, weights)
+
+
+def test_names_of_which_some_have_a_prefix_are_refused(weights, model, tmp_path):
+    half = {f"module.{name}" if index % 2 else name: weights[name] for index, name in enumerate(weights)}
+    torch.save(half, tmp_path / "half.pth")
+    assert "accepted: exactly the model's" in refusal(model, tmp_path / "half.pth")
+
+
+@pytest.mark.parametrize("key", ["net", "weights", "model_s", "student_state_dict", "state_dict_ema", "params_ema"])
+def test_the_key_of_the_network_may_be_any(key, weights, model, tmp_path):
+    torch.save({"epoch": 3, key: weights, "optimizer": {"state": {0: {"step": torch.ones(1)}}}}, tmp_path / "some.pth")
+    load_weights(model, tmp_path / "some.pth")
+    assert same(model, weights)
+
+
+@pytest.mark.parametrize("keys", [("model", "model_ema"), ("state_dict", "state_dict_ema"), ("model", "ema")])
+def test_a_moving_average_is_preferred_and_that_is_said_once(keys, weights, model, tmp_path, capsys):
+    average = {name: tensor + 1 for name, tensor in weights.items()}
+    torch.save(dict(zip(keys, (weights, average), strict=True)), tmp_path / "both.pth")
+    for _ in range(2):
+        load_weights(model, tmp_path / "both.pth", where="student.checkpoint")
+    assert same(model, average)
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1
+    assert said.startswith("student.checkpoint: ")
+    assert f"several networks that fit ({keys[1]} *, {keys[0]} *); took {keys[1]} *" in said
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_harmless_objects_beside_the_tensors_are_passed_over(zipped, weights, model, tmp_path):
+    content = {
+        "state_dict": weights,
+        "best": numpy.float64(0.9),
+        "history": numpy.arange(3),
+        "args": argparse.Namespace(lr=0.1, out=Path("somewhere"), started=datetime.datetime(2024, 1, 2)),
+        "order": OrderedDict(a=1),
+    }
+    torch.save(content, tmp_path / "timm.pth", _use_new_zipfile_serialization=zipped)
+    load_weights(model, tmp_path / "timm.pth")
+    assert same(model, weights)
+
+
+def test_the_counters_of_a_profiler_are_left_out_and_that_is_said(weights, model, tmp_path, capsys):
+    counters = {f"{name}.{kind}": torch.zeros(1) for name in ("conv1", "fc") for kind in ("total_ops", "total_params")}
+    torch.save(behind("net.", weights | counters | {"total_ops": torch.ones(1)}), tmp_path / "thop.pth")
+    load_weights(model, tmp_path / "thop.pth")
+    assert same(model, weights)
+    assert "left out 5 counters of a profiler" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("content", "found", "accepted"),
+    [
+        (gzip.compress(b"weights"), "a gzip archive", "the file in it"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\n", "a pointer of Git LFS", "git lfs pull"),
+        (b"<!DOCTYPE html><html></html>", "a web page", "downloaded anew"),
+    ],
+)
+def test_what_is_often_taken_for_a_checkpoint_is_called_by_its_name(content, found, accepted, model, tmp_path):
+    (tmp_path / "weights.pth").write_bytes(content)
+    message = refusal(model, tmp_path / "weights.pth")
+    assert f"found {found} at" in message
+    assert accepted in message.partition("; accepted: ")[2]
+
+
+def test_a_torchscript_program_is_refused_with_the_way_to_its_tensors(model, tmp_path):
+    torch.jit.script(nn.Sequential(nn.Conv2d(3, 4, 3))).save(tmp_path / "script.pt")
+    assert "torch.save(torch.jit.load(FILE).state_dict(), NEW_FILE)" in refusal(model, tmp_path / "script.pt")
+
+
+def test_a_missing_file_a_folder_and_another_archive_are_told_apart(model, tmp_path):
     assert "found no file at" in refusal(model, tmp_path / "absent.pt", where="teacher.checkpoint")
     assert "found a folder at" in refusal(model, tmp_path)
-    (tmp_path / "weights.npz").write_bytes(b"PK")
-    assert "accepted: a state dict in a .safetensors" in refusal(model, tmp_path / "weights.npz")
+    numpy.savez(tmp_path / "weights.npz", weight=numpy.ones(3))
+    assert "accepted: a file of tensors by name" in refusal(model, tmp_path / "weights.npz")
 
 
 @pytest.mark.parametrize("suffix", ["pt", "safetensors"])
@@ -290,7 +384,76 @@ def test_code_in_a_bare_pickle_is_not_run_and_nothing_but_the_line_is_said(model
     assert list(recwarn) == []
 
 
-def test_python_objects_are_named_as_the_reason(weights, model, tmp_path):
-    path = tmp_path / "namespace.pth"
-    torch.save({"model": weights, "opt": argparse.Namespace(lr=0.1)}, path)
-    assert re.search("found Python objects beside the tensors", refusal(model, path))
+def test_a_whole_network_is_refused_with_its_class_and_the_way_to_its_tensors(model, tmp_path):
+    path = tmp_path / "whole.pth"
+    torch.save(model, path)
+    message = refusal(model, path)
+    assert "found Python objects (compress.models.cifar_resnet.CifarResNet) beside the tensors" in message
+    assert "accepted: tensors alone: where the file comes from, torch.save(model.state_dict(), NEW_FILE)" in message
+
+
+@pytest.mark.parametrize(
+    ("stem", "head"), [("resnet8", "fc"), ("densenet121", "classifier"), ("mobilenetv3_small", "classifier.3")]
+)
+def test_a_new_head_keeps_its_own_weights_and_takes_all_others(stem, head, tmp_path):
+    source, model = build(stem, 100).state_dict(), build(stem, 10)
+    fresh = {name: tensor.clone() for name, tensor in model.state_dict().items() if name.startswith(f"{head}.")}
+    torch.save({"state_dict": behind("module.", source)}, tmp_path / "hundred.pth")
+    load_weights(model, tmp_path / "hundred.pth", new_head=True)
+    assert len(fresh) == 2
+    assert same(model, source | fresh)
+
+
+def test_a_file_without_a_head_goes_with_a_new_one_alone(weights, model, tmp_path):
+    path = tmp_path / "backbone.pth"
+    torch.save({name: tensor for name, tensor in weights.items() if not name.startswith("fc.")}, path)
+    assert "lacks fc.weight, fc.bias" in refusal(model, path)
+    head = {name: tensor.clone() for name, tensor in model.state_dict().items() if name.startswith("fc.")}
+    load_weights(model, path, new_head=True)
+    assert same(model, weights | head)
+
+
+def test_a_new_head_excuses_no_other_difference(weights, model, tmp_path):
+    path = tmp_path / "stem.pt"
+    torch.save(weights | {"conv1.weight": torch.ones(16, 3, 7, 7)}, path)
+    assert "conv1.weight (16, 3, 7, 7) for (16, 3, 3, 3)" in refusal(model, path, new_head=True)
+
+
+def test_a_student_of_other_classes_is_told_of_the_new_head(model, tmp_path):
+    torch.save(build("resnet8", 100).state_dict(), tmp_path / "hundred.pt")
+    with pytest.raises(UserError, match=r"the data have 10; accepted: .*, or student\.head=new$"):
+        load_weights(model, tmp_path / "hundred.pt", way_out="student.head=new")
+
+
+def test_the_classes_of_the_model_are_chosen_among_those_of_the_file(tmp_path):
+    source, model = build("resnet8", 100), build("resnet8", 10)
+    chosen = [7, 99, 0, 3, 50, 51, 52, 53, 54, 2]
+    torch.save(source.state_dict(), tmp_path / "hundred.pt")
+    load_weights(model, tmp_path / "hundred.pt", way_out="teacher.classes", classes=chosen)
+    images = torch.randn(4, 3, 8, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(images), source.eval()(images)[:, chosen])
+
+
+def test_the_classes_of_a_model_file_have_names(weights, tmp_path):
+    names = list("abcdefghij")
+    container.write(tmp_path / "float.safetensors", "compress-float-1", {"class_names": names}, weights)
+    model = build("resnet8", 2)
+    load_weights(model, tmp_path / "float.safetensors", way_out="teacher.classes", classes=["j", "b"])
+    assert torch.equal(model.fc.weight, weights["fc.weight"][[9, 1]])
+
+
+@pytest.mark.parametrize(
+    ("classes", "message"),
+    [
+        ([0, 10], "found 10; accepted: from 0 to 9, the classes of "),
+        ([0, -1], "found -1; accepted: from 0 to 9, the classes of "),
+        ([3, 3], "found class 3 of .* twice; accepted: each class once"),
+        ([1, 2, 3], "found 3 classes, the data have 2; accepted: one for each of them"),
+        (["cat", "dog"], "found 'cat'; accepted: an index, for .* names no classes"),
+    ],
+)
+def test_wrong_classes_are_refused(classes, message, weights, tmp_path):
+    torch.save(weights, tmp_path / "ten.pt")
+    with pytest.raises(UserError, match=f"^teacher.classes: {message}"):
+        load_weights(build("resnet8", 2), tmp_path / "ten.pt", way_out="teacher.classes", classes=classes)

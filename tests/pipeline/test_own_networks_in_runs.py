@@ -30,6 +30,7 @@ SHORT = [
     "quantizer.calibration_images=64",
 ]
 MODULE = """
+import torch
 from torch import nn
 from torch.nn import functional as F
 
@@ -39,9 +40,11 @@ class MyNet(nn.Module):
         super().__init__()
         self.stem, self.norm = nn.Conv2d(3, width, 3, padding=1), nn.BatchNorm2d(width)
         self.head = nn.Linear(width * 16, num_classes)
+        self.rate = torch.linspace(0, 0.1, 3)[-1].item()  # which a device without values does not know
 
     def forward(self, images):
         hidden = F.max_pool2d(self.norm(self.stem(images)).relu(), 2)
+        hidden = F.dropout(hidden, self.rate, self.training)
         return {"features": hidden, "logits": self.head(hidden.view(len(images), -1))}
 
 
@@ -167,7 +170,7 @@ MISTAKES = [
     ),
     (
         ["student=module", "student.target=torch.nn.Identity"],
-        "student torch.nn.Identity: found outputs (1, 3, 8, 8) of one image; accepted: logits (1, 10)",
+        "student torch.nn.Identity: found a network that returns a tensor (2, 3, 8, 8); accepted: logits (images, 10)",
     ),
     (["student=module", "student.target=my_networks.Ten", "data.image_size=4"], "data.image_size: found 4, which"),
 ]

@@ -1,0 +1,124 @@
+"""Everything that a run does later, done once on two images, so that what fails does so before any training.
+
+A training step with its loss and gradients, a checkpoint written and read, folding, quantization, and each exporter.
+"""
+
+import io
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from compress.errors import UserError, first_line
+from compress.export.formats import read_back, with_reference
+from compress.methods.classifier import Classifier
+from compress.methods.frozen_teacher import FrozenEnsemble, FrozenTeacher
+from compress.methods.learning_teacher import LearningTeacher
+from compress.pipeline.parts import Parts
+from compress.quantization import Correction, GridOptions, QuantizedModel, Refinement
+from compress.quantization.comparisons import compare
+from compress.quantization.preparation import prepare
+from compress.quantization.solvers import RTN
+
+# Options under which quantizing costs next to nothing.
+CHEAP = {
+    "solver": RTN(),
+    "refinement": Refinement(),
+    "correction": Correction(bias=False),
+    "grid": GridOptions(scale="max_abs"),
+    "budget": None,
+    "max_drop": None,
+}
+
+
+def rehearse(parts: Parts, student: nn.Module) -> None:
+    """Raises UserError for the first thing that would fail later in the run of `parts`, which are used up by it.
+
+    `student` is what pruning will leave of the student, but for the values of its weights.
+    """
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        images = torch.cat([batch.cpu() for batch in parts.data.calibration_batches(2)])
+        learner = parts.learner(_teacher(parts))
+        _train(parts, learner, images)
+        variants: list[nn.Module | QuantizedModel] = [] if parts.quantizer else [student]
+        if parts.fake_quantization is not None:
+            variants.append(parts.fake_quantization.bake(learner.model.cpu(), parts.data.input_shape))
+        if parts.quantizer is not None:
+            variants += _quantize(parts, student, images)
+        _export(parts, variants, student, images)
+
+
+def _teacher(parts: Parts) -> FrozenTeacher | FrozenEnsemble | LearningTeacher | None:
+    """A teacher with fresh weights, if the method uses one."""
+    networks = [parts.teacher_network(key) for key in parts.teacher_keys]
+    if not networks:
+        return None
+    if parts.updates_teacher:
+        return LearningTeacher(networks[0])
+    frozen = [FrozenTeacher(network, parts.data.input_shape) for network in networks]
+    return frozen[0] if len(frozen) == 1 else FrozenEnsemble(frozen)
+
+
+def _train(parts: Parts, learner: Classifier, images: Tensor) -> None:
+    """One step without the optimizer, and a checkpoint."""
+    target = torch.arange(len(images)) % parts.data.num_classes
+    with _said(parts, "method", f"{parts.plain['method']['stem']}, whose step fails for two images"):
+        learner.train()
+        _, terms = learner.losses(images, target, None)
+        sum(terms.values()).backward()
+    file = io.BytesIO()
+    torch.save(learner.state_dict(), file)
+    file.seek(0)
+    with _said(parts, "student", "a state that cannot be read back from a checkpoint"):
+        learner.load_state_dict(torch.load(file, weights_only=True))
+
+
+def _quantize(parts: Parts, student: nn.Module, images: Tensor) -> list[QuantizedModel]:
+    """The student on the coarsest and cheapest codes, and one layer as the quantizer will answer it."""
+    quantizer = parts.quantizer
+    compare(student, [images], quantizer.skip)
+    prepared = prepare(student, [images], quantizer.skip)
+    smallest = min(prepared.order, key=lambda name: prepared.analog.get_submodule(name).weight.numel())
+    others = [name for name in prepared.order if name != smallest]
+    bits = min(quantizer.bits)
+    with _said(parts, "quantizer", f"{quantizer.name}, which fails for {smallest}"):
+        replace(quantizer, skip=[*quantizer.skip, *others])(student, [images], bits)
+    return [replace(quantizer, **CHEAP)(student, [images], bits)]
+
+
+def _export(parts: Parts, variants: list[nn.Module | QuantizedModel], student: nn.Module, images: Tensor) -> None:
+    description, own_network = parts.description(student), parts.own_network("model")
+    with tempfile.TemporaryDirectory() as folder:
+        for exporter in with_reference(parts.exporters):
+            for network in variants:
+                path = Path(folder) / f"student{exporter.suffix}"
+                with _said(parts, "export", f"{type(exporter).__name__}, which fails for the student"):
+                    exporter.write(path, network, description, [images])
+                    model, _ = read_back(exporter, path, own_network=own_network)
+                    model(images)
+
+
+@contextmanager
+def _said(parts: Parts, key: str, what: str) -> Iterator[None]:
+    """What a part of the user's raises within it is a mistake of the user; what one of ours raises is one of ours."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as failure:
+        if not _has_foreign_parts(parts):
+            raise
+        raise UserError(
+            f"{key}: found {what} ({type(failure).__name__}: {first_line(failure)}); "
+            "accepted: parts that fit each other"
+        ) from failure
+
+
+def _has_foreign_parts(parts: Parts) -> bool:
+    own = (parts.method, type(parts.loss), type(parts.fresh_student), *map(type, parts.exporters))
+    solver = () if parts.quantizer is None else (type(parts.quantizer.solver),)
+    return any(not part.__module__.startswith("compress.") for part in (*own, *solver))
