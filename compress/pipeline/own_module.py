@@ -20,6 +20,7 @@ from compress.export.formats import exporter_called, exporter_of, read_any
 from compress.export.packed import file_bytes
 from compress.models import own_class
 from compress.quantization import Measures, QuantizedModel, Quantizer
+from compress.quantization.comparisons import compare
 from compress.quantization.options import silent
 
 # The share of the weights that may stay float without a word.
@@ -96,13 +97,15 @@ def quantize(
     images: a tensor (N, C, H, W), an iterable of such batches, or of sequences that begin with one, as a DataLoader is;
     normalised as the network takes them. quantizer: an option of `conf/quantizer`. keys: the keys of its file, nested
     ones as mappings, `grid={"scale": "max_abs"}`, or with dots, `**{"grid.scale": "max_abs"}`. With `budget` several
-    `bits` are the widths that a layer may have. Raises UserError for whatever cannot be done.
+    `bits` are the widths that a layer may have. Raises UserError for whatever cannot be done, and where folding its
+    BatchNorm or rounding to 16 bits already changes what the network computes.
     """
     if not isinstance(network, nn.Module):
         raise UserError(f"network: found a {type(network).__name__}; accepted: a torch.nn.Module")
     built = _quantizer(quantizer, {**keys, "bits": bits})
     calibration = _first(images, built.calibration_images)
     description = _about(network, calibration)
+    compare(network, [calibration], built.skip)
     float_bytes = file_bytes(network, description) if built.budget is not None else 0
     measures = Measures(partial(file_bytes, description=description), layer_bytes, _no_accuracy, float_bytes)
     [variant] = built.variants(network, [calibration], measures, silent)

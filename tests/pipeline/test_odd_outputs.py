@@ -15,6 +15,7 @@ from compress.pipeline.check import checked_jobs
 
 MODULE = """
 import odd_networks
+import torch
 from torch import nn
 
 
@@ -46,6 +47,15 @@ class Maps(Named):
         return self.stem(images)
 
 
+class Fickle(Named):
+    made = 0
+
+    def __init__(self, num_classes):
+        super().__init__(num_classes)
+        Fickle.made += 1
+        self.register_buffer("count", torch.zeros(Fickle.made))
+
+
 class InTraining(Named):
     def forward(self, images):
         found = super().forward(images)
@@ -61,7 +71,7 @@ def folder(tmp_path, monkeypatch):
     """A working directory with the networks above, their options in `mine`."""
     (tmp_path / "my_networks.py").write_text(MODULE)
     (tmp_path / "mine" / "model").mkdir(parents=True)
-    for name in ("Named", "Pair", "TwoNames", "Features", "Maps", "InTraining"):
+    for name in ("Named", "Pair", "TwoNames", "Features", "Maps", "Fickle", "InTraining"):
         (tmp_path / "mine" / "model" / f"{name.lower()}.yaml").write_text(f"_target_: my_networks.{name}\n")
     (tmp_path / "mine" / "model" / "googlenet.yaml").write_text(GOOGLENET)
     monkeypatch.chdir(tmp_path)
@@ -119,6 +129,7 @@ REFUSED = {
     "student=resnet8 method=kd teacher=features": ["teacher features:", "tuple", "(images, 10)"],
     "student=resnet8 method=dml peer=maps": ["peer maps:", "a tensor", "(images, 10)"],
     "student=resnet8 method=fitnet teacher=features": ["teacher features:", "tuple", "(images, 10)"],
+    "student=fickle method=supervised quantizer=none export=none": ["student.safetensors", "count"],
     "student=googlenet method=supervised pruning=structured data.image_size=32": [
         "pruning:",
         "structured",

@@ -12,7 +12,19 @@ from compress.errors import UserError
 from compress.export.formats import exporter_of
 from compress.models.canonical import difference
 from compress.models.outputs import logits
-from tests.models.odd_networks import CLASSES, EVERY, SHAPE, Aliased, Attention, CalledAgain, Pair, make
+from tests.models.odd_networks import (
+    CLASSES,
+    EVERY,
+    SHAPE,
+    Aliased,
+    Attention,
+    CalledAgain,
+    Computed,
+    Named,
+    Pair,
+    TiedWeights,
+    make,
+)
 
 NAMES = ["ant", "bee", "cat", "dog"]
 
@@ -43,6 +55,18 @@ def test_what_is_loaded_is_bit_for_bit_what_was_saved(network, tmp_path):
     assert about["format"] == "compress-packed-1"
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(torch.equal(value, kept[name]) for name, value in fresh.state_dict().items())
+    lines = [line.split() for line in quantized.table().splitlines()]
+    assert [name for name, *_ in lines[1:-1]] == list(quantized.quantized.layers)
+    assert lines[-1] == ["file", f"{quantized.save(path):,}"]
+
+
+@pytest.mark.parametrize("network", [Attention, Computed, Named, TiedWeights])
+def test_an_onnx_file_computes_what_the_quantized_network_does(network, tmp_path):
+    quantized = compress.quantize(make(network), images(), bits=8)
+    quantized.export(tmp_path / "net.onnx")
+    model, _ = compress.load(tmp_path / "net.onnx")
+    with torch.no_grad():
+        assert difference(model(images(8, 2)), quantized.network(images(8, 2))) < 1e-3
 
 
 def test_a_class_stands_for_its_network(tmp_path):
@@ -125,6 +149,15 @@ def test_it_is_exported_by_suffix_or_name(tmp_path):
     with torch.no_grad():
         assert difference(model(images(8)), quantized.network(images(8))) < 1e-3
     assert exporter_of(tmp_path / "net.onnx").runtime == "onnxruntime"
+
+
+def test_a_layer_that_not_even_sixteen_bits_can_hold_is_named():
+    model, dark = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(432, CLASSES)), images()
+    dark[:, 0] = 0
+    with torch.no_grad():
+        model[1].weight[:, 0] = 1e7
+    with pytest.raises(UserError, match=r"^1: found logits .* rounded to 16 bits"):
+        compress.quantize(model, dark, bits=8)
 
 
 MISTAKES = [
