@@ -11,6 +11,8 @@ import compress
 from compress.cli import main
 from compress.export.packed import read_model
 
+pytestmark = pytest.mark.slow
+
 README = Path(__file__).parent.parent / "README.md"
 SHORT = ["student=resnet8", "trainer.max_epochs=1", "quantizer=none"]
 TEACHER = ["teacher=resnet8", "teacher.training.epochs=1", "data.limit=100"]

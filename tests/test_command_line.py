@@ -22,6 +22,8 @@ def _in_an_empty_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
 
 
+# What is only found once the networks are built, or beside the jobs of a sweep, is found as well with small ones.
+QUICK = "method=supervised student=resnet8"
 MISTAKES = {
     "student=resnet99": ["student:", "'resnet99'", "resnet18"],
     "student=": ["student:", "''", "resnet18"],
@@ -61,7 +63,7 @@ MISTAKES = {
     "logger=wandb +logger.wandb.foo=1": ["logger.wandb.foo:", "log_models"],
     "a b": ["'a'", "key=value"],
     "trainer.max_epochs=two": ["trainer.max_epochs:", "'two'", "at least 1"],
-    "output_directory=/proc/foo": ["output_directory:", "/proc/foo"],
+    f"{QUICK} output_directory=/proc/foo": ["output_directory:", "/proc/foo"],
     "--dryrun": ["--dryrun", "--dry-run"],
     "foo": ["'foo'", "key=value"],
     "scheduler=multistep scheduler.milestones=[a]": ["scheduler.milestones", "'a'"],
@@ -75,12 +77,12 @@ MISTAKES = {
     "quantizer=rtn quantizer.refinement.sweeps=4": ["quantizer.refinement:", "rtn"],
     "quantizer.grid.granularity=layer quantizer.correction.batch_norm=true": ["quantizer.correction.batch_norm:"],
     "quantizer.budget=8x quantizer.max_drop=1": ["quantizer.max_drop:", "budget"],
-    "quantizer.budget=small": ["quantizer.budget:", "'small'", "500kB"],
+    f"{QUICK} quantizer.budget=small": ["quantizer.budget:", "'small'", "500kB"],
     "quantizer.solver._target_=foo.bar": ["quantizer.solver:", "foo.bar"],
     "quantizer.solver._target_=compress.losses.kd.KD": ["quantizer.solver:", "Solver"],
     "student=timm student.name=resnet51t": ["student.name:", "resnet51q"],
-    "quantizer.skip=[nosuch]": ["quantizer.skip:", "nosuch", "layer1"],
-    "quantizer.skip=['*']": ["no layer left"],
+    f"{QUICK} quantizer.skip=[nosuch]": ["quantizer.skip:", "nosuch", "layer1"],
+    f"{QUICK} quantizer.skip=['*']": ["no layer left"],
     "+method.seed=1": ["method.seed:", "accepted"],
     "+data.device=cuda": ["data.device:", "batch_size"],
     "method=null": ["method:"],
@@ -93,10 +95,10 @@ MISTAKES = {
     "trainer.sync_batchnorm=true": ["trainer.sync_batchnorm:"],
     "+trainer.sync_batchnorm=true": ["trainer.sync_batchnorm:", "trainer=ddp"],
     "trainer=ddp_cpu trainer.sync_batchnorm=true": ["trainer.sync_batchnorm:", "false"],
-    "trainer=ddp_cpu data.batch_size=63": ["data.batch_size:", "63", "multiple of 2, from 4 to"],
-    "trainer=ddp_cpu data.limit=100 data.batch_size=128": ["data.batch_size:", "85 training images", "to 84"],
+    f"{QUICK} trainer=ddp_cpu data.batch_size=63": ["data.batch_size:", "63", "multiple of 2, from 4 to"],
+    f"{QUICK} trainer=ddp_cpu data.limit=100 data.batch_size=128": ["data.batch_size:", "85 training images", "to 84"],
     "trainer=ddp_cpu trainer.devices=0": ["trainer.devices:", "0"],
-    "trainer=ddp_cpu trainer.num_nodes=2": ["hydra.run.dir:", "several machines"],
+    f"{QUICK} trainer=ddp_cpu trainer.num_nodes=2": ["hydra.run.dir:", "several machines"],
     "trainer=ddp_cpu method=dml": ["trainer.strategy:", "peers"],
     "+trainer.use_distributed_sampler=true": ["trainer.use_distributed_sampler:"],
     "+trainer.fast_dev_run=true": ["trainer.fast_dev_run:"],
@@ -116,8 +118,8 @@ MISTAKES = {
     "method=dml peer=vgg8 student=resnet8 data.image_size=4": ["data.image_size:", "4", "peer vgg8"],
     "method=dml teacher=resnet8": ["teacher:", "'teacher=resnet8'", "none"],
     "method=at method.layers=[nosuch]": ["method.layers:", "'nosuch'", "layer1"],
-    "hydra.run.dir=/proc/x": ["hydra.run.dir:", "/proc/x"],
-    "-m hydra.sweep.dir=/proc/x": ["hydra.sweep.dir:", "/proc/x"],
+    f"{QUICK} hydra.run.dir=/proc/x": ["hydra.run.dir:", "/proc/x"],
+    f"-m {QUICK} hydra.sweep.dir=/proc/x": ["hydra.sweep.dir:", "/proc/x"],
     "--cfg foo": ["--cfg", "'foo'", "'job'"],
     "--cfg job student=resnet99": ["student:", "'resnet99'"],
     "--cfg job loss.foo=1": ["loss.foo:", "temperature"],
@@ -125,17 +127,21 @@ MISTAKES = {
     "sweep=nowhere": ["sweep:", "nowhere/sweep.yaml"],
     "sweep=nowhere --dry-run": ["sweep:", "option"],
     "-m seed=0,1 hydra/launcher=nosuch": ["hydra/launcher:", "'nosuch'", "joblib"],
-    "hydra/launcher=joblib": ["hydra/launcher=joblib", "-m"],
-    "-m hydra/launcher=joblib,ray": ["hydra/launcher:", "several"],
-    "-m hydra/launcher=joblib hydra.launcher.n_jobs=0": ["hydra.launcher.n_jobs:", "0"],
-    "-m hydra/launcher=joblib hydra.launcher.jobs=2": ["hydra.launcher.jobs:", "n_jobs"],
-    "-m hydra/launcher=submitit_local hydra.launcher.timeout_min=x": ["hydra.launcher.timeout_min:", "'x'"],
-    "-m hydra/launcher=submitit_slurm": ["hydra/launcher:", "no sbatch"],
-    "-m hydra/launcher=ray hydra.launcher.num_gpus=-1": ["hydra.launcher.num_gpus:", "-1"],
-    "-m hydra/launcher=ray hydra.launcher.num_gpus=1.5": ["hydra.launcher.num_gpus:", "1.5", "whole"],
-    "-m hydra/launcher=ray hydra.launcher.num_cpus=9999": ["hydra.launcher:", "num_cpus=9999", "this machine"],
-    "-m hydra/launcher=ray hydra.launcher.address=127.0.0.1:9": ["hydra.launcher.address:", "127.0.0.1:9", "refused"],
-    "-m hydra.sweep.subdir=x": ["hydra.sweep.subdir:"],
+    f"{QUICK} hydra/launcher=joblib": ["hydra/launcher=joblib", "-m"],
+    f"-m {QUICK} hydra/launcher=joblib,ray": ["hydra/launcher:", "several"],
+    f"-m {QUICK} hydra/launcher=joblib hydra.launcher.n_jobs=0": ["hydra.launcher.n_jobs:", "0"],
+    f"-m {QUICK} hydra/launcher=joblib hydra.launcher.jobs=2": ["hydra.launcher.jobs:", "n_jobs"],
+    f"-m {QUICK} hydra/launcher=submitit_local hydra.launcher.timeout_min=x": ["hydra.launcher.timeout_min:", "'x'"],
+    f"-m {QUICK} hydra/launcher=submitit_slurm": ["hydra/launcher:", "no sbatch"],
+    f"-m {QUICK} hydra/launcher=ray hydra.launcher.num_gpus=-1": ["hydra.launcher.num_gpus:", "-1"],
+    f"-m {QUICK} hydra/launcher=ray hydra.launcher.num_gpus=1.5": ["hydra.launcher.num_gpus:", "1.5", "whole"],
+    f"-m {QUICK} hydra/launcher=ray hydra.launcher.num_cpus=9999": ["hydra.launcher:", "num_cpus=9999", "this machine"],
+    f"-m {QUICK} hydra/launcher=ray hydra.launcher.address=127.0.0.1:9": [
+        "hydra.launcher.address:",
+        "127.0.0.1:9",
+        "refused",
+    ],
+    f"-m {QUICK} hydra.sweep.subdir=x": ["hydra.sweep.subdir:"],
     "--frobnicate": ["--frobnicate", "--help"],
     "seed=0,1": ["seed:", "0,1", "-m"],
     "student=resnet8 -m seed=0,1 optimizer.lr=a": ["optimizer.lr:", "'a'"],
@@ -178,7 +184,7 @@ def test_options_may_stand_between_overrides(capsys, monkeypatch):
 @pytest.mark.parametrize("key", ["hydra.run.dir", "hydra.sweep.dir"])
 def test_a_file_is_no_directory_of_a_run(key, tmp_path, capsys):
     (tmp_path / "taken").touch()
-    assert main([*(["-m"] if "sweep" in key else []), "method=supervised", f"{key}=taken"]) == 2
+    assert main([*(["-m"] if "sweep" in key else []), *QUICK.split(), f"{key}=taken"]) == 2
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: {key}: found taken, which cannot be made")
 
@@ -208,14 +214,14 @@ def test_a_directory_whose_configuration_is_damaged_cannot_be_resumed(content, t
 
 def test_values_that_mean_the_same_reach_the_run_as_what_they_mean():
     typed = ["trainer.max_epochs=1e1", "data.batch_size=3.2e1", "optimizer.lr='0.1'", "data.limit=1e3"]
-    composed = checked_jobs(typed)[0].config
+    composed = checked_jobs([*QUICK.split(), *typed])[0].config
     found = composed.trainer.max_epochs, composed.data.batch_size, composed.optimizer.lr, composed.data.limit
     assert found == (10, 32, 0.1, 1000)
     assert [type(value) for value in found] == [int, int, float, int]
 
 
 def test_a_sweep_can_glob_over_options():
-    jobs = checked_jobs(["scheduler=glob(*)", "teacher=resnet8"], multirun=True)
+    jobs = checked_jobs(["scheduler=glob(*)", *QUICK.split()], multirun=True)
     stems = {path.stem for path in (SCRIPT.parent.parent / "conf" / "scheduler").glob("*.yaml")}
     assert {job.overrides[0] for job in jobs} == {f"scheduler={stem}" for stem in stems}
 

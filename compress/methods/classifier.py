@@ -17,6 +17,7 @@ from compress.export.state_dicts import BEST_NETWORK
 from compress.methods.frozen_teacher import FrozenEnsemble, FrozenTeacher
 from compress.methods.learning_teacher import LearningTeacher
 from compress.methods.mixup import Blend, CutMix, Mixup
+from compress.models.memory_format import lay_out
 from compress.optim.schedules import Schedule
 from compress.quantization.lsq import FakeQuantization
 
@@ -75,6 +76,8 @@ class Classifier(pl.LightningModule, ABC):
         self.validation_loss: list[list[Tensor]] = [[] for _ in self.networks]
         self.train_terms: dict[str, list[Tensor]] = {}
         self.teacher = teacher
+        for network in self.learning_networks:
+            lay_out(network, input_shape)
 
     @property
     def learning_networks(self) -> list[nn.Module]:

@@ -3,8 +3,7 @@
 from compress.models.catalogue import available, build, check_options, described, names_class
 from compress.models.channels import architecture, changed_channels, rebuild, with_channels
 from compress.models.counting import count_macs, count_parameters
-from compress.models.inference import frozen_for_inference, laid_out, low_precision_dtype
-from compress.models.outputs import returning_logits
+from compress.models.inference import frozen_for_inference, low_precision_dtype
 
 __all__ = [
     "architecture",
@@ -16,10 +15,8 @@ __all__ = [
     "count_parameters",
     "described",
     "frozen_for_inference",
-    "laid_out",
     "low_precision_dtype",
     "names_class",
     "rebuild",
-    "returning_logits",
     "with_channels",
 ]

@@ -10,8 +10,7 @@ from torch import nn
 from compress import paths
 from compress.arguments import check_arguments
 from compress.errors import UserError
-from compress.models.outputs import returning_logits
-from compress.models.own_class import own_network
+from compress.models.own_class import adapted, own_network
 
 
 def available() -> tuple[str, ...]:
@@ -29,7 +28,7 @@ def build(stem: str, num_classes: int, **options: Any) -> nn.Module:
     Raises UserError for a stem without a file and for options that the file does not have or that are out of range.
     """
     target, values = _description(stem, options, "student/model", stem)
-    return returning_logits(target(num_classes=num_classes, **values), num_classes)
+    return adapted(target(num_classes=num_classes, **values), num_classes)
 
 
 def check_options(stem: str, options: Mapping[str, Any], where: str) -> dict[str, Any]:

@@ -16,7 +16,6 @@ from torch.nn.utils import parametrize
 from compress.errors import UserError
 from compress.models import own_class
 from compress.models.catalogue import build, names_class
-from compress.models.outputs import returning_logits
 
 Channels = Mapping[str, Sequence[int]]
 WIDTHS = {
@@ -92,9 +91,9 @@ def rebuild(architecture: Mapping[str, Any], network: own_class.OwnNetwork | Non
     classes, options = architecture["num_classes"], architecture["options"]
     own_class.refuse_targets(options)
     if isinstance(network, nn.Module):
-        model = returning_logits(own_class.given(network), classes)
+        model = own_class.adapted(own_class.given(network), classes)
     elif network is not None:
-        model = returning_logits(own_class.make(network, classes, options.get("arguments") or {}), classes)
+        model = own_class.adapted(own_class.make(network, classes, options.get("arguments") or {}), classes)
     elif names_class(architecture["stem"]):
         raise UserError(
             f"found a network of the class {str(options.get('target'))!r}, and no file may name code to run; accepted: "

@@ -13,6 +13,8 @@ from torch import nn
 from compress.arguments import annotations, check_arguments, imported
 from compress.errors import UserError, first_line
 from compress.models.baking import copied
+from compress.models.memory_format import take_contiguous_images
+from compress.models.outputs import returning_logits
 
 # A network of the user's, or the class or function that makes one.
 OwnNetwork = nn.Module | Callable[..., nn.Module]
@@ -60,12 +62,19 @@ def make(target: Callable[..., nn.Module], num_classes: int, arguments: Mapping[
         raise UserError(f"{name}({_shown(arguments)}): {first_line(failure)}; accepted: what it can make") from failure
     if not isinstance(network, nn.Module):
         raise UserError(f"{name}: found what makes a {type(network).__name__}; accepted: a torch.nn.Module")
-    return _with_plain_images(network)
+    return network
 
 
 def given(network: nn.Module) -> nn.Module:
     """A copy, on the CPU and in float32, of a `network` that was given from Python."""
-    return _with_plain_images(copied(network).cpu().float())
+    return copied(network).cpu().float()
+
+
+def adapted(network: nn.Module, num_classes: int) -> nn.Module:
+    """`network` itself, which returns its logits alone; of a foreign class it gets images as its author had them."""
+    if not type(network).__module__.startswith("compress."):
+        take_contiguous_images(network)
+    return returning_logits(network, num_classes)
 
 
 def check(options: Mapping[str, Any], where: str) -> None:
@@ -101,12 +110,6 @@ def options_of(network: nn.Module) -> dict[str, Any]:
 def label(stem: str, options: Mapping[str, Any]) -> str:
     """What a network is called: its `stem`, or its class."""
     return options["target"] if stem == STEM else stem
-
-
-def _with_plain_images(network: nn.Module) -> nn.Module:
-    """`network` itself, which gets its images laid out as its author had them."""
-    network.register_forward_pre_hook(lambda module, images: tuple(image.contiguous() for image in images))
-    return network
 
 
 def _shown(arguments: Mapping[str, Any]) -> str:

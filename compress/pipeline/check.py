@@ -79,13 +79,14 @@ def check(job: Job, data_sets: DataSets, start: nn.Module | None = None) -> nn.M
             "trainer=default, or student=module with its class"
         )
     processes.check(job.config, data.record()["images"], uses_peers(job.config))
-    _check_epochs(parts)
+    _check_limits(parts)
     parts.build_small()
     _check_teacher_files(parts)
     check_image_sizes(parts)
     _check_method(parts)
     if parts.recipe is not None:
         _check_pruning(parts)
+    _check_validated_epochs(parts)
     student = parts.pruned_student
     if parts.quantizer is not None:
         check_quantizer(parts, student)
@@ -103,8 +104,8 @@ def _rehearsed(parts: Parts) -> str:
     return json.dumps({key: parts.plain.get(key) for key in keys}, sort_keys=True, default=str)
 
 
-def _check_epochs(parts: Parts) -> None:
-    """Raises UserError where some epoch would train or validate nothing, or none that can be the best is validated."""
+def _check_limits(parts: Parts) -> None:
+    """Raises UserError where an epoch would train or validate nothing."""
     trainer, data = parts.config.trainer, parts.data
     images, together = data.record()["images"], processes.processes(trainer)
     batches = {
@@ -118,6 +119,11 @@ def _check_epochs(parts: Parts) -> None:
                 f"trainer.{key}: found {limit}, which leaves none of the {count} batches; accepted: at least "
                 f"{math.ceil(1e4 / count) / 1e4}, or a whole number of batches"
             )
+
+
+def _check_validated_epochs(parts: Parts) -> None:
+    """Raises UserError where no epoch that can be the best is validated."""
+    trainer = parts.config.trainer
     every, first, last = trainer.get("check_val_every_n_epoch", 1), parts.first_best_epoch + 1, trainer.max_epochs
     if last // every * every < first:
         raise UserError(

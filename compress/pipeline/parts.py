@@ -137,7 +137,7 @@ class Parts:
         """
         classes = self.data.num_classes
         if self.is_given(role):
-            network = models.returning_logits(own_class.given(self.networks[role]), classes)
+            network = own_class.adapted(own_class.given(self.networks[role]), classes)
         else:
             options = {key: value for key, value in self.network_node(role).items() if key not in STUDENT}
             network = models.build(num_classes=classes, **options)
@@ -189,8 +189,7 @@ class Parts:
         return [self._shrunk(network) for network in networks]
 
     def _shrunk(self, network: nn.Module) -> nn.Module:
-        shrunk = network if self.recipe is None else self.recipe.shrink(network, self.data.input_shape)
-        return models.laid_out(shrunk, self.data.input_shape)
+        return network if self.recipe is None else self.recipe.shrink(network, self.data.input_shape)
 
     @cached_property
     def architecture(self) -> dict[str, Any]:

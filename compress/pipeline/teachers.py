@@ -154,7 +154,7 @@ class _Member:
             "macs": models.count_macs(self.network, data.input_shape),
             "validation_accuracy": validation.accuracy,
         }
-        learning = LearningTeacher(models.laid_out(self.network, data.input_shape), renormalise)
+        learning = LearningTeacher(self.network, renormalise)
         return Teacher(frozen, record, learning)
 
     def _find_or_train(self) -> tuple[Path, bool]:
@@ -190,13 +190,14 @@ class _Member:
         console.print(f"teacher {self.label}: none trained under this configuration yet, training it", style="bold")
         pl.seed_everything(training["seed"], verbose=False)
         data = self.parts.data_with(training["seed"], training["batch_size"])
-        network = models.laid_out(self.parts.teacher_network(self.key), data.input_shape)
+        network = self.parts.teacher_network(self.key)
         module = Supervised(
             student=network,
             loss=CrossEntropy(training["label_smoothing"]),
             optimizer=optimizer_factory(training["optimizer"]),
             scheduler=build(training["scheduler"], f"{self.key}.training.scheduler"),
             num_classes=data.num_classes,
+            input_shape=data.input_shape,
             seed=training["seed"],
         )
         directory = path.with_suffix("")

@@ -11,20 +11,25 @@ from matplotlib.ticker import MaxNLocator
 
 from compress.files import write_atomically
 from compress.results.record import FileLayers
+from compress.results.tradeoff_picture import set_margins
 
 # Fewer grid points than this are drawn as bars of their own.
 THIN_BARS = 40
 BINS = 160
+NAME_SIZE, LABEL_SIZE = 7, 8  # points
 
 
 def draw_layers(path: Path, files: Mapping[str, FileLayers], title: str) -> None:
     """Relative output error and bits of each layer, a line for each packed file, given by name."""
     names = list(dict.fromkeys(name for layers in files.values() for name in layers.quantized))
     positions = {name: index for index, name in enumerate(names)}
-    figure = Figure(figsize=(max(7.5, 0.3 * len(names)), 6.0), dpi=150, layout="constrained")
-    errors, widths = figure.subplots(2, sharex=True, height_ratios=(3, 2))
-    for index, (file, layers) in enumerate(files.items()):
-        colour, label = f"C{index}", file.removesuffix(".safetensors").removeprefix("student-")
+    labels = [file.removesuffix(".safetensors").removeprefix("student-") for file in files]
+    below, beside = 0.2 + _inches(names, NAME_SIZE), 0.7 + _inches(labels, LABEL_SIZE)
+    figure = Figure(figsize=(0.75 + max(6.0, 0.3 * len(names)) + beside, 5.0 + below), dpi=150)
+    set_margins(figure, left=0.75, right=beside, bottom=below, top=0.4)
+    errors, widths = figure.subplots(2, sharex=True, height_ratios=(3, 2), gridspec_kw={"hspace": 0.06})
+    for index, (label, layers) in enumerate(zip(labels, files.values(), strict=True)):
+        colour = f"C{index}"
         # Of a network that was trained on its grids no layer has an error, and an error of 0 has no logarithm.
         points = [(positions[name], layer.error) for name, layer in layers.quantized.items() if layer.error]
         if points:
@@ -39,11 +44,16 @@ def draw_layers(path: Path, files: Mapping[str, FileLayers], title: str) -> None
     widths.set_ylabel("bits")
     widths.set_ylim(bottom=0)
     widths.yaxis.set_major_locator(MaxNLocator(integer=True))
-    widths.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
+    widths.set_xticks(range(len(names)), names, rotation=90, fontsize=NAME_SIZE)
     for axes in (errors, widths):
         axes.grid(alpha=0.25)
-    widths.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=8)
+    widths.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=LABEL_SIZE)
     write_atomically(path, figure.savefig)
+
+
+def _inches(words: Sequence[str], points: float) -> float:
+    """About the length of the longest of some words, whose characters are 0.65 of the size of the font wide."""
+    return 0.65 * points / 72 * max(map(len, words))
 
 
 @dataclass(frozen=True)
@@ -58,16 +68,21 @@ class Panel:
 def draw_weights(path: Path, variants: Mapping[str, Sequence[Panel]], title: str) -> None:
     """A row of histograms for each variant: the weights before (filled) and the share of each grid point (bars)."""
     columns = max(len(panels) for panels in variants.values())
-    figure = Figure(figsize=(3.2 * columns, 2.4 * len(variants) + 0.5), dpi=130, layout="constrained")
-    grid = figure.subplots(len(variants), columns, squeeze=False)
+    figure = Figure(figsize=(3.2 * columns, 2.4 * len(variants) + 0.9), dpi=130)
+    set_margins(figure, left=0.4, right=0.15, bottom=0.6, top=0.6)
+    grid = figure.subplots(len(variants), columns, squeeze=False, gridspec_kw={"wspace": 0.06, "hspace": 0.25})
     for (label, panels), line in zip(variants.items(), grid, strict=True):
         line[0].set_ylabel(label, fontsize=9)
         for panel, axes in zip(panels, line, strict=False):
             _histogram(axes, panel)
         for axes in line[len(panels) :]:
             axes.set_axis_off()
-    figure.supxlabel("weight, in steps of its channel's grid (blue: float; orange: on the grid)", fontsize=9)
-    figure.suptitle(title, fontsize=10)
+    figure.supxlabel(
+        "weight, in steps of its channel's grid (blue: float; orange: on the grid)",
+        fontsize=9,
+        y=0.1 / figure.get_figheight(),
+    )
+    figure.suptitle(title, fontsize=10, y=1 - 0.1 / figure.get_figheight())
     write_atomically(path, figure.savefig)
 
 
@@ -75,15 +90,17 @@ def _histogram(axes: Axes, panel: Panel) -> None:
     values, counts = np.unique(panel.steps, return_counts=True)
     # Beyond the grid by a step at most, where a few clipped weights would squeeze everything else.
     low, high = values.min() - 1.5, values.max() + 1.5
-    floats = panel.floats.clip(low, high)
-    axes.hist(floats, bins=BINS, range=(low, high), density=True, color="tab:blue", alpha=0.45, histtype="stepfilled")
-    if len(values) < THIN_BARS:
-        axes.bar(values, counts / counts.sum(), width=0.16, color="tab:orange", alpha=0.8)
-    else:
-        # One outline: hundreds of bars in every panel take seconds to draw.
-        edges = np.arange(values.min() - 0.5, values.max() + 1)
-        shares = np.histogram(panel.steps, edges)[0] / counts.sum()
-        axes.stairs(shares, edges, fill=True, color="tab:orange", alpha=0.8)
+    shares, edges = np.histogram(panel.floats.clip(low, high), BINS, (low, high), density=True)
+    _fill(axes, edges, np.append(shares, 0), color="tab:blue", alpha=0.45)
+    half = 0.08 if len(values) < THIN_BARS else 0.5
+    edges = np.stack([values - half, values + half], 1)
+    _fill(axes, edges.ravel(), np.stack([counts / counts.sum(), 0 * counts], 1).ravel(), color="tab:orange", alpha=0.8)
+    axes.set_ylim(bottom=0)
     axes.set_title(panel.title, fontsize=8)
     axes.tick_params(labelsize=7)
     axes.set_yticks([])
+
+
+def _fill(axes: Axes, edges: np.ndarray, heights: np.ndarray, **style: float | str) -> None:
+    """Bars from each edge to the next, in one outline: hundreds of rectangles in every panel take seconds to draw."""
+    axes.fill_between(edges, heights, step="post", linewidth=0, **style)

@@ -13,7 +13,8 @@ from compress.results.tradeoff import Row
 
 def draw_tradeoff(path: Path, rows: Sequence[Row], title: str, teacher_accuracy: float | None = None) -> None:
     """Draws the rows, the float32 student (first row) and, if given, the teacher's test accuracy (0..1) as lines."""
-    figure = Figure(figsize=(7.5, 4.6), dpi=150, layout="constrained")
+    figure = Figure(figsize=(7.5, 4.6), dpi=150)
+    set_margins(figure, left=0.75, right=0.15, bottom=0.6, top=0.4)
     axes = figure.add_subplot()
     reference, variants = rows[0], rows[1:]
     labelled = reference.test_accuracy is not None
@@ -43,6 +44,12 @@ def draw_tradeoff(path: Path, rows: Sequence[Row], title: str, teacher_accuracy:
     name_axes(axes, title, "MB", "test accuracy, %" if labelled else "same class as fp32, %")
     axes.legend(loc="lower right", fontsize=8, framealpha=0.9)
     write_atomically(path, figure.savefig)
+
+
+def set_margins(figure: Figure, left: float, right: float, bottom: float, top: float) -> None:
+    """Leaves so many inches around the axes; a layout engine takes as long again as the drawing to find them."""
+    width, height = figure.get_size_inches()
+    figure.subplots_adjust(left / width, bottom / height, 1 - right / width, 1 - top / height)
 
 
 def name_axes(axes: Axes, title: str, unit: str, accuracy: str) -> None:

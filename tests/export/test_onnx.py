@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections import Counter
+from functools import partial
 
 import numpy as np
 import onnx
@@ -24,8 +25,11 @@ from compress.export.onnx import Onnx, OnnxModel
 from compress.quantization import Grid, quantize
 from compress.quantization.activations import InputQuantizer, attach_input_quantizer
 from compress.quantization.quantized import QuantizedLayer, QuantizedModel, float_state
+from compress.quantization.solvers import RTN
 
 IMAGES = torch.randn(32, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+# The exporter of PyTorch takes seconds for each network.
+slow = partial(pytest.param, marks=pytest.mark.slow)
 
 
 def describe(stem):
@@ -92,19 +96,19 @@ def optimised(path, folder):
 @pytest.mark.parametrize(
     ("stem", "bits", "options", "kind", "opset"),
     [
-        ("resnet8", 8, {}, TensorProto.INT8, 18),
+        slow("resnet8", 8, {}, TensorProto.INT8, 18),
         ("resnet8", 4, {"first_last_bits": None}, TensorProto.INT4, 21),
-        ("resnet8", 3, {"first_last_bits": None}, TensorProto.INT4, 21),
-        ("resnet8", 2, {"first_last_bits": None}, TensorProto.INT2, 25),
-        ("resnet8", 1, {"first_last_bits": None}, TensorProto.INT2, 25),
-        ("resnet8", 2, {"grid": {"alphabet": "published"}, "first_last_bits": None}, TensorProto.INT4, 21),
-        ("resnet8", 4, {"grid": {"alphabet": "published"}, "first_last_bits": None}, TensorProto.INT8, 18),
-        ("mobilenetv2", 4, {"first_last_bits": None}, TensorProto.INT4, 21),
-        ("wrn_16_1", 8, {}, TensorProto.INT8, 18),
+        slow("resnet8", 3, {"first_last_bits": None}, TensorProto.INT4, 21),
+        slow("resnet8", 2, {"first_last_bits": None}, TensorProto.INT2, 25),
+        slow("resnet8", 1, {"first_last_bits": None}, TensorProto.INT2, 25),
+        slow("resnet8", 2, {"grid": {"alphabet": "published"}, "first_last_bits": None}, TensorProto.INT4, 21),
+        slow("resnet8", 4, {"grid": {"alphabet": "published"}, "first_last_bits": None}, TensorProto.INT8, 18),
+        slow("mobilenetv2", 4, {"first_last_bits": None}, TensorProto.INT4, 21),
+        slow("wrn_16_1", 8, {}, TensorProto.INT8, 18),
     ],
 )
 def test_a_file_has_the_codes_and_the_logits_that_were_evaluated(stem, bits, options, kind, opset, tmp_path):
-    quantized = quantize(make(stem), [IMAGES[:8]], bits, **options)
+    quantized = quantize(make(stem), [IMAGES[:8]], bits, solver=RTN(), **options)
     path = tmp_path / "model.onnx"
     Onnx().write(path, quantized, dataclasses.replace(describe(stem), extra={"seed": 3}))
     onnx.checker.check_model(onnx.load(path), full_check=True)
@@ -201,7 +205,10 @@ def test_the_bias_of_a_channel_that_is_almost_off_is_not_cut(weight_scale, tmp_p
     assert (found[:, 1] - expected[:, 1]).abs().max() < 1e-3
 
 
-@pytest.mark.parametrize(("bits", "levels"), [(8, 256), (4, 256), (2, 256), (8, 64), (4, 16)])
+@pytest.mark.parametrize(
+    ("bits", "levels"),
+    [(4, 256), slow(8, 256), slow(2, 256), slow(8, 64), slow(4, 16)],
+)
 def test_quantized_inputs_give_the_classes_of_the_network(small, bits, levels, tmp_path):
     quantized = quantize(small, [IMAGES], bits)
     unrounded = logits(quantized.model)
@@ -219,7 +226,7 @@ def test_quantized_inputs_give_the_classes_of_the_network(small, bits, levels, t
         assert np.array_equal(stored + layer.grid.levels // 2, layer.codes.numpy())
 
 
-@pytest.mark.parametrize("bits", [8, 2])
+@pytest.mark.parametrize("bits", [8, slow(2)])
 def test_all_convolutions_of_a_resnet_run_on_integer_kernels(small, bits, tmp_path):
     quantized = with_inputs(quantize(small, [IMAGES], bits))
     convolutions = sum(isinstance(module, nn.Conv2d) for module in quantized.model.modules())
@@ -256,8 +263,9 @@ def test_a_sum_that_comes_before_the_reader_whose_grid_it_shares_is_computed_aft
     assert distance(OnnxModel.read(path)(IMAGES), logits(quantized.model)) < 0.01
 
 
+@pytest.mark.slow
 def test_depth_wise_convolutions_run_on_integer_kernels_too(tmp_path):
-    quantized = with_inputs(quantize(make("mobilenetv2"), [IMAGES], 8))
+    quantized = with_inputs(quantize(make("mobilenetv2"), [IMAGES], 8, solver=RTN()))
     path = tmp_path / "model.onnx"
     Onnx().write(path, quantized, describe("mobilenetv2"), calibration_batches=[IMAGES])
     assert optimised(path, tmp_path)["QLinearConv"] >= 52

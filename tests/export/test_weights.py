@@ -304,7 +304,7 @@ def test_the_counters_of_a_profiler_are_left_out_and_that_is_said(weights, model
 @pytest.mark.parametrize(
     ("content", "found", "accepted"),
     [
-        (gzip.compress(b"weights"), "a gzip archive", "the file in it"),
+        (gzip.compress(b"weights", mtime=0), "a gzip archive", "the file in it"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\n", "a pointer of Git LFS", "git lfs pull"),
         (b"<!DOCTYPE html><html></html>", "a web page", "downloaded anew"),
     ],

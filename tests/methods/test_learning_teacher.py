@@ -38,7 +38,7 @@ def module(loss=None, **options):
 def test_no_gradient_crosses_between_student_and_teacher(loss, mixup):
     both = module(loss, mixup=mixup)
     images, target = torch.randn(8, 3, 8, 8), torch.arange(8)
-    _, terms = both.losses(images, target, both.blend(8, 0))
+    _, terms = both.losses(images, target, both.blend(images, 0))
     of_teacher = terms.pop("teacher_loss")
     of_student = torch.stack(list(terms.values())).sum()
     for total, learns, stays in (

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from compress.errors import UserError
-from compress.models import architecture, build, check_options, rebuild, returning_logits
-from compress.models.own_class import check, class_name, given, options_of
+from compress.models import architecture, build, check_options, rebuild
+from compress.models.own_class import adapted, check, class_name, given, options_of
 from tests.models.odd_networks import CLASSES, SHAPE, Named, Pair, make
 
 
@@ -44,7 +44,7 @@ def test_it_returns_its_logits_alone(network):
     built = build("module", CLASSES, target=class_name(network()))
     assert built(torch.zeros(2, *SHAPE)).shape == (2, CLASSES)
     model = make(network)
-    copy = returning_logits(given(model), CLASSES)
+    copy = adapted(given(model), CLASSES)
     assert copy(torch.zeros(2, *SHAPE)).shape == (2, CLASSES)
     assert not isinstance(model(torch.zeros(2, *SHAPE)), torch.Tensor)  # what was given stays as it is
 

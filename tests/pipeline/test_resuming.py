@@ -3,7 +3,6 @@
 import csv
 import json
 import math
-import multiprocessing
 import os
 import random
 import signal
@@ -14,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from omegaconf import OmegaConf
+from processes import PROCESSES
 from waiting import wait_for
 
 import compress
@@ -45,11 +45,6 @@ WHOLE = [
     "trainer.ema_decay=0.9",
     "quantizer.bits=[2]",
 ]
-# Processes are forked from one that has imported everything, which takes longer than a run.
-PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(
-    ["compress.pipeline.run", "compress.pipeline.check", "compress.cli", "compress.data.digits"]
-)
 
 
 def work(arguments, folder, moment=math.inf, said=None, environment=None):

@@ -4,13 +4,13 @@ import csv
 import json
 import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from processes import Script
 from pytorch_lightning import Trainer
 from waiting import wait_for
 
@@ -193,14 +193,10 @@ def test_a_directory_that_is_taken_is_refused(finished, capsys):
 def test_a_killed_run_resumed_equals_the_undisturbed_one(finished, monkeypatch):
     folder, result = finished
     directory = Path("killed")
-    command = [sys.executable, str(SCRIPT), *SMALL, f"hydra.run.dir={directory}"]
-    process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True)
-    for line in process.stdout:
-        if "student epoch 1/3" in line:
-            # The line comes before the checkpoint of its epoch: wait for that, then kill in the next epoch.
-            wait_for((folder / directory / "checkpoints" / "last.ckpt").exists, process.poll)
-            process.send_signal(signal.SIGKILL)
-            break
+    process = Script(SCRIPT, *SMALL, f"hydra.run.dir={directory}", folder=folder)
+    # Within the second epoch of three.
+    wait_for((folder / directory / "checkpoints" / "last.ckpt").exists, process.poll)
+    process.kill()
     assert process.wait() == -signal.SIGKILL
     assert not (folder / directory / "result.json").exists()
     monkeypatch.chdir(folder)

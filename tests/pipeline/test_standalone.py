@@ -4,13 +4,13 @@ import csv
 import json
 import os
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from processes import Script
 from safetensors.torch import save_file
 
 import compress
@@ -180,13 +180,14 @@ def test_mistakes_are_one_line_and_leave_nothing(run, tmp_path, arguments, messa
 
 
 def test_the_script_says_what_it_takes_and_exits_with_2(tmp_path):
-    said = subprocess.run([sys.executable, SCRIPT, "--help"], capture_output=True, text=True, cwd=tmp_path)
-    assert (said.returncode, said.stderr) == (0, "")
-    assert "checkpoint=FILE" in said.stdout
-    wrong = subprocess.run([sys.executable, SCRIPT, "checkpoint=x.pt"], capture_output=True, text=True, cwd=tmp_path)
-    assert (wrong.returncode, wrong.stdout) == (2, "")
-    assert wrong.stderr == "error: checkpoint: found no file at x.pt; accepted: a checkpoint or model file\n"
-    assert list(tmp_path.iterdir()) == []
+    asked = Script(SCRIPT, "--help", folder=tmp_path)
+    out, error = asked.said()
+    assert (asked.wait(), error) == (0, "")
+    assert "checkpoint=FILE" in out
+    wrong = Script(SCRIPT, "checkpoint=x.pt", folder=tmp_path)
+    assert wrong.said() == ["", "error: checkpoint: found no file at x.pt; accepted: a checkpoint or model file\n"]
+    assert wrong.wait() == 2
+    assert {path.suffix for path in tmp_path.iterdir()} == {".out", ".err"}
 
 
 def test_the_study_measures_the_networks_of_runs_and_goes_on_where_it_was(run, tmp_path, monkeypatch, capsys):

@@ -141,6 +141,7 @@ def test_a_budget_that_nothing_meets_names_the_smallest_file(network, images):
         only(quantizer(bits=[2, 4], budget="20kB"), network, images, measures())
 
 
+@pytest.mark.slow
 def test_the_smallest_file_within_the_drop_is_found(network, images):
     def accuracy(model: nn.Module) -> float:
         # Falls with the distance from the float network, so that more bytes are better.

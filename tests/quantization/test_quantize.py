@@ -13,7 +13,7 @@ from compress.models.folding import fold_batch_norm
 from compress.quantization import Correction, GramOptions, GridOptions, Refinement, calibration, quantize
 from compress.quantization.solvers import GPFQ, GPTQ, RTN, SPFQ, Qronos
 
-DOUBLE = GramOptions(dtype="float64")
+DOUBLE = GramOptions(dtype="float64", ridge=0)
 SHAPE = (2, 6, 6)
 
 
@@ -392,7 +392,7 @@ def test_inputs_that_are_not_finite_are_named_before_they_get_a_grid(value):
 @pytest.mark.parametrize("solver", [GPTQ, Qronos])
 def test_a_damping_that_is_too_small_is_named(solver):
     with pytest.raises(UserError, match=r"^quantizer.solver.damping: found one too small .*; accepted: more"):
-        quantize(make(), [images(2)], 4, solver=solver(damping=1e-18))
+        quantize(make(), [images(2)], 4, solver=solver(damping=1e-18), grams=GramOptions(ridge=0))
 
 
 def test_a_weight_that_is_not_finite_is_named():

@@ -72,6 +72,7 @@ def expected(folder):
     return [100 * row["test_accuracy"] / (row["bytes"] / 1000) for row in record["tradeoff"]]
 
 
+@pytest.mark.slow
 def test_a_new_column_is_in_the_files_of_a_run(used):
     folder, _ = used
     record = json.loads((folder / "runs" / "0" / "result.json").read_text())
@@ -82,6 +83,7 @@ def test_a_new_column_is_in_the_files_of_a_run(used):
         assert [float(row["points_per_kb"]) for row in rows] == pytest.approx(expected(folder), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_new_column_is_in_every_table(used):
     folder, printed = used
     texts = [f"{value:.3f}" for value in expected(folder)]
@@ -91,6 +93,7 @@ def test_a_new_column_is_in_every_table(used):
         assert all(value in text for value in texts)
 
 
+@pytest.mark.slow
 def test_a_new_column_is_on_the_page(used):
     folder, _ = used
     page = (folder / "report.html").read_text(encoding="utf-8")
@@ -101,6 +104,7 @@ def test_a_new_column_is_on_the_page(used):
     assert [line[place] for line in content["single"]] == pytest.approx(expected(folder), rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="no Chromium")
 def test_a_browser_shows_the_new_column(used):
     folder, _ = used
@@ -111,6 +115,7 @@ def test_a_browser_shows_the_new_column(used):
     assert all(f'<td class="number">{value:.3f}</td>' in table for value in expected(folder))
 
 
+@pytest.mark.slow
 def test_a_new_column_reaches_the_loggers(used):
     folder, _ = used
     with (folder / "metrics.csv").open() as stream:

@@ -4,15 +4,13 @@ import base64
 import csv
 import hashlib
 import json
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import wandb
 import yaml
+from processes import Script
 from waiting import wait_for
 from wandb.proto.wandb_internal_pb2 import Record
 
@@ -119,9 +117,10 @@ def _in_an_empty_folder(tmp_path, monkeypatch):
 def sweep(tmp_path_factory):
     """The directory of a finished sweep of two jobs."""
     folder = tmp_path_factory.mktemp("sweep")
-    environment = os.environ | {"WANDB_DATA_DIR": str(folder / "data")}
-    command = [sys.executable, SCRIPT, "-m", *OPTIONS, "seed=0,1"]
-    subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("WANDB_DATA_DIR", str(folder / "data"))
+        process = Script(SCRIPT, "-m", *OPTIONS, "seed=0,1", folder=folder)
+    assert process.wait() == 0, process.said()
     [directory] = (folder / "outputs" / "sweeps").iterdir()
     return directory
 

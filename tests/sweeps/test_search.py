@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import runpy
 import shutil
 import signal
 import subprocess
@@ -15,6 +16,7 @@ import optuna
 import pytest
 import yaml
 from filelock import FileLock, Timeout
+from processes import Script
 from waiting import wait_for
 
 from compress.errors import UserError
@@ -50,11 +52,8 @@ def journal(directory):
     return optuna.load_study(study_name="search", storage=optuna.storages.JournalStorage(backend)).trials
 
 
-def start(space, directory, *options, **more):
-    command = [sys.executable, SCRIPT, space, directory, *options, *SMALL]
-    return subprocess.Popen(
-        list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, **more
-    )
+def start(space, directory, *options, group=False):
+    return Script(SCRIPT, space, directory, *options, *SMALL, folder=space.parent, group=group)
 
 
 def has_stopped(group):
@@ -176,8 +175,8 @@ def test_an_interrupt_is_said_in_one_line_and_leaves_the_trial_to_the_next_start
     process = start(path, tmp_path / "search", "--trials", 1)
     wait_for((tmp_path / "search" / "trials" / "0" / "checkpoints").exists, process.poll)
     process.send_signal(signal.SIGINT)
-    said = process.communicate()[1]
-    assert process.returncode == 130
+    said = process.said()[1]
+    assert process.wait() == 130
     assert said.splitlines()[-1] == "stopped by SIGINT; the same command goes on"
     assert "Traceback" not in said
     assert [trial.state.name for trial in journal(tmp_path / "search")] == ["RUNNING"]
@@ -204,7 +203,7 @@ def test_a_finished_search_goes_on_to_more_trials_and_refuses_to_be_another(sear
 def test_processes_share_a_search_and_take_over_from_one_that_was_killed(tmp_path):
     path = write(tmp_path, SPACE | {"sampler": "nsga2", "sampler_options": {"population_size": 2}})
     directory, count = tmp_path / "search", 4
-    killed = start(path, directory, "--trials", count, "--processes", 2, start_new_session=True)
+    killed = start(path, directory, "--trials", count, "--processes", 2, group=True)
     wait_for(lambda: stopped_within_a_trial(killed, directory), killed.poll)
     beside = start(path, directory, "--trials", count)
     try:
@@ -213,7 +212,7 @@ def test_processes_share_a_search_and_take_over_from_one_that_was_killed(tmp_pat
         assert not any(trial.state.name == "FAIL" for trial in journal(directory))
         os.kill(killed.pid, signal.SIGKILL)  # the parent of two, which have to end as well
         os.killpg(killed.pid, signal.SIGCONT)
-        assert beside.wait() == 0, beside.stderr.read()
+        assert beside.wait() == 0, beside.said()
     finally:
         beside.kill()
         beside.wait()
@@ -243,8 +242,8 @@ def test_a_combination_that_cannot_be_is_left_out_with_its_reason(tmp_path):
     # What is no mistake of the user has its traceback, and the search goes on as well.
     (tmp_path / "search" / "trials" / "2").write_text("in the way")
     done = start(path, tmp_path / "search", "--trials", 3)
-    said = done.communicate()[1]
-    assert done.returncode == 1
+    said = done.said()[1]
+    assert done.wait() == 1
     assert "Traceback" in said
     assert "warning: trial 2 failed: FileExistsError: " in said
     assert "note: trial 1 could not be run: optimizer: " in said
@@ -349,19 +348,20 @@ def test_values_are_checked_where_they_go_together(tmp_path):
     assert [key for key in space.dimensions if space.applies(key, {"method": "kd", "loss": "dkd"})] == list(content)[:3]
 
 
+@pytest.mark.slow
 def test_the_search_that_comes_along_can_be_composed():
     check_space(read_space("quickstart"))
 
 
 @pytest.mark.slow
-def test_the_script_says_in_one_line_what_is_wrong_and_which_extra_is_missing(tmp_path):
-    path = write(tmp_path, SPACE)
-    without = "import sys, runpy; sys.modules['optuna'] = None; sys.argv = sys.argv[1:]; "
-    without += "runpy.run_path(sys.argv[0], run_name='__main__')"
-    command = [sys.executable, "-c", without, SCRIPT, path, tmp_path / "search", *SMALL]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "error: search: Optuna is not installed; pip install 'compress[search]'\n"
+def test_the_script_says_in_one_line_what_is_wrong_and_which_extra_is_missing(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    monkeypatch.setattr(sys, "argv", list(map(str, [SCRIPT, write(tmp_path, SPACE), tmp_path / "search", *SMALL])))
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    said = capsys.readouterr()
+    assert (ended.value.code, said.out) == (2, "")
+    assert said.err == "error: search: Optuna is not installed; pip install 'compress[search]'\n"
     assert not (tmp_path / "search").exists()
     help_text = subprocess.run([sys.executable, SCRIPT, "--help"], capture_output=True, text=True, check=True).stdout
     assert "--processes" in help_text

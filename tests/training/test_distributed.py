@@ -3,7 +3,6 @@
 import csv
 import itertools
 import json
-import multiprocessing
 import os
 import signal
 import socket
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import PROCESSES
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 from waiting import wait_for
 
@@ -43,11 +43,6 @@ RUN = [
     "data.crop_padding=1",
     "quantizer=none",
 ]
-
-PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(
-    ["compress.pipeline.run", "compress.pipeline.check", "compress.cli", "compress.data.digits"]
-)
 
 
 def metrics(directory):
