@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import inspect
+import logging
 import math
 import types
 import typing
@@ -151,6 +152,8 @@ def imported(name: Any, where: str) -> Any:
     """The class or function called `name`. Raises UserError, which names the key `where`, if it cannot be imported."""
     from hydra.utils import get_object  # late, because programs that only classify start without Hydra
 
+    log = logging.getLogger("hydra.utils")  # which would say in several lines what is said in one below
+    silent, log.disabled = log.disabled, True
     try:
         return get_object(name)
     except (ImportError, ValueError, TypeError, AttributeError):
@@ -158,6 +161,8 @@ def imported(name: Any, where: str) -> Any:
             f"{where}: found {name!r}, which cannot be imported; accepted: an option, see --help, or a class that is "
             "installed or lies in the working directory"
         ) from None
+    finally:
+        log.disabled = silent
 
 
 def check_fields(instance: Any) -> None:

@@ -3,7 +3,7 @@
 import os
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -144,23 +144,8 @@ def _go_on(key: str, overrides: list[str]) -> int:
     from compress.sweeps import jobs
 
     if key == "sweep":
-        return jobs.resume(*_chosen(key, overrides, jobs.latest))
-    directory, others = _chosen(key, overrides, resume.latest)
+        return jobs.resume(*resume.chosen(overrides, key, jobs.latest))
+    directory, others = resume.chosen(overrides)
     data_sets = DataSets()
     execute(resumed_job(directory, others, data_sets), directory, data_sets)
     return 0
-
-
-def _chosen(key: str, overrides: list[str], latest: Callable[[Path], Path]) -> tuple[Path, list[str]]:
-    """The directory that `resume=` or `sweep=` means, and the other overrides."""
-    from omegaconf import OmegaConf
-
-    value = next(override for override in overrides if override.startswith(f"{key}=")).removeprefix(f"{key}=")
-    # The folders of the user's options are searched already.
-    others = [override for override in overrides if not override.startswith((f"{key}=", "hydra.searchpath="))]
-    if value != "latest":
-        return Path(value), others
-    elsewhere = [override for override in others if override.startswith("output_directory=")]
-    default = OmegaConf.load(CONF / "run.yaml").output_directory
-    output_directory = Path(elsewhere[-1].partition("=")[2] if elsewhere else default)
-    return latest(output_directory), [override for override in others if override not in elsewhere]

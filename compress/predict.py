@@ -11,7 +11,8 @@ from torch import Tensor
 from compress.data.image_file import ACCEPTED, image_files, read_square
 from compress.data.normalisation import Normalisation
 from compress.errors import UserError
-from compress.export.formats import exporter_of
+from compress.export.formats import read_any
+from compress.models.own_class import OwnNetwork
 
 BATCH = 64
 
@@ -38,14 +39,15 @@ class Predictor:
         self.normalisation = Normalisation(mean, deviation, self.size)
 
     @classmethod
-    def read(cls, path: str | Path, threads: int = 1) -> "Predictor":
+    def read(cls, path: str | Path, threads: int = 1, network: OwnNetwork | None = None) -> "Predictor":
         """The network in a file of any of the formats that `conf/export` names.
 
-        threads: those that the runtime of the file may use; torch keeps its own number.
+        threads: those that the runtime of the file may use; torch keeps its own number. network: one of the user's own
+        class, or the class, where the file names one; a file can import nothing.
         Raises UserError, naming the file, where it is missing, damaged or foreign.
         """
         path = Path(path)
-        model, description = exporter_of(path).read(path, threads)
+        model, description = read_any(path, threads, network)
         try:
             return cls(model, description)
         except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:

@@ -1,23 +1,31 @@
-"""Classifies images with a model file: `python scripts/predict.py model.safetensors cat.png dog.jpg --top 3`."""
+"""Classifies images with a model file: `python scripts/predict.py model.safetensors cat.png dog.jpg --top 3`.
+
+A file of a network of one's own class takes it as `network=mynet.MyNet`, a class in the working directory.
+"""
 
 import argparse
 import json
 import sys
 from pathlib import Path
 
+from compress.arguments import imported
 from compress.errors import UserError, exit_code
 from compress.paths import import_from_here, searching
 from compress.predict import Predictor, pictures
 
+NETWORK = "network="
+
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=" ".join(__doc__.split()))
     parser.add_argument("file", help="a model file from a run's models/")
     parser.add_argument("images", nargs="+", help="image files of any size, or folders of them")
     parser.add_argument("--top", type=int, default=1, metavar="K", help="print the K likeliest classes (default 1)")
     parser.add_argument("--config-dir", type=Path, metavar="D", help="a folder of YAML files with your own network")
     parser.add_argument("--json", action="store_true", help="print a JSON list")
-    arguments = parser.parse_args()
+    typed = [word for word in sys.argv[1:] if word.startswith(NETWORK)]
+    arguments = parser.parse_args([word for word in sys.argv[1:] if word not in typed])
+    arguments.network = typed[-1].removeprefix(NETWORK) if typed else None
     folders = [] if arguments.config_dir is None else [arguments.config_dir]
     import_from_here()
     with searching(folders):
@@ -26,7 +34,8 @@ def main() -> int:
 
 def predict(arguments: argparse.Namespace) -> None:
     """Prints the classes of the images, as lines or as JSON. Raises UserError at the end where some were not read."""
-    predictor, files = Predictor.read(arguments.file), pictures(arguments.images)
+    network = None if arguments.network is None else imported(arguments.network, "network")
+    predictor, files = Predictor.read(arguments.file, network=network), pictures(arguments.images)
     content, unread = [], 0
     for answer in predictor.answers(files, arguments.top):
         if isinstance(answer, UserError):

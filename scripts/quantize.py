@@ -1,6 +1,7 @@
 """Quantizes an existing checkpoint: `python scripts/quantize.py checkpoint=FILE quantizer=gpfq quantizer.bits=[4,2]`.
 
-FILE is a model file or checkpoint of a run, or a plain state dict, with model=resnet18 (and data=...) beside it.
+FILE is a model file or checkpoint of a run, or a plain state dict, with model=resnet18 (and data=...) beside it; where
+it is of a class of your own, network=mynet.MyNet names that.
 Groups: data, quantizer, export; see `python scripts/run.py --help` for their options. --config-dir DIR: a folder of
 options of your own. data=folder data.root=PICTURES takes pictures without labels, too: the table then has the agreement
 with the float network; data.class_names=NAMES names its classes where FILE does not. Results go to outputs/quantized/.

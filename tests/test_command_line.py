@@ -114,7 +114,7 @@ MISTAKES = {
     "loss.temperature=inf": ["loss.temperature:", "inf"],
     "optimizer.lr=1e400": ["optimizer.lr:", "inf"],
     "student=densenet121 data.image_size=4": ["data.image_size:", "4", "student densenet121"],
-    "teacher=vgg8 student=resnet8 data.image_size=4": ["data.image_size:", "4", "teacher.model vgg8"],
+    "teacher=vgg8 student=resnet8 data.image_size=4": ["data.image_size:", "4", "teacher vgg8"],
     "method=dml peer=vgg8 student=resnet8 data.image_size=4": ["data.image_size:", "4", "peer vgg8"],
     "method=dml teacher=resnet8": ["teacher:", "'teacher=resnet8'", "none"],
     "method=at method.layers=[nosuch]": ["method.layers:", "'nosuch'", "layer1"],

@@ -16,11 +16,15 @@ ROW = re.compile(
 ROWS = {stem: rest for stem, *rest in ROW.findall(README.read_text(encoding="utf-8"))}
 
 
+# A class of the user's has no size of its own.
+STEMS = [stem for stem in available() if stem != "module"]
+
+
 def test_every_model_has_a_row():
-    assert sorted(ROWS) == list(available())
+    assert sorted(ROWS) == STEMS
 
 
-@pytest.mark.parametrize("stem", available())
+@pytest.mark.parametrize("stem", STEMS)
 def test_a_row_says_what_the_model_has(stem):
     images, parameters, macs, keys = ROWS[stem]
     with torch.device("meta"):  # shapes are enough

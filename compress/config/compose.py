@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -19,8 +19,10 @@ from hydra.core.plugins import Plugins
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
+from torch import nn
 from yaml import YAMLError
 
+from compress.config.reserved import check_stems
 from compress.config.roles import register
 from compress.config.values import GROUPS
 from compress.errors import UserError, first_line
@@ -35,7 +37,8 @@ class Job:
 
     `hydra` is that configuration with Hydra's node, which tells where and how the job is run; a job that is read from
     a directory, and a stage, have none. `stages` are the jobs of a run in stages, each in the sub-directory `name`;
-    what was typed is in `overrides` of the whole.
+    what was typed is in `overrides` of the whole. `networks` are given from Python in place of those that the
+    configuration calls `student` and `teacher`.
     """
 
     overrides: tuple[str, ...]
@@ -43,6 +46,7 @@ class Job:
     hydra: DictConfig | None = None
     stages: tuple["Job", ...] = ()
     name: str = ""
+    networks: Mapping[str, nn.Module] = field(default_factory=dict)
 
 
 def compose_jobs(overrides: Sequence[str], multirun: bool = False) -> list[Job]:
@@ -124,6 +128,7 @@ def compose_job(overrides: Sequence[str]) -> Job:
         with open_dict(config):
             del config["hydra"]
             _add_stems(config, composed.hydra.runtime.choices)
+        check_stems(config, composed.hydra.runtime.choices)
         OmegaConf.resolve(config)
         missing = OmegaConf.missing_keys(config)
     except MissingConfigException as failure:

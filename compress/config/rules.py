@@ -59,6 +59,10 @@ def check_rules(config: DictConfig, overrides: Sequence[str] = ()) -> None:
                     f"trainer.{key}: found {value}, which Lightning cannot do for several optimizers; accepted: "
                     f"{'null' if neutral is None else neutral}"
                 )
+        if not config.peer and config.student.get("from_python"):
+            raise UserError(
+                "student: found a network from Python, which cannot be drawn anew as a peer; accepted: peer=STEM"
+            )
     _check_training(config)
     for where in ensemble.keys(config):
         _check_foreign_teacher(config, where)
@@ -158,11 +162,11 @@ def _check_training(config: DictConfig) -> None:
 def _check_foreign_teacher(config: DictConfig, where: str) -> None:
     node = OmegaConf.select(config, where)
     if node.get("classes") is not None and node.checkpoint is None:
-        raise UserError(f"{where}.classes: found some for a teacher that is trained on these data; accepted: null")
+        raise UserError(f"{where}.classes: found some without {where}.checkpoint; accepted: null, or a checkpoint")
     for key in ("mean", "standard_deviation"):
         if node[key] is not None and len(node[key]) not in (1, 3):
             raise UserError(f"{where}.{key}: found {len(node[key])} values; accepted: 1 or 3")
     if (node.mean is None) != (node.standard_deviation is None):
         raise UserError(f"{where}.mean: found only one of mean and standard_deviation; accepted: both or neither")
-    if node.mean is not None and node.checkpoint is None:
+    if node.mean is not None and node.checkpoint is None and not node.model.get("from_python"):
         raise UserError(f"{where}.mean: found one for a teacher that is trained on these data; accepted: null")

@@ -38,7 +38,7 @@ def compose_stages(job: Job) -> tuple[Job, ...]:
             except UserError as mistake:
                 raise UserError(f"stage {name}: {mistake}") from None
             taken.update(typed)
-            stages.append(Job((), composed.config, name=name))
+            stages.append(Job((), composed.config, name=name, networks=job.networks))
     ignored = [override for override, key in keys.items() if override not in taken and key not in ABOUT_ALL_STAGES]
     if ignored:
         raise UserError(f"{ignored[0]}: found it where every stage chooses this itself; accepted: to leave it out")

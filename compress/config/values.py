@@ -25,7 +25,9 @@ from compress.config.ranges import (
     TRAINER_REFUSED,
     TRAINER_REQUIRED,
 )
+from compress.config.reserved import check_reserved, check_target
 from compress.errors import UserError, first_line
+from compress.models import own_class
 from compress.optim.groups import DECAY
 from compress.paths import CONF
 
@@ -39,6 +41,7 @@ def check_values(config: DictConfig) -> None:
     Raises UserError for the first one that is wrong.
     """
     _check_groups(config)
+    check_reserved(config)
     _coerce(config, "", TOP_LEVEL, accepted=[*TOP_LEVEL, *GROUPS], required=TOP_LEVEL)
     _check_stages(config)
     for group in ("data", "method", "loss", "scheduler"):
@@ -199,11 +202,15 @@ def _check_model(config: DictConfig, where: str) -> None:
     if not isinstance(node, DictConfig) or "stem" not in node:
         raise UserError(f"{where}: found {node!r}; accepted: {', '.join(models.available())}")
     options = OmegaConf.to_container(node, resolve=True)
+    if isinstance(options["stem"], str):
+        check_target(options, where)
     stem = options.pop("stem")
     if where == "student":
         # A run from before there was a choice of heads does not name it.
         check_arguments(STUDENT, {key: options.pop(key) for key in STUDENT if key in options}, where)
     values = models.check_options(stem, options, where)
+    if models.names_class(stem):
+        own_class.check(values, where)
     with open_dict(config):
         for key in options.keys() & values.keys():
             node[key] = values[key]

@@ -22,6 +22,8 @@ class Exporter(ABC):
     packages: the modules that have to be installed, and `extra` the optional extra of this project that has them.
     movable: whether `read` gives a module that `.to(device)` moves. Any other model computes on the CPU, and takes
     images from every device.
+    takes_network: whether `read` takes, as `network`, a network or class of the user's own in place of the stem that a
+    file names, see `compress.models.rebuild`.
 
     The formats of a run differ in suffix and runtime. The module of a format imports its packages late, so that it can
     be imported where they are not installed.
@@ -32,6 +34,7 @@ class Exporter(ABC):
     packages: ClassVar[tuple[str, ...]] = ()
     extra: ClassVar[str | None] = None
     movable: ClassVar[bool] = False
+    takes_network: ClassVar[bool] = False
 
     def check(self, quantizer: Quantizer | None) -> None:
         """Raises UserError, before any work, where a package is missing.

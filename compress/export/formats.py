@@ -3,12 +3,14 @@
 from collections.abc import Iterable
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from compress.errors import UserError
 from compress.export.exporter import Exporter
 from compress.export.packed import Packed
+from compress.models.own_class import OwnNetwork
 from compress.paths import option_file, options
 from compress.quantization import Quantizer
 
@@ -53,6 +55,36 @@ def available() -> list[Exporter]:
         except (ImportError, AttributeError):
             raise UserError(f"{file}: found {target!r}, which cannot be imported; accepted: a class") from None
     return exporters
+
+
+def exporter_called(name: str) -> Exporter:
+    """The exporter, with its default options, of the node `name` in `conf/export`. Raises UserError where none is."""
+    nodes: dict[str, str] = {}
+    for stem in options("export"):
+        content = yaml.safe_load(option_file("export", stem).read_text(encoding="utf-8")) or {}
+        nodes |= {key: node["_target_"] for key, node in content.items()}
+    if name not in nodes:
+        raise UserError(f"format: found {name!r}; accepted: {', '.join(sorted(nodes))}")
+    module, _, last = nodes[name].rpartition(".")
+    return getattr(import_module(module), last)()
+
+
+def read_any(path: Path, threads: int = 1, network: OwnNetwork | None = None) -> tuple[Any, dict[str, Any]]:
+    """(model, description) of a file of any format, see `Exporter.read`; `network`: one of the user's own class."""
+    exporter = exporter_of(path)
+    if network is None:
+        return exporter.read(path, threads)
+    if not exporter.takes_network:
+        raise UserError(f"{path}: found network= for a {exporter.suffix} file, which needs none; accepted: no network=")
+    return exporter.read(path, threads, network=network)
+
+
+def read_back(
+    exporter: Exporter, path: Path, threads: int = 1, own_network: OwnNetwork | None = None
+) -> tuple[Any, dict[str, Any]]:
+    """(model, description) of a file that `exporter` wrote of `own_network`, if it is of the user's own class."""
+    own = {} if own_network is None or not exporter.takes_network else {"network": own_network}
+    return exporter.read(path, threads, **own)
 
 
 def exporter_of(path: Path) -> Exporter:

@@ -25,6 +25,7 @@ from compress.export.exporter import Exporter
 from compress.models import masks
 from compress.models.canonical import LAYERS, canonical
 from compress.models.folding import fold_pairs
+from compress.models.own_class import OwnNetwork
 from compress.quantization.activations import InputQuantizer, attach_input_quantizer, input_quantizers
 from compress.quantization.grid import Grid
 from compress.quantization.post_training import QuantizedModel
@@ -37,7 +38,7 @@ COUNTER = "num_batches_tracked"
 class Packed(Exporter):
     """`export=packed`: packed codes, or float32 weights, that torch computes with."""
 
-    suffix, runtime, movable = ".safetensors", "torch", True
+    suffix, runtime, movable, takes_network = ".safetensors", "torch", True, True
 
     def write(
         self,
@@ -49,8 +50,8 @@ class Packed(Exporter):
         write = write_packed if isinstance(network, QuantizedModel) else write_float
         write(path, network, description)
 
-    def read(self, path: Path, threads: int = 1) -> tuple[nn.Module, dict[str, Any]]:
-        return read_model(path)
+    def read(self, path: Path, threads: int = 1, network: OwnNetwork | None = None) -> tuple[nn.Module, dict[str, Any]]:
+        return read_model(path, network)
 
 
 def write_packed(path: Path, quantized: QuantizedModel, description: NetworkDescription, bitmaps: bool = True) -> int:
@@ -98,11 +99,12 @@ def file_bytes(network: QuantizedModel | nn.Module, description: NetworkDescript
         return write(Path(folder) / "model.safetensors", network, description, **options)
 
 
-def read_model(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
+def read_model(path: str | Path, network: OwnNetwork | None = None) -> tuple[nn.Module, dict[str, Any]]:
     """(model in eval mode, description) of a packed or a float32 file; description["format"] says which.
 
-    The weights are bit for bit those that were evaluated. Raises UserError, naming the file, where it is damaged,
-    altered, of another format, or does not fit its network.
+    The weights are bit for bit those that were evaluated. `network`, or its class, is needed for a file of one of the
+    user's own class, see `compress.models.rebuild`; it stays as it is. Raises UserError, naming the file, where it is
+    damaged, altered, of another format, or does not fit its network.
     """
     path = Path(path)
     kind, description, tensors = container.read(path)
@@ -111,7 +113,7 @@ def read_model(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
     try:
         # Fresh weights are drawn and thrown away; reading a file must not move anyone's random numbers.
         with torch.random.fork_rng(devices=[]):
-            model = models.rebuild(description["architecture"]).eval()
+            model = models.rebuild(description["architecture"], network).eval()
         if kind == PACKED:
             model = canonical(model, description["input_shape"])
             _apply_quantization(model, description, tensors)
@@ -125,6 +127,16 @@ def read_model(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
         reason = first_line(error)
         raise UserError(f"{path}: found a description that its tensors do not fit ({reason})") from error
     return model.eval(), {"format": kind, **description}
+
+
+def architecture_of(path: str | Path) -> dict[str, Any]:
+    """What a packed or a float32 file says of how to build its network; empty where it says nothing."""
+    try:
+        _, description, _ = container.read(Path(path))
+    except container.NoDescriptionError:
+        return {}
+    found = description.get("architecture")
+    return found if isinstance(found, dict) else {}
 
 
 def read_float_description(path: Path) -> dict[str, Any] | None:

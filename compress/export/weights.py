@@ -4,7 +4,6 @@ import copy
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -12,7 +11,6 @@ from compress.errors import UserError
 from compress.export.packed import COUNTER
 from compress.export.state_dicts import ACCEPTED, StateDict, listed, read_state_dict
 from compress.models import masks
-from compress.models.catalogue import build
 from compress.models.channels import last_linear, with_channels
 from compress.models.timm_model import TimmModel
 from compress.progress import console
@@ -71,16 +69,6 @@ def load_weights(
     model.load_state_dict(weights, strict=False)  # strict about all but the counters, which were allowed above
     masks.restore(model, loaded_masks, where)
     masks.mask_zeros(model, [name for name in state.masked if name in masks.layers(model)])
-
-
-def build_network(node: Mapping[str, Any], num_classes: int, where: str = "student") -> nn.Module:
-    """The network of a config `node`, with the weights in its `checkpoint` if it names one; `where` is for errors."""
-    options = {name: value for name, value in node.items() if name not in ("checkpoint", "head")}
-    network = build(num_classes=num_classes, **options)
-    if node.get("checkpoint") is not None:
-        new_head = node.get("head") == "new"
-        load_weights(network, node["checkpoint"], f"{where}.checkpoint", new_head, way_out=f"{where}.head=new")
-    return network
 
 
 def _chosen(

@@ -77,7 +77,7 @@ class Classifier(pl.LightningModule, ABC):
         self.train_terms: dict[str, list[Tensor]] = {}
         self.teacher = teacher
         for network in self.learning_networks:
-            lay_out(network)
+            lay_out(network, input_shape)
 
     @property
     def learning_networks(self) -> list[nn.Module]:

@@ -12,7 +12,7 @@ class FrozenTeacher:
     """Calls a network as a fixed function `(B, 3, H, W) -> (B, C)`, logits in float32.
 
     It is not an `nn.Module`, so a LightningModule that holds one has none of its weights in checkpoints, optimizers,
-    `train()` switches or DDP. The network is copied, its BatchNorm folded, laid out channels_last, and run in
+    `train()` switches or DDP. The network is copied, its BatchNorm folded, laid out for speed, and run in
     bfloat16 where the hardware has it. `input_shape` is that of an image, `(C, H, W)`.
 
     `renormalise = (factor, offset)`, each `(3,)`, turns images normalised for the student into images normalised

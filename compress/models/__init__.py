@@ -1,6 +1,6 @@
 """Networks by name, their channels and their size."""
 
-from compress.models.catalogue import available, build, check_options, described
+from compress.models.catalogue import available, build, check_options, described, names_class
 from compress.models.channels import architecture, changed_channels, rebuild, with_channels
 from compress.models.counting import count_macs, count_parameters
 from compress.models.inference import frozen_for_inference, low_precision_dtype
@@ -16,6 +16,7 @@ __all__ = [
     "described",
     "frozen_for_inference",
     "low_precision_dtype",
+    "names_class",
     "rebuild",
     "with_channels",
 ]

@@ -10,7 +10,7 @@ from torch import nn
 from compress import paths
 from compress.arguments import check_arguments
 from compress.errors import UserError
-from compress.models.outputs import returning_logits
+from compress.models.own_class import adapted, own_network
 
 
 def available() -> tuple[str, ...]:
@@ -21,18 +21,24 @@ def available() -> tuple[str, ...]:
 def build(stem: str, num_classes: int, **options: Any) -> nn.Module:
     """The network described by conf/model/<stem>.yaml with freshly drawn weights: `(B, 3, H, W) -> (B, num_classes)`.
 
-    `options` replace keys of that file. What is called is the `_target_` of the file alone: stem and options may come
-    from a downloaded model, which must not be able to name code. Of what the network returns only the logits count.
+    `options` replace keys of that file. What is called is the `_target_` of the file, or a class that the options name:
+    those of a downloaded model go through `compress.models.rebuild`, which refuses that. Of what the network returns
+    only the logits count.
 
     Raises UserError for a stem without a file and for options that the file does not have or that are out of range.
     """
     target, values = _description(stem, options, "student/model", stem)
-    return returning_logits(target(num_classes=num_classes, **values), num_classes)
+    return adapted(target(num_classes=num_classes, **values), num_classes)
 
 
 def check_options(stem: str, options: Mapping[str, Any], where: str) -> dict[str, Any]:
     """All arguments that `build` would pass, without `num_classes`; raises the same errors, naming `where`."""
     return _description(stem, options, where, where)[1]
+
+
+def names_class(stem: str) -> bool:
+    """Whether the options of `stem` name a class that would be imported."""
+    return described(stem, "student/model")["_target_"] == f"{own_network.__module__}.{own_network.__name__}"
 
 
 def described(stem: str, where: str) -> dict[str, Any]:

@@ -14,7 +14,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
 from compress.errors import UserError
-from compress.models.catalogue import build
+from compress.models import own_class
+from compress.models.catalogue import build, names_class
 
 Channels = Mapping[str, Sequence[int]]
 WIDTHS = {
@@ -65,18 +66,41 @@ def last_linear(model: nn.Module) -> str | None:
     return next((name for name, layer in reversed([*model.named_modules()]) if isinstance(layer, nn.Linear)), None)
 
 
-def architecture(node: Mapping[str, Any], num_classes: int, network: nn.Module) -> dict[str, Any]:
-    """What a model file says so that `rebuild` gives `network`, that of a config `node`, perhaps pruned."""
+def architecture(
+    node: Mapping[str, Any], num_classes: int, network: nn.Module, fresh: nn.Module | None = None
+) -> dict[str, Any]:
+    """What a model file says so that `rebuild` gives `network`, that of a config `node`, perhaps pruned.
+
+    `fresh` is an unpruned network of the same node; without one, it is built.
+    """
     options = {name: value for name, value in node.items() if name not in ("stem", "_target_", "checkpoint", "head")}
     described = {"stem": node["stem"], "options": options, "num_classes": num_classes}
-    with torch.random.fork_rng(devices=[]):
-        changed = changed_channels(network, rebuild(described))
+    if fresh is None:
+        with torch.random.fork_rng(devices=[]):
+            fresh = build(node["stem"], num_classes, **options)
+    changed = changed_channels(network, fresh)
     return described | ({"channels": changed} if changed else {})
 
 
-def rebuild(architecture: Mapping[str, Any]) -> nn.Module:
-    """The network that {"stem", "options", "num_classes"} and perhaps "channels" describe, with fresh weights."""
-    model = build(architecture["stem"], architecture["num_classes"], **architecture["options"])
+def rebuild(architecture: Mapping[str, Any], network: own_class.OwnNetwork | None = None) -> nn.Module:
+    """The network that {"stem", "options", "num_classes"} and perhaps "channels" describe, with weights of no meaning.
+
+    `network`, of the user's own class, takes the place of the stem: a copy of it counts, or what it makes if it is a
+    class. Raises UserError where the description names such a class and there is none: it may come from a file.
+    """
+    classes, options = architecture["num_classes"], architecture["options"]
+    own_class.refuse_targets(options)
+    if isinstance(network, nn.Module):
+        model = own_class.adapted(own_class.given(network), classes)
+    elif network is not None:
+        model = own_class.adapted(own_class.make(network, classes, options.get("arguments") or {}), classes)
+    elif names_class(architecture["stem"]):
+        raise UserError(
+            f"found a network of the class {str(options.get('target'))!r}, and no file may name code to run; accepted: "
+            "network=MyNet() from Python or network=mynet.MyNet on the command line, with that class"
+        )
+    else:
+        model = build(architecture["stem"], classes, **options)
     return with_channels(model, architecture.get("channels", {}))
 
 

@@ -10,11 +10,12 @@ from compress.errors import UserError
 from compress.models.baking import bake, copied
 from compress.models.canonical import LAYERS, TOLERANCE, canonical, difference, probe
 from compress.models.folding import find_foldable, fold_pairs
+from compress.models.memory_format import lay_out
 from compress.models.outputs import logits
 
 
 def frozen_for_inference(model: nn.Module, input_shape: Sequence[int]) -> nn.Module:
-    """A copy for images (C, H, W), in eval mode, without gradients, BatchNorm folded, laid out channels_last.
+    """A copy for images (C, H, W), in eval mode, without gradients, BatchNorm folded, laid out by `lay_out`.
 
     Its modules keep their places and names, and its logits are those of `model` in eval mode up to the rounding of the
     folded weights. `model` stays as it is.
@@ -29,7 +30,8 @@ def frozen_for_inference(model: nn.Module, input_shape: Sequence[int]) -> nn.Mod
         with contextlib.suppress(AttributeError):
             if difference(logits(folded(images)), expected) <= TOLERANCE:
                 frozen = folded
-    return frozen.requires_grad_(False).to(memory_format=torch.channels_last)
+    lay_out(frozen.requires_grad_(False), input_shape)
+    return frozen
 
 
 def _fold(network: nn.Module, input_shape: Sequence[int]) -> None:

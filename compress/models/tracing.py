@@ -27,6 +27,10 @@ _graphs: dict[str, tuple[fx.Graph, dict[str, Tensor]]] = {}
 def symbolic(network: nn.Module) -> fx.GraphModule:
     """The graph that torch.fx finds without any values. Raises whatever torch.fx and the network's forward raise."""
     graph = _Tracer().trace(network)
+    for node in graph.nodes:
+        # Images may come in another memory layout, where a view would not be possible.
+        if node.op == "call_method" and node.target == "view":
+            node.target = "reshape"
     return fx.GraphModule(network, graph, type(network).__name__)
 
 
@@ -61,7 +65,6 @@ def _export(network: nn.Module, images: Tensor) -> tuple[fx.Graph, dict[str, Ten
     output.args = (tree_unflatten(list(output.args[0]), program.call_spec.out_spec),)
     tensors, constants = _tensors(network), {}
     for node in graph.nodes:
-        # Images may come in another memory layout than the traced ones, where a view would not be possible.
         if node.target is torch.ops.aten.view.default:
             node.target = torch.ops.aten.reshape.default
         if node.op == "get_attr" and node.target not in tensors:

@@ -2,14 +2,13 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import nn
 
-from compress import models
 from compress.config import ensemble
 from compress.config.compose import Job, compose_jobs
 from compress.config.rules import check_rules, uses_peers
@@ -20,21 +19,27 @@ from compress.data.shared import DataSets
 from compress.errors import UserError, first_line
 from compress.export.formats import check_exporters
 from compress.export.packed import file_bytes
-from compress.export.weights import build_network
 from compress.models import masks
 from compress.pipeline.parts import Parts
 from compress.pipeline.rehearsal import rehearse
 from compress.training import processes
 
 
-def checked_jobs(overrides: Sequence[str], multirun: bool = False, data_sets: DataSets | None = None) -> list[Job]:
+def checked_jobs(
+    overrides: Sequence[str],
+    multirun: bool = False,
+    data_sets: DataSets | None = None,
+    networks: Mapping[str, nn.Module] | None = None,
+) -> list[Job]:
     """Every job of a command line, composed and checked. Raises UserError for the first thing that is wrong.
 
     It looks at every value, at what the parts need of each other, at the files that the run reads and at what has
     to be installed; data that are missing are downloaded here where that is possible. `data_sets` get what is read.
+    `networks` are those of `Job`.
     """
     data_sets = data_sets or DataSets()
-    return [check_job(job, data_sets) for job in compose_jobs(overrides, multirun)]
+    jobs = [replace(job, networks=networks or {}) for job in compose_jobs(overrides, multirun)]
+    return [check_job(job, data_sets) for job in jobs]
 
 
 def check_job(job: Job, data_sets: DataSets) -> Job:
@@ -66,8 +71,13 @@ def check(job: Job, data_sets: DataSets, start: nn.Module | None = None) -> nn.M
     leave is returned.
     """
     check_rules(job.config, job.overrides)
-    parts = Parts(job.config, data_sets, start)
+    parts = Parts(job.config, data_sets, start, job.networks)
     data = parts.data
+    if job.networks and processes.is_wanted(job.config.trainer):
+        raise UserError(
+            f"{next(iter(job.networks))}: found a network from Python, which other processes do not have; accepted: "
+            "trainer=default, or student=module with its class"
+        )
     processes.check(job.config, data.record()["images"], uses_peers(job.config))
     _check_limits(parts)
     parts.build_small()
@@ -134,7 +144,7 @@ def _check_teacher_files(parts: Parts) -> None:
 
 
 def _check_method(parts: Parts) -> None:
-    described = models.architecture(parts.plain["student"], parts.data.num_classes, parts.fresh_student)
+    described = parts.described("student", parts.fresh_student)
     if uses_peers(parts.config) and ("channels" in described or masks.masks_of(parts.fresh_student)):
         raise UserError(
             "student.checkpoint: found a pruned network for a method whose peers would not be pruned; accepted: null, "
@@ -150,33 +160,32 @@ def check_image_sizes(parts: Parts, training: bool = True) -> None:
     With `training`, those that will learn have to do so in training too, where some call parts of theirs that they do
     not call otherwise.
     """
-    taught_by = [f"{key}.model" for key in parts.teacher_keys]
+    taught_by = parts.teacher_keys
     for role in ("student", *(["peer"] if parts.config.peer else []), *taught_by):
-        node = parts.node(role)
-        learns = role not in taught_by or parts.updates_teacher or not parts.node(role.rpartition(".")[0])["checkpoint"]
-        try:
-            mistake = _refusal(node | {"checkpoint": None}, parts, training and learns)
-        except UserError as refused:
-            raise UserError(f"{role} {node['stem']}: {refused}") from None
+        name = f"{role} {parts.label(role)}"
+        learns = role not in taught_by or parts.updates_teacher or parts.trains_teacher(role)
+        mistake = _refusal(role, parts, training and learns)
+        if isinstance(mistake, UserError):
+            raise UserError(f"{name}: {mistake}") from None
         if mistake is not None:
             raise UserError(
-                f"data.image_size: found {parts.data.image_size}, which {role} {node['stem']} cannot take "
+                f"data.image_size: found {parts.data.image_size}, which {name} cannot take "
                 f"({first_line(mistake)}); accepted: a larger size, or another network"
             )
 
 
-def _refusal(node: dict, parts: Parts, training: bool) -> RuntimeError | None:
-    """What the network of a `node` has against images of the data; None where it takes them."""
+def _refusal(role: str, parts: Parts, training: bool) -> Exception | None:
+    """What the network of a `role` has against images of the data; None where it takes them."""
     mistake = None
     # Shapes alone are quick; a network that needs values shows on the CPU whether it works.
-    for device in ("meta", "cpu"):
+    for device in ("cpu",) if parts.is_given(role) else ("meta", "cpu"):
         try:
             with torch.device(device), torch.no_grad():
-                network = build_network(node, parts.data.num_classes)
+                network = parts.network(role)
                 for mode in (False, True) if training else (False,):
                     network.train(mode)(torch.zeros(2, *parts.data.input_shape))
             return None
-        except RuntimeError as failure:
+        except Exception as failure:  # a class of the user's can fail with anything
             mistake = failure
     return mistake
 
@@ -184,7 +193,7 @@ def _refusal(node: dict, parts: Parts, training: bool) -> RuntimeError | None:
 def _check_pruning(parts: Parts) -> None:
     networks = {"student": parts.fresh_student}
     if parts.config.peer:
-        networks["peer"] = build_network(parts.peer_node, parts.data.num_classes)
+        networks["peer"] = parts.network("peer")
     for role, network in networks.items():
         parts.recipe.check(network, parts.config.trainer.max_epochs, parts.data.input_shape, role)
 

@@ -24,14 +24,14 @@ from compress.quantization import Refinement
 
 def show(job: Job, data_sets: DataSets) -> None:
     """Prints what the checked `job` would build and about how long it would take on this machine."""
-    parts = Parts(job.config, data_sets)
+    parts = Parts(job.config, data_sets, networks=job.networks)
     student = parts.pruned_student.to(parts.device)
     title = escape(f"dry run: {' '.join(job.overrides) or 'defaults'}")
     printed = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
     for heading in ("", "network", "parameters", "MACs/image", "fp32 kB"):
         printed.add_column(heading, justify="left" if heading in ("", "network") else "right")
     minutes, teacher_seconds = _teacher(parts, printed)
-    _add(printed, "student", parts.plain["student"]["stem"], student, parts.data.input_shape)
+    _add(printed, "student", parts.label("student"), student, parts.data.input_shape)
     console.print(printed)
 
     batch, epochs = parts.plain["data"]["batch_size"], parts.plain["trainer"]["max_epochs"]
@@ -59,9 +59,9 @@ def _teacher(parts: Parts, printed: Table) -> tuple[dict[str, float], float]:
     for key in parts.teacher_keys:
         node = parts.node(key)
         network = parts.teacher_network(key).to(parts.device)
-        _add(printed, "teacher", node["model"]["stem"], network, input_shape)
+        _add(printed, "teacher", parts.label(key), network, input_shape)
         seconds += _seconds(partial(work, network, batch, input_shape))
-        if node["checkpoint"] is None and not cache_path(parts, key).exists():
+        if parts.trains_teacher(key) and not cache_path(parts, key).exists():
             training = node["training"]
             step = _seconds(partial(_step, network, training["batch_size"], input_shape))
             steps = training["epochs"] * parts.data.record()["images"]["train"] / training["batch_size"]

@@ -1,7 +1,7 @@
 """Doing a checked job, whoever asked for it: the command line, `compress.run`, a sweep, a search, a study, a resume."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +10,7 @@ from hydra._internal.callbacks import Callbacks
 from hydra.core.utils import JobReturn, run_job
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict, read_write
+from torch import nn
 
 from compress.config.compose import Job
 from compress.config.recorded import change, read_config
@@ -49,15 +50,19 @@ def execute(
     return result
 
 
-def resumed_job(directory: Path, overrides: list[str], data_sets: DataSets) -> Job:
+def resumed_job(
+    directory: Path, overrides: list[str], data_sets: DataSets, networks: Mapping[str, nn.Module] | None = None
+) -> Job:
     """The job that was begun in `directory`, changed by `overrides` of trainer.* and logger.*, and checked.
 
+    `networks` are those that the run was given from Python, see `Job`.
     Raises UserError for the first thing that is wrong. What is finished is not checked again.
     """
     config = read_config(directory)
     change(config, overrides)
     check_values(config)
-    job = Job(tuple(overrides), config)
+    networks = networks or {}
+    job = Job(tuple(overrides), config, networks=networks)
     if (directory / "result.json").exists():
         return job
     if not config.stages:
@@ -65,7 +70,7 @@ def resumed_job(directory: Path, overrides: list[str], data_sets: DataSets) -> J
         return job
     stages, unfinished, checkpoint = [], [], None
     for name in stage_directories(config):
-        stage = Job((), read_config(directory / name), name=name)
+        stage = Job((), read_config(directory / name), name=name, networks=networks)
         stages.append(stage)
         if (directory / name / "result.json").exists():
             checkpoint = directory / name / "checkpoints" / BEST

@@ -41,7 +41,7 @@ class Measured:
         reference = self.variants.rows[0]
         per_class = zip(parts.data.class_names, self.variants.test.per_class, strict=True)
         student = {
-            "model": parts.architectures[self.name]["stem"],
+            "model": parts.label("student" if self.name == "model" else "peer"),
             **about_student,
             "parameters": models.count_parameters(self.student),
             "macs": models.count_macs(self.student, parts.data.input_shape),
@@ -98,7 +98,8 @@ def measure_best(parts: Parts, directory: Path, float_checkpoint: Path | None = 
 
 def measured(parts: Parts, directory: Path, name: str, student: nn.Module, trained: nn.Module) -> Measured:
     """Measures the network `name`, `student` in float32 and `trained` on the method's grids, and quantizes it."""
-    variants = Variants(parts.data, directory, parts.architectures[name], parts.exporters)
+    own_network = parts.own_network(name)
+    variants = Variants(parts.data, directory, parts.architectures[name], parts.exporters, own_network)
     # Convolutions on recent GPUs would otherwise round to TF32, and the table promises float32.
     with torch.backends.cudnn.flags(allow_tf32=False):
         variants.add_float(student)
@@ -114,7 +115,7 @@ def best_network(parts: Parts, path: Path) -> tuple[str, nn.Module]:
     """Name and network of the best of those in a checkpoint, with its fake quantization if it was trained with one."""
     saved = torch.load(path, map_location="cpu", weights_only=True)
     name = saved[BEST_NETWORK]
-    network = models.rebuild(parts.architectures[name])
+    network = parts.rebuilt(name)
     if parts.fake_quantization is not None:
         network = parts.fake_quantization.prepare(network, parts.data.input_shape)
     prefix = f"{name}."

@@ -1,5 +1,6 @@
 """The parts of a run, built from its configuration: data, networks, method, quantizer, exporters."""
 
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,14 @@ from torch import nn
 from compress import models
 from compress.arguments import arguments_of, build
 from compress.config import ensemble
+from compress.config.ranges import STUDENT
 from compress.config.rules import method_of, uses_peers, uses_teacher
 from compress.data.shared import DataSets
 from compress.export.description import describe
 from compress.export.exporter import Exporter
-from compress.export.weights import build_network, load_weights
+from compress.export.weights import load_weights
 from compress.methods.classifier import Classifier
+from compress.models import own_class
 from compress.optim.groups import OptimizerFactory, optimizer_factory
 from compress.pruning.recipe import MaskRecipe, Recipe
 from compress.quantization import Quantizer
@@ -30,14 +33,22 @@ class Parts:
 
     `data_sets` has the images that other runs of this process have read. Networks get fresh weights from the global
     generator, in the order in which they are first used: seed it before, where the weights matter. `start` takes the
-    place of the student that `student` in the configuration describes.
+    place of the student that `student` in the configuration describes. Of `networks`, which are given from Python,
+    copies take the place of what the configuration calls `student` or `teacher`.
     """
 
-    def __init__(self, config: DictConfig, data_sets: DataSets | None = None, start: nn.Module | None = None) -> None:
+    def __init__(
+        self,
+        config: DictConfig,
+        data_sets: DataSets | None = None,
+        start: nn.Module | None = None,
+        networks: Mapping[str, nn.Module] | None = None,
+    ) -> None:
         self.config = config
         self.plain = OmegaConf.to_container(config, resolve=True)
         self.data_sets = data_sets or DataSets()
         self._start = start
+        self.networks = networks or {}
 
     def node(self, key: str) -> dict[str, Any]:
         """The part of the configuration at `key`, such as `teacher.members[0]`."""
@@ -114,7 +125,40 @@ class Parts:
     @cached_property
     def fresh_student(self) -> nn.Module:
         """The student before any pruning, with the weights of its checkpoint if it has one."""
-        return self._start or build_network(self.plain["student"], self.data.num_classes)
+        if self._start is not None:
+            return self._start
+        node = self.plain["student"]
+        return self.network("student", node["checkpoint"], new_head=node.get("head") == "new")
+
+    def network(self, role: str, checkpoint: str | Path | None = None, new_head: bool = False) -> nn.Module:
+        """A fresh network of `student`, `peer` or one of `teacher_keys`, with the weights in `checkpoint` if any.
+
+        With `new_head` those of its classifier stay fresh.
+        """
+        classes = self.data.num_classes
+        if self.is_given(role):
+            network = own_class.adapted(own_class.given(self.networks[role]), classes)
+        else:
+            options = {key: value for key, value in self.network_node(role).items() if key not in STUDENT}
+            network = models.build(num_classes=classes, **options)
+        if checkpoint is not None:
+            load_weights(network, checkpoint, f"{role}.checkpoint", new_head, way_out=f"{role}.head=new")
+        return network
+
+    def is_given(self, role: str) -> bool:
+        """Whether the network of a `role` comes from Python."""
+        return role in self.networks and bool(self.network_node(role).get("from_python"))
+
+    def network_node(self, role: str) -> dict[str, Any]:
+        """What the configuration says of the architecture of `student`, `peer` or one of `teacher_keys`."""
+        if role == "peer":
+            return self.plain["peer"] or self.plain["student"]
+        return self.plain["student"] if role == "student" else self.node(role)["model"]
+
+    def label(self, role: str) -> str:
+        """The stem, or the class, of `student`, `peer` or one of `teacher_keys`."""
+        node = self.network_node(role)
+        return own_class.label(node["stem"], node)
 
     @cached_property
     def student(self) -> nn.Module:
@@ -129,23 +173,20 @@ class Parts:
 
     def description(self, student: nn.Module) -> dict[str, Any]:
         """What a model file says of `student`, with whatever channels it has, and of the data."""
-        return describe(models.architecture(self.plain["student"], self.data.num_classes, student), self.data)
+        return describe(self.described("student", student), self.data)
+
+    def described(self, role: str, network: nn.Module) -> dict[str, Any]:
+        """What a model file says of a `network` of `student` or `peer`, see `compress.models.architecture`."""
+        fresh = self.network(role) if self.is_given(role) else None
+        return models.architecture(self.network_node(role), self.data.num_classes, network, fresh)
 
     @cached_property
     def peers(self) -> list[nn.Module]:
         """The other networks of a method with peers."""
         if not uses_peers(self.config):
             return []
-        node = self.peer_node | {"checkpoint": None, "head": "keep"}
-        networks = [
-            build_network(node, self.data.num_classes)
-            for _ in range(self.method.number_of_peers(self.method_options) - 1)
-        ]
+        networks = [self.network("peer") for _ in range(self.method.number_of_peers(self.method_options) - 1)]
         return [self._shrunk(network) for network in networks]
-
-    @property
-    def peer_node(self) -> dict[str, Any]:
-        return self.plain["peer"] or self.plain["student"]
 
     def _shrunk(self, network: nn.Module) -> nn.Module:
         return network if self.recipe is None else self.recipe.shrink(network, self.data.input_shape)
@@ -153,16 +194,24 @@ class Parts:
     @cached_property
     def architecture(self) -> dict[str, Any]:
         """What a model file says of the student, see `compress.models.architecture`."""
-        return models.architecture(self.plain["student"], self.data.num_classes, self.student)
+        return self.described("student", self.student)
 
     @cached_property
     def architectures(self) -> dict[str, dict[str, Any]]:
         """Those of all networks that learn, by their names in the method."""
-        peers = {
-            f"others.{index}": models.architecture(self.peer_node, self.data.num_classes, peer)
-            for index, peer in enumerate(self.peers)
-        }
+        peers = {f"others.{index}": self.described("peer", peer) for index, peer in enumerate(self.peers)}
         return {"model": self.architecture, **peers}
+
+    def rebuilt(self, name: str) -> nn.Module:
+        """A network like the one that learns under `name` in the method, with weights of no meaning."""
+        return models.with_channels(self._template(name), self.architectures[name].get("channels", {}))
+
+    def own_network(self, name: str) -> nn.Module | None:
+        """What reading a file of that network takes: one of its class, if that is one of the user's own."""
+        return self._template(name) if models.names_class(self.architectures[name]["stem"]) else None
+
+    def _template(self, name: str) -> nn.Module:
+        return self.network("student" if name == "model" else "peer")
 
     @property
     def updates_teacher(self) -> bool:
@@ -176,7 +225,11 @@ class Parts:
 
     def teacher_network(self, key: str = "teacher") -> nn.Module:
         """A fresh network of the teacher at `key`, one of `teacher_keys`."""
-        return models.build(num_classes=self.data.num_classes, **self.node(key)["model"])
+        return self.network(key)
+
+    def trains_teacher(self, key: str) -> bool:
+        """Whether the teacher at `key` has to be trained or found: it has no checkpoint, and is not given."""
+        return self.node(key)["checkpoint"] is None and not self.is_given(key)
 
     def load_teacher(self, network: nn.Module, key: str) -> None:
         """Loads the checkpoint of the teacher at `key` into its `network`: the classes that the data have."""
@@ -194,9 +247,8 @@ class Parts:
         if checkpoint is None or (float_checkpoint is None and node.get("head") == "new"):  # which knows no class yet
             return None
         with torch.random.fork_rng(devices=[]):
-            start = build_network(node | {"checkpoint": str(checkpoint), "head": "keep"}, self.data.num_classes)
-        described = models.architecture(node, self.data.num_classes, start)
-        return start if described == self.architecture else None
+            start = self.network("student", checkpoint)
+        return start if self.described("student", start) == self.architecture else None
 
     def learner(self, teacher: Any | None) -> Classifier:
         """The LightningModule that is trained; `teacher` is what the method calls, if it uses one."""

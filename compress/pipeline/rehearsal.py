@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.errors import UserError, first_line
+from compress.export.formats import read_back, with_reference
 from compress.methods.classifier import Classifier
 from compress.methods.frozen_teacher import FrozenEnsemble, FrozenTeacher
 from compress.methods.learning_teacher import LearningTeacher
@@ -90,14 +91,14 @@ def _quantize(parts: Parts, student: nn.Module, images: Tensor) -> list[Quantize
 
 
 def _export(parts: Parts, variants: list[nn.Module | QuantizedModel], student: nn.Module, images: Tensor) -> None:
-    description = parts.description(student)
+    description, own_network = parts.description(student), parts.own_network("model")
     with tempfile.TemporaryDirectory() as folder:
-        for exporter in parts.exporters:
+        for exporter in with_reference(parts.exporters):
             for network in variants:
                 path = Path(folder) / f"student{exporter.suffix}"
                 with _said(parts, "export", f"{type(exporter).__name__}, which fails for the student"):
                     exporter.write(path, network, description, [images])
-                    model, _ = exporter.read(path)
+                    model, _ = read_back(exporter, path, own_network=own_network)
                     model(images)
 
 

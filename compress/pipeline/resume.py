@@ -3,15 +3,18 @@
 import fcntl
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
+from omegaconf import OmegaConf
+
 from compress.config.compose import Job, is_for_hydra, parse
 from compress.errors import UserError
 from compress.files import make_chosen, make_directory, remove_leftovers, write_json
+from compress.paths import CONF
 from compress.stopping import under_way
 from compress.training.processes import node_rank
 
@@ -54,6 +57,21 @@ def latest(output_directory: Path) -> Path:
         f"resume: found no unfinished run in {output_directory}/runs or {output_directory}/sweeps; "
         "accepted: resume=DIRECTORY, or output_directory=... beside resume=latest"
     )
+
+
+def chosen(
+    overrides: Sequence[str], key: str = "resume", latest: Callable[[Path], Path] = latest
+) -> tuple[Path, list[str]]:
+    """The directory that `resume=` or `sweep=` means, and the other overrides."""
+    value = next(override for override in overrides if override.startswith(f"{key}=")).removeprefix(f"{key}=")
+    # The folders of the user's options are searched already.
+    others = [override for override in overrides if not override.startswith((f"{key}=", "hydra.searchpath="))]
+    if value != "latest":
+        return Path(value), others
+    elsewhere = [override for override in others if override.startswith("output_directory=")]
+    default = OmegaConf.load(CONF / "run.yaml").output_directory
+    output_directory = Path(elsewhere[-1].partition("=")[2] if elsewhere else default)
+    return latest(output_directory), [override for override in others if override not in elsewhere]
 
 
 def requeued(output_directory: Path, overrides: Sequence[str]) -> Path | None:

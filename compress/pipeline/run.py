@@ -73,7 +73,7 @@ def run(job: Job, directory: Path, data_sets: DataSets, float_checkpoint: Path |
             # They leave a finished last.ckpt, from which `_train` goes straight on to the measuring.
             _train_in_processes(job.config, directory, data_sets)
             clock.lap("distributed")
-        parts = Parts(job.config, data_sets)
+        parts = Parts(job.config, data_sets, networks=job.networks)
         with open_loggers(job.config, directory) as loggers:
             trained = _train(parts, directory, loggers, clock, float_checkpoint)
             teacher_record = teachers.tested(trained.teacher, parts) if trained.teacher else None
@@ -116,7 +116,7 @@ def _train(
     module = parts.learner(teacher and (teacher.learning if parts.updates_teacher else teacher.frozen))
     if not processes.is_wanted(parts.plain["trainer"]):
         epochs = parts.plain["trainer"]["max_epochs"]
-        console.print(f"student {parts.plain['student']['stem']}: training for {epochs} epochs", style="bold")
+        console.print(f"student {parts.label('student')}: training for {epochs} epochs", style="bold")
 
     def measure() -> Measured:
         clock.lap("student")

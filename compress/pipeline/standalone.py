@@ -15,6 +15,7 @@ from compress import models
 from compress.arguments import arguments_of
 from compress.config import values
 from compress.config.compose import compose_jobs
+from compress.config.ranges import STUDENT
 from compress.config.recorded import apply_override
 from compress.config.rules import check_rules
 from compress.data.folder import Folder
@@ -24,6 +25,7 @@ from compress.export.formats import check_exporters
 from compress.export.packed import read_float_description
 from compress.export.weights import load_weights
 from compress.files import make_directory, write_text
+from compress.models import own_class
 from compress.pipeline.check import check_image_sizes, check_quantizer
 from compress.pipeline.measure import measured
 from compress.pipeline.parts import Parts
@@ -33,15 +35,16 @@ from compress.results.writing import show, write_results
 GROUPS = ("data", "quantizer", "export")
 # What scripts/run.py takes besides.
 OF_TRAINING = {*values.GROUPS, "stages", "grid"} - {*GROUPS}
-KEYS = ("checkpoint", "model", "seed", "output_directory", "trainer.accelerator")
+KEYS = ("checkpoint", "model", "network", "seed", "output_directory", "trainer.accelerator")
 
 
 def quantize_checkpoint(overrides: Sequence[str]) -> Path:
     """Does what the command line says and returns the directory with the results.
 
     `checkpoint=FILE` is a checkpoint or model file of this project, or a plain state dict, for which `model=` gives the
-    architecture. A file from a run directory brings that run's data with it; others take `data=`, the digits if it is
-    not given. `data=folder` may name pictures without labels; the table then has the agreement with the float network.
+    architecture; `network=mynet.MyNet` is the class of one that was trained as `student=module`. A file from a run
+    directory brings that run's data with it; others take `data=`, the digits if it is not given. `data=folder` may name
+    pictures without labels; the table then has the agreement with the float network.
     Raises UserError with one line for whatever is wrong, before anything is written.
     """
     typed = _split(overrides)
@@ -81,7 +84,7 @@ def _composed(
     others = [
         override
         for override in overrides
-        if override.lstrip("+").partition("=")[0].partition(".")[0] not in ("checkpoint", "model")
+        if override.lstrip("+").partition("=")[0].partition(".")[0] not in ("checkpoint", "model", "network")
         and override not in budgets
     ]
     composed = ["method=supervised", *_model(path, typed, about), *_data(path, typed, about), *others]
@@ -145,15 +148,34 @@ def _model(path: Path, typed: Mapping[str, str], about: Mapping[str, Any] | None
     """The overrides that compose the network: what was typed, what the file says of itself, or what its run says."""
     keys = [f"student.{key.removeprefix('model.')}={value}" for key, value in typed.items() if key.startswith("model.")]
     if "model" in typed:
+        if "network" in typed:
+            raise UserError("network: found it beside model; accepted: one of the two")
         return [f"student={typed['model']}", *keys]
     run = _run_of(path)
     if about:
+        own_class.refuse_targets(about["architecture"]["options"])
         node = about["architecture"]["options"] | {"stem": about["architecture"]["stem"]}
     elif run is not None:
         node = run.student
+    elif "network" in typed:
+        node = {"stem": own_class.STEM}
     else:
         raise UserError(f"model: found none, and {path} does not say it; accepted: {', '.join(models.available())}")
+    if models.names_class(node["stem"]):
+        node = _own_class(path, typed, node)
+    elif "network" in typed:
+        raise UserError(f"network: found a class for {path}, which is of {node['stem']}; accepted: no network=")
     return _overrides("student", node) + keys
+
+
+def _own_class(path: Path, typed: Mapping[str, str], node: Mapping[str, Any]) -> dict[str, Any]:
+    """The `node` of a network of the user's own class, which has to be typed: no file may name code to run."""
+    if "network" not in typed:
+        raise UserError(
+            f"{path}: found a network of the class {str(node.get('target'))!r}, and no file may name code to run; "
+            "accepted: network=mynet.MyNet, that class"
+        )
+    return {"stem": node["stem"], "target": typed["network"], "arguments": node.get("arguments")}
 
 
 def _data(path: Path, typed: Mapping[str, str], about: Mapping[str, Any] | None) -> list[str]:
@@ -167,9 +189,15 @@ def _data(path: Path, typed: Mapping[str, str], about: Mapping[str, Any] | None)
 
 def _overrides(group: str, node: Mapping[str, Any]) -> list[str]:
     """What composes the `node` of a `group` again, but for its weights."""
-    keys = {key: value for key, value in arguments_of(node).items() if key not in ("checkpoint", "head")}
-    values = [f"++{group}.{key}={json.dumps(value, ensure_ascii=False)}" for key, value in keys.items()]
-    return [f"{group}={node['stem']}", *values]
+    keys = {key: value for key, value in arguments_of(node).items() if key not in STUDENT}
+    return [f"{group}={node['stem']}", *(f"++{group}.{key}={_value(value)}" for key, value in keys.items())]
+
+
+def _value(value: Any) -> str:
+    """`value` as it is typed."""
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key}: {_value(one)}" for key, one in value.items()) + "}"
+    return json.dumps(value, ensure_ascii=False)
 
 
 def _run_of(path: Path) -> DictConfig | None:

@@ -124,28 +124,30 @@ class _Member:
     def __init__(self, parts: Parts, key: str, directory: Path) -> None:
         self.parts, self.key, self.directory = parts, key, directory
         self.node = parts.node(key)
-        self.stem = self.node["model"]["stem"]
+        self.label = parts.label(key)
         self.network = parts.teacher_network(key)
 
     def resolve(self) -> Teacher:
         started = time.perf_counter()
         data = self.parts.data
-        if self.node["checkpoint"] is not None:
+        if self.parts.trains_teacher(self.key):
+            path, trained = self._find_or_train()
+            where = f"trained in this run and kept as {path}" if trained else f"found in {path}"
+        elif self.node["checkpoint"] is not None:
             path, trained = Path(self.node["checkpoint"]), False
             self.parts.load_teacher(self.network, self.key)
             where = f"from {path}"
         else:
-            path, trained = self._find_or_train()
-            where = f"trained in this run and kept as {path}" if trained else f"found in {path}"
+            path, trained, where = None, False, "as it was given"
         renormalise = _renormalise(self.node, data)
         frozen = FrozenTeacher(self.network, data.input_shape, renormalise)
         frozen.to_float32(data.device)
         validation = evaluate(frozen, data.val_dataloader(), data.num_classes)
         accuracy = f"validation accuracy {100 * validation.accuracy:.2f} %"
-        console.print(f"teacher {self.stem} {where}: {accuracy}", style="bold")
+        console.print(f"teacher {self.label} {where}: {accuracy}", style="bold")
         record = {
-            "model": self.stem,
-            "file": str(path),
+            "model": self.label,
+            "file": path and str(path),
             "trained_in_this_run": trained,
             "seconds": round(time.perf_counter() - started, 1),
             "parameters": models.count_parameters(self.network),
@@ -163,7 +165,7 @@ class _Member:
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            console.print(f"teacher {self.stem}: another job is training it, waiting")
+            console.print(f"teacher {self.label}: another job is training it, waiting")
             lock.acquire()
         try:
             remove_leftovers(path.parent, path.stem)
@@ -185,7 +187,7 @@ class _Member:
 
     def _train(self, path: Path) -> None:
         training, trainer = self.node["training"], self.parts.plain["trainer"]
-        console.print(f"teacher {self.stem}: none trained under this configuration yet, training it", style="bold")
+        console.print(f"teacher {self.label}: none trained under this configuration yet, training it", style="bold")
         pl.seed_everything(training["seed"], verbose=False)
         data = self.parts.data_with(training["seed"], training["batch_size"])
         network = self.parts.teacher_network(self.key)
@@ -195,6 +197,7 @@ class _Member:
             optimizer=optimizer_factory(training["optimizer"]),
             scheduler=build(training["scheduler"], f"{self.key}.training.scheduler"),
             num_classes=data.num_classes,
+            input_shape=data.input_shape,
             seed=training["seed"],
         )
         directory = path.with_suffix("")

@@ -16,7 +16,7 @@ from compress.evaluation import Evaluation, evaluate, paired_latency_ms
 from compress.export.description import describe
 from compress.export.encodings import encoding, layer_bytes
 from compress.export.exporter import Exporter
-from compress.export.formats import REFERENCE, with_reference
+from compress.export.formats import REFERENCE, read_back, with_reference
 from compress.export.packed import file_bytes
 from compress.models.baking import copied
 from compress.models.canonical import LAYERS, difference
@@ -38,7 +38,8 @@ class Variants:
 
     Every network gets a file of each of the `exporters` in `directory`/models, and a row for each file. The reference
     format comes first, because the other rows are compared with its row; its files are removed again where it is not
-    among the `exporters`. architecture: {"stem", "options", "num_classes"}.
+    among the `exporters`. architecture: {"stem", "options", "num_classes"}; own_network: one of the user's own class,
+    which reading a file takes.
     `layers` says for each reference file which layers were quantized, to how many bits and with which relative output
     error, and `quantized` has the networks by name; `test` is the evaluation of the float32 network on the
     test set.
@@ -50,8 +51,10 @@ class Variants:
         directory: Path,
         architecture: Mapping[str, Any],
         exporters: Sequence[Exporter],
+        own_network: nn.Module | None = None,
     ) -> None:
         self.data, self.directory, self.exporters = data, directory, list(exporters)
+        self.own_network = own_network
         self.rows: list[Row] = []
         self.layers: dict[str, dict[str, Any]] = {}
         self.quantized: dict[str, QuantizedModel] = {}
@@ -153,7 +156,7 @@ class Variants:
         for exporter in with_reference(self.exporters):
             path = self.directory / "models" / f"{name}{exporter.suffix}"
             exporter.write(path, network, self._description, calibration)
-            model, _ = exporter.read(path, torch.get_num_threads())
+            model, _ = read_back(exporter, path, torch.get_num_threads(), self.own_network)
             self._compare(path.name, exporter, network, model)
             if reference is None:
                 macs = models.count_macs(model, self.data.input_shape)

@@ -8,6 +8,7 @@ from torch import nn
 
 from compress.losses.cross_entropy import CrossEntropy
 from compress.methods.supervised import Supervised
+from compress.models import frozen_for_inference
 from compress.optim.schedules import Schedule
 
 
@@ -26,9 +27,25 @@ class Shortcut(nn.Module):
         return self.classifier(torch.relu(self.convolution(found) + self.shortcut(found)).mean((2, 3)))
 
 
+class View(nn.Module):
+    """A forward that takes contiguous features alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.convolution, self.classifier = nn.Conv2d(3, 16, 3), nn.Linear(16 * 196, 10)
+
+    def forward(self, images):
+        return self.classifier(self.convolution(images).view(len(images), -1))
+
+
 def learner(network):
     return Supervised(
-        student=network, loss=CrossEntropy(), optimizer=torch.optim.SGD, scheduler=Schedule(), num_classes=10
+        student=network,
+        loss=CrossEntropy(),
+        optimizer=torch.optim.SGD,
+        scheduler=Schedule(),
+        num_classes=10,
+        input_shape=(3, 16, 16),
     )
 
 
@@ -53,3 +70,17 @@ def test_weights_are_channels_last_unless_few_channels_are_strided_over():
     assert len(network._forward_pre_hooks) == 1
     learner(network)
     assert len(network._forward_pre_hooks) == 1
+
+
+def test_a_network_that_cannot_compute_in_channels_last_learns_and_is_frozen_all_the_same():
+    network = View()
+    images = torch.randn(4, 3, 16, 16).contiguous(memory_format=torch.channels_last)
+    with pytest.raises(RuntimeError, match="view"):
+        network(images)
+    with torch.no_grad():
+        expected = network(images.contiguous())
+        torch.testing.assert_close(frozen_for_inference(network, (3, 16, 16))(images), expected)
+    assert not network._forward_pre_hooks
+    _, terms = learner(network).losses(images, torch.arange(4), None)
+    sum(terms.values()).backward()
+    assert network.convolution.weight.grad is not None

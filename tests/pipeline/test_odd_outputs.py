@@ -15,6 +15,7 @@ from compress.pipeline.check import checked_jobs
 
 MODULE = """
 import odd_networks
+import torch
 from torch import nn
 
 
@@ -36,6 +37,16 @@ class TwoNames(Named):
         self.body = nn.Sequential(self.stem, nn.ReLU())
 
 
+class Viewed(Named):
+    def __init__(self, num_classes: int):
+        super().__init__(num_classes)
+        self.head = nn.Linear(216, num_classes)
+
+    def forward(self, images):
+        hidden = self.stem(images).relu()
+        return self.head(hidden.view(hidden.shape[0], -1))
+
+
 class Features(Named):
     def forward(self, images):
         return self.stem(images).mean((2, 3)), [images]
@@ -44,6 +55,15 @@ class Features(Named):
 class Maps(Named):
     def forward(self, images):
         return self.stem(images)
+
+
+class Fickle(Named):
+    made = 0
+
+    def __init__(self, num_classes):
+        super().__init__(num_classes)
+        Fickle.made += 1
+        self.register_buffer("count", torch.zeros(Fickle.made))
 
 
 class InTraining(Named):
@@ -59,15 +79,15 @@ SHORT += ["quantizer.calibration_images=16", "hydra.run.dir=run"]
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """A working directory with the networks above, their options in `mine`."""
-    (tmp_path / "my_networks.py").write_text(MODULE)
+    (tmp_path / "my_outputs.py").write_text(MODULE)
     (tmp_path / "mine" / "model").mkdir(parents=True)
-    for name in ("Named", "Pair", "TwoNames", "Features", "Maps", "InTraining"):
-        (tmp_path / "mine" / "model" / f"{name.lower()}.yaml").write_text(f"_target_: my_networks.{name}\n")
+    for name in ("Named", "Pair", "TwoNames", "Features", "Viewed", "Maps", "Fickle", "InTraining"):
+        (tmp_path / "mine" / "model" / f"{name.lower()}.yaml").write_text(f"_target_: my_outputs.{name}\n")
     (tmp_path / "mine" / "model" / "googlenet.yaml").write_text(GOOGLENET)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "models"))
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.delitem(sys.modules, "my_networks", raising=False)
+    monkeypatch.delitem(sys.modules, "my_outputs", raising=False)
     with searching([tmp_path / "mine"]):
         yield tmp_path
 
@@ -87,6 +107,13 @@ CHOICES = {
         "student=pair",
         "teacher=twonames",
         "teacher.training.epochs=1",
+    ],
+    "a view": [
+        *("method=kd", "student=viewed", "teacher=viewed", "teacher.training.epochs=1", "data.image_size=8"),
+        "export=[packed,onnx]",
+    ],
+    "a view, on grids": [
+        *("method=qat", "student=viewed", "data.image_size=8", "~quantizer.bits", "~quantizer.calibration_images")
     ],
     "masks": ["method=supervised", "student=pair", "pruning=magnitude", "optimizer=shampoo"],
     "channels": ["method=supervised", "student=named", "pruning=structured"],
@@ -116,9 +143,10 @@ REFUSED = {
     "student=features method=supervised": ["student features:", "tuple of (2, 6), (2, 3, 8, 8)", "(images, 10)"],
     "student=maps method=supervised": ["student maps:", "a tensor (2, 6, 6, 6)", "(images, 10)"],
     "student=intraining method=supervised": ["student intraining:", "list of (2, 6)", "(images, 10)"],
-    "student=resnet8 method=kd teacher=features": ["teacher.model features:", "tuple", "(images, 10)"],
+    "student=resnet8 method=kd teacher=features": ["teacher features:", "tuple", "(images, 10)"],
     "student=resnet8 method=dml peer=maps": ["peer maps:", "a tensor", "(images, 10)"],
-    "student=resnet8 method=fitnet teacher=features": ["teacher.model features:", "tuple", "(images, 10)"],
+    "student=resnet8 method=fitnet teacher=features": ["teacher features:", "tuple", "(images, 10)"],
+    "student=fickle method=supervised quantizer=none export=none": ["student.safetensors", "count"],
     "student=googlenet method=supervised pruning=structured data.image_size=32": [
         "pruning:",
         "structured",
@@ -138,10 +166,10 @@ def test_a_network_without_logits_is_refused_before_any_work(folder, capsys, typ
 
 
 def test_a_teacher_that_only_training_would_break_may_teach(folder):
-    import my_networks
+    import my_outputs
 
-    torch.save(my_networks.InTraining(10).state_dict(), "trained.pt")
+    torch.save(my_outputs.InTraining(10).state_dict(), "trained.pt")
     chosen = ["student=resnet8", "method=kd", "teacher=intraining", "data.limit=100"]
-    with pytest.raises(UserError, match=r"^teacher\.model intraining: found a network that returns a list"):
+    with pytest.raises(UserError, match=r"^teacher intraining: found a network that returns a list"):
         checked_jobs(chosen)
     checked_jobs([*chosen, "teacher.checkpoint=trained.pt"])

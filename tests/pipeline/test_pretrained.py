@@ -57,5 +57,5 @@ def test_a_teacher_of_more_classes_is_checked_with_those_of_the_data(hundred):
         checked_jobs(distil)
     with pytest.raises(UserError, match=r"^teacher\.classes: found 2 classes, the data have 10"):
         checked_jobs([*distil, "teacher.classes=[1,2]"])
-    with pytest.raises(UserError, match=r"^teacher\.classes: found some for a teacher that is trained"):
+    with pytest.raises(UserError, match=r"^teacher\.classes: found some without teacher\.checkpoint"):
         checked_jobs([*distil[:-1], "teacher.classes=[1,2]"])

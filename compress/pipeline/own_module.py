@@ -1,0 +1,204 @@
+"""`compress.quantize(network, images)`: any network, with weights of its own, quantized and written without a run."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf, open_dict
+from torch import Tensor, nn
+
+from compress.arguments import build
+from compress.config.compose import compose_jobs
+from compress.errors import UserError
+from compress.export.description import NetworkDescription
+from compress.export.encodings import layer_bytes
+from compress.export.formats import exporter_called, exporter_of, read_any
+from compress.export.packed import file_bytes
+from compress.models import own_class
+from compress.quantization import Measures, QuantizedModel, Quantizer
+from compress.quantization.comparisons import compare
+from compress.quantization.options import silent
+
+# The share of the weights that may stay float without a word.
+SMALL_SHARE = 0.02
+IMAGES = "accepted: images (N, C, H, W) as the network takes them, in batches of such, or in a DataLoader"
+
+
+@dataclass(frozen=True)
+class QuantizedNetwork:
+    """What `compress.quantize` returns. `quantized` has the codes; `images` are those that it was calibrated on."""
+
+    quantized: QuantizedModel
+    quantizer: Quantizer
+    images: Tensor
+    description: NetworkDescription
+
+    @property
+    def network(self) -> nn.Module:
+        """The network that computes with the quantized weights: images to logits, in eval mode."""
+        return self.quantized.model
+
+    def table(self) -> str:
+        """Layer, bits, relative output error and bytes of codes, a line for each layer, and what stayed float."""
+        rows = [("layer", "bits", "error", "bytes")]
+        for name, layer in self.quantized.layers.items():
+            error = "" if layer.error is None else f"{layer.error:.4f}"
+            rows.append((name, str(layer.bits), error, f"{layer_bytes(layer):,}"))
+        rows.append(("file", "", "", f"{file_bytes(self.quantized, self.description):,}"))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = [
+            "  ".join(
+                [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+            )
+            for row in rows
+        ]
+        if self.quantized.float_share > SMALL_SHARE:
+            reasons = "; ".join(f"{name} {reason}" for name, reason in self.quantized.skipped.items())
+            lines.append(f"{100 * self.quantized.float_share:.1f} % of the weights stayed float: {reasons}")
+        return "\n".join(lines)
+
+    def save(self, path: str | Path, **about: Any) -> int:
+        """Writes a packed file, see `export`, which `compress.load` reads; returns its bytes."""
+        return self.export(path, format="packed", **about)
+
+    def export(
+        self,
+        path: str | Path,
+        format: str | None = None,
+        class_names: Sequence[str] | None = None,
+        mean: Sequence[float] | None = None,
+        standard_deviation: Sequence[float] | None = None,
+    ) -> int:
+        """Writes a file of the format that its suffix says, or of that option of `conf/export`; returns its bytes.
+
+        class_names: of the network's outputs, in their order; their numbers if left out. mean and standard_deviation:
+        by which images in 0..1 are normalised for the network, one value or one per channel; without them it takes
+        images in 0..1. Raises UserError for values that do not fit, and where the format cannot hold the network.
+        """
+        path = Path(path)
+        exporter = exporter_of(path) if format is None else exporter_called(format)
+        if not path.name.endswith(exporter.suffix):
+            raise UserError(f"{path}: found another suffix than that of {format}; accepted: {exporter.suffix}")
+        exporter.check(self.quantizer)
+        about = _described(self.description, class_names, mean, standard_deviation)
+        exporter.write(path, self.quantized, about, [self.images])
+        return path.stat().st_size
+
+
+def quantize(
+    network: nn.Module, images: Any, bits: int | Sequence[int] = 4, quantizer: str = "gpfq", **keys: Any
+) -> QuantizedNetwork:
+    """`network`, which stays as it is, quantized to `bits` on the first `calibration_images` of `images`.
+
+    images: a tensor (N, C, H, W), an iterable of such batches, or of sequences that begin with one, as a DataLoader is;
+    normalised as the network takes them. quantizer: an option of `conf/quantizer`. keys: the keys of its file, nested
+    ones as mappings, `grid={"scale": "max_abs"}`, or with dots, `**{"grid.scale": "max_abs"}`. With `budget` several
+    `bits` are the widths that a layer may have. Raises UserError for whatever cannot be done, and where folding its
+    BatchNorm or rounding to 16 bits already changes what the network computes.
+    """
+    if not isinstance(network, nn.Module):
+        raise UserError(f"network: found a {type(network).__name__}; accepted: a torch.nn.Module")
+    built = _quantizer(quantizer, {**keys, "bits": bits})
+    calibration = _first(images, built.calibration_images)
+    description = _about(network, calibration)
+    compare(network, [calibration], built.skip)
+    float_bytes = file_bytes(network, description) if built.budget is not None else 0
+    measures = Measures(partial(file_bytes, description=description), layer_bytes, _no_accuracy, float_bytes)
+    [variant] = built.variants(network, [calibration], measures, silent)
+    model = variant.model.model
+    with torch.no_grad():
+        outputs = model(calibration[:1].to(next(model.parameters())))
+    names = [str(index) for index in range(outputs.shape[1])]
+    architecture = {**description.architecture, "num_classes": len(names)}
+    return QuantizedNetwork(
+        variant.model, built, calibration, replace(description, architecture=architecture, class_names=names)
+    )
+
+
+def load(path: str | Path, network: own_class.OwnNetwork | None = None) -> tuple[Any, dict[str, Any]]:
+    """(network in eval mode, description) of a file that `compress` wrote, in a run or by `QuantizedNetwork.save`.
+
+    network: one of the class that the file names, or the class, where that is none of `conf/model`; a file can import
+    nothing. It stays as it is. The weights are bit for bit those that were saved. Raises UserError in one line for a
+    file that is damaged, or that does not fit the network.
+    """
+    return read_any(Path(path), torch.get_num_threads(), network)
+
+
+def _quantizer(stem: str, keys: Mapping[str, Any]) -> Quantizer:
+    """The quantizer of an option with some of its keys replaced, for one network."""
+    [job] = compose_jobs(["method=supervised", f"quantizer={stem}"])
+    if not job.config.quantizer:
+        raise UserError("quantizer: found none, which leaves the network as it is; accepted: another, such as gpfq")
+    node = job.config.quantizer
+    with open_dict(node):
+        for key, value in keys.items():
+            OmegaConf.update(node, key, value, merge=True)
+    built = build(node, "quantizer", Quantizer)
+    if built.max_drop is not None:
+        raise UserError("quantizer.max_drop: found it without labelled images to measure it on; accepted: budget")
+    if built.budget is None and len(built.bits) > 1:
+        raise UserError(f"bits: found {built.bits} without a budget; accepted: one width, or budget=SIZE beside them")
+    return built
+
+
+def _first(images: Any, count: int) -> Tensor:
+    """The first `count` of `images`, (N, C, H, W). Raises UserError for what are no images."""
+    if not isinstance(images, Iterable):
+        raise UserError(f"images: found a {type(images).__name__}; {IMAGES}")
+    chosen: list[Tensor] = []
+    missing = count
+    for batch in [images] if isinstance(images, Tensor) else images:
+        tensor = batch[0] if isinstance(batch, Sequence) and len(batch) else batch
+        if not isinstance(tensor, Tensor) or tensor.dim() != 4 or not tensor.is_floating_point():
+            shape = f"{tensor.dtype} {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise UserError(f"images: found {shape}; {IMAGES}")
+        if chosen and tensor.shape[1:] != chosen[0].shape[1:]:
+            found = f"{tuple(chosen[0].shape[1:])} and {tuple(tensor.shape[1:])}"
+            raise UserError(f"images: found the shapes {found}; accepted: images of one shape")
+        chosen.append(tensor.detach()[:missing])
+        missing -= len(chosen[-1])
+        if missing == 0:
+            break
+    if missing == count:
+        raise UserError(f"images: found none; {IMAGES}")
+    return torch.cat(chosen).contiguous()
+
+
+def _about(network: nn.Module, images: Tensor) -> NetworkDescription:
+    """What is known before the network is traced: neither the number nor the names of its classes."""
+    architecture = {"stem": own_class.STEM, "options": own_class.options_of(network), "num_classes": 0}
+    return NetworkDescription(architecture, [], [0.0], [1.0], images.shape[1:])
+
+
+def _described(
+    about: NetworkDescription,
+    class_names: Sequence[str] | None,
+    mean: Sequence[float] | None,
+    standard_deviation: Sequence[float] | None,
+) -> NetworkDescription:
+    """`about` with what is given. Raises UserError for what does not fit it."""
+    classes, channels = about.architecture["num_classes"], about.input_shape[0]
+    if class_names is not None and (isinstance(class_names, str) or len(class_names) != classes):
+        raise UserError(f"class_names: found {class_names!r}; accepted: {classes} names, one of each output")
+    if (mean is None) != (standard_deviation is None):
+        raise UserError("mean: found only one of mean and standard_deviation; accepted: both or neither")
+    statistics = {}
+    if mean is not None:
+        statistics = {"mean": mean, "standard_deviation": standard_deviation}
+    for key, values in statistics.items():
+        statistics[key] = values = [values] if isinstance(values, int | float) else [float(value) for value in values]
+        if len(values) not in (1, channels) or not all(map(math.isfinite, values)):
+            raise UserError(f"{key}: found {values}; accepted: 1 or {channels} numbers")
+        if key == "standard_deviation" and min(values) <= 0:
+            raise UserError(f"{key}: found {values}; accepted: numbers greater than 0")
+    names = about.class_names if class_names is None else list(class_names)
+    return replace(about, class_names=names, **statistics)
+
+
+def _no_accuracy(model: nn.Module) -> float:
+    raise NotImplementedError("widths are chosen by a budget here, not by an accuracy")

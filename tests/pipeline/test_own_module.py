@@ -1,0 +1,208 @@
+"""`compress.quantize` and `compress.load`: networks of the user's own, quantized, saved and read back."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+import compress
+from compress.errors import UserError
+from compress.export.formats import exporter_of
+from compress.models.canonical import difference
+from compress.models.outputs import logits
+from tests.models.odd_networks import (
+    CLASSES,
+    EVERY,
+    SHAPE,
+    Aliased,
+    Attention,
+    CalledAgain,
+    Computed,
+    Named,
+    Pair,
+    TiedWeights,
+    make,
+)
+
+NAMES = ["ant", "bee", "cat", "dog"]
+
+
+def images(count=32, seed=1):
+    return torch.randn(count, *SHAPE, generator=torch.Generator().manual_seed(seed))
+
+
+def one_line(mistake):
+    assert len(str(mistake.value).splitlines()) == 1
+    return str(mistake.value)
+
+
+@pytest.mark.parametrize("network", EVERY)
+def test_what_is_loaded_is_bit_for_bit_what_was_saved(network, tmp_path):
+    model = make(network)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    quantized = compress.quantize(model, images(), bits=8)
+    path = tmp_path / "net.safetensors"
+    assert quantized.save(path, class_names=NAMES, mean=[0.5], standard_deviation=[0.2]) == path.stat().st_size
+    fresh = network()
+    kept = {name: value.clone() for name, value in fresh.state_dict().items()}
+    loaded, about = compress.load(path, network=fresh)
+    with torch.no_grad():
+        assert torch.equal(loaded(images(8, 2)), quantized.network(images(8, 2)))
+        assert difference(loaded(images(8, 2)), logits(model(images(8, 2)))) < 0.05
+    assert (about["class_names"], about["mean"], about["standard_deviation"]) == (NAMES, [0.5], [0.2])
+    assert about["format"] == "compress-packed-1"
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(torch.equal(value, kept[name]) for name, value in fresh.state_dict().items())
+    lines = [line.split() for line in quantized.table().splitlines()]
+    assert [name for name, *_ in lines[1:-1]] == list(quantized.quantized.layers)
+    assert lines[-1] == ["file", f"{quantized.save(path):,}"]
+
+
+@pytest.mark.parametrize("network", [Attention, Computed, Named, TiedWeights])
+def test_an_onnx_file_computes_what_the_quantized_network_does(network, tmp_path):
+    quantized = compress.quantize(make(network), images(), bits=8)
+    quantized.export(tmp_path / "net.onnx")
+    model, _ = compress.load(tmp_path / "net.onnx")
+    with torch.no_grad():
+        assert difference(model(images(8, 2)), quantized.network(images(8, 2))) < 1e-3
+
+
+def test_a_class_stands_for_its_network(tmp_path):
+    quantized = compress.quantize(make(Pair), images())
+    quantized.save(tmp_path / "net.safetensors")
+    loaded, about = compress.load(tmp_path / "net.safetensors", network=Pair)
+    assert torch.equal(loaded(images(4)), quantized.network(images(4)))
+    assert about["class_names"] == ["0", "1", "2", "3"]
+    assert about["architecture"]["options"]["target"] == "tests.models.odd_networks.Pair"
+
+
+def test_a_file_without_its_class_says_which_it_wants_and_imports_nothing(tmp_path, monkeypatch):
+    compress.quantize(make(Pair), images()).save(tmp_path / "net.safetensors")
+    monkeypatch.delitem(sys.modules, "tests.models.odd_networks")
+    with pytest.raises(UserError) as mistake:
+        compress.load(tmp_path / "net.safetensors")
+    assert "tests.models.odd_networks.Pair" in one_line(mistake)
+    assert "network=" in str(mistake.value)
+    assert "tests.models.odd_networks" not in sys.modules
+
+
+def test_a_network_with_other_tensors_is_refused_in_one_line(tmp_path):
+    compress.quantize(make(Aliased), images()).save(tmp_path / "net.safetensors")
+    for other in (Pair(), torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(432, CLASSES)), CalledAgain):
+        with pytest.raises(UserError) as mistake:
+            compress.load(tmp_path / "net.safetensors", network=other)
+        assert one_line(mistake).startswith(f"{tmp_path / 'net.safetensors'}: ")
+
+
+def test_images_come_as_a_tensor_in_batches_or_from_a_loader():
+    model, pictures = make(CalledAgain), images(40)
+    labelled = DataLoader(TensorDataset(pictures, torch.zeros(40)), batch_size=7)
+    ways = [pictures, pictures.split(16), ((part, 0) for part in pictures.split(9)), labelled, images(40)]
+    found = [compress.quantize(model, way, bits=3, calibration_images=32).network(images(4, 2)) for way in ways]
+    assert all(torch.equal(one, found[0]) for one in found)
+    fewer = compress.quantize(model, pictures, bits=3, calibration_images=8).network(images(4, 2))
+    assert not torch.equal(fewer, found[0])
+
+
+def test_keys_of_the_quantizer_are_given_by_name_nested_or_with_dots():
+    model = make(CalledAgain)
+    nested = compress.quantize(model, images(), bits=2, first_last_bits=None, grid={"alphabet": "published"})
+    dotted = compress.quantize(model, images(), bits=2, first_last_bits=None, **{"grid.alphabet": "published"})
+    assert {layer.grid.levels for layer in nested.quantized.layers.values()} == {5}
+    assert torch.equal(nested.network(images(4)), dotted.network(images(4)))
+    rounded = compress.quantize(model, images(), bits=2, quantizer="rtn", skip=["head"])
+    assert (rounded.quantizer.name, "head" in rounded.quantized.layers) == ("rtn", False)
+
+
+def test_a_budget_chooses_among_several_widths(tmp_path):
+    model = make(CalledAgain)
+    small, large = (
+        compress.quantize(model, images(), bits=[2, 8], budget=budget, first_last_bits=None)
+        for budget in (
+            compress.quantize(model, images(), bits=2, first_last_bits=None).save(tmp_path / "a.safetensors"),
+            "1MB",
+        )
+    )
+    assert {layer.bits for layer in small.quantized.layers.values()} == {2}
+    assert {layer.bits for layer in large.quantized.layers.values()} == {8}
+
+
+def test_the_table_has_a_line_for_each_layer_and_the_share_that_stayed_float():
+    lines = compress.quantize(make(Attention), images(), skip=["head"]).table().splitlines()
+    assert lines[0].split() == ["layer", "bits", "error", "bytes"]
+    assert lines[1].split()[:2] == ["patch", "8"]
+    assert float(lines[1].split()[2]) < 0.1
+    assert "% of the weights stayed float: " in lines[-1]
+    assert "head skip: head" in lines[-1]
+    assert "stayed float" not in compress.quantize(make(CalledAgain), images()).table()
+
+
+def test_it_is_exported_by_suffix_or_name(tmp_path):
+    quantized = compress.quantize(make(Aliased), images(), bits=8)
+    assert quantized.export(tmp_path / "net.onnx", class_names=NAMES) == (tmp_path / "net.onnx").stat().st_size
+    assert quantized.export(tmp_path / "by_name.onnx", format="onnx") > 0
+    assert quantized.export(tmp_path / "net.safetensors") == quantized.save(tmp_path / "saved.safetensors")
+    model, about = compress.load(tmp_path / "net.onnx")
+    assert about["class_names"] == NAMES
+    with torch.no_grad():
+        assert difference(model(images(8)), quantized.network(images(8))) < 1e-3
+    assert exporter_of(tmp_path / "net.onnx").runtime == "onnxruntime"
+
+
+def test_a_layer_that_not_even_sixteen_bits_can_hold_is_named():
+    model, dark = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(432, CLASSES)), images()
+    dark[:, 0] = 0
+    with torch.no_grad():
+        model[1].weight[:, 0] = 1e7
+    with pytest.raises(UserError, match=r"^1: found logits .* rounded to 16 bits"):
+        compress.quantize(model, dark, bits=8)
+
+
+MISTAKES = [
+    ({"quantizer": "gpqf"}, "quantizer: found 'gpqf'; accepted: "),
+    ({"quantizer": "none"}, "quantizer: found none"),
+    ({"sweeps": 3}, "quantizer.sweeps: found an unknown key; accepted: "),
+    ({"refinement": {"sweep": 3}}, "quantizer.refinement.sweep: found an unknown key; accepted: "),
+    ({"refinement.sweeps": -1}, "quantizer.refinement.sweeps: found -1; accepted: "),
+    ({"bits": 1}, "quantizer.bits: found "),
+    ({"bits": [2, 4]}, "bits: found [2, 4] without a budget"),
+    ({"max_drop": 1.0}, "quantizer.max_drop: found it without labelled images"),
+    ({"skip": ["body"]}, "skip: found 'body', which matches no layer"),
+    ({"images": images()[0]}, "images: found torch.float32 (3, 12, 12); accepted: images (N, C, H, W)"),
+    ({"images": (images() * 255).byte()}, "images: found torch.uint8"),
+    ({"images": []}, "images: found none"),
+    ({"images": 3}, "images: found a int"),
+    ({"images": images()[:, :1]}, "found a forward that fails for images (1, 12, 12)"),
+    ({"network": "resnet18"}, "network: found a str; accepted: a torch.nn.Module"),
+]
+
+
+@pytest.mark.parametrize(("changed", "message"), MISTAKES)
+def test_a_mistake_is_one_line(changed, message):
+    with pytest.raises(UserError) as mistake:
+        compress.quantize(**{"network": make(CalledAgain), "images": images()} | changed)
+    assert message in one_line(mistake)
+
+
+SAVING = [
+    ({"class_names": ["a"]}, "class_names: found ['a']; accepted: 4 names"),
+    ({"class_names": "abcd"}, "class_names: found 'abcd'"),
+    ({"mean": [0.5]}, "mean: found only one of mean and standard_deviation"),
+    ({"mean": [0.5, 0.5], "standard_deviation": [1.0]}, "mean: found [0.5, 0.5]; accepted: 1 or 3 numbers"),
+    ({"mean": [0.5], "standard_deviation": [0.0]}, "standard_deviation: found [0.0]; accepted: numbers greater"),
+    ({"format": "tflite"}, "format: found 'tflite'; accepted: onnx, packed"),
+    ({"format": "onnx"}, "found another suffix than that of onnx; accepted: .onnx"),
+]
+
+
+def test_a_mistake_in_what_a_file_says_is_one_line_and_writes_nothing(tmp_path):
+    quantized = compress.quantize(make(CalledAgain), images())
+    for keywords, message in SAVING:
+        with pytest.raises(UserError) as mistake:
+            quantized.export(tmp_path / "net.safetensors", **keywords)
+        assert message in one_line(mistake)
+    with pytest.raises(UserError, match=r"net\.bin: found no model file; accepted: a \.onnx or \.safetensors"):
+        quantized.export(tmp_path / "net.bin")
+    assert list(Path(tmp_path).iterdir()) == []
