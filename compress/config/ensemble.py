@@ -9,7 +9,7 @@ from compress.arguments import check_arguments
 from compress.errors import UserError
 
 # What a member may say; in a complete configuration it says all of it, as a single teacher does.
-MEMBER = ("model", "checkpoint", "classes", "mean", "standard_deviation", "training")
+MEMBER = ("model", "checkpoint", "pretrained", "classes", "mean", "standard_deviation", "training")
 
 
 def is_ensemble(config: DictConfig) -> bool:
@@ -64,6 +64,7 @@ def _complete(member: Any, where: str, training: dict[str, Any]) -> dict[str, An
     return {
         "model": models.described(model.get("stem"), where_stem) | model,
         "checkpoint": member.get("checkpoint"),
+        "pretrained": member.get("pretrained", False),
         "classes": member.get("classes"),
         "mean": member.get("mean"),
         "standard_deviation": member.get("standard_deviation"),

@@ -1,11 +1,9 @@
-"""`pretrained=true`: what the weights that are published of a network say of its images is taken over."""
+"""`pretrained=true`: published weights become the checkpoint, and what they say of their images is taken over."""
 
-from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 
-from compress.config import ensemble
 from compress.errors import UserError
 from compress.models.pretrained import published
 from compress.models.published import Published
@@ -14,48 +12,78 @@ from compress.models.published import Published
 USUAL_SIZE = 32
 
 
-def take_over(config: DictConfig, typed: Collection[str]) -> None:
-    """Completes `config` by what published weights that it names want, unless it says something else.
+def take_over(config: DictConfig) -> None:
+    """Completes student and data by what the published weights of the student want, unless they say something else.
 
-    The size and the normalisation of images, and the names of the architecture and of the weights. Where the data have
-    another size, or images of one, the network resizes them. `typed` are the keys on the command line.
+    The checkpoint, the architecture's name, and the size and the normalisation of images. Where the data have another
+    size the network resizes its images.
 
-    Raises UserError for weights that are not published, or of which it cannot be found out what they want.
+    Raises UserError for weights that are not published or cannot be fetched.
     """
-    student, data = config.student, config.data
-    found = _completed(student, student, "student")
-    if "image_size" in data and data.image_size is None:
+    data = config.data
+    found = _completed(config.student, config.student, "student")
+    if data.get("image_size", USUAL_SIZE) is None:
         data.image_size = found.size if found else USUAL_SIZE
     if found:
-        if "data.image_size" not in typed:
-            _resize(student, found, data)
-        _normalise(data, found)
-    for key in ensemble.keys(config):
-        node = OmegaConf.select(config, key)
-        found = _completed(node, node.model, key)
-        if found:
-            _resize(node.model, found, data)
-            _normalise(node, found)
+        _fill(data, found)
+        _set_checkpoint(config.student, config.student, data, found, "student")
 
 
-def _completed(role: DictConfig, model: DictConfig, where: str) -> Published | None:
+def class_names(role: DictConfig) -> list[str]:
+    """What the classes of the published weights of a `role` are called; none, where it has none or they do not say."""
+    found = _completed(role, role, "student")
+    return list(found.class_names) if found else []
+
+
+def take_over_teacher(config: DictConfig, key: str) -> None:
+    """The same for the teacher at `key`: its own normalisation and size, and the classes by their names."""
+    node = OmegaConf.select(config, key)
+    found = _completed(node, node.model, key)
+    if not found:
+        return
+    _fill(node, found)
+    _set_checkpoint(node, node.model, config.data, found, key)
+    if node.classes is not None:
+        node.classes = [_index(name, found, key) for name in node.classes]
+
+
+def _completed(role: DictConfig, model: Any, where: str) -> Published | None:
     weights = role.get("pretrained", False)
-    if weights is False or weights is None:
+    if weights is False or not isinstance(model, DictConfig) or "stem" not in model:
         return None
-    if role.checkpoint is not None:
-        raise UserError(f"{where}.pretrained: found {weights} beside {where}.checkpoint; accepted: one of the two")
+    if weights is not True and not isinstance(weights, str):
+        raise UserError(f"{where}.pretrained: found {weights!r}; accepted: true, false, or the name of weights")
     found = published(OmegaConf.to_container(model), weights, f"{where}.pretrained")
     model.update(found.options)
     role.pretrained = found.weights
     return found
 
 
-def _resize(model: DictConfig, found: Published, data: DictConfig) -> None:
+def _set_checkpoint(role: DictConfig, model: DictConfig, data: DictConfig, found: Published, where: str) -> None:
     if model.input_size is None and data.get("image_size") != found.size:
         model.input_size = found.size
+    try:
+        path = str(found.checkpoint(model.input_size))
+    except UserError as mistake:
+        raise UserError(f"{where}.pretrained: {mistake}") from mistake
+    if role.checkpoint not in (None, path):
+        raise UserError(
+            f"{where}.pretrained: found {found.weights} beside {where}.checkpoint; accepted: one of the two"
+        )
+    role.checkpoint = path
 
 
-def _normalise(node: DictConfig, found: Published) -> None:
-    for key in ("mean", "standard_deviation"):
-        if node.get(key) is None:
-            node[key] = list(getattr(found, key))
+def _fill(node: DictConfig, found: Published) -> None:
+    with open_dict(node):
+        for key in ("mean", "standard_deviation"):
+            if node.get(key) is None:
+                node[key] = list(getattr(found, key))
+
+
+def _index(name: Any, found: Published, where: str) -> Any:
+    if not isinstance(name, str):
+        return name
+    if name not in found.class_names:
+        known = f"one of {', '.join(found.class_names[:5])}, ..." if found.class_names else "an index"
+        raise UserError(f"{where}.classes: found {name!r}; accepted: {known}")
+    return list(found.class_names).index(name)

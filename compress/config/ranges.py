@@ -88,10 +88,11 @@ TRAINER_REFUSED = {
     "use_distributed_sampler": ("but the data share the images among processes themselves", "none"),
     "val_check_interval": ("but checkpoints are those of whole epochs", "trainer.check_val_every_n_epoch"),
 }
-STUDENT = {"checkpoint": Text | None, "head": Literal["keep", "new"]}
+STUDENT = {"checkpoint": Text | None, "head": Literal["keep", "new"], "pretrained": bool | Text}
 TEACHER = {
     "model": dict,
     "checkpoint": Text | None,
+    "pretrained": bool | Text,
     "classes": list[int | str] | None,
     "mean": list[float] | None,
     "standard_deviation": list[Positive] | None,

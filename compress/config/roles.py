@@ -31,7 +31,7 @@ def register() -> None:
 def _store_roles(store: ConfigStore, stems: Iterable[str]) -> None:
     trained = [{"/optimizer@training.optimizer": "adamw"}, {"/scheduler@training.scheduler": "onecycle"}, "_self_"]
     for stem in stems:
-        for role, keys in (("student", {"checkpoint": None, "head": "keep"}), ("peer", {})):
+        for role, keys in (("student", {"checkpoint": None, "pretrained": False, "head": "keep"}), ("peer", {})):
             defaults = [f"/model/{stem}@_here_", "_self_"]
             store.store(group=role, name=stem, node={"defaults": defaults, "stem": stem, **keys})
         store.store(
@@ -41,6 +41,7 @@ def _store_roles(store: ConfigStore, stems: Iterable[str]) -> None:
                 "defaults": [{"/model@model": stem}, *trained],
                 "model": {"stem": stem},
                 "checkpoint": None,
+                "pretrained": False,
                 "classes": None,
                 "mean": None,
                 "standard_deviation": None,

@@ -1,8 +1,9 @@
 """The jobs of a run in stages: each is composed from what was typed and from its own overrides."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, open_dict
 
 from compress.config.compose import Job, compose_job, initialized, parse
 from compress.errors import UserError
@@ -43,6 +44,12 @@ def compose_stages(job: Job) -> tuple[Job, ...]:
     if ignored:
         raise UserError(f"{ignored[0]}: found it where every stage chooses this itself; accepted: to leave it out")
     return tuple(stages)
+
+
+def start_from(stage: DictConfig, checkpoint: Path) -> None:
+    """Lets a `stage` start from the `checkpoint` of the one before."""
+    with open_dict(stage):
+        stage.student.update({"checkpoint": str(checkpoint.absolute()), "head": "keep", "pretrained": False})
 
 
 def _epochs(config: DictConfig) -> Sequence[int | None]:

@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from compress import models
 from compress.arguments import annotations, build, check_arguments, imported, settable
 from compress.config import ensemble
+from compress.config.pretrained import take_over, take_over_teacher
 from compress.config.ranges import (
     ENSEMBLE,
     OPTIMIZER,
@@ -42,6 +43,7 @@ def check_values(config: DictConfig) -> None:
     """
     _check_groups(config)
     check_reserved(config)
+    take_over(config)
     _coerce(config, "", TOP_LEVEL, accepted=[*TOP_LEVEL, *GROUPS], required=TOP_LEVEL)
     _check_stages(config)
     for group in ("data", "method", "loss", "scheduler"):
@@ -117,8 +119,9 @@ def _check_teachers(config: DictConfig) -> None:
         _coerce_training(config, "teacher.training")
         ensemble.complete_members(config)
     for where in ensemble.keys(config):
-        # A run from before there was a choice of classes does not name them.
-        _coerce(config, where, TEACHER, required=[key for key in TEACHER if key != "classes"])
+        # A run from before there was a choice of these does not name them.
+        _coerce(config, where, TEACHER, required=[key for key in TEACHER if key not in ("classes", "pretrained")])
+        take_over_teacher(config, where)
         _coerce_training(config, f"{where}.training")
         _check_model(config, f"{where}.model")
 
@@ -206,7 +209,7 @@ def _check_model(config: DictConfig, where: str) -> None:
         check_target(options, where)
     stem = options.pop("stem")
     if where == "student":
-        # A run from before there was a choice of heads does not name it.
+        # A run from before there was a choice of these does not name them.
         check_arguments(STUDENT, {key: options.pop(key) for key in STUDENT if key in options}, where)
     values = models.check_options(stem, options, where)
     if models.names_class(stem):

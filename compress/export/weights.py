@@ -12,7 +12,7 @@ from compress.export.packed import COUNTER
 from compress.export.state_dicts import ACCEPTED, StateDict, listed, read_state_dict
 from compress.models import masks
 from compress.models.channels import last_linear, with_channels
-from compress.models.timm_model import TimmModel
+from compress.models.resized import Resized
 from compress.progress import console
 
 # What wrappers put before the name of a parameter: LightningModules, DataParallel, torch.compile. Among networks behind
@@ -35,16 +35,16 @@ def load_weights(
     A plain state dict, or one below any keys; its names bare or all behind one prefix, `module.` or `net._orig_mod.`,
     say. A file may hold several networks: the one whose names are exactly the model's is taken, and a line says which
     where several are. BatchNorm's `num_batches_tracked` may be absent, and the counters of a profiler are left out. A
-    `TimmModel` takes timm's own files, too. A pruned network is loaded as it is: `model` gets its masks, or fewer
-    channels. Of a checkpoint of ours it is the best network, and of one that was trained on grids the weights before
-    they are rounded. With `new_head` the classifier keeps the weights that it has, and that of the file may be
+    `Resized` network takes the files of its library, too. A pruned network is loaded as it is: `model` gets its masks,
+    or fewer channels. Of a checkpoint of ours it is the best network, and of one that was trained on grids the weights
+    before they are rounded. With `new_head` the classifier keeps the weights that it has, and that of the file may be
     of other classes or absent; else `way_out` ends the message about one of other classes. `classes` says for each
     class of the model, in order, which class of the file it is, by index or, where the file names them, by name.
 
     Raises UserError, which names the key `where` and the file, if the file is missing, unreadable, holds code, or does
     not fit; the model is then as it was.
     """
-    if isinstance(model, TimmModel):
+    if isinstance(model, Resized):
         model = model.network
     path = Path(path).expanduser()
     state = read_state_dict(path, where)

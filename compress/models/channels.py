@@ -73,7 +73,11 @@ def architecture(
 
     `fresh` is an unpruned network of the same node; without one, it is built.
     """
-    options = {name: value for name, value in node.items() if name not in ("stem", "_target_", "checkpoint", "head")}
+    options = {
+        name: value
+        for name, value in node.items()
+        if name not in ("stem", "_target_", "checkpoint", "pretrained", "head")
+    }
     described = {"stem": node["stem"], "options": options, "num_classes": num_classes}
     if fresh is None:
         with torch.random.fork_rng(devices=[]):

@@ -2,43 +2,34 @@
 
 import pickle
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.hub import download_url_to_file
 
 from compress.errors import UserError, first_line
+from compress.files import write_atomically
 
 # What reading a file of weights can end with that is damaged or something else.
 FAILURES = (OSError, RuntimeError, TypeError, ValueError, KeyError, pickle.UnpicklingError)
 
 
-@dataclass(frozen=True)
-class Published(ABC):
-    """Weights of an architecture, which images they want, and which classes they tell apart.
-
-    `options` are those of the network, `weights` is the name of the weights among those published of it. Images have
-    `size` pixels on each side and are normalised by `mean` and `standard_deviation`, of pixel values in 0..1.
-    """
-
-    options: Mapping[str, Any]
-    weights: str
-    size: int
-    mean: tuple[float, ...]
-    standard_deviation: tuple[float, ...]
-    class_names: Sequence[str] = ()
-
-    @abstractmethod
-    def tensors(self, input_size: int | None) -> dict[str, Tensor]:
-        """The state dict of the network with its own classes, made for images of `input_size` pixels.
-
-        Raises UserError where a file is missing and cannot be fetched.
-        """
+def unique(names: Iterable[str]) -> tuple[str, ...]:
+    """`names`, of which some stand for several classes, as ImageNet's `crane`, each with a number behind the first."""
+    seen: Counter[str] = Counter()
+    found = []
+    for name in names:
+        seen[name] += 1
+        found.append(name if seen[name] == 1 else f"{name} ({seen[name]})")
+    return tuple(found)
 
 
 def downloads() -> Path:
@@ -84,6 +75,52 @@ class File:
 
         with _quiet():
             return Path(hf_hub_download(self.identity, self.address.rpartition("/")[2]))
+
+
+@dataclass(frozen=True)
+class Published(ABC):
+    """Weights of an architecture, which images they want, and which classes they tell apart.
+
+    `options` are those of the network, `weights` is the name of the weights among those published of it. Images have
+    `size` pixels on each side and are normalised by `mean` and `standard_deviation`, of pixel values in 0..1.
+    """
+
+    options: Mapping[str, Any]
+    weights: str
+    size: int
+    mean: tuple[float, ...]
+    standard_deviation: tuple[float, ...]
+    file: File
+    class_names: Sequence[str] = ()
+
+    def checkpoint(self, input_size: int | None) -> Path:
+        """A file of weights of the network, made for images of `input_size` pixels, with the classes of its own.
+
+        That which is published, or a file beside it where the names or the shapes in it are others than the network's.
+
+        Raises UserError where a file is missing and cannot be fetched, or is damaged.
+        """
+        path = self.file.fetched()
+        weights = self.weights.replace("/", "--").replace(":", "--")
+        size = f".{input_size}" if input_size else ""
+        converted = downloads() / f"{self.options['name']}.{weights}{size}.converted.safetensors"
+        if converted.exists() and converted.stat().st_mtime >= path.stat().st_mtime:
+            return converted
+        tensors = self.tensors(input_size)
+        wanted = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        if path.suffix == ".safetensors" and _shapes(path) == wanted:
+            return path
+        write_atomically(converted, lambda temporary: save_file(tensors, temporary))
+        return converted
+
+    @abstractmethod
+    def tensors(self, input_size: int | None) -> dict[str, Tensor]:
+        """The state dict of that network. Raises the same errors."""
+
+
+def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    with safe_open(path, "pt") as file:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """Weights of timm's models: those that timm lists, and those on the hub under a description that timm reads."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -8,20 +8,20 @@ from typing import Any
 from torch import Tensor
 
 from compress.errors import UserError
-from compress.models.published import FAILURES, File, Published, downloads
+from compress.models.published import FAILURES, File, Published, downloads, unique
 from compress.models.timm_model import create, known_name
 
 HUB = "hf-hub:"
+IMAGENET = 1000  # classes
 # What the weights of a model on the hub are called there.
 FILE = "model.safetensors"
 
 
 @dataclass(frozen=True)
 class TimmWeights(Published):
-    """`about` is timm's description of the weights, `file` is where they are."""
+    """`about` is timm's description of them."""
 
     about: Mapping[str, Any] = field(default_factory=dict)
-    file: File | None = None
 
     def tensors(self, input_size: int | None) -> dict[str, Tensor]:
         name, classes, path = self.options["name"], self.about["num_classes"], self.file.fetched()
@@ -98,10 +98,19 @@ def _described(options: Mapping[str, Any], weights: str, about: Mapping[str, Any
         size=options.get("input_size") or about["input_size"][-1],
         mean=tuple(about["mean"]),
         standard_deviation=tuple(about["std"]),
-        class_names=about.get("label_names") or (),
+        class_names=unique(_label_names(about)),
         about=about,
         file=file,
     )
+
+
+def _label_names(about: Mapping[str, Any]) -> Sequence[str]:
+    """Those of the description, or ImageNet's where there are as many classes."""
+    from timm.data import ImageNetInfo
+
+    if about.get("label_names"):
+        return about["label_names"]
+    return ImageNetInfo().label_descriptions() if about["num_classes"] == IMAGENET else ()
 
 
 def _address(identity: str, name: str) -> str:

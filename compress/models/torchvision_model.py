@@ -14,7 +14,7 @@ from torchvision.models import get_model_builder, get_model_weights, list_models
 from torchvision.models.vision_transformer import interpolate_embeddings
 
 from compress.errors import UserError, first_line
-from compress.models.published import FAILURES, File, Published, downloads
+from compress.models.published import FAILURES, File, Published, downloads, unique
 from compress.models.resized import Resized
 
 # The sides in pixels that models are made for which take images of one size alone.
@@ -56,9 +56,7 @@ class TorchvisionModel(Resized):
 
 @dataclass(frozen=True)
 class TorchvisionWeights(Published):
-    """Those of one member of the enumeration of weights of a classifier, in `file`."""
-
-    file: File | None = None
+    """Those of one member of the enumeration of weights of a classifier."""
 
     def tensors(self, input_size: int | None) -> dict[str, Tensor]:
         try:
@@ -93,7 +91,7 @@ def published(name: str, weights: bool | str) -> TorchvisionWeights:
         size=images.crop_size[0],
         mean=tuple(images.mean),
         standard_deviation=tuple(images.std),
-        class_names=member.meta["categories"],
+        class_names=unique(member.meta["categories"]),
         file=File(member.url, downloads() / name_of_file, digest=HASH_REGEX.search(name_of_file)[1]),
     )
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from compress.config.compose import Job
 from compress.config.recorded import change, read_config
-from compress.config.stage_plan import stage_directories
+from compress.config.stage_plan import stage_directories, start_from
 from compress.config.values import check_values
 from compress.data.shared import DataSets
 from compress.pipeline.check import check, check_stages
@@ -77,7 +77,7 @@ def resumed_job(
             continue
         change(stage.config, overrides)
         if checkpoint is not None:
-            stage.config.student.checkpoint = str(checkpoint.absolute())
+            start_from(stage.config, checkpoint)
             checkpoint = None
         unfinished.append(stage)
     check_stages(unfinished, data_sets)

@@ -11,6 +11,7 @@ from typing import Any
 
 from compress.config.compose import Job
 from compress.config.recorded import write_config
+from compress.config.stage_plan import start_from
 from compress.data.shared import DataSets
 from compress.pipeline import resume
 from compress.pipeline.parts import Parts
@@ -40,8 +41,7 @@ def _run_each(job: Job, directory: Path, data_sets: DataSets, overrides: Sequenc
     float_checkpoint = None
     for number, stage in enumerate(job.stages, 1):
         if results:
-            stage.config.student.checkpoint = str((results[-1].directory / "checkpoints" / BEST).absolute())
-            stage.config.student.head = "keep"
+            start_from(stage.config, results[-1].directory / "checkpoints" / BEST)
         console.print(f"stage {number} of {len(job.stages)}: {job.config.stages[number - 1].name}", style="bold")
         stage = replace(stage, overrides=tuple(overrides))
         results.append(run(stage, directory / stage.name, data_sets, float_checkpoint))

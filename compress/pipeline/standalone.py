@@ -15,6 +15,7 @@ from compress import models
 from compress.arguments import arguments_of
 from compress.config import values
 from compress.config.compose import compose_jobs
+from compress.config.pretrained import class_names
 from compress.config.ranges import STUDENT
 from compress.config.recorded import apply_override
 from compress.config.rules import check_rules
@@ -48,13 +49,17 @@ def quantize_checkpoint(overrides: Sequence[str]) -> Path:
     Raises UserError with one line for whatever is wrong, before anything is written.
     """
     typed = _split(overrides)
-    if "checkpoint" not in typed:
-        raise UserError("checkpoint: found none; accepted: checkpoint=FILE")
-    path = Path(typed["checkpoint"]).expanduser()
-    if not path.is_file():
-        raise UserError(f"checkpoint: found no file at {path}; accepted: a checkpoint or model file")
-    about = read_float_description(path)
-    parts = Parts(_composed(path, overrides, typed, about))
+    path, about = None, None
+    if "checkpoint" in typed:
+        path = Path(typed["checkpoint"]).expanduser()
+        if not path.is_file():
+            raise UserError(f"checkpoint: found no file at {path}; accepted: a checkpoint or model file")
+        about = read_float_description(path)
+    elif "model.pretrained" not in typed:
+        raise UserError("checkpoint: found none; accepted: checkpoint=FILE, or model.pretrained=true with model=timm")
+    config = _composed(path, overrides, typed, about)
+    parts = Parts(config)
+    path = path or Path(config.student.checkpoint)
     student = _loaded(parts, path, about)
     check_quantizer(parts, student)
     check_exporters(parts.exporters, parts.quantizer)
@@ -77,7 +82,7 @@ def quantize_checkpoint(overrides: Sequence[str]) -> Path:
 
 
 def _composed(
-    path: Path, overrides: Sequence[str], typed: Mapping[str, str], about: Mapping[str, Any] | None
+    path: Path | None, overrides: Sequence[str], typed: Mapping[str, str], about: Mapping[str, Any] | None
 ) -> DictConfig:
     """The configuration of what was typed and of what the file at `path` and its run say, its values checked."""
     budgets = [override for override in overrides if override.lstrip("+").startswith("quantizer.budget=")]
@@ -89,7 +94,7 @@ def _composed(
     ]
     composed = ["method=supervised", *_model(path, typed, about), *_data(path, typed, about), *others]
     [job] = compose_jobs(composed)
-    _take_pictures(job.config.data, typed, about)
+    _take_pictures(job.config, typed, about)
     if not job.config.quantizer:
         raise UserError("quantizer: found none, and nothing else is done here; accepted: gpfq, gptq, qronos, spfq, rtn")
     # What its file takes depends on the network that is loaded, which may be pruned.
@@ -100,17 +105,18 @@ def _composed(
     return job.config
 
 
-def _take_pictures(data: DictConfig, typed: Mapping[str, str], about: Mapping[str, Any] | None) -> None:
-    """Makes `data` those without labels where `data=folder` names a folder of mere pictures.
+def _take_pictures(config: DictConfig, typed: Mapping[str, str], about: Mapping[str, Any] | None) -> None:
+    """Makes its data those without labels where `data=folder` names a folder of mere pictures.
 
     The network's classes and the size of its images are those that its file says, unless they were typed.
     """
+    data = config.data
     names_folder = data.get("_target_") == f"{Folder.__module__}.{Folder.__name__}"
     if not names_folder or not Path(data.root).expanduser().is_dir() or has_labels(data.root):
         return
     data._target_ = f"{Unlabelled.__module__}.{Unlabelled.__name__}"
-    if about and data.class_names is None:
-        data.class_names = list(about["class_names"])
+    if data.class_names is None:
+        data.class_names = list(about["class_names"]) if about else class_names(config.student) or None
     if about and "data.image_size" not in typed:
         data.image_size = about["input_shape"][-1]
 
@@ -118,11 +124,11 @@ def _take_pictures(data: DictConfig, typed: Mapping[str, str], about: Mapping[st
 def _loaded(parts: Parts, path: Path, about: Mapping[str, Any] | None) -> nn.Module:
     """The student with the weights of the file at `path`, which has to be of the same classes as the data."""
     pl.seed_everything(parts.plain["seed"], verbose=False)
-    class_names = list(parts.data.class_names)
-    if about and about["class_names"] != class_names:
+    if about and about["class_names"] != list(parts.data.class_names):
         names = ", ".join(about["class_names"][:3])
         raise UserError(f"data: found other classes than those of {path} ({names}, ...); accepted: its own data")
-    load_weights(parts.student, path)
+    if parts.plain["student"]["checkpoint"] is None:
+        load_weights(parts.student, path)
     return parts.student.eval().to(parts.data.device)
 
 
@@ -144,7 +150,7 @@ def _split(overrides: Sequence[str]) -> dict[str, str]:
     return typed
 
 
-def _model(path: Path, typed: Mapping[str, str], about: Mapping[str, Any] | None) -> list[str]:
+def _model(path: Path | None, typed: Mapping[str, str], about: Mapping[str, Any] | None) -> list[str]:
     """The overrides that compose the network: what was typed, what the file says of itself, or what its run says."""
     keys = [f"student.{key.removeprefix('model.')}={value}" for key, value in typed.items() if key.startswith("model.")]
     if "model" in typed:
@@ -178,7 +184,7 @@ def _own_class(path: Path, typed: Mapping[str, str], node: Mapping[str, Any]) ->
     return {"stem": node["stem"], "target": typed["network"], "arguments": node.get("arguments")}
 
 
-def _data(path: Path, typed: Mapping[str, str], about: Mapping[str, Any] | None) -> list[str]:
+def _data(path: Path | None, typed: Mapping[str, str], about: Mapping[str, Any] | None) -> list[str]:
     """The overrides for the data: those of the run that the file lies in, and the file's own normalisation."""
     run = _run_of(path)
     overrides = [] if run is None or "data" in typed else _overrides("data", run.data)
@@ -200,10 +206,10 @@ def _value(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def _run_of(path: Path) -> DictConfig | None:
+def _run_of(path: Path | None) -> DictConfig | None:
     """The configuration of the run in whose `models/` or `checkpoints/` the file lies."""
-    file = path.resolve().parent.parent / "config.yaml"
-    if not file.is_file():
+    file = path and path.resolve().parent.parent / "config.yaml"
+    if not file or not file.is_file():
         return None
     config = OmegaConf.load(file)
     return config if isinstance(config, DictConfig) and {"student", "data"} <= config.keys() else None

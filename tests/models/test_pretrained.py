@@ -67,11 +67,8 @@ def test_weights_on_the_hub_are_read_from_its_cache_or_from_files_that_were_put_
     on_hub(place, network)
     about = of("timm", "hf-hub:me/pets")
     assert (about.options, about.weights, about.size) == ({"name": "resnet10t"}, "hf-hub:me/pets", 96)
-    assert (about.mean, about.standard_deviation, about.class_names) == (
-        (0.1, 0.2, 0.3),
-        (0.4, 0.5, 0.6),
-        ["cat", "dog"],
-    )
+    assert (about.mean, about.standard_deviation) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    assert about.class_names == ("cat", "dog")
     assert equal(about.tensors(None), network)
 
 

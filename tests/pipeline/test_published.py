@@ -1,0 +1,128 @@
+"""Runs whose student or teacher starts from published weights, which lie where PyTorch keeps its downloads."""
+
+import json
+import re
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import compress
+from compress.cli import main
+from compress.config.compose import compose_jobs
+from compress.config.values import check_values
+from compress.errors import UserError
+from compress.pipeline.standalone import quantize_checkpoint
+
+timm = pytest.importorskip("timm")
+STUDENT = ["student=timm", "student.name=resnet10t", "student.pretrained=true"]
+TEACHER = ["teacher=torchvision", "teacher.model.name=squeezenet1_1", "teacher.pretrained=IMAGENET1K_V1"]
+
+
+@pytest.fixture(autouse=True)
+def downloads(tmp_path, monkeypatch):
+    from torchvision.models import get_model
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
+    folder = tmp_path / "torch" / "hub" / "checkpoints"
+    folder.mkdir(parents=True)
+    torch.manual_seed(0)
+    save_file(timm.create_model("resnet10t").state_dict(), folder / "resnet10t.c3_in1k.safetensors")
+    torch.save(get_model("squeezenet1_1").state_dict(), folder / "squeezenet1_1-b8a52dc0.pth")
+    return folder
+
+
+def checked(*overrides):
+    [job] = compose_jobs(overrides)
+    check_values(job.config)
+    return job.config
+
+
+def test_size_and_normalisation_of_the_weights_are_taken_over_unless_others_are_typed(tmp_path):
+    config = checked(*STUDENT, "data=folder")
+    assert (config.data.image_size, config.student.input_size) == (176, None)
+    assert config.data.mean == [0.485, 0.456, 0.406]
+    config = checked(*STUDENT, "data=folder", "data.image_size=64", "data.mean=[0.5]", "data.standard_deviation=[1]")
+    assert (config.data.image_size, config.student.input_size) == (64, 176)
+    assert (config.data.mean, config.data.standard_deviation) == ([0.5], [1])
+    assert checked(*STUDENT, "student.input_size=32").student.input_size == 32
+    assert checked("data=folder").data.image_size == 32
+    config = checked("method=kd", *TEACHER)
+    assert (config.teacher.model.input_size, config.teacher.mean) == (224, [0.485, 0.456, 0.406])
+    assert config.data.mean is None
+
+
+def test_a_configuration_with_weights_is_the_same_when_it_is_checked_again():
+    config = checked("method=kd", *STUDENT, *TEACHER, "teacher.classes=[tench,1,2,3,4,5,6,7,8,9]")
+    assert (config.student.pretrained, config.teacher.pretrained) == ("c3_in1k", "IMAGENET1K_V1")
+    assert config.teacher.classes[0] == 0
+    again = OmegaConf.create(OmegaConf.to_yaml(config))
+    check_values(again)
+    assert again == config
+
+
+@pytest.mark.slow
+def test_a_student_of_other_classes_learns_from_a_teacher_whose_classes_are_chosen(downloads):
+    result = compress.run(
+        [
+            "method=kd",
+            *STUDENT,
+            "student.head=new",
+            "student.input_size=32",
+            *TEACHER,
+            "teacher.model.input_size=32",
+            "teacher.classes=[9,8,7,6,5,4,3,2,1,0]",
+            "data.limit=100",
+            "trainer.max_epochs=1",
+            "optimizer.lr=1e-12",
+            "quantizer=none",
+        ]
+    )
+    published = load_file(downloads / "resnet10t.c3_in1k.safetensors")
+    trained = load_file(result.directory / "models" / "student.safetensors")
+    torch.testing.assert_close(trained["network.layer1.0.conv1.weight"], published["layer1.0.conv1.weight"])
+    assert trained["network.fc.weight"].shape == (10, 512)
+    assert json.loads((result.directory / "result.json").read_text())["teacher"]["model"] == "torchvision"
+
+
+@pytest.mark.slow
+def test_weights_are_quantized_on_pictures_without_labels_and_without_a_checkpoint(tmp_path):
+    (tmp_path / "pictures").mkdir()
+    noise = torch.randint(0, 256, (12, 64, 64, 3), dtype=torch.uint8)
+    for index, image in enumerate(noise):
+        Image.fromarray(image.numpy()).save(tmp_path / "pictures" / f"{index}.png")
+    chosen = [word.replace("student", "model") for word in STUDENT]
+    directory = quantize_checkpoint(
+        [*chosen, "data=folder", "data.root=pictures", "data.image_size=32", "model.input_size=32", "quantizer=rtn"]
+    )
+    files = sorted(path.name for path in (directory / "models").iterdir())
+    assert any(name.endswith(".safetensors") for name in files)
+    with pytest.raises(UserError, match=r"^checkpoint: found none; accepted: .* or model\.pretrained=true"):
+        quantize_checkpoint(["model=timm", "model.name=resnet10t", "quantizer=rtn"])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("student=resnet20 student.pretrained=true", "student.pretrained: found True for resnet20; accepted: false"),
+        ("student=timm student.name=resnet10t.c3_in1k", "student.name: found 'resnet10t.c3_in1k'; accepted: a name"),
+        ("{student} student.pretrained=1", "student.pretrained: found 1; accepted: true, false, or the name"),
+        ("{student} student.checkpoint=x.pt", "student.pretrained: found c3_in1k beside student.checkpoint"),
+        ("{student} quantizer=none", "student.checkpoint: .*c3_in1k.safetensors has 1000 classes, the data have 10"),
+        (
+            "student=torchvision student.pretrained=true",
+            "student.pretrained: found weights that are not on this machine and cannot be fetched .*resnet18-f37072fd",
+        ),
+        ("method=kd {teacher} teacher.classes=[cat]", "teacher.classes: found 'cat'; accepted: one of tench, goldfish"),
+    ],
+)
+def test_mistakes_are_one_line_and_leave_nothing(tmp_path, capsys, words, message):
+    words = words.format(student=" ".join(STUDENT), teacher=" ".join(TEACHER)).split()
+    assert main(words) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert re.match(f"error: {message}", line), line
+    assert not (tmp_path / "outputs").exists()
