@@ -266,7 +266,10 @@ def test_every_file_of_every_group_composes():
         # One file of each group at a time.
         for number in range(max(map(len, stems.values()))):
             chosen = {group: names[number % len(names)] for group, names in stems.items()}
-            composed = compose_job([f"{group}={stem}" for group, stem in chosen.items()]).config
+            typed = [f"{group}={stem}" for group, stem in chosen.items()]
+            # The one file with a key that only the user can fill in.
+            typed += ["student.target=mynet.MyNet"] if chosen["student"] == "module" else []
+            composed = compose_job(typed).config
             assert set(composed) >= {"student", "teacher", "data", "method", "loss", "optimizer", "trainer", "seed"}
             assert composed.student.stem == chosen["student"]
 
