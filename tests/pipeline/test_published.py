@@ -83,7 +83,7 @@ def test_a_student_of_other_classes_learns_from_a_teacher_whose_classes_are_chos
         ]
     )
     published = load_file(downloads / "resnet10t.c3_in1k.safetensors")
-    trained = load_file(result.directory / "models" / "student.safetensors")
+    trained = load_file(result.directory / result.rows[0].file)
     torch.testing.assert_close(trained["network.layer1.0.conv1.weight"], published["layer1.0.conv1.weight"])
     assert trained["network.fc.weight"].shape == (10, 512)
     assert json.loads((result.directory / "result.json").read_text())["teacher"]["model"] == "torchvision"
