@@ -12,6 +12,10 @@ from compress.quantization.moments import Moments
 from compress.quantization.options import Options
 from compress.quantization.problem import Problem
 
+# Elements of the Grams of all rows up to which groups are solved at once. A group of few rows, as in a depthwise
+# convolution, costs as many steps as a whole layer of its columns.
+APART = 1 << 23
+
 Layer = nn.Conv1d | nn.Conv2d | nn.Linear
 
 
@@ -73,19 +77,25 @@ def _importance(weight: Tensor, moments: Moments, diagonal: Tensor) -> Tensor:
 def _solve_groups(weight: Tensor, moments: Moments, grid: Grid, options: Options) -> tuple[Tensor, Grid]:
     """Codes (N, d) and their grid; the groups of a convolution are problems of their own."""
     gram, cross, _, _ = moments.finished
-    groups = gram.shape[0]
+    groups, depth = gram.shape[:2]
     shared, refinement = options.grid.granularity == "layer", options.refinement
-    if shared and groups > 1:
+    live = slice(None) if moments.live is None else moments.live
+    parts = list(zip(gram, cross, _rows(weight, groups), strict=True))
+    if groups > 1 and options.solver.rows_apart and weight.shape[0] * depth**2 <= APART:
+        rows = weight.shape[0] // groups
+        gram = gram.repeat_interleave(rows, 0)
+        cross = gram if moments.finished[1] is moments.finished[0] else cross.repeat_interleave(rows, 0)
+        parts = [(gram, cross, slice(None))]
+    elif shared and groups > 1:
         # Each group would choose a scale of its own.
         refinement = replace(refinement, scale_candidates=1, refit=False)
-    live = slice(None) if moments.live is None else moments.live
     # Columns that only ever meet padding take zero, whatever the solver.
     codes, scales = grid.quantize(torch.zeros_like(weight)), grid.scale.clone()
     unpruned = weight != 0
     pruned = not bool(unpruned.all())
-    for group, rows in enumerate(_rows(weight, groups)):
+    for gram, cross, rows in parts:
         mask = unpruned[rows, live] if pruned else None
-        problem = Problem(weight[rows, live], gram[group], cross[group], grid.rows(rows), mask)
+        problem = Problem(weight[rows, live], gram, cross, grid.rows(rows), mask)
         solved, chosen = refinement(options.solver, problem, shared)
         codes[rows, live], scales[rows] = solved, chosen.scale
     return codes, Grid(scales, grid.zero_point, grid.levels)

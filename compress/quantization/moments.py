@@ -18,6 +18,8 @@ CHUNK = 1 << 22
 STRIPES = 8
 # Below so many images the ridge grows as their number falls.
 FEW = 64
+# Ridges that are added where a layer has as many columns as patches.
+SCARCE = 100
 
 
 @dataclass(frozen=True)
@@ -26,8 +28,10 @@ class GramOptions:
 
     ridge: the share of the mean diagonal element that is added to the diagonals of both Grams. To the error of the
     outputs, |X w - X~ q|^2, that adds the share times |w - q|^2, so that a weight whose input hardly varies on the
-    calibration images is rounded, and few images cannot say more than they know; below 64 images it grows as their
-    number falls.
+    calibration images is rounded, and few images cannot say more than they know. Below 64 images it grows as their
+    number falls, and it grows by 100 times itself for every column to a patch: a least-squares fit of d columns to n
+    samples is off by d/n of the noise on other samples, and the last layer, with fewer images than columns, would
+    undo the errors of the layers before on the calibration images and add to them on all others.
     """
 
     max_rows: Annotated[int, Field(ge=1)] | None = None
@@ -153,8 +157,9 @@ class Moments:
         if self.ridge:
             diagonal = gram.diagonal(dim1=1, dim2=2)
             mean = diagonal.mean(1, keepdim=True)
+            grown = max(1.0, FEW / self.images) + SCARCE * gram.shape[1] / self.count
             # Where no input varies, any weight of the second term will do.
-            share = torch.where(mean > 0, self.ridge * max(1.0, FEW / self.images) * mean, 1.0)
+            share = torch.where(mean > 0, self.ridge * grown * mean, 1.0)
             diagonal.add_(share)
             if cross is not gram:
                 cross.diagonal(dim1=1, dim2=2).add_(share)

@@ -22,9 +22,9 @@ STRIPE = 512
 class Problem:
     """What a solver is given of one group of a layer.
 
-    weight: (N, d). gram, cross: (d, d), G and C above; None for a solver that does not read the inputs. grid: of the N
-    rows, or of K N rows for K candidate scales of each row, whose solutions are stacked in that order; what they share
-    is computed once.
+    weight: (N, d). gram, cross: (d, d), G and C above, or (N, d, d) for rows with inputs of their own, see
+    `Solver.rows_apart`; None for a solver that does not read the inputs. grid: of the N rows, or of K N rows for K
+    candidate scales of each row, whose solutions are stacked in that order; what they share is computed once.
     mask: (N, d), False where a weight is pruned and has to stay zero; None where no weight is.
     """
 
@@ -45,7 +45,7 @@ class Problem:
         It ranks the candidates of one row exactly. In the dtype of `gram`.
         """
         quantized = self.grid.dequantize(codes).to(self.gram.dtype)
-        target = self.weight.to(self.gram.dtype) @ self.cross.T
+        target = product(self.cross, self.weight.to(self.gram.dtype).T).T
         overlap = (quantized.unflatten(0, (-1, self.weight.shape[0])) * target).sum(2).flatten()
         return _energy(quantized, self.gram) - 2 * overlap
 
@@ -55,10 +55,12 @@ class Solver(ABC):
     """Chooses the codes of a `Problem`; a subclass is a frozen dataclass whose fields are its options.
 
     `name` stands in tables and file names. A solver whose `reads_inputs` is False needs no Grams, and the walk over the
-    network saves itself their cost where nothing else reads them.
+    network saves itself their cost where nothing else reads them. One whose `rows_apart` is True takes problems with
+    Grams (N, d, d), and is given all groups of a depthwise convolution at once, otherwise each by itself.
     """
 
     reads_inputs: ClassVar[bool] = True
+    rows_apart: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -72,8 +74,28 @@ class Solver(ABC):
         """Codes (N, d), or (K N, d) for a grid of K N rows: `code_dtype` of the grid's levels, from 0 to levels - 1."""
 
 
+def product(matrix: Tensor, columns: Tensor) -> Tensor:
+    """`matrix` (d, d), or one for each column (N, d, d), times `columns` (d, N): (d, N)."""
+    if matrix.dim() == 2:
+        return matrix @ columns
+    return torch.linalg.vecdot(matrix, columns.T[:, None]).T.contiguous()
+
+
+def rows_last(matrix: Tensor) -> Tensor:
+    """`matrix` (d, d) as (d, d, 1), or one for each row (N, d, d) as (d, d, N), so that it broadcasts with rows."""
+    return (matrix[:, :, None] if matrix.dim() == 2 else matrix.permute(1, 2, 0)).contiguous()
+
+
+def reciprocal(diagonal: Tensor) -> Tensor:
+    """1 / diagonal, 0 where that is not above zero: a column without inputs."""
+    return torch.where(diagonal > 0, diagonal.reciprocal(), 0.0)
+
+
 def _energy(rows: Tensor, gram: Tensor) -> Tensor:
     """r G r^T of each of `rows` (M, d): (M,). G is symmetric, so that the part above its diagonal counts twice."""
+    if gram.dim() == 3:
+        candidates = rows.unflatten(0, (-1, gram.shape[0])).transpose(0, 1)
+        return (candidates @ gram).mul_(candidates).sum(2).T.flatten()
     total = rows.new_zeros(rows.shape[0])
     for index in torch.arange(rows.shape[1]).split(STRIPE):
         start, stop = int(index[0]), int(index[-1]) + 1

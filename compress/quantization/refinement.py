@@ -14,7 +14,7 @@ from torch import Tensor
 
 from compress.arguments import check_fields
 from compress.quantization.grid import Grid
-from compress.quantization.problem import Problem, Solver
+from compress.quantization.problem import Problem, Solver, product, reciprocal, rows_last
 
 
 @dataclass(frozen=True)
@@ -79,41 +79,44 @@ def coordinate_descent(
     # Columns along dimension 0, in units of each row's scale: (d, N). The products with the Grams outlive a change of
     # the scales, and a change of the codes is added to them.
     solved = (codes.T.to(gram.dtype) - zero_point).contiguous()
-    target = problem.cross @ problem.weight.T.to(gram.dtype)
-    product = gram @ solved
+    target = product(problem.cross, problem.weight.T.to(gram.dtype))
+    moments = product(gram, solved)
+    if gram.dim() == 3:
+        block_size = gram.shape[1]
     for sweep in range(sweeps):
-        changed = _sweep(replace(problem, grid=grid), solved, target, product, block_size)
+        changed = _sweep(replace(problem, grid=grid), solved, target, moments, block_size)
         if not changed and (sweep or not refit):
             break
         if refit:
-            grid = refit_scales(grid, (target * solved).sum(0), (product * solved).sum(0), shared)
+            grid = refit_scales(grid, (target * solved).sum(0), (moments * solved).sum(0), shared)
     return (solved + zero_point).T.to(codes.dtype).contiguous(), grid
 
 
-def _sweep(problem: Problem, solved: Tensor, target: Tensor, product: Tensor, block_size: int) -> bool:
-    """One pass over the columns; changes `solved` (d, N) and `product` = G solved; whether any code has changed."""
+def _sweep(problem: Problem, solved: Tensor, target: Tensor, moments: Tensor, block_size: int) -> bool:
+    """One pass over the columns; changes `solved` (d, N) and `moments` = G solved; whether any code has changed."""
     grid, gram, mask = problem.grid, problem.gram, problem.mask
     zero_point, scale = grid.zero_point.to(gram.dtype), grid.scale.to(gram.dtype)
     lowest, highest = -zero_point, grid.levels - 1 - zero_point
-    diagonal, rows = gram.diagonal().tolist(), solved.unbind(0)
+    inverse, rows = reciprocal(rows_last(gram).diagonal().T), solved.unbind(0)  # (d, 1) or (d, N)
     changed = False
     for start in range(0, len(rows), block_size):
         stop = min(start + block_size, len(rows))
         before = solved[start:stop].clone()
-        gradient = (target[start:stop] / scale).sub_(product[start:stop])
-        inner = gram[start:stop, start:stop].contiguous()
+        gradient = (target[start:stop] / scale).sub_(moments[start:stop])
+        inner = rows_last(gram[..., start:stop, start:stop])
         for step, (z, downhill) in enumerate(zip(rows[start:stop], gradient.unbind(0), strict=True)):
-            if diagonal[start + step] <= 0:
-                continue
-            best = torch.add(z, downhill, alpha=1 / diagonal[start + step]).round_().clamp_(lowest, highest)
+            best = torch.addcmul(z, downhill, inverse[start + step]).round_().clamp_(lowest, highest)
             if mask is not None:
                 best = torch.where(mask[:, start + step], best, z)
-            gradient.addr_(inner[step], best - z, alpha=-1)
+            gradient.addcmul_(inner[step], best - z, value=-1)
             z.copy_(best)
         moved = solved[start:stop] - before
         if bool(moved.any()):
             changed = True
-            product.addmm_(gram[:, start:stop], moved)
+            if gram.dim() == 2:
+                moments.addmm_(gram[:, start:stop], moved)
+            else:
+                moments += product(gram, moved)
     return changed
 
 

@@ -91,3 +91,17 @@ def test_without_a_ridge_a_dead_input_loses_its_weight():
     )
     assert difference(kept, model[1].weight[:, :4]) < 0.02
     assert bool((lost == 0).all())
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+def test_a_last_layer_of_more_columns_than_images_does_not_learn_the_errors_before_it(bits):
+    torch.manual_seed(0)
+    body = [nn.Conv2d(3, 16, 3, stride=2), nn.ReLU(), nn.Conv2d(16, 64, 3, stride=2), nn.ReLU(), nn.Flatten()]
+    model = nn.Sequential(*body, nn.Linear(576, 10)).eval()
+    images, other = torch.randn(32, 3, 16, 16), torch.randn(256, 3, 16, 16)
+    with torch.no_grad():
+        expected = model(other)
+    found, without = (
+        difference(quantize(model, [images], bits, skip=skip).model(other), expected) for skip in ([], ["5"])
+    )
+    assert found < 1.1 * without

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from torch import nn
 
-from compress.quantization import Grid, Problem
-from compress.quantization.refinement import coordinate_descent, refit_scales, search_scales
+from compress.quantization import Grid, GridOptions, Problem, quantize
+from compress.quantization.refinement import Refinement, coordinate_descent, refit_scales, search_scales
 from compress.quantization.scales import mse_grid
 from compress.quantization.solvers import GPFQ, GPTQ, RTN, SPFQ, Qronos
 
@@ -213,6 +214,52 @@ def test_a_grid_of_several_candidates_gets_the_answer_of_each(solver, pruned):
     assert torch.equal(codes, torch.cat(alone))
     errors = [task.error(answer) for task, answer in zip(tasks, alone, strict=True)]
     torch.testing.assert_close(together.error(codes), torch.cat(errors))
+
+
+@pytest.mark.parametrize("solver", [GPFQ(), GPFQ(soft_threshold=0.1, hard_threshold=0.2)])
+@pytest.mark.parametrize("refinement", [Refinement(), Refinement(scale_candidates=5, sweeps=3, refit=True)])
+@pytest.mark.parametrize("pruned", [False, True])
+def test_rows_with_inputs_of_their_own_get_the_answers_that_each_gets_alone(solver, refinement, pruned):
+    each = [problem(seed, rows=1, depth=9, dead=(seed % 9,) if seed % 2 else ()) for seed in range(7)]
+    weight, gram, cross = (torch.stack([one[part] for one in each]) for part in (0, 3, 4))
+    weight, mask = weight[:, 0], None
+    if pruned:
+        mask = torch.rand(weight.shape, generator=torch.Generator().manual_seed(0)) > 0.4
+        weight = weight * mask
+    grid = mse_grid(weight, 4)
+    together = Problem(weight, gram, cross, grid, mask)
+    codes, chosen = refinement(solver, together)
+    errors = Problem(weight, gram, cross, chosen).error(codes)
+    for row in range(7):
+        one = slice(row, row + 1)
+        alone = Problem(weight[one], gram[row], cross[row], grid.rows(one), None if mask is None else mask[one])
+        expected, scales = refinement(solver, alone)
+        assert torch.equal(codes[one], expected)
+        torch.testing.assert_close(chosen.scale[one], scales.scale)
+        error = Problem(weight[one], gram[row], cross[row], scales).error(expected)
+        torch.testing.assert_close(errors[one], error)
+
+
+def test_spfq_rounds_the_rows_of_a_depthwise_convolution_independently():
+    weight, grid = torch.full((2000, 1), 0.5), Grid(torch.ones(2000), torch.full((2000,), 2, dtype=torch.int32), 4)
+    ones = torch.ones(2000, 1, 1)
+    codes = SPFQ()(Problem(weight, ones, ones, grid))
+    assert abs(codes.float().mean() - 2.5) < 0.05
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_convolution_of_many_groups_is_solved_as_its_groups_are(monkeypatch, shared):
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        nn.Conv2d(3, 12, 3), nn.ReLU(), nn.Conv2d(12, 24, 3, padding=1, groups=12), nn.Conv2d(24, 5, 1)
+    )
+    options = {"refinement": Refinement(1, 3), "grid": GridOptions(granularity="layer" if shared else "channel")}
+    images = [torch.randn(8, 3, 9, 9)]
+    together = quantize(network, images, 3, **options)
+    monkeypatch.setattr("compress.quantization.layer.APART", 0)
+    apart = quantize(network, images, 3, **options)
+    assert torch.equal(together.layers["2"].codes, apart.layers["2"].codes)
+    assert len(set(together.layers["2"].grid.scale.tolist())) == (1 if shared else 24)
 
 
 def test_the_error_of_a_deep_layer_is_that_of_its_outputs():

@@ -7,14 +7,14 @@ Grams: for t = 1..d, q_t = Q((sum_{j<=t} cross[t,j] w_j - sum_{j<t} gram[t,j] q_
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from compress.quantization.grid import code_dtype
-from compress.quantization.problem import STRIPE, Problem, Solver
+from compress.quantization.problem import STRIPE, Problem, Solver, product, reciprocal, rows_last
 
 Threshold = Annotated[float, Field(ge=0)]
 BlockSize = Annotated[int, Field(ge=1)]
@@ -30,6 +30,8 @@ class GPFQ(Solver):
     before it is rounded, and `soft_threshold` shrinks the others by as much. `block_size` columns are corrected at once
     for all that went before them; it changes the speed only.
     """
+
+    rows_apart: ClassVar[bool] = True
 
     soft_threshold: Threshold = 0.0
     hard_threshold: Threshold = 0.0
@@ -54,6 +56,8 @@ class GPFQ(Solver):
 class SPFQ(Solver):
     """As `GPFQ`, each value rounded up or down at random so that its mean is exact."""
 
+    rows_apart: ClassVar[bool] = True
+
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     block_size: BlockSize = 128
 
@@ -72,19 +76,23 @@ def follow_path(problem: Problem, block_size: int, decide: Decide) -> Tensor:
     """Codes (N, d) by path following; `decide` rounds the values of a step."""
     grid, dtype = problem.grid, problem.gram.dtype
     codes = grid.zero_point.to(code_dtype(grid.levels))[:, None].repeat(1, problem.weight.shape[1])
-    live = problem.gram.diagonal() > 0
-    if not bool(live.any()):
-        return codes
     gram, keep, index = problem.gram, None, None
     if problem.mask is not None:
         keep = problem.repeat_for_candidates(problem.mask).T.to(dtype)
-    if not bool(live.all()):
+    live = gram.diagonal() > 0 if gram.dim() == 2 else None
+    if live is not None and not bool(live.all()):
+        if not bool(live.any()):
+            return codes
         # A dead column adds nothing to any numerator: <x~_t, .> = 0 in its own row and q_t = 0 elsewhere. It does add
         # C[t', t] w_t to later rows where only the quantized input died, so the analog side keeps all its columns.
         gram, keep, index = gram[live][:, live], None if keep is None else keep[live], live.nonzero()[:, 0]
     # Work in units of each row's scale, so that rounding needs no division: z = q / scale = code - zero_point.
     scale, zero_point = grid.scale.to(dtype), grid.zero_point.to(dtype)
-    target = _numerators(problem.weight.to(dtype), problem.cross, index, block_size)
+    if gram.dim() == 2:
+        target = _numerators(problem.weight.to(dtype), problem.cross, index, block_size)
+    else:
+        # One block, as these have few columns; a dead one has a numerator of 0 and takes zero.
+        target, block_size = product(problem.cross.tril(), problem.weight.to(dtype).T), gram.shape[1]
     target = target.repeat(1, scale.shape[0] // problem.weight.shape[0]) / scale
     bounds = -zero_point, grid.levels - 1 - zero_point
     solved = _follow(target, gram, keep, bounds, block_size, decide)
@@ -98,29 +106,31 @@ def follow_path(problem: Problem, block_size: int, decide: Decide) -> Tensor:
 def _follow(
     target: Tensor, gram: Tensor, keep: Tensor | None, bounds: tuple[Tensor, Tensor], block_size: int, decide: Decide
 ) -> Tensor:
-    """Steps (d, N) from the numerators `target` (d, N), which are overwritten; `keep` (d, N) is 0 where pruned.
+    """Steps (d, M) from the numerators `target` (d, M), which are overwritten; `keep` (d, M) is 0 where pruned.
 
     Columns lie along dimension 0, which keeps the row of one step contiguous.
     """
-    reciprocal = gram.diagonal().reciprocal().tolist()
-    count = target.shape[0]
+    inverse = reciprocal(rows_last(gram).diagonal().T)  # (d, 1) or (d, N)
+    count, rows = inverse.shape
     solved = torch.empty_like(target)
+    # Where rows have Grams of their own, these are shared by the candidates, which lie along a dimension in between.
+    apart = (-1, rows)
     for start in range(0, count, block_size):
         stop = min(start + block_size, count)
         block = target[start:stop]
         if start:
             block.addmm_(gram[start:stop, :start], solved[:start], alpha=-1)
         # Column t of the transposed copy is contiguous: the weights with which step t reaches the later ones.
-        inner = gram[start:stop, start:stop].T.contiguous()
+        inner = rows_last(gram[..., start:stop, start:stop].transpose(-1, -2))
         for step in range(stop - start):
             z = solved[start + step]
-            torch.mul(block[step], reciprocal[start + step], out=z)
+            torch.mul(block[step].view(apart), inverse[start + step], out=z.view(apart))
             decide(z)
             torch.clamp(z, *bounds, out=z)
             if keep is not None:
                 z.mul_(keep[start + step])
             if step + 1 < stop - start:
-                block[step + 1 :].addr_(inner[step, step + 1 :], z, alpha=-1)
+                block[step + 1 :].unflatten(1, apart).addcmul_(inner[step, step + 1 :, None], z.view(apart), value=-1)
     return solved
 
 
