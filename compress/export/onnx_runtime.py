@@ -70,6 +70,8 @@ def start(content: bytes, threads: int = 1, *, optimized: bool = True, dequantiz
     options = runtime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.log_severity_level = 4
+    # Otherwise the inputs of a MatMul whose weights alone are integers are rounded to 8 bits, unasked.
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     if not _sums_hold():
         options.add_session_config_entry("session.x64quantprecision", "1")
     if dequantize_once:

@@ -22,6 +22,7 @@ from compress.errors import UserError
 from compress.evaluation import paired_latency_ms
 from compress.export.description import NetworkDescription
 from compress.export.onnx import Onnx, OnnxModel
+from compress.export.onnx_runtime import start
 from compress.quantization import Grid, quantize
 from compress.quantization.activations import InputQuantizer, attach_input_quantizer
 from compress.quantization.quantized import QuantizedLayer, QuantizedModel, float_state
@@ -167,6 +168,15 @@ def test_linear_layers_on_tokens_have_their_codes_turned(inputs, tmp_path):
     stored = numpy_helper.to_array(initializers(path)["mix.weight.codes"]).astype(int)
     assert np.array_equal(stored.T + 8, quantized.layers["mix"].codes.numpy())
     assert distance(OnnxModel.read(path)(IMAGES), logits(quantized.model)) < (0.02 if inputs else 1e-5)
+
+
+def test_inputs_that_are_not_quantized_in_the_file_are_not_by_the_runtime_either(tmp_path):
+    torch.manual_seed(0)
+    quantized = quantize(TokenMixer(), [IMAGES], 8, first_last_bits=None)
+    path = tmp_path / "model.onnx"
+    Onnx().write(path, quantized, describe("mixer"))
+    [found] = start(path.read_bytes()).run(["logits"], {"images": IMAGES.numpy()})
+    assert distance(torch.from_numpy(found), logits(quantized.model)) < 1e-5
 
 
 def lone_convolution(weight_scale, bias):
