@@ -1,5 +1,6 @@
 """`pretrained=true`: published weights become the checkpoint, and what they say of their images is taken over."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -29,22 +30,20 @@ def take_over(config: DictConfig) -> None:
         _set_checkpoint(config.student, config.student, data, found, "student")
 
 
-def class_names(role: DictConfig) -> list[str]:
+def class_names(role: Mapping[str, Any], model: Mapping[str, Any], where: str) -> list[str]:
     """What the classes of the published weights of a `role` are called; none, where it has none or they do not say."""
-    found = _completed(role, role, "student")
-    return list(found.class_names) if found else []
+    weights = role.get("pretrained", False)
+    return list(published(model, weights, f"{where}.pretrained").class_names) if weights else []
 
 
 def take_over_teacher(config: DictConfig, key: str) -> None:
-    """The same for the teacher at `key`: its own normalisation and size, and the classes by their names."""
+    """The same for the teacher at `key`: its own normalisation and size."""
     node = OmegaConf.select(config, key)
     found = _completed(node, node.model, key)
     if not found:
         return
     _fill(node, found)
     _set_checkpoint(node, node.model, config.data, found, key)
-    if node.classes is not None:
-        node.classes = [_index(name, found, key) for name in node.classes]
 
 
 def _completed(role: DictConfig, model: Any, where: str) -> Published | None:
@@ -78,12 +77,3 @@ def _fill(node: DictConfig, found: Published) -> None:
         for key in ("mean", "standard_deviation"):
             if node.get(key) is None:
                 node[key] = list(getattr(found, key))
-
-
-def _index(name: Any, found: Published, where: str) -> Any:
-    if not isinstance(name, str):
-        return name
-    if name not in found.class_names:
-        known = f"one of {', '.join(found.class_names[:5])}, ..." if found.class_names else "an index"
-        raise UserError(f"{where}.classes: found {name!r}; accepted: {known}")
-    return list(found.class_names).index(name)

@@ -93,7 +93,7 @@ TEACHER = {
     "model": dict,
     "checkpoint": Text | None,
     "pretrained": bool | Text,
-    "classes": list[int | str] | None,
+    "classes": list[int | str] | Text | None,
     "mean": list[float] | None,
     "standard_deviation": list[Positive] | None,
     "training": dict,

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from compress.errors import UserError
 from compress.export.packed import COUNTER
-from compress.export.state_dicts import ACCEPTED, StateDict, listed, read_state_dict
+from compress.export.state_dicts import ACCEPTED, listed, read_state_dict
 from compress.models import masks
 from compress.models.channels import last_linear, with_channels
 from compress.models.resized import Resized
@@ -29,6 +29,7 @@ def load_weights(
     new_head: bool = False,
     way_out: str = "",
     classes: Sequence[int | str] | None = None,
+    class_names: Sequence[str] = (),
 ) -> None:
     """Copies the weights in the file `path` into `model`, cast to the dtypes of the model.
 
@@ -39,7 +40,8 @@ def load_weights(
     or fewer channels. Of a checkpoint of ours it is the best network, and of one that was trained on grids the weights
     before they are rounded. With `new_head` the classifier keeps the weights that it has, and that of the file may be
     of other classes or absent; else `way_out` ends the message about one of other classes. `classes` says for each
-    class of the model, in order, which class of the file it is, by index or, where the file names them, by name.
+    class of the model, in order, which class of the file it is, by index or by
+    name, where the file names them or `class_names` does.
 
     Raises UserError, which names the key `where` and the file, if the file is missing, unreadable, holds code, or does
     not fit; the model is then as it was.
@@ -62,7 +64,8 @@ def load_weights(
     expected = {name: value for name, value in expected.items() if not masks.is_mask(name)}
     _check_keys(weights, expected, path, where)
     if classes is not None:
-        weights = weights | _rows(weights, expected, classifier, _indexes(classes, state, path, way_out), path, way_out)
+        indexes = _indexes(classes, state.class_names or class_names, path, way_out)
+        weights = weights | _rows(weights, expected, classifier, indexes, path, way_out)
     _check_classes(weights, expected, classifier, path, where, way_out)
     _check_tensors(weights, expected, path, where)
     with_channels(model, state.channels)
@@ -148,9 +151,9 @@ def _check_keys(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor], p
         raise UserError(f"{where}: {path} {' and '.join(problems)}; accepted: exactly the model's {wanted} keys")
 
 
-def _indexes(classes: Sequence[int | str], state: StateDict, path: Path, key: str) -> list[int]:
+def _indexes(classes: Sequence[int | str], names: Sequence[str], path: Path, key: str) -> list[int]:
     """The classes of the file by index, counted from 0. `key` is that of the configuration, for errors."""
-    names = [*state.class_names]
+    names = [*names]
     for name in classes:
         if isinstance(name, str) and name not in names:
             accepted = f"one of {listed(names)}" if names else f"an index, for {path} names no classes"

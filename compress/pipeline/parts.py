@@ -13,6 +13,8 @@ from torch import nn
 from compress import models
 from compress.arguments import arguments_of, build
 from compress.config import ensemble
+from compress.config.class_map import mapped
+from compress.config.pretrained import class_names
 from compress.config.ranges import STUDENT
 from compress.config.rules import method_of, uses_peers, uses_teacher
 from compress.data.shared import DataSets
@@ -233,9 +235,12 @@ class Parts:
 
     def load_teacher(self, network: nn.Module, key: str) -> None:
         """Loads the checkpoint of the teacher at `key` into its `network`: the classes that the data have."""
-        node = self.node(key)
-        classes = {"classes": node.get("classes"), "way_out": f"{key}.classes"}
-        load_weights(network, node["checkpoint"], f"{key}.checkpoint", **classes)
+        node, where = self.node(key), f"{key}.classes"
+        classes = node.get("classes")
+        if isinstance(classes, str):
+            classes = mapped(classes, self.data.class_names, where)
+        names = class_names(node, node["model"], key)
+        load_weights(network, node["checkpoint"], f"{key}.checkpoint", False, where, classes, names)
 
     def float_start(self, float_checkpoint: Path | None) -> nn.Module | None:
         """The float network that training starts from; None where there is none or it has lost channels since.

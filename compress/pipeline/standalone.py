@@ -116,7 +116,8 @@ def _take_pictures(config: DictConfig, typed: Mapping[str, str], about: Mapping[
         return
     data._target_ = f"{Unlabelled.__module__}.{Unlabelled.__name__}"
     if data.class_names is None:
-        data.class_names = list(about["class_names"]) if about else class_names(config.student) or None
+        names = about["class_names"] if about else class_names(config.student, config.student, "student")
+        data.class_names = list(names) or None
     if about and "data.image_size" not in typed:
         data.image_size = about["input_shape"][-1]
 

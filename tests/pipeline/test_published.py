@@ -14,11 +14,14 @@ from compress.cli import main
 from compress.config.compose import compose_jobs
 from compress.config.values import check_values
 from compress.errors import UserError
+from compress.pipeline.check import checked_jobs
 from compress.pipeline.standalone import quantize_checkpoint
 
 timm = pytest.importorskip("timm")
 STUDENT = ["student=timm", "student.name=resnet10t", "student.pretrained=true"]
 TEACHER = ["teacher=torchvision", "teacher.model.name=squeezenet1_1", "teacher.pretrained=IMAGENET1K_V1"]
+
+CLASSES = ["tench", "goldfish", 2, 3, 4, 5, 6, 9, 8, "cock"]
 
 
 @pytest.fixture(autouse=True)
@@ -59,14 +62,15 @@ def test_size_and_normalisation_of_the_weights_are_taken_over_unless_others_are_
 def test_a_configuration_with_weights_is_the_same_when_it_is_checked_again():
     config = checked("method=kd", *STUDENT, *TEACHER, "teacher.classes=[tench,1,2,3,4,5,6,7,8,9]")
     assert (config.student.pretrained, config.teacher.pretrained) == ("c3_in1k", "IMAGENET1K_V1")
-    assert config.teacher.classes[0] == 0
+    assert config.teacher.classes[0] == "tench"
     again = OmegaConf.create(OmegaConf.to_yaml(config))
     check_values(again)
     assert again == config
 
 
 @pytest.mark.slow
-def test_a_student_of_other_classes_learns_from_a_teacher_whose_classes_are_chosen(downloads):
+def test_a_student_of_other_classes_learns_from_a_teacher_whose_classes_are_chosen(downloads, tmp_path):
+    (tmp_path / "classes.yaml").write_text("".join(f"{digit}: {name}\n" for digit, name in enumerate(CLASSES)))
     result = compress.run(
         [
             "method=kd",
@@ -75,7 +79,7 @@ def test_a_student_of_other_classes_learns_from_a_teacher_whose_classes_are_chos
             "student.input_size=32",
             *TEACHER,
             "teacher.model.input_size=32",
-            "teacher.classes=[9,8,7,6,5,4,3,2,1,0]",
+            "teacher.classes=classes.yaml",
             "data.limit=100",
             "trainer.max_epochs=1",
             "optimizer.lr=1e-12",
@@ -103,6 +107,25 @@ def test_weights_are_quantized_on_pictures_without_labels_and_without_a_checkpoi
     assert any(name.endswith(".safetensors") for name in files)
     with pytest.raises(UserError, match=r"^checkpoint: found none; accepted: .* or model\.pretrained=true"):
         quantize_checkpoint(["model=timm", "model.name=resnet10t", "quantizer=rtn"])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, r"classes.yaml cannot be read \(.*No such file"),
+        ("[", "classes.yaml cannot be read"),
+        ("[1, 2]", "found a list in classes.yaml; accepted: a YAML or JSON file that maps each class of the data"),
+        ("{0: 1, 1: 2}", "found no '2' in classes.yaml"),
+        ("{0: 1, 1: [2]}", r"found \[2\] for '1' in classes.yaml"),
+        (str(dict.fromkeys(range(10), 1)), "found class 1 of .* twice"),
+        (str(dict.fromkeys(range(10), "cat")), "found 'cat'; accepted: one of tench, goldfish"),
+    ],
+)
+def test_a_file_that_maps_no_classes_is_refused(tmp_path, content, message):
+    if content is not None:
+        (tmp_path / "classes.yaml").write_text(content)
+    with pytest.raises(UserError, match=f"^teacher.classes: {message}"):
+        checked_jobs(["method=kd", *TEACHER, "teacher.model.input_size=32", "teacher.classes=classes.yaml"])
 
 
 @pytest.mark.parametrize(
