@@ -3,14 +3,23 @@
 import argparse
 import sys
 
-from compress.benchmarks import convergence, data, optimizers, pruning, quantization, report, solver
+from compress.benchmarks import (
+    convergence,
+    data,
+    optimizers,
+    pruning,
+    quantization,
+    report,
+    solver,
+    timm_families,
+)
 from compress.errors import exit_code
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="BENCHMARK")
-    for module in (convergence, data, optimizers, pruning, quantization, report, solver):
+    for module in (convergence, data, optimizers, pruning, quantization, report, solver, timm_families):
         name = module.__name__.rpartition(".")[2]
         command = commands.add_parser(name, help=module.__doc__.partition(":")[0], description=module.__doc__)
         module.add_arguments(command)

@@ -46,7 +46,7 @@ class TorchvisionModel(Resized):
     ) -> None:
         try:
             network = _create(name, num_classes, input_size)
-        except ValueError as mistake:
+        except (AssertionError, ValueError) as mistake:
             raise UserError(
                 f"input_size: found {input_size}, for which torchvision has no {name} ({first_line(mistake)}); "
                 "accepted: such as 224"

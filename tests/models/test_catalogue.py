@@ -193,9 +193,9 @@ def layout(stem, classes):
 
 
 def test_every_architecture_has_a_file_and_every_file_is_tested():
-    # Those of timm, and classes of the user's, are tested in files of their own.
+    # Those of timm and torchvision, and classes of the user's, are tested in files of their own.
     of_timm = {stem for stem in available() if described(stem, "student")["_target_"].endswith(".TimmModel")}
-    assert available() == tuple(sorted({*STEMS, *of_timm, "module"}))
+    assert available() == tuple(sorted({*STEMS, *of_timm, "module", "torchvision"}))
 
 
 def test_keys_and_shapes_are_those_of_the_published_checkpoints(stem):

@@ -1,0 +1,162 @@
+"""Which families of timm can be quantized and exported: `python scripts/benchmark.py timm_families docs/timm.md`.
+
+Of each family, a module of `timm.models`, the smallest network for images of at most 256 pixels, with fresh weights:
+quantized at 8 bits, by rounding, on four images of noise, compared on four others with the float network, and exported
+to ONNX, whose logits by ONNX Runtime are compared with those of the quantized network. Differences are relative, of the
+logits of all images together. A process for each network; what is measured is kept beside the table and not measured
+again.
+"""
+
+import argparse
+import json
+import multiprocessing
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from compress.errors import UserError, first_line
+from compress.files import write_text
+from compress.models.canonical import difference
+from compress.progress import console
+
+LARGEST = 256  # pixels on each side
+NAMED = 600  # seconds after which the search for the smallest network is given up
+# What counts as quantized and as exported.
+QUANTIZED, WEIGHTS, EXPORTED = 0.05, 0.95, 1e-3
+HEAD = """# timm's families
+
+The smallest network of each family of timm {version} for images of at most 256 pixels, with fresh weights, at 8 bits by
+rounding. Error: relative difference of the logits from those of the float network. ONNX: of the exported file, run by
+ONNX Runtime, from the quantized network. Written by `python scripts/benchmark.py timm_families docs/timm.md`.
+
+{quantized} of {count} are quantized within {limit:.0%} with at least {weights:.0%} of their weights, and {exported} are
+exported within {onnx}. The reasons of the rest stand in their rows.
+
+| Family | Network | Pixels | Weights quantized | Error | ONNX | |
+|---|---|---|---|---|---|---|
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("table", type=Path, help="the Markdown file that is written")
+    parser.add_argument("--measured", type=Path, default=Path("outputs/timm-families.jsonl"))
+    parser.add_argument("--seconds", type=float, default=900, help="after which a network is given up")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Measures the families that have not been measured, and writes the table."""
+    arguments.measured.parent.mkdir(parents=True, exist_ok=True)
+    arguments.measured.touch()
+    found = {row["family"]: row for row in map(json.loads, arguments.measured.read_text().splitlines())}
+    for family in _families():
+        if family not in found:
+            row = {"family": family, "name": None, "size": None} | (_in_a_process(_smallest, NAMED, family) or {})
+            if row["name"] is not None:
+                measured = _in_a_process(_measured, arguments.seconds, row["name"], row["size"])
+                row |= measured or {"why": "takes too long, or ends its process"}
+            console.print(f"{family}: {row}")
+            found[family] = row
+            with arguments.measured.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+    write_text(arguments.table, _table([found[family] for family in sorted(found)]))
+
+
+def _families() -> list[str]:
+    from timm import list_modules
+
+    return sorted(list_modules())
+
+
+def _smallest(family: str) -> dict[str, Any]:
+    """The network of the fewest parameters, and the side of its images; nothing where all want larger images."""
+    import timm
+
+    fitting = {}
+    for name in timm.list_models(module=family):
+        sizes = timm.get_pretrained_cfg(name)
+        if sizes is None or (sizes.input_size[-1] > LARGEST and sizes.fixed_input_size):
+            continue
+        with torch.device("meta"):
+            parameters = sum(parameter.numel() for parameter in timm.create_model(name).parameters())
+        fitting[name] = parameters, min(sizes.input_size[-1], LARGEST)
+    name = min(fitting, key=fitting.get, default=None)
+    return {"name": name, "size": fitting[name][1]} if name else {}
+
+
+def _measured(name: str, size: int) -> dict[str, Any]:
+    import timm
+
+    import compress
+    from compress.export.onnx_runtime import start
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    network = timm.create_model(name).eval()
+    images, others = (torch.randn(4, 3, size, size) for _ in range(2))
+    try:
+        quantized = compress.quantize(network, images, bits=8, quantizer="rtn")
+    except UserError as refusal:
+        return {"why": first_line(refusal)}
+    with torch.no_grad():
+        expected, found = network(others), quantized.network(others)
+    row = {"error": difference(found, expected), "weights": 1 - quantized.quantized.float_share}
+    skipped = [f"{layer} {reason}" for layer, reason in quantized.quantized.skipped.items()]
+    why = "; ".join(skipped[:3]) if row["weights"] < WEIGHTS else ""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "network.onnx"
+        try:
+            quantized.export(path)
+            session = start(path.read_bytes())
+            each = [session.run(["logits"], {"images": image[None].numpy()})[0] for image in others]
+            row["onnx"] = difference(torch.cat([torch.from_numpy(one) for one in each]), found)
+        except Exception as refusal:  # of the exporter, or of ONNX Runtime, which has a class for each
+            why = f"{why}; {first_line(refusal)}".removeprefix("; ")
+    return row | {"why": why}
+
+
+def _in_a_process(function: Callable[..., Any], seconds: float, *arguments: Any) -> Any:
+    """What `function` returns, or None where its process ends without, or not within so many seconds."""
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_send, args=(sender, function, arguments))
+    process.start()
+    sender.close()
+    try:
+        return receiver.recv() if receiver.poll(seconds) else None
+    except EOFError:
+        return None
+    finally:
+        process.kill()
+        process.join()
+
+
+def _send(sender: Connection, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    warnings.simplefilter("ignore")
+    try:
+        sender.send(function(*arguments))
+    except Exception as failure:
+        sender.send({"why": f"{type(failure).__name__}: {first_line(failure)}"})
+
+
+def _table(rows: list[dict[str, Any]]) -> str:
+    import timm
+
+    quantized = sum(row.get("error", 1) <= QUANTIZED and row["weights"] >= WEIGHTS for row in rows)
+    exported = sum(row.get("onnx", 1) <= EXPORTED for row in rows)
+    facts = {"version": timm.__version__, "quantized": quantized, "count": len(rows), "limit": QUANTIZED}
+    head = HEAD.format(**facts, weights=WEIGHTS, exported=exported, onnx=EXPORTED)
+    return head + "".join(_lines(rows))
+
+
+def _lines(rows: list[dict[str, Any]]) -> Iterator[str]:
+    for row in rows:
+        weights = f"{row['weights']:.1%}" if "weights" in row else ""
+        error, onnx = (f"{row[key]:.1e}" if key in row else "" for key in ("error", "onnx"))
+        why = "all its networks want larger images" if row["name"] is None else row["why"].replace("|", "\\|")
+        cells = [row["family"], row["name"] or "", str(row["size"] or ""), weights, error, onnx, why]
+        yield f"| {' | '.join(cells)} |\n"
