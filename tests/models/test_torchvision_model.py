@@ -40,9 +40,7 @@ def test_a_network_is_made_for_the_input_size(name):
 
 
 def test_what_cannot_be_made_is_refused():
-    with pytest.raises(
-        UserError, match="name: found 'resnet17'; accepted: a classifier of torchvision, such as resnet"
-    ):
+    with pytest.raises(UserError, match="name: found 'resnet17'; accepted: a classifier of torchvision, such as"):
         build("torchvision", 7, name="resnet17")
     with pytest.raises(UserError, match="input_size: found 40, for which torchvision has no vit_b_32"):
         build("torchvision", 7, name="vit_b_32", input_size=40)
