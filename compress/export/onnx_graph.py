@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
+from torch import nn
+from torch.fx import GraphModule, Node
 
 from compress.errors import UserError
 from compress.export.onnx_editor import GraphEditor
@@ -44,12 +46,15 @@ def quantize_graph(model: ModelProto, quantized: QuantizedModel) -> None:
     waiting = set(layers) | set(inputs)
     known = set(waiting)
     done: dict[str, list[str]] = {}
+    replaced: set[tuple[str, str]] = set()  # layers and the float weights that they no longer read
     for node in list(model.graph.node):
         name = _layer_of(node)
         if node.op_type in ("Conv", "Gemm", "MatMul") and name in known:
             waiting.discard(name)
             weight = quantized.model.get_submodule(name).weight.detach().cpu().numpy()
-            turned = _check_weight(name, node, editor, weight)
+            # Calls of one layer may share the constant that the first of them has replaced.
+            turned = (name, node.input[1]) not in replaced and _check_weight(name, node, editor, weight)
+            replaced.add((name, node.input[1]))
             if name in inputs:
                 quantizer = inputs[name]
                 grid = float(quantizer.scale), int(quantizer.zero_point), quantizer.levels
@@ -61,6 +66,7 @@ def quantize_graph(model: ModelProto, quantized: QuantizedModel) -> None:
                 _quantize_weight(name, holder, node, editor, layers[name], inputs.get(name), turned)
                 done[name] = list(node.input[1:])
         editor.nodes.append(node)
+    waiting -= _constant_layers(quantized.model)
     if waiting:
         raise UserError(f"{min(waiting)}: torch.onnx exported no Conv, Gemm or MatMul for this layer")
     editor.finish()
@@ -109,6 +115,20 @@ def quantize_additions(model: ModelProto, ranges: Callable[[ModelProto, list[str
                     node.input[index] = grids[tensor]
         editor.nodes.append(node)
     editor.finish()
+
+
+def _constant_layers(network: nn.Module) -> set[str]:
+    """The layers that see nothing of the images, whose outputs, of the quantized weights, the exporter has computed."""
+    if not isinstance(network, GraphModule):
+        return set()
+    of_images: set[Node] = set()
+    constant = set()
+    for node in network.graph.nodes:
+        if node.op == "placeholder" or of_images & {*node.all_input_nodes}:
+            of_images.add(node)
+        elif node.op == "call_module":
+            constant.add(node.target)
+    return constant
 
 
 def _layer_of(node: NodeProto) -> str | None:

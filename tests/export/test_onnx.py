@@ -179,6 +179,31 @@ def test_inputs_that_are_not_quantized_in_the_file_are_not_by_the_runtime_either
     assert distance(torch.from_numpy(found), logits(quantized.model)) < 1e-5
 
 
+class Repeater(TokenMixer):
+    """`mix` is called three times, and what `positions` makes of a buffer is added to every image."""
+
+    def __init__(self):
+        super().__init__()
+        self.positions = nn.Linear(12, 12)
+        self.register_buffer("grid", torch.randn(8, 12))
+
+    def forward(self, images):
+        tokens = torch.relu(self.embed(images.flatten(1).reshape(-1, 8, 24)))
+        for _ in range(3):
+            tokens = torch.relu(self.mix(tokens + self.positions(self.grid)))
+        return self.head(tokens.mean(1))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_layer_called_again_and_one_that_sees_no_image_keep_their_codes(bits, tmp_path):
+    torch.manual_seed(0)
+    quantized = quantize(Repeater(), [IMAGES], bits, first_last_bits=None)
+    assert "positions" in quantized.layers
+    path = tmp_path / "model.onnx"
+    Onnx().write(path, quantized, describe("mixer"))
+    assert distance(OnnxModel.read(path)(IMAGES), logits(quantized.model)) < 1e-5
+
+
 def lone_convolution(weight_scale, bias):
     """A Conv2d (3, 2 channels) on 8-bit weights and inputs, and its codes."""
     torch.manual_seed(0)
