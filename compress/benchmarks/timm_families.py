@@ -1,10 +1,10 @@
 """Which families of timm can be quantized and exported: `python scripts/benchmark.py timm_families docs/timm.md`.
 
 Of each family, a module of `timm.models`, the smallest network for images of at most 256 pixels, with fresh weights:
-quantized at 8 bits, by rounding, on four images of noise, compared on four others with the float network, and exported
-to ONNX, whose logits by ONNX Runtime are compared with those of the quantized network. Differences are relative, of the
-logits of all images together. A process for each network; what is measured is kept beside the table and not measured
-again.
+quantized at 8 bits, by rounding or else by GPFQ, on four images of noise, compared on four others with the float
+network, and exported to ONNX, whose logits by ONNX Runtime are compared with those of the quantized network.
+Differences are relative, of the logits of all images together. A process for each network; what is measured is kept
+beside the table and not measured again.
 """
 
 import argparse
@@ -24,21 +24,24 @@ from compress.files import write_text
 from compress.models.canonical import difference
 from compress.progress import console
 
-LARGEST = 256  # pixels on each side
+LARGEST, USUAL = 256, 224  # pixels on each side; the second for a network that is made for larger images
 NAMED = 600  # seconds after which the search for the smallest network is given up
+QUANTIZERS = ("rtn", "gpfq")  # the second where the first is not near enough
 # What counts as quantized and as exported.
 QUANTIZED, WEIGHTS, EXPORTED = 0.05, 0.95, 1e-3
 HEAD = """# timm's families
 
 The smallest network of each family of timm {version} for images of at most 256 pixels, with fresh weights, at 8 bits by
-rounding. Error: relative difference of the logits from those of the float network. ONNX: of the exported file, run by
-ONNX Runtime, from the quantized network. Written by `python scripts/benchmark.py timm_families docs/timm.md`.
+rounding, or by GPFQ where that is not near enough. Error: relative difference of the logits from those of the float
+network. ONNX: of the exported file, run by ONNX Runtime, from the quantized network. Written by
+`python scripts/benchmark.py timm_families docs/timm.md`.
 
 {quantized} of {count} are quantized within {limit:.0%} with at least {weights:.0%} of their weights, and {exported} are
-exported within {onnx}. The reasons of the rest stand in their rows.
+exported within {onnx}. The reasons of the rest stand in their rows. An error of zero is that of a network whose fresh
+head gives zeros.
 
-| Family | Network | Pixels | Weights quantized | Error | ONNX | |
-|---|---|---|---|---|---|---|
+| Family | Network | Pixels | Weights quantized | By | Error | ONNX | |
+|---|---|---|---|---|---|---|---|
 """
 
 
@@ -78,12 +81,13 @@ def _smallest(family: str) -> dict[str, Any]:
 
     fitting = {}
     for name in timm.list_models(module=family):
-        sizes = timm.get_pretrained_cfg(name)
-        if sizes is None or (sizes.input_size[-1] > LARGEST and sizes.fixed_input_size):
+        about = timm.get_pretrained_cfg(name)
+        if about is None or (about.fixed_input_size and about.input_size[-1] > LARGEST):
             continue
+        size = about.input_size[-1]
         with torch.device("meta"):
             parameters = sum(parameter.numel() for parameter in timm.create_model(name).parameters())
-        fitting[name] = parameters, min(sizes.input_size[-1], LARGEST)
+        fitting[name] = parameters, size if size <= LARGEST else USUAL
     name = min(fitting, key=fitting.get, default=None)
     return {"name": name, "size": fitting[name][1]} if name else {}
 
@@ -98,13 +102,18 @@ def _measured(name: str, size: int) -> dict[str, Any]:
     torch.manual_seed(0)
     network = timm.create_model(name).eval()
     images, others = (torch.randn(4, 3, size, size) for _ in range(2))
-    try:
-        quantized = compress.quantize(network, images, bits=8, quantizer="rtn")
-    except UserError as refusal:
-        return {"why": first_line(refusal)}
     with torch.no_grad():
-        expected, found = network(others), quantized.network(others)
-    row = {"error": difference(found, expected), "weights": 1 - quantized.quantized.float_share}
+        expected = network(others)
+    for quantizer in QUANTIZERS:
+        try:
+            quantized = compress.quantize(network, images, bits=8, quantizer=quantizer)
+        except UserError as refusal:
+            return {"why": first_line(refusal)}
+        with torch.no_grad():
+            found = quantized.network(others)
+        row = {"by": quantizer, "error": difference(found, expected), "weights": 1 - quantized.quantized.float_share}
+        if row["error"] <= QUANTIZED:
+            break
     skipped = [f"{layer} {reason}" for layer, reason in quantized.quantized.skipped.items()]
     why = "; ".join(skipped[:3]) if row["weights"] < WEIGHTS else ""
     with tempfile.TemporaryDirectory() as folder:
@@ -158,5 +167,5 @@ def _lines(rows: list[dict[str, Any]]) -> Iterator[str]:
         weights = f"{row['weights']:.1%}" if "weights" in row else ""
         error, onnx = (f"{row[key]:.1e}" if key in row else "" for key in ("error", "onnx"))
         why = "all its networks want larger images" if row["name"] is None else row["why"].replace("|", "\\|")
-        cells = [row["family"], row["name"] or "", str(row["size"] or ""), weights, error, onnx, why]
+        cells = [row["family"], row["name"] or "", str(row["size"] or ""), weights, row.get("by", ""), error, onnx, why]
         yield f"| {' | '.join(cells)} |\n"
