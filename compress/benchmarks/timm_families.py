@@ -124,7 +124,8 @@ def _measured(name: str, size: int) -> dict[str, Any]:
             each = [session.run(["logits"], {"images": image[None].numpy()})[0] for image in others]
             row["onnx"] = difference(torch.cat([torch.from_numpy(one) for one in each]), found)
         except Exception as refusal:  # of the exporter, or of ONNX Runtime, which has a class for each
-            why = f"{why}; {first_line(refusal)}".removeprefix("; ")
+            refused = first_line(refusal).removeprefix(f"{path}: ")
+            why = f"{why}; {refused}".removeprefix("; ")
     return row | {"why": why}
 
 

@@ -59,7 +59,7 @@ def _completed(role: DictConfig, model: Any, where: str) -> Published | None:
 
 
 def _set_checkpoint(role: DictConfig, model: DictConfig, data: DictConfig, found: Published, where: str) -> None:
-    if model.input_size is None and data.get("image_size") != found.size:
+    if model.input_size is None and (found.fixed or data.get("image_size") != found.size):
         model.input_size = found.size
     try:
         path = str(found.checkpoint(model.input_size))

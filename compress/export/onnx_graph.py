@@ -46,15 +46,12 @@ def quantize_graph(model: ModelProto, quantized: QuantizedModel) -> None:
     waiting = set(layers) | set(inputs)
     known = set(waiting)
     done: dict[str, list[str]] = {}
-    replaced: set[tuple[str, str]] = set()  # layers and the float weights that they no longer read
     for node in list(model.graph.node):
         name = _layer_of(node)
         if node.op_type in ("Conv", "Gemm", "MatMul") and name in known:
             waiting.discard(name)
             weight = quantized.model.get_submodule(name).weight.detach().cpu().numpy()
-            # Calls of one layer may share the constant that the first of them has replaced.
-            turned = (name, node.input[1]) not in replaced and _check_weight(name, node, editor, weight)
-            replaced.add((name, node.input[1]))
+            turned = _check_weight(name, node, editor, weight)
             if name in inputs:
                 quantizer = inputs[name]
                 grid = float(quantizer.scale), int(quantizer.zero_point), quantizer.levels

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.hub import download_url_to_file
@@ -82,12 +81,14 @@ class Published(ABC):
     """Weights of an architecture, which images they want, and which classes they tell apart.
 
     `options` are those of the network, `weights` is the name of the weights among those published of it. Images have
-    `size` pixels on each side and are normalised by `mean` and `standard_deviation`, of pixel values in 0..1.
+    `size` pixels on each side, and no others where it is `fixed`, and are normalised by `mean` and
+    `standard_deviation`, of pixel values in 0..1.
     """
 
     options: Mapping[str, Any]
     weights: str
     size: int
+    fixed: bool
     mean: tuple[float, ...]
     standard_deviation: tuple[float, ...]
     file: File
@@ -96,7 +97,7 @@ class Published(ABC):
     def checkpoint(self, input_size: int | None) -> Path:
         """A file of weights of the network, made for images of `input_size` pixels, with the classes of its own.
 
-        That which is published, or a file beside it where the names or the shapes in it are others than the network's.
+        It is written beside the published one, under the names and in the shapes of the network, and used again.
 
         Raises UserError where a file is missing and cannot be fetched, or is damaged.
         """
@@ -104,23 +105,18 @@ class Published(ABC):
         weights = self.weights.replace("/", "--").replace(":", "--")
         size = f".{input_size}" if input_size else ""
         converted = downloads() / f"{self.options['name']}.{weights}{size}.converted.safetensors"
-        if converted.exists() and converted.stat().st_mtime >= path.stat().st_mtime:
-            return converted
-        tensors = self.tensors(input_size)
-        wanted = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        if path.suffix == ".safetensors" and _shapes(path) == wanted:
-            return path
-        write_atomically(converted, lambda temporary: save_file(tensors, temporary))
+        if not converted.exists() or converted.stat().st_mtime < path.stat().st_mtime:
+            # Copies, for a tensor may have several names.
+            tensors = {
+                name: tensor.clone(memory_format=torch.contiguous_format)
+                for name, tensor in self.tensors(input_size).items()
+            }
+            write_atomically(converted, lambda temporary: save_file(tensors, temporary))
         return converted
 
     @abstractmethod
     def tensors(self, input_size: int | None) -> dict[str, Tensor]:
         """The state dict of that network. Raises the same errors."""
-
-
-def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    with safe_open(path, "pt") as file:
-        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
 
 
 @contextmanager

@@ -6,7 +6,8 @@ from torch import Tensor, nn
 class Resized(nn.Module):
     """`(B, 3, H, W) -> (B, C)`: `network`, whose images are resized to `input_size` pixels, bilinearly.
 
-    Where that is None they stay as they are. The keys are those of the network behind `network.`;
+    Without it they stay as they are, unless the network is made for one size, as ViT is: then they get that, and such a
+    network is made for the `input_size` where there is one. The keys are those of the network behind `network.`;
     `compress.export.weights.load_weights` takes them without that prefix, too.
     """
 

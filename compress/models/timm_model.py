@@ -35,9 +35,6 @@ def known_name(name: str) -> str:
 class TimmModel(Resized):
     """`(B, 3, H, W) -> (B, num_classes)`, logits of the timm model `name` with fresh weights; nothing is downloaded.
 
-    Images are resized to `input_size` pixels. Without it they stay as they are, unless the model is made for one size,
-    as ViT is: then they get that. Such a model is made for the `input_size` where there is one.
-
     Raises UserError where timm cannot make the model for `input_size`.
     """
 

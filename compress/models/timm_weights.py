@@ -78,17 +78,19 @@ def _on_hub(source: str) -> TimmWeights:
         raise UserError(f"found {source!r}; accepted: {HUB}OWNER/NAME")
     folder = downloads() / identity.replace("/", "--")
     config = File(_address(identity, "config.json"), folder / "config.json", identity)
+    weights = File(_address(identity, FILE), folder / FILE, identity)
     try:
         about, architecture, arguments = load_model_config_from_path(config.fetched().parent)
-    except (KeyError, ValueError, AttributeError) as failure:
+        _check_name(architecture)
+        size = arguments.pop("img_size", None)
+        options = {"name": architecture} | ({"input_size": size} if size else {})
+        described = _described(options, source, about, weights)
+    except (KeyError, TypeError, ValueError, AttributeError) as failure:
         raise config.unreadable(failure) from failure
-    _check_name(architecture)
-    size = arguments.pop("img_size", None)
-    other = {key: value for key, value in arguments.items() if key not in ("num_classes", "in_chans")}
+    other = {key: value for key, value in arguments.items() if key != "num_classes" and (key, value) != ("in_chans", 3)}
     if other:
         raise UserError(f"found {source!r}, {architecture} with {other}; accepted: timm's {architecture} as it is")
-    options = {"name": architecture} | ({"input_size": size} if size else {})
-    return _described(options, source, about, File(_address(identity, FILE), folder / FILE, identity))
+    return described
 
 
 def _described(options: Mapping[str, Any], weights: str, about: Mapping[str, Any], file: File) -> TimmWeights:
@@ -96,6 +98,7 @@ def _described(options: Mapping[str, Any], weights: str, about: Mapping[str, Any
         options=options,
         weights=weights,
         size=options.get("input_size") or about["input_size"][-1],
+        fixed=bool(about.get("fixed_input_size")),
         mean=tuple(about["mean"]),
         standard_deviation=tuple(about["std"]),
         class_names=unique(_label_names(about)),

@@ -32,9 +32,6 @@ def _known(name: str) -> str:
 class TorchvisionModel(Resized):
     """`(B, 3, H, W) -> (B, num_classes)`, logits of torchvision's classifier `name` with fresh weights.
 
-    Images are resized to `input_size` pixels. Without it they stay as they are, unless the model is made for one size,
-    as ViT is: then they get that. Such a model is made for the `input_size` where there is one.
-
     Raises UserError where torchvision cannot make the model for `input_size`.
     """
 
@@ -89,6 +86,7 @@ def published(name: str, weights: bool | str) -> TorchvisionWeights:
         options={"name": name},
         weights=member.name,
         size=images.crop_size[0],
+        fixed=name.partition("_")[0] in FIXED,
         mean=tuple(images.mean),
         standard_deviation=tuple(images.std),
         class_names=unique(member.meta["categories"]),

@@ -2,6 +2,7 @@
 
 import argparse
 import csv
+import json
 import math
 import os
 import re
@@ -14,7 +15,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from compress.benchmarks import convergence, quantization
+from compress.benchmarks import convergence, quantization, timm_families
 from compress.benchmarks.convergence import Point, verdict
 from compress.quantization.preparation import prepare
 from compress.quantization.refinement import Refinement
@@ -157,3 +158,30 @@ def test_the_floor_of_a_pass_counts_the_products_of_every_layer(benchmark):
     code, output, _ = benchmark("quantization", "--model", "resnet8", "--images", 8, "--image-size", 8, "--pairs", 1)
     assert code == 0
     assert re.match(r"resnet8, 8 images of 8x8, \w+, \d+ threads: [\d.]+ s; floor [\d.]+ s of forward", output)
+
+
+def test_the_table_of_timms_families_counts_what_is_near_enough(benchmark, tmp_path):
+    families = pytest.importorskip("timm").list_modules()
+    near = {"name": "some", "size": 64, "by": "rtn", "error": 0.04, "weights": 0.96, "onnx": 1e-4, "why": ""}
+    rows = [near | {"family": family} for family in families]
+    rows[0] |= {"error": 0.06}
+    rows[1] |= {"weights": 0.9, "why": "lstm is a LSTM"}
+    rows[2] |= {"onnx": 2e-3}
+    rows[3] = {"family": families[3], "name": None, "size": None}
+    (tmp_path / "measured.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    code, *_ = benchmark("timm_families", tmp_path / "table.md", "--measured", tmp_path / "measured.jsonl")
+    table = (tmp_path / "table.md").read_text()
+    count = len(families)
+    assert code == 0
+    assert f"{count - 3} of {count} are quantized" in table
+    assert f"and {count - 2} are\nexported" in table
+    assert f"| {families[1]} | some | 64 | 90.0% | rtn | 4.0e-02 | 1.0e-04 | lstm is a LSTM |" in table
+
+
+@pytest.mark.slow
+def test_a_network_of_timm_is_quantized_and_exported():
+    pytest.importorskip("timm")
+    row = timm_families._measured("test_resnet", 64)
+    assert row["error"] < 0.05
+    assert (row["weights"], row["why"]) == (1.0, "")
+    assert row["onnx"] < 1e-3

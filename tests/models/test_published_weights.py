@@ -76,13 +76,14 @@ def test_a_description_on_the_hub_does_not_choose_how_weights_are_read(folder):
     (folder / "me--pets").mkdir()
     on_hub(folder / "me--pets", timm.create_model("resnet10t", num_classes=2))
     config = folder / "me--pets" / "config.json"
-    for changed in ({"architecture": "os.system"}, {"model_args": {"block_fn": "x"}}):
+    for changed in ({"architecture": "os.system"}, {"model_args": {"block_fn": "x"}}, {"model_args": {"in_chans": 1}}):
         config.write_text(json.dumps(json.loads(config.read_text()) | changed))
         with pytest.raises(UserError, match=r"student.pretrained: found '(os.system|hf-hub:me/pets)'"):
             of("timm", "hf-hub:me/pets")
-    config.write_text("{}")
-    with pytest.raises(UserError, match="which cannot be read"):
-        of("timm", "hf-hub:me/pets")
+    for content in ("{}", '{"architecture": "resnet10t", "pretrained_cfg": {}}', "[]", "{"):
+        config.write_text(content)
+        with pytest.raises(UserError, match="which cannot be read"):
+            of("timm", "hf-hub:me/pets")
 
 
 @pytest.mark.parametrize("weights", [True, "IMAGENET1K_V1", "SqueezeNet1_1_Weights.IMAGENET1K_V1"])

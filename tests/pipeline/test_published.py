@@ -59,6 +59,19 @@ def test_size_and_normalisation_of_the_weights_are_taken_over_unless_others_are_
     assert config.data.mean is None
 
 
+def test_a_network_for_one_size_is_made_for_that_of_its_weights(downloads):
+    (downloads / "me--small").mkdir()
+    network = timm.create_model("vit_tiny_patch16_224", img_size=64, num_classes=3)
+    save_file(network.state_dict(), downloads / "me--small" / "model.safetensors")
+    about = {"input_size": [3, 64, 64], "fixed_input_size": True, "mean": [0.5] * 3, "std": [0.5] * 3}
+    about = {"architecture": "vit_tiny_patch16_224", "num_classes": 3, "pretrained_cfg": about}
+    (downloads / "me--small" / "config.json").write_text(json.dumps(about))
+    config = checked("student=timm", "student.name=hf-hub:me/small", "student.pretrained=true", "data=folder")
+    assert (config.data.image_size, config.student.input_size) == (64, 64)
+    kept = load_file(config.student.checkpoint)
+    assert torch.equal(kept["pos_embed"], network.pos_embed)
+
+
 def test_a_configuration_with_weights_is_the_same_when_it_is_checked_again():
     config = checked("method=kd", *STUDENT, *TEACHER, "teacher.classes=[tench,1,2,3,4,5,6,7,8,9]")
     assert (config.student.pretrained, config.teacher.pretrained) == ("c3_in1k", "IMAGENET1K_V1")
@@ -135,7 +148,7 @@ def test_a_file_that_maps_no_classes_is_refused(tmp_path, content, message):
         ("student=timm student.name=resnet10t.c3_in1k", "student.name: found 'resnet10t.c3_in1k'; accepted: a name"),
         ("{student} student.pretrained=1", "student.pretrained: found 1; accepted: true, false, or the name"),
         ("{student} student.checkpoint=x.pt", "student.pretrained: found c3_in1k beside student.checkpoint"),
-        ("{student} quantizer=none", "student.checkpoint: .*c3_in1k.safetensors has 1000 classes, the data have 10"),
+        ("{student} quantizer=none", "student.checkpoint: .*c3_in1k.*safetensors has 1000 classes, the data have 10"),
         (
             "student=torchvision student.pretrained=true",
             "student.pretrained: found weights that are not on this machine and cannot be fetched .*resnet18-f37072fd",
