@@ -1,7 +1,7 @@
 """A network made ready to be called as a fixed function: a teacher, or a model that is evaluated."""
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
@@ -14,6 +14,16 @@ from compress.models.memory_format import lay_out
 from compress.models.outputs import logits
 
 
+@contextlib.contextmanager
+def full_float32() -> Iterator[None]:
+    """Within it, or in a function that it decorates, GPUs do not round the operands of convolutions to TF32."""
+    cudnn = torch.backends.cudnn
+    # What is not named here would be set to a default of its own; that of `enabled` is off.
+    with cudnn.flags(cudnn.enabled, cudnn.benchmark, deterministic=cudnn.deterministic, allow_tf32=False):
+        yield
+
+
+@full_float32()
 def frozen_for_inference(model: nn.Module, input_shape: Sequence[int]) -> nn.Module:
     """A copy for images (C, H, W), in eval mode, without gradients, BatchNorm folded, laid out by `lay_out`.
 

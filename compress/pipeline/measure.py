@@ -12,6 +12,7 @@ from torch import nn
 from compress import models
 from compress.export.state_dicts import BEST_NETWORK
 from compress.models import masks
+from compress.models.inference import full_float32
 from compress.pipeline.parts import Parts
 from compress.pipeline.variants import Variants
 from compress.pipeline.weight_panels import weight_panels
@@ -100,8 +101,7 @@ def measured(parts: Parts, directory: Path, name: str, student: nn.Module, train
     """Measures the network `name`, `student` in float32 and `trained` on the method's grids, and quantizes it."""
     own_network = parts.own_network(name)
     variants = Variants(parts.data, directory, parts.architectures[name], parts.exporters, own_network)
-    # Convolutions on recent GPUs would otherwise round to TF32, and the table promises float32.
-    with torch.backends.cudnn.flags(allow_tf32=False):
+    with full_float32():
         variants.add_float(student)
         if parts.fake_quantization is not None:
             _add_trained(variants, parts, trained)

@@ -1,4 +1,4 @@
-"""Everything that a run does later, done once on two images, so that what fails does so before any training.
+"""Everything that a run does later, done once on two images and the run's own device, before any training.
 
 A training step with its loss and gradients, a checkpoint written and read, folding, quantization, and each exporter.
 """
@@ -18,6 +18,7 @@ from compress.export.formats import read_back, with_reference
 from compress.methods.classifier import Classifier
 from compress.methods.frozen_teacher import FrozenEnsemble, FrozenTeacher
 from compress.methods.learning_teacher import LearningTeacher
+from compress.models.inference import full_float32
 from compress.pipeline.parts import Parts
 from compress.quantization import Correction, GridOptions, QuantizedModel, Refinement
 from compress.quantization.comparisons import compare
@@ -40,16 +41,22 @@ def rehearse(parts: Parts, student: nn.Module) -> None:
 
     `student` is what pruning will leave of the student, but for the values of its weights.
     """
-    with torch.random.fork_rng(devices=[]), torch.enable_grad():
-        images = torch.cat([batch.cpu() for batch in parts.data.calibration_batches(2)])
-        learner = parts.learner(_teacher(parts))
+    device = parts.data.device
+    forked = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=forked), torch.enable_grad(), full_float32():
+        images = torch.cat(parts.data.calibration_batches(2))
+        student.to(device)
+        learner = parts.learner(_teacher(parts)).to(device)
+        if learner.teacher is not None:
+            learner.teacher.to(device)
         _train(parts, learner, images)
         variants: list[nn.Module | QuantizedModel] = [] if parts.quantizer else [student]
         if parts.fake_quantization is not None:
-            variants.append(parts.fake_quantization.bake(learner.model.cpu(), parts.data.input_shape))
+            variants.append(parts.fake_quantization.bake(learner.model, parts.data.input_shape))
         if parts.quantizer is not None:
             variants += _quantize(parts, student, images)
         _export(parts, variants, student, images)
+    student.cpu()
 
 
 def _teacher(parts: Parts) -> FrozenTeacher | FrozenEnsemble | LearningTeacher | None:
@@ -65,7 +72,7 @@ def _teacher(parts: Parts) -> FrozenTeacher | FrozenEnsemble | LearningTeacher |
 
 def _train(parts: Parts, learner: Classifier, images: Tensor) -> None:
     """One step without the optimizer, and a checkpoint."""
-    target = torch.arange(len(images)) % parts.data.num_classes
+    target = torch.arange(len(images), device=images.device) % parts.data.num_classes
     with _said(parts, "method", f"{parts.plain['method']['stem']}, whose step fails for two images"):
         learner.train()
         _, terms = learner.losses(images, target, None)
@@ -99,7 +106,7 @@ def _export(parts: Parts, variants: list[nn.Module | QuantizedModel], student: n
                 with _said(parts, "export", f"{type(exporter).__name__}, which fails for the student"):
                     exporter.write(path, network, description, [images])
                     model, _ = read_back(exporter, path, own_network=own_network)
-                    model(images)
+                    model(images.cpu())
 
 
 @contextmanager

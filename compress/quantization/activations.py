@@ -81,10 +81,11 @@ class Activations:
             # torch.quantile refuses more than 2^24 values, and the sample has fewer.
             quantiles = torch.tensor([1 - self.percentile, self.percentile], device=values.device)
             low, high = sample(SAMPLE).quantile(quantiles).tolist()
-            return _spanning(min(low, 0.0), max(high, 0.0), bits)
+            return _spanning(min(low, 0.0), max(high, 0.0), bits).to(values.device)
         if self.range == "min_max":
-            return _spanning(lowest, highest, bits)
-        candidates = [_spanning(share * lowest, share * highest, bits) for share in torch.linspace(0.1, 1, 91).tolist()]
+            return _spanning(lowest, highest, bits).to(values.device)
+        shares = torch.linspace(0.1, 1, 91).tolist()
+        candidates = [_spanning(share * lowest, share * highest, bits).to(values.device) for share in shares]
         coarse = sample(COARSE)
         return min(candidates, key=lambda grid: (grid(coarse) - coarse).square().mean().item())
 

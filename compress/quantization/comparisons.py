@@ -14,6 +14,7 @@ from compress.errors import UserError
 from compress.models.baking import copied
 from compress.models.canonical import canonical, difference
 from compress.models.folding import fold_pairs
+from compress.models.inference import full_float32
 from compress.models.outputs import logits
 from compress.quantization.preparation import Prepared, prepare
 from compress.quantization.quantized import share_weights
@@ -24,6 +25,7 @@ LEVELS = 2**16
 
 
 @torch.no_grad()
+@full_float32()
 def compare(model: nn.Module, calibration_batches: Iterable, skip: Sequence[str] = ()) -> dict[str, float]:
     """{"folded": ..., "rounded_to_16_bits": ...} of `model`, on the first calibration images.
 

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from compress.errors import UserError
+from compress.models.inference import full_float32
 from compress.quantization.activations import attach_input_quantizer
 from compress.quantization.batch_norm import match_output_statistics, move_statistics
 from compress.quantization.calibration import walk
@@ -39,6 +40,7 @@ def quantize(
     return quantize_with(Options(**options), model, calibration_batches, bits, progress)
 
 
+@full_float32()
 def quantize_with(
     options: Options,
     model: nn.Module,

@@ -3,7 +3,7 @@
 import os
 import platform
 import subprocess
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ PACKAGES = (
 
 def surroundings(threads: int | None = None) -> dict[str, Any]:
     """`versions` and `hardware` of `compress.results.record.Record`; `threads` are those of the training, if any."""
-    versions = {"python": platform.python_version()} | {package: version(package) for package in PACKAGES}
+    versions = {"python": platform.python_version()} | {package: _version(package) for package in PACKAGES}
     # With the build, such as +cu130, which the installed package does not name.
     versions["torch"] = torch.__version__
     return {
@@ -38,6 +38,14 @@ def surroundings(threads: int | None = None) -> dict[str, Any]:
             "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         },
     }
+
+
+def _version(package: str) -> str | None:
+    """None for what was not installed, such as this package where it is run from a folder."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def commit() -> str | None:

@@ -25,7 +25,7 @@ FASHION_MNIST = Path(os.environ.get("FASHION_MNIST", "/usr/share/datasets/fashio
 
 
 @pytest.fixture
-def benchmark(tmp_path, monkeypatch, capsys):
+def run_benchmark(tmp_path, monkeypatch, capsys):
     """Runs the script with some arguments, in an empty folder, and gives its exit code, output and errors."""
 
     def run(*arguments):
@@ -45,9 +45,9 @@ def benchmark(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_half_of_the_channels_are_compared_with_all(benchmark):
+def test_half_of_the_channels_are_compared_with_all(run_benchmark):
     sizes = ["--model", "resnet8", "--image-size", 8, "--batch-sizes", 1, 2, "--pairs", 2]
-    code, output, _ = benchmark("pruning", *sizes)
+    code, output, _ = run_benchmark("pruning", *sizes)
     assert code == 0
     parameters, macs, *speeds = output.splitlines()
     assert float(parameters.rpartition(" ")[2]) < 0.27
@@ -57,9 +57,9 @@ def test_half_of_the_channels_are_compared_with_all(benchmark):
 
 
 @pytest.mark.slow
-def test_steps_of_shampoo_and_sgd_are_compared(benchmark):
+def test_steps_of_shampoo_and_sgd_are_compared(run_benchmark):
     sizes = ["--batch-size", 8, "--image-size", 8, "--pairs", 2, "--root-interval", 4, "--statistics-interval", 2]
-    code, output, _ = benchmark("optimizers", "--models", "resnet8", *sizes)
+    code, output, _ = run_benchmark("optimizers", "--models", "resnet8", *sizes)
     assert code == 0
     head, *kinds = output.splitlines()
     ratio = float(re.search(r"^resnet8, batch 8, .* Shampoo ([\d.]+) times that$", head)[1])
@@ -76,10 +76,10 @@ def test_steps_of_shampoo_and_sgd_are_compared(benchmark):
 @pytest.mark.slow
 @pytest.mark.fashion_mnist
 @pytest.mark.skipif(not FASHION_MNIST.exists(), reason=f"no Fashion-MNIST in {FASHION_MNIST}")
-def test_convergence_is_drawn_and_written_down(benchmark, tmp_path):
+def test_convergence_is_drawn_and_written_down(run_benchmark, tmp_path):
     sizes = ["--model", "resnet8", "--image-size", 8, "--limit", 600, "--batch-size", 32, "--steps", 10, "--every", 3]
     chosen = ["--rates", 2, "--seeds", 0, 1, "--intervals", 4, "--shares", 0.8, "--output", "curves"]
-    code, output, _ = benchmark("convergence", "--root", FASHION_MNIST, *sizes, *chosen)
+    code, output, _ = run_benchmark("convergence", "--root", FASHION_MNIST, *sizes, *chosen)
     assert code == 0
     with (tmp_path / "curves" / "convergence.csv").open() as stream:
         points = list(csv.DictReader(stream))
@@ -103,8 +103,8 @@ def test_convergence_is_drawn_and_written_down(benchmark, tmp_path):
         (["--root", FASHION_MNIST, "--limit", 5], "data.limit: found 5"),
     ],
 )
-def test_a_mistake_is_one_line(benchmark, tmp_path, arguments, words):
-    code, _, errors = benchmark("convergence", *arguments)
+def test_a_mistake_is_one_line(run_benchmark, tmp_path, arguments, words):
+    code, _, errors = run_benchmark("convergence", *arguments)
     assert code == 2
     assert errors.count("\n") == 1
     assert errors.startswith(f"error: {words}")
@@ -132,8 +132,8 @@ def test_rates_are_spaced_evenly_on_a_logarithmic_scale():
 
 
 @pytest.mark.slow
-def test_the_solver_in_grams_gives_the_codes_of_the_definition(benchmark):
-    code, output, _ = benchmark("solver", "--columns", 700, "--rows", 8, "--samples", 900, "--pairs", 2)
+def test_the_solver_in_grams_gives_the_codes_of_the_definition(run_benchmark):
+    code, output, _ = run_benchmark("solver", "--columns", 700, "--rows", 8, "--samples", 900, "--pairs", 2)
     assert code == 0
     sizes, speeds, ratio = output.splitlines()
     assert sizes == "d 700, N 8, m 900, 3 bit, one thread"
@@ -143,7 +143,7 @@ def test_the_solver_in_grams_gives_the_codes_of_the_definition(benchmark):
 
 
 @pytest.mark.slow
-def test_the_floor_of_a_pass_counts_the_products_of_every_layer(benchmark):
+def test_the_floor_of_a_pass_counts_the_products_of_every_layer(run_benchmark):
     network = nn.Sequential(
         nn.Conv2d(3, 4, 3, bias=False), nn.Conv2d(4, 6, 1, groups=2), nn.Flatten(), nn.Linear(24, 5)
     )
@@ -155,12 +155,14 @@ def test_the_floor_of_a_pass_counts_the_products_of_every_layer(benchmark):
     assert quantization.floor_operations(resized_rgb, images, Refinement()) == plain
     refined = quantization.floor_operations(resized_rgb, images, Refinement(12, 4, refit=True))
     assert refined - plain == sum(g * d * d * rows * (2 * 12 + 1 - 2 + 2 + 2 + 4 * 2) for g, d, _, rows in shapes)
-    code, output, _ = benchmark("quantization", "--model", "resnet8", "--images", 8, "--image-size", 8, "--pairs", 1)
+    code, output, _ = run_benchmark(
+        "quantization", "--model", "resnet8", "--images", 8, "--image-size", 8, "--pairs", 1
+    )
     assert code == 0
     assert re.match(r"resnet8, 8 images of 8x8, \w+, \d+ threads: [\d.]+ s; floor [\d.]+ s of forward", output)
 
 
-def test_the_table_of_timms_families_counts_what_is_near_enough(benchmark, tmp_path):
+def test_the_table_of_timms_families_counts_what_is_near_enough(run_benchmark, tmp_path):
     families = pytest.importorskip("timm").list_modules()
     near = {"name": "some", "size": 64, "by": "rtn", "error": 0.04, "weights": 0.96, "onnx": 1e-4, "why": ""}
     rows = [near | {"family": family} for family in families]
@@ -169,7 +171,7 @@ def test_the_table_of_timms_families_counts_what_is_near_enough(benchmark, tmp_p
     rows[2] |= {"onnx": 2e-3}
     rows[3] = {"family": families[3], "name": None, "size": None}
     (tmp_path / "measured.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    code, *_ = benchmark("timm_families", tmp_path / "table.md", "--measured", tmp_path / "measured.jsonl")
+    code, *_ = run_benchmark("timm_families", tmp_path / "table.md", "--measured", tmp_path / "measured.jsonl")
     table = (tmp_path / "table.md").read_text()
     count = len(families)
     assert code == 0
