@@ -20,8 +20,7 @@ class Exporter(ABC):
     suffix: the end of a file's name, such as ".onnx", by which `compress.predict` knows the format of a file.
     runtime: what runs the file, for the column `runtime` and, unless it is torch, for the name of the row.
     packages: the modules that have to be installed, and `extra` the optional extra of this project that has them.
-    movable: whether `read` gives a module that `.to(device)` moves. Any other model computes on the CPU, and takes
-    images from every device.
+    movable: whether `read` gives a module that `.to(device)` moves. Any other model gets its images on the CPU.
     takes_network: whether `read` takes, as `network`, a network or class of the user's own in place of the stem that a
     file names, see `compress.models.rebuild`.
 

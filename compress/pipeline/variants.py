@@ -161,9 +161,8 @@ class Variants:
             if reference is None:
                 macs = models.count_macs(model, self.data.input_shape)
                 columns = {**columns, "macs": macs, "sparsity": sparsity(model)}
-            if exporter.movable:
-                model = model.to(self.data.device)
-            test = self._add_row(path, exporter, model, reference, columns)
+            placed = model.to(self.data.device) if exporter.movable else _on_cpu(model)
+            test = self._add_row(path, exporter, placed, reference, columns)
             reference = reference or test
             self._runnable.append(model.cpu() if exporter.movable else exporter.read(path, threads=1)[0])
             if exporter not in self.exporters:
@@ -217,6 +216,11 @@ class Variants:
             )
         )
         return test
+
+
+def _on_cpu(model: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """`model` for images from every device."""
+    return lambda images: model(images.cpu())
 
 
 def sparsity(model: nn.Module) -> float:

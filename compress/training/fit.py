@@ -48,6 +48,9 @@ def fit(
     options = arguments_of(trainer_options)
     patience, log_every = options.pop("early_stopping"), options.pop("log_every")
     decay = options.pop("ema_decay", None)
+    if device(options["accelerator"]).type == "cuda" and options.get("deterministic") is None:
+        # A resumed run is to end as the undisturbed one would have.
+        options["deterministic"] = None if options.get("benchmark") else "warn"
     options |= processes.lightning_options(options, module.learning_networks, module.input_shape)
     plugins = options.pop("plugins")
     called = [
@@ -193,5 +196,6 @@ def _quieten() -> None:
     for name in ("pytorch_lightning", "lightning.pytorch", "lightning.fabric", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings(
-        "ignore", ".*(does not have many workers|Checkpoint directory .* exists|treespec|sync_dist)"
+        "ignore",
+        ".*(does not have many workers|Checkpoint directory .* exists|treespec|sync_dist|deterministic implementation)",
     )

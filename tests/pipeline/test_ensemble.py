@@ -134,7 +134,8 @@ def test_the_logits_are_the_mean_of_those_of_the_members_each_with_its_own_norma
         networks.append(models.build(stem, 10).eval())
         torch.save(networks[-1].state_dict(), f"{stem}.pt")
     foreign = "{model:wrn_16_1,checkpoint:wrn_16_1.pt,mean:[0.1,0.2,0.3],standard_deviation:[0.5]}"
-    job = composed("teacher=ensemble", f"teacher.members=[{{model:resnet8,checkpoint:resnet8.pt}},{foreign}]")
+    members = f"teacher.members=[{{model:resnet8,checkpoint:resnet8.pt}},{foreign}]"
+    job = composed("trainer.accelerator=cpu", "teacher=ensemble", members)
     parts = Parts(job)
     data = parts.data
     teacher = resolve(parts, Path("run"))

@@ -23,7 +23,7 @@ DESCRIPTION = {"class_names": [str(i) for i in range(10)], "mean": [0.5], "stand
 
 
 def saved_masks(directory, network="model", file="best.ckpt"):
-    saved = torch.load(directory / "checkpoints" / file, weights_only=True)
+    saved = torch.load(directory / "checkpoints" / file, map_location="cpu", weights_only=True)
     state = saved["state_dict"]
     names = [name for name in state if masks.is_mask(name) and name.startswith(f"{network}.")]
     for name in names:
