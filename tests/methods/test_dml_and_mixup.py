@@ -23,7 +23,7 @@ SMALL = ["student=resnet8", "data.limit=200", "quantizer=rtn", "quantizer.bits=4
 def test_the_best_peer_is_the_one_that_is_reported_and_written(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     result = compress.run([*SMALL, "method=dml", "peer=resnet20", "method.peers=3"])
-    saved = torch.load(result.directory / "checkpoints" / "best.ckpt", weights_only=True)
+    saved = torch.load(result.directory / "checkpoints" / "best.ckpt", map_location="cpu", weights_only=True)
     network = saved["best_network"]
     assert result.record.student.network == network
     assert result.record.student.model == ("resnet8" if network == "model" else "resnet20")

@@ -59,7 +59,10 @@ def test_a_run_stopped_after_an_epoch_and_resumed_equals_the_undisturbed_one(tmp
     for row in whole.rows:
         assert (stopped / row.file).read_bytes() == (whole.directory / row.file).read_bytes()
     # Whatever else learned, peers and teachers, and all optimizers.
-    ends = [torch.load(each / "checkpoints/last.ckpt", weights_only=True) for each in (stopped, whole.directory)]
+    ends = [
+        torch.load(each / "checkpoints/last.ckpt", map_location="cpu", weights_only=True)
+        for each in (stopped, whole.directory)
+    ]
     ends = [[end["state_dict"], *(each["state"] for each in end["optimizer_states"])] for end in ends]
     torch.testing.assert_close(*ends, rtol=0, atol=0)
 

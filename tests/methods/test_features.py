@@ -123,7 +123,8 @@ def test_regressors_learn_with_the_student_and_are_not_written(tmp_path, monkeyp
     options = ["student=resnet8", "teacher=resnet8x4", "teacher.training.epochs=1", "data.limit=200"]
     result = compress.run([*options, "method=fitnet", "trainer.max_epochs=2", "quantizer=none"])
     best, last = (
-        torch.load(result.directory / "checkpoints" / f"{name}.ckpt", weights_only=True) for name in ("best", "last")
+        torch.load(result.directory / "checkpoints" / f"{name}.ckpt", map_location="cpu", weights_only=True)
+        for name in ("best", "last")
     )
     [name] = [each for each in last["state_dict"] if each.startswith("regressors.")]
     assert last["state_dict"][name].shape == (128, 32, 1, 1)

@@ -89,7 +89,10 @@ def test_a_run_updates_the_teacher_only_when_asked_and_the_student_goes_on(tmp_p
         assert records[0]["teacher"][key] == records[1]["teacher"][key]
     assert "validation_accuracy_after" not in records[0]["teacher"]
 
-    saved, without = (torch.load(each.directory / "checkpoints/last.ckpt", weights_only=True) for each in (on, off))
+    saved, without = (
+        torch.load(each.directory / "checkpoints/last.ckpt", map_location="cpu", weights_only=True)
+        for each in (on, off)
+    )
     assert not any(name.startswith("teacher") for name in without["state_dict"])
     found = load_file(records[1]["teacher"]["file"])
     prefix = "teacher.network."
@@ -102,7 +105,7 @@ def test_a_run_updates_the_teacher_only_when_asked_and_the_student_goes_on(tmp_p
     assert {"conv1.weight", "bn1.running_mean"} <= changed
 
     # However good the teacher is, the student is what is measured and packed.
-    best = torch.load(on.directory / "checkpoints/best.ckpt", weights_only=True)
+    best = torch.load(on.directory / "checkpoints/best.ckpt", map_location="cpu", weights_only=True)
     assert best["best_network"] == records[1]["student"]["network"] == "model"
     assert records[1]["student"]["model"] == "resnet8"
 

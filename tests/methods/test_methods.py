@@ -69,7 +69,7 @@ def test_the_student_learns_and_the_teacher_stays(tmp_path, loss):
     assert all(parameter.grad is None and not parameter.requires_grad for parameter in frozen.network.parameters())
     assert any(not torch.equal(value, start[name]) for name, value in module.model.state_dict().items())
 
-    saved = torch.load(tmp_path / "checkpoint.ckpt", weights_only=True)
+    saved = torch.load(tmp_path / "checkpoint.ckpt", map_location="cpu", weights_only=True)
     assert set(saved["state_dict"]) == {f"model.{name}" for name in start}
     optimized = {id(each) for group in fitted.optimizers[0].param_groups for each in group["params"]}
     assert optimized == {id(each) for each in module.model.parameters()}

@@ -57,7 +57,7 @@ def test_it_starts_from_a_checkpoint_and_its_row_is_that_of_what_was_trained(run
 @pytest.mark.slow
 def test_steps_are_saved_and_learned_without_decay(runs):
     folder, _, trained = runs
-    saved = torch.load(folder / trained.directory / "checkpoints" / "best.ckpt", weights_only=True)
+    saved = torch.load(folder / trained.directory / "checkpoints" / "best.ckpt", map_location="cpu", weights_only=True)
     names = [name for name in saved["state_dict"] if name.endswith(".step")]
     assert len(names) == 2 * 10
     assert all(torch.isfinite(saved["state_dict"][name]).all() for name in names)

@@ -67,7 +67,7 @@ def test_a_run_shares_the_cache_with_single_teachers_and_records_every_member(ca
     for member in record["members"]:
         network = models.build(member["model"], data.num_classes)
         network.load_state_dict(load_file(member["file"]))
-        networks.append(network.eval())
+        networks.append(network.eval().to(data.device))
 
     def mean(images):
         return sum(network(images) for network in networks) / 3

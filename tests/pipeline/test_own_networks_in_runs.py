@@ -217,7 +217,9 @@ def test_networks_from_python_take_the_place_of_stems_and_stay_as_they_are(netwo
         images = torch.randn(4, *about["input_shape"])
         assert torch.equal(network(images), again(images))
     network, _ = compress.load(result.directory / "models" / FILES[0], network=student)
-    best = torch.load(result.directory / "checkpoints" / "best.ckpt", weights_only=True)["state_dict"]
+    best = torch.load(result.directory / "checkpoints" / "best.ckpt", map_location="cpu", weights_only=True)[
+        "state_dict"
+    ]
     for name, value in network.state_dict().items():
         assert torch.equal(value, best[f"model.{name}"]) or name.endswith("num_batches_tracked")
     assert not same(network.state_dict(), kept)  # it was trained

@@ -93,7 +93,7 @@ def outcome(folder):
     assert epochs == list(range(3))
     ends = {}
     for name in ("best.ckpt", "last.ckpt"):
-        saved = torch.load(directory / "checkpoints" / name, weights_only=True)
+        saved = torch.load(directory / "checkpoints" / name, map_location="cpu", weights_only=True)
         tensors = {**saved["state_dict"]} | {
             f"{parameter}.{key}": value
             for parameter, state in saved["optimizer_states"][0]["state"].items()

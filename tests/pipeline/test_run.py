@@ -105,6 +105,7 @@ def test_the_bytes_in_the_table_are_those_of_the_files_and_their_accuracy_is_tha
         assert int(row["bytes"]) == (directory / row["file"]).stat().st_size
         assert float(row["ratio"]) == pytest.approx(int(rows[0]["bytes"]) / int(row["bytes"]), rel=1e-5)
         model, description = read_model(directory / row["file"])
+        model.to(data.device)
         assert description["class_names"] == [str(digit) for digit in range(10)]
         test = evaluate(model, data.test_dataloader(), 10)
         reference = reference or test
@@ -304,7 +305,7 @@ def test_a_run_that_stopped_early_and_was_moved_resumes_to_the_same_result(finis
     options += ["method=supervised", "optimizer.lr=1e-9", "trainer.max_epochs=9", "trainer.early_stopping=2"]
     first = compress.run([*options, "quantizer=rtn", "quantizer.bits=4"])
     assert first.record.student.best_epoch < first.record.student.epochs < 9
-    last = torch.load(first.directory / "checkpoints" / "last.ckpt", weights_only=True)
+    last = torch.load(first.directory / "checkpoints" / "last.ckpt", map_location="cpu", weights_only=True)
     assert last["epoch"] + 1 == first.record.student.epochs
     best = (first.directory / "checkpoints" / "best.ckpt").read_bytes()
 

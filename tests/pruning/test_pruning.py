@@ -144,7 +144,9 @@ def test_a_resumed_run_prunes_as_the_undisturbed_one_bit_for_bit(tmp_path, monke
             compress.run(long)
     [cut] = [path for path in (tmp_path / "outputs" / "runs").iterdir() if path != whole]
     assert main([f"resume={cut}"]) == 0
-    one, other = (torch.load(path / "checkpoints" / "last.ckpt", weights_only=True) for path in (whole, cut))
+    one, other = (
+        torch.load(path / "checkpoints" / "last.ckpt", map_location="cpu", weights_only=True) for path in (whole, cut)
+    )
     assert zeros(saved_masks(cut, file="last.ckpt")) == round(0.8 * 77360)
     assert all(torch.equal(value, other["state_dict"][name]) for name, value in one["state_dict"].items())
 

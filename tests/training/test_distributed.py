@@ -51,7 +51,7 @@ def metrics(directory):
 
 
 def weights(directory):
-    return torch.load(directory / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
+    return torch.load(directory / "checkpoints/last.ckpt", map_location="cpu", weights_only=True)["state_dict"]
 
 
 @pytest.fixture(scope="module")

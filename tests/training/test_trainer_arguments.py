@@ -37,7 +37,7 @@ def outcome(directory=Path("run")):
     validated = [row for row in metrics if "val/accuracy" in row]
     best = max(validated, key=lambda row: row["val/accuracy"])
     assert student["best_epoch"] == 1 + best["epoch"]
-    last = torch.load(directory / "checkpoints/last.ckpt", weights_only=True)
+    last = torch.load(directory / "checkpoints/last.ckpt", map_location="cpu", weights_only=True)
     assert last["epoch"] + 1 == len(metrics) == student["epochs"]
     return metrics, student, last
 
