@@ -1,6 +1,5 @@
 """The command line: help, what only prints, dry run, resume, sweeps and single runs."""
 
-import os
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
@@ -14,14 +13,11 @@ from compress.stopping import StoppedError, stoppable
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line and returns the exit code: 0 done, 2 a mistake of the user (one line on stderr)."""
+    """Runs the command line and returns the exit code: 0 done, otherwise see `compress.errors.exit_code`."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        return exit_code(lambda: _main(arguments))
-    except BrokenPipeError:
-        # The reader, `head` perhaps, has had enough; the interpreter must not complain about it on its way out.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+        words = [argument for argument in arguments if argument != "--debug"]
+        return exit_code(lambda: _main(words), debug=words != arguments)
     except StoppedError as stopped:
         print(stopped, file=sys.stderr)
         return stopped.exit_code
@@ -69,7 +65,7 @@ def _parsed(arguments: list[str]) -> tuple[Namespace, list[str]]:
     if unknown:
         raise UserError(
             f"{unknown[0]}: unknown option; accepted: --help, --dry-run, -m, --cfg job, --info, --config-dir DIR, "
-            "key=value"
+            "--debug, key=value"
         )
     if parsed.experimental_rerun:
         raise UserError("--experimental-rerun: it reads a pickle; accepted: resume=DIRECTORY")

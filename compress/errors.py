@@ -1,7 +1,20 @@
-"""The one exception for a mistake that the user can mend."""
+"""What ends a command with one line instead of a traceback: a mistake of the user, or the machine's refusal."""
 
+import errno
+import os
 import sys
+from argparse import ArgumentParser
 from collections.abc import Callable
+
+# Of the file system, not of a program: no room, no right, no such place, a broken disk.
+MACHINE = {
+    getattr(errno, name)
+    for name in (
+        *("EACCES", "EBUSY", "EDQUOT", "EFBIG", "EIO", "EISDIR", "ELOOP", "EMFILE", "ENAMETOOLONG", "ENFILE", "ENODEV"),
+        *("ENOENT", "ENOMEM", "ENOSPC", "ENOTDIR", "ENOTEMPTY", "ENXIO", "EPERM", "EROFS", "ESTALE", "ETXTBSY"),
+    )
+}
+MEMORY = (MemoryError.__name__, "OutOfMemoryError")  # Python's, and PyTorch's for a GPU
 
 
 class UserError(Exception):
@@ -16,10 +29,41 @@ def first_line(failure: BaseException) -> str:
     return next((line.strip() for line in str(failure).splitlines() if line.strip()), type(failure).__name__)
 
 
-def exit_code(work: Callable[[], int | None]) -> int:
-    """The exit code after `work`: what that returns, or 2 for a mistake of the user, said in one line on stderr."""
+def in_one_line(failure: Exception) -> str | None:
+    """What to tell the user of `failure`; None for a fault of the program, which is to be seen with its traceback."""
+    if isinstance(failure, UserError):
+        return str(failure)
+    if isinstance(failure, OSError) and failure.errno in MACHINE:
+        what = f"{failure.filename or 'a file'}: {failure.strerror}"
+    elif type(failure).__name__ in MEMORY:
+        what = "found too little memory; accepted: a smaller data.batch_size, or a smaller network"
+    else:
+        return None
+    return f"{what}; to go on after that: {getattr(failure, 'go_on', 'the same command')}"
+
+
+def add_debug(parser: ArgumentParser) -> None:
+    """Lets a script take `--debug`, see `exit_code`."""
+    parser.add_argument("--debug", action="store_true", help="show the traceback of whatever fails")
+
+
+def exit_code(work: Callable[[], int | None], debug: bool | None = None) -> int:
+    """The exit code after `work`: what that returns, or that of a failure which one line on stderr explains.
+
+    2 is a mistake of the user, 1 what the machine refused, and 141, without a line, that nobody reads the output any
+    more. With `debug`, by default whether `--debug` was typed, every failure passes on with its traceback.
+    """
     try:
-        return work() or 0
-    except UserError as mistake:
-        print(f"error: {mistake}", file=sys.stderr)
-        return 2
+        code = work() or 0
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        # The reader, `head` perhaps, has had enough; the interpreter must not complain about it on its way out.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except Exception as failure:
+        line = in_one_line(failure)
+        if line is None or ("--debug" in sys.argv if debug is None else debug):
+            raise
+        print(f"error: {line}", file=sys.stderr)
+        return 2 if isinstance(failure, UserError) else 1

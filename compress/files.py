@@ -1,15 +1,20 @@
 """Files that are there whole or not at all, and directories that belong to one run."""
 
 import csv
+import errno
 import json
 import os
 import re
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from compress.errors import UserError
+
+# Of whatever place was chosen, and not a mistake in choosing it.
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 
 
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
@@ -22,8 +27,35 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
         write(temporary)
         temporary.chmod(0o644)
         temporary.replace(path)
+    except OSError as failure:
+        raise _named(failure, path) from failure
+    except Exception as failure:
+        # PyTorch and safetensors have errors of their own, which do not say that the disk is full.
+        refusal = _refusal(temporary)
+        if refusal is None:
+            raise
+        raise _named(refusal, path) from failure
     finally:
-        temporary.unlink(missing_ok=True)
+        # A directory that vanished took it along.
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def _named(failure: OSError, path: Path) -> OSError:
+    """The same failure of the machine, which says that `path` could not be written."""
+    return OSError(failure.errno, failure.strerror, str(path))
+
+
+def _refusal(temporary: Path) -> OSError | None:
+    """Why nothing more can be written to `temporary`, if that is so."""
+    try:
+        with temporary.open("ab") as file:
+            file.write(bytes(1 << 20))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as failure:
+        return failure
+    return None
 
 
 def remove_leftovers(directory: Path, stem: str = "*") -> None:
@@ -32,8 +64,13 @@ def remove_leftovers(directory: Path, stem: str = "*") -> None:
     Nobody else may be writing such files.
     """
     for path in directory.glob(f".{stem}-????????*"):
-        if path.is_file() and re.fullmatch(r"\..+-[a-z0-9_]{8}(\.\w+)?", path.name):
+        if path.is_file() and is_leftover(path):
             path.unlink(missing_ok=True)
+
+
+def is_leftover(path: Path) -> bool:
+    """Whether `path` has a name as `write_atomically` gives its temporary files."""
+    return re.fullmatch(r"\..+-[a-z0-9_]{8}(\.\w+)?", path.name) is not None
 
 
 def write_text(path: Path, text: str) -> None:
@@ -61,6 +98,8 @@ def make_chosen(directory: Path, key: str) -> None:
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as failure:
+        if failure.errno in NO_ROOM:
+            raise
         raise UserError(
             f"{key}: found {directory}, which cannot be made ({failure.strerror}); accepted: a new directory"
         ) from None
@@ -81,6 +120,8 @@ def make_directory(parent: Path, name: str) -> Path:
                 continue
             return directory
     except OSError as failure:
+        if failure.errno in NO_ROOM:
+            raise
         raise UserError(
             f"output_directory: found {parent}, where nothing can be written ({failure.strerror}); accepted: a folder"
         ) from None

@@ -9,12 +9,13 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 
 from compress.paths import search_words
 
-# The commands that go on with what this process does: a sweep, its job, a stage of it.
-_under_way: list[str] = []
+# The commands that go on with what this process does, a sweep, its job, a stage of it, each with the file they need.
+_under_way: list[tuple[str, Path]] = []
 # The signal that `stoppable` was told of.
 _stops: list["StoppedError"] = []
 
@@ -26,7 +27,7 @@ class StoppedError(BaseException):
         super().__init__(number)
         self.exit_code = 128 + number
         self.reason = f"stopped by {signal.Signals(number).name}"
-        self.go_on = _under_way[0] if _under_way else None
+        self.go_on = _go_on()
 
     def __str__(self) -> str:
         return f"{self.reason}; to go on: {self.go_on}" if self.go_on else self.reason
@@ -64,13 +65,25 @@ def command(override: str) -> str:
 
 
 @contextmanager
-def under_way(override: str) -> Iterator[None]:
-    """A signal within says that the `command` of `override` continues, unless that of something around it does."""
-    _under_way.append(command(override))
+def under_way(override: str, needed: Path) -> Iterator[None]:
+    """A signal or failure within says that the `command` of `override` goes on, or that of something around it.
+
+    Only once the file `needed` is there; before, nothing has been done that could go on.
+    """
+    _under_way.append((command(override), needed))
     try:
         yield
+    except Exception as failure:
+        go_on = _go_on()
+        if go_on is not None:
+            failure.go_on = go_on
+        raise
     finally:
         _under_way.pop()
+
+
+def _go_on() -> str | None:
+    return next((command for command, needed in _under_way if needed.exists()), None)
 
 
 def raise_if_stopped() -> None:

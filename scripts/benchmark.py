@@ -13,7 +13,7 @@ from compress.benchmarks import (
     solver,
     timm_families,
 )
-from compress.errors import exit_code
+from compress.errors import add_debug, exit_code
 
 
 def main() -> int:
@@ -24,6 +24,7 @@ def main() -> int:
         command = commands.add_parser(name, help=module.__doc__.partition(":")[0], description=module.__doc__)
         module.add_arguments(command)
         command.set_defaults(run=module.run)
+    add_debug(parser)
     chosen = parser.parse_args()
     return exit_code(lambda: chosen.run(chosen))
 

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from compress.arguments import imported
-from compress.errors import UserError, exit_code
+from compress.errors import UserError, add_debug, exit_code
 from compress.paths import import_from_here, searching
 from compress.predict import Predictor, pictures
 
@@ -24,6 +24,7 @@ def main() -> int:
     parser.add_argument("--config-dir", type=Path, metavar="D", help="a folder of YAML files with your own network")
     parser.add_argument("--json", action="store_true", help="print a JSON list")
     typed = [word for word in sys.argv[1:] if word.startswith(NETWORK)]
+    add_debug(parser)
     arguments = parser.parse_args([word for word in sys.argv[1:] if word not in typed])
     arguments.network = typed[-1].removeprefix(NETWORK) if typed else None
     folders = [] if arguments.config_dir is None else [arguments.config_dir]

@@ -10,7 +10,7 @@ with the float network; data.class_names=NAMES names its classes where FILE does
 import argparse
 import sys
 
-from compress.errors import exit_code
+from compress.errors import add_debug, exit_code
 from compress.paths import import_from_here, searching
 
 
@@ -21,6 +21,7 @@ def main() -> int:
         return 0 if arguments else 2
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--config-dir")
+    add_debug(parser)
     options, overrides = parser.parse_known_args(arguments)
     import_from_here()
 

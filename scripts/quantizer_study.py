@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from compress.benchmarks.quantizer_study import COMPARED, MAIN, measure, tables
-from compress.errors import UserError, exit_code
+from compress.errors import UserError, add_debug, exit_code
 from compress.files import write_json, write_text
 from compress.results.record import FILE, Record
 
@@ -40,6 +40,7 @@ def main() -> int:
     parser.add_argument("output", type=Path)
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN")
     parser.add_argument("--compare", nargs="*", default=["resnet20"], help="stems that all solvers are measured on")
+    add_debug(parser)
     arguments = parser.parse_args()
     return exit_code(lambda: study(arguments.output, arguments.runs, arguments.compare))
 

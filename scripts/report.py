@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from compress.errors import exit_code
+from compress.errors import add_debug, exit_code
 from compress.report.formats import write_reports
 
 EPILOG = """\
@@ -30,6 +30,7 @@ def main() -> int:
         help="what to write: .html, .md (means over seeds), .csv (a line per variant of each run) or .png (accuracy "
         "against bytes, a line per run); may be repeated (default: report.html)",
     )
+    add_debug(parser)
     arguments = parser.parse_args()
     outputs = arguments.output or [Path("report.html")]
     return exit_code(lambda: report(arguments.directories, outputs))

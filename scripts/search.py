@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from compress.errors import UserError, exit_code
+from compress.errors import UserError, add_debug, exit_code
 from compress.paths import import_from_here, searching
 from compress.stopping import StoppedError, stoppable
 
@@ -56,6 +56,7 @@ def main() -> int:
     parser.add_argument("--config-dir", metavar="D", help="a folder of YAML files of your own, laid out as conf/")
     parser.add_argument("--trials", type=int, default=20, help="how many there shall be in all (default 20)")
     parser.add_argument("--processes", type=int, default=1, help="how many trials run at once here (default 1)")
+    add_debug(parser)
     arguments = parser.parse_intermixed_args()
     try:
         return exit_code(lambda: search(arguments))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from compress.benchmarks.study_table import study_table
 from compress.data.shared import DataSets
-from compress.errors import exit_code
+from compress.errors import add_debug, exit_code
 from compress.files import write_text
 from compress.pipeline.check import checked_jobs
 from compress.pipeline.execute import execute
@@ -52,6 +52,7 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", help="KEY=VALUE for every run, such as data.limit=1000")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    add_debug(parser)
     arguments = parser.parse_args()
 
     def work() -> None:

@@ -31,6 +31,7 @@ compress: distil a student from a teacher, quantize it, and see the accuracy per
   --cfg job       print the composed configuration        --help       this text
   --dry-run       print models, sizes and times           -m           sweep over comma-separated values
   --config-dir D  a folder of YAML files of your own, laid out as conf/
+  --debug         show the traceback of whatever fails
 
 Choose an option with group=option, set a key with group.key=value, add a key with +group.key=value."""
 

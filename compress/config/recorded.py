@@ -26,7 +26,7 @@ def read_config(directory: Path) -> DictConfig:
     if not path.is_file() and (directory / "sweep.yaml").is_file():
         raise UserError(f"resume: found {directory}, the directory of a sweep; accepted: sweep={directory}")
     if not path.is_file():
-        raise UserError(f"resume: found no {path}; {accepted}")
+        raise UserError(f"resume: found no {path}; {accepted}, or the command that made it, which had done nothing yet")
     register()
     try:
         config = OmegaConf.load(path)

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 
 from compress.config.compose import Job, is_for_hydra, parse
 from compress.errors import UserError
-from compress.files import make_chosen, make_directory, remove_leftovers, write_json
+from compress.files import is_leftover, make_chosen, make_directory, remove_leftovers, write_json
 from compress.paths import CONF
 from compress.stopping import under_way
 from compress.training.processes import node_rank
@@ -37,7 +37,7 @@ def owned(directory: Path) -> Iterator[None]:
             raise OwnedError(f"resume: found {directory}, where a run is going on; accepted: one that was interrupted")
         for folder in (directory, directory / "checkpoints", directory / "models"):
             remove_leftovers(folder)
-        with under_way(f"resume={directory}"):
+        with under_way(f"resume={directory}", directory / "config.yaml"):
             yield
     finally:
         os.close(handle)
@@ -101,7 +101,7 @@ def started(directory: Path) -> dict[str, Any] | None:
 def record_start(directory: Path, overrides: Sequence[str]) -> dict[str, Any]:
     """What was typed and when, on the disk until the run is finished so that a resumed run can still say it."""
     path = directory / STARTED
-    if not path.exists():
+    if not (directory / "config.yaml").exists() or not path.exists():
         now = datetime.now().astimezone().isoformat(timespec="seconds")
         slurm_job = os.environ.get("SLURM_JOB_ID")
         content = {"overrides": list(overrides), "started": now}
@@ -147,6 +147,17 @@ def run_directory(job: Job, overrides: Sequence[str]) -> Path:
     return directory_for("run", job, overrides, Path(job.config.output_directory) / "runs", name)
 
 
+def _is_only_begun(directory: Path, configuration: str) -> bool:
+    """Whether `directory` holds no more than a command leaves that was killed before it had written `configuration`.
+
+    It cannot be continued then, and the command can be given again.
+    """
+    if (directory / configuration).exists():
+        return False
+    files = [path for path in directory.rglob("*") if not path.is_dir()]
+    return all(is_leftover(path) or path.name in (STARTED, "run.log", "config.yaml") for path in files)
+
+
 def directory_for(kind: Literal["run", "sweep"], job: Job, overrides: Sequence[str], parent: Path, name: str) -> Path:
     """The directory that `overrides` name for a run or a sweep, or `parent`/`name`, made just now."""
     key = f"hydra.{kind}.dir"
@@ -159,7 +170,7 @@ def directory_for(kind: Literal["run", "sweep"], job: Job, overrides: Sequence[s
     directory = Path(str(typed[-1]))
     if node_rank(job.config.trainer) > 0:
         return directory
-    if directory.is_dir() and any(directory.iterdir()):
+    if directory.is_dir() and not _is_only_begun(directory, "sweep.yaml" if kind == "sweep" else "config.yaml"):
         go_on = "sweep" if kind == "sweep" else "resume"
         raise UserError(
             f"{key}: found {directory}, which is not empty; accepted: a new directory, or {go_on}={directory}"

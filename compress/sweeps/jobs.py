@@ -190,7 +190,7 @@ def _run(sweep: Sweep, jobs: Mapping[int, Job], data_sets: DataSets) -> int:
         console.print(f"sweep {sweep.directory}: {done} of {len(sweep.jobs)} jobs are finished", style="bold")
     try:
         if jobs:
-            with under_way(f"sweep={sweep.directory}"):
+            with under_way(f"sweep={sweep.directory}", sweep.directory / SWEEP):
                 _launch(sweep, jobs, data_sets)
     finally:
         code = _report(sweep)

@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 
 from compress.config.compose import Job, compose_jobs
 from compress.data.shared import DataSets
-from compress.errors import UserError
+from compress.errors import in_one_line
 from compress.pipeline.check import check_job
 from compress.pipeline.execute import execute, resumed_job
 from compress.pipeline.resume import OwnedError, started
@@ -77,11 +77,12 @@ def perform(job: Job, directory: Path, number: int, data_sets: DataSets) -> None
 
 
 def report_failure(failure: Exception, directory: Path | None) -> None:
-    """Prints `failure`, a mistake of the user as one line, and records it in `directory` if there is one."""
-    if isinstance(failure, UserError):
-        print(f"error: {failure}", file=sys.stderr)
-    else:
+    """Prints `failure`, unless a fault of ours as one line, and records it in `directory` if there is one."""
+    line = in_one_line(failure)
+    if line is None:
         traceback.print_exception(failure)
+    else:
+        print(f"error: {line}", file=sys.stderr)
     if directory is not None:
         record_failure(directory, failure)
 

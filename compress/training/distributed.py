@@ -173,6 +173,8 @@ def _raise(codes: Sequence[int | None], folder: Path) -> NoReturn:
     for report in reports:
         if report["mistake"]:
             raise UserError(report["mistake"])
+        if report["refused"]:
+            raise OSError(*report["refused"])
     failed = [(rank, code) for rank, code in enumerate(codes) if code]
     for rank, code in failed:
         if code < 0:
@@ -190,6 +192,7 @@ def note_failure(failure: BaseException) -> None:
         "rank": int(rank),
         "time": time.time(),
         "mistake": str(failure) if isinstance(failure, UserError) else None,
+        "refused": [failure.errno, failure.strerror, str(failure.filename)] if isinstance(failure, OSError) else None,
         "traceback": "".join(traceback.format_exception(failure)),
     }
     write_json(Path(os.environ[FAILURES], f"{rank}.json"), content)
