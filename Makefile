@@ -37,6 +37,7 @@ lint: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
+	$(BIN)/hadolint Dockerfile
 
 format: .venv/installed-dev
 	$(BIN)/ruff check --fix .
