@@ -46,28 +46,12 @@ def fit(
     Raises UserError where training diverges in the first epoch.
     """
     options = arguments_of(trainer_options)
-    patience, log_every = options.pop("early_stopping"), options.pop("log_every")
-    decay = options.pop("ema_decay", None)
+    called = _callbacks(options, directory, label, callbacks, first_best)
     if device(options["accelerator"]).type == "cuda" and options.get("deterministic") is None:
         # A resumed run is to end as the undisturbed one would have.
         options["deterministic"] = None if options.get("benchmark") else "warn"
     options |= processes.lightning_options(options, module.learning_networks, module.input_shape)
     plugins = options.pop("plugins")
-    called = [
-        TorchFlags(),
-        EpochLines(label, log_every),
-        Divergence(label, directory / BEST),
-        # The best comes before the last: a run killed between the two repeats an epoch rather than losing its best.
-        Checkpoint(directory / BEST, first_best, monitor="val/accuracy", mode="max"),
-        Checkpoint(directory / LAST),
-        *callbacks,
-    ]
-    if patience is not None:
-        # Before the checkpoints, which are to hold how long it has waited.
-        called.insert(0, Patience("val/accuracy", first_best, mode="max", patience=patience))
-    if decay is not None:
-        # After whatever else changes the weights after a batch.
-        called.append(MovingAverage(decay))
     _quieten()
     trainer = pl.Trainer(
         **options,
@@ -90,6 +74,30 @@ def fit(
         console.print(f"  continuing after epoch {epoch_of(last)}")
     trainer.fit(module, data, ckpt_path=last if last.exists() else None, weights_only=True)
     return trainer
+
+
+def _callbacks(
+    options: dict[str, Any], directory: Path, label: str, callbacks: Sequence[pl.Callback], first_best: int
+) -> list[pl.Callback]:
+    """The callbacks of a fit, see `fit`, which takes those of the `options` out that are not Lightning's."""
+    patience, log_every = options.pop("early_stopping"), options.pop("log_every")
+    decay = options.pop("ema_decay", None)
+    called = [
+        TorchFlags(),
+        EpochLines(label, log_every),
+        Divergence(label, directory / BEST),
+        # The best comes before the last: a run killed between the two repeats an epoch rather than losing its best.
+        Checkpoint(directory / BEST, first_best, monitor="val/accuracy", mode="max"),
+        Checkpoint(directory / LAST),
+        *callbacks,
+    ]
+    if patience is not None:
+        # Before the checkpoints, which are to hold how long it has waited.
+        called.insert(0, Patience("val/accuracy", first_best, mode="max", patience=patience))
+    if decay is not None:
+        # After whatever else changes the weights after a batch.
+        called.append(MovingAverage(decay))
+    return called
 
 
 def epoch_of(path: Path) -> int:
