@@ -32,10 +32,15 @@ OPTIMIZERS = {
     **{f"{stem}_qat": [f"optimizer={stem}", "method=qat", "method.activation_bits=4"] for stem in ("shampoo", "soap")},
     "muon_qat": ["optimizer=muon", "method=qat"],
 }
+# Every kind of state: a momentum, roots, bases, two sorts of parameters, half precision. Other tests resume AdamW,
+# and the rest combines these with methods; `make soak` has them all.
+KINDS = ("sgd", "shampoo", "soap", "muon", "bf16")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in KINDS else pytest.mark.soak) for name in OPTIMIZERS]
+)
 def test_a_run_stopped_after_an_epoch_and_resumed_equals_the_undisturbed_one(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     stopped = tmp_path / "stopped"
