@@ -66,6 +66,16 @@ class Fickle(Named):
         self.register_buffer("count", torch.zeros(Fickle.made))
 
 
+class Auxiliary(Named):
+    def __init__(self, num_classes: int):
+        super().__init__(num_classes)
+        self.auxiliary = nn.Linear(6, num_classes)
+
+    def forward(self, images):
+        hidden = self.stem(images).relu().mean((2, 3))
+        return (self.head(hidden), self.auxiliary(hidden)) if self.training else self.head(hidden)
+
+
 class InTraining(Named):
     def forward(self, images):
         found = super().forward(images)
@@ -81,7 +91,7 @@ def folder(tmp_path, monkeypatch):
     """A working directory with the networks above, their options in `mine`."""
     (tmp_path / "my_outputs.py").write_text(MODULE)
     (tmp_path / "mine" / "model").mkdir(parents=True)
-    for name in ("Named", "Pair", "TwoNames", "Features", "Viewed", "Maps", "Fickle", "InTraining"):
+    for name in ("Named", "Pair", "TwoNames", "Features", "Viewed", "Maps", "Fickle", "Auxiliary", "InTraining"):
         (tmp_path / "mine" / "model" / f"{name.lower()}.yaml").write_text(f"_target_: my_outputs.{name}\n")
     (tmp_path / "mine" / "model" / "googlenet.yaml").write_text(GOOGLENET)
     monkeypatch.chdir(tmp_path)
@@ -98,10 +108,10 @@ CHOICES = {
     "peers": ["method=dml", "student=named", "peer=pair"],
     "features": ["method=fitnet", "student=named", "teacher=pair", "teacher.training.epochs=1", "method.layers=[stem]"],
     "an auxiliary head": [
-        *("method=supervised", "student=googlenet", "quantizer=rtn", "data.image_size=32"),
+        *("method=supervised", "student=auxiliary", "quantizer=rtn"),
         *("export=[packed,onnx]", "~quantizer.calibration_images"),
     ],
-    "a teacher": ["method=dkd", "student=pair", "teacher=googlenet", "teacher.training.epochs=1", "data.image_size=32"],
+    "a teacher": ["method=dkd", "student=pair", "teacher=auxiliary", "teacher.training.epochs=1"],
     "a teacher with a module under two names": [
         "method=kd",
         "student=pair",
@@ -118,10 +128,26 @@ CHOICES = {
     "masks": ["method=supervised", "student=pair", "pruning=magnitude", "optimizer=shampoo"],
     "channels": ["method=supervised", "student=named", "pruning=structured"],
 }
+# A published network of the same kind, whose depth alone takes a minute.
+GOOGLENETS = {
+    "GoogLeNet": [
+        *("method=supervised", "student=googlenet", "quantizer=rtn", "data.image_size=32"),
+        *("export=[packed,onnx]", "~quantizer.calibration_images"),
+    ],
+    "GoogLeNet as teacher": [
+        *("method=dkd", "student=pair", "teacher=googlenet", "teacher.training.epochs=1", "data.image_size=32")
+    ],
+}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("chosen", CHOICES.values(), ids=CHOICES)
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        *(pytest.param(chosen, id=name) for name, chosen in CHOICES.items()),
+        *(pytest.param(chosen, id=name, marks=pytest.mark.soak) for name, chosen in GOOGLENETS.items()),
+    ],
+)
 def test_it_goes_all_the_way(folder, chosen):
     removed = [option[1:] for option in chosen if option.startswith("~")]
     short = [option for option in SHORT if option.partition("=")[0] not in removed]
@@ -133,8 +159,10 @@ def test_it_goes_all_the_way(folder, chosen):
 
 
 @pytest.mark.slow
-def test_several_processes_train_a_network_with_an_auxiliary_head(folder):
-    typed = ["method=supervised", "student=googlenet", "trainer=ddp_cpu", "trainer.max_epochs=2", "quantizer=none"]
+@pytest.mark.parametrize("student", ["auxiliary", pytest.param("googlenet", marks=pytest.mark.soak)])
+def test_several_processes_train_a_network_with_an_auxiliary_head(folder, student, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1] / "models"))  # for the other processes
+    typed = ["method=supervised", f"student={student}", "trainer=ddp_cpu", "trainer.max_epochs=2", "quantizer=none"]
     typed += ["data.limit=100", "data.batch_size=20", "data.image_size=32", "export=none", "hydra.run.dir=run"]
     assert len(compress.run(typed).rows) == 1
 
