@@ -56,9 +56,9 @@ def test_a_run_is_composed_from_the_users_options_and_goes_on_with_them(folder, 
 
 @pytest.mark.slow
 def test_a_sweep_in_other_processes_knows_them_too(folder):
-    options = ["-m", "seed=0,1", "student=tiny", *SHORT, "hydra.sweep.dir=swept", "hydra/launcher=joblib"]
+    options = ["-m", "seed=0", "student=tiny", *SHORT, "hydra.sweep.dir=swept", "hydra/launcher=joblib"]
     assert main(["--config-dir=mine", *options]) == 0
-    assert {path.parent.name for path in Path("swept").glob("*/result.json")} == {"0", "1"}
+    assert {path.parent.name for path in Path("swept").glob("*/result.json")} == {"0"}
 
 
 def test_they_can_be_given_from_python(folder):

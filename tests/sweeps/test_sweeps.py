@@ -35,7 +35,7 @@ TINY = [
     "quantizer=none",
 ]
 ALONE = ["method=supervised", *TINY]
-DISTILLED = ["-m", "method=kd,dkd", "seed=0,1", "teacher=resnet8", "teacher.training.epochs=1", *TINY]
+DISTILLED = ["-m", "method=kd,dkd", "teacher=resnet8", "teacher.training.epochs=1", *TINY]
 # Methods that go wrong: one by an exception, one by what the operating system does to a process without memory.
 TROUBLE = """
     import os
@@ -104,22 +104,22 @@ def test_a_sweep_under_joblib_gives_what_one_after_the_other_gives_and_shares_no
     said = capsys.readouterr().out
     other, problems = joblib.said()
     assert joblib.wait() == 0, problems
-    assert "4 of 4" in other
+    assert "2 of 2" in other
     directories = sorted((folder / "outputs" / "sweeps").iterdir())
     assert len(directories) == 2
     one, two = map(results, directories)
-    assert list(one) == [str(number) for number in range(4)]
+    assert list(one) == ["0", "1"]
     assert one == two
     assert len(list((folder / "outputs" / "teachers").glob("*.safetensors"))) == 1
     for text, directory in ((said, directories[0]), (other, directories[1])):
         if str(directory.name) not in text:  # which of them came first is not known
             directory = directories[1 - directories.index(directory)]
         table = text[text.index(f"sweep outputs/sweeps/{directory.name}\n") :]
-        assert table.count(" finished ") == 4
-        assert table.count("method=dkd") == table.count("seed=1") == 2
+        assert table.count(" finished ") == 2
+        assert table.count("method=dkd") == table.count("method=kd") == 1
         with (directory / "summary.csv").open() as stream:
             lines = list(csv.DictReader(stream))
-        assert [line["run"] for line in lines] == [str(number) for number in range(4)]
+        assert [line["run"] for line in lines] == ["0", "1"]
         assert {(directory / line["file"]).is_file() for line in lines} == {True}
 
 
@@ -169,7 +169,8 @@ def test_a_sweep_killed_in_its_third_job_is_continued_there(folder, capsys):
     assert "3 of 3 jobs are finished" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("launcher", ["joblib", "submitit_local", "ray"])
+# Under submitit each job has a process from the start, as the test of SLURM shows: that one's death is the plainest.
+@pytest.mark.parametrize("launcher", ["joblib", pytest.param("submitit_local", marks=pytest.mark.soak), "ray"])
 def test_a_job_whose_process_is_killed_is_one_that_failed(folder, launcher, capsys):
     sweep = ["-m", f"method._target_={KILLED},{GOOD}", *ALONE, "hydra.sweep.dir=swept", f"hydra/launcher={launcher}"]
     assert main(sweep) == 1
@@ -191,7 +192,8 @@ def test_a_signal_that_is_lost_on_its_way_stops_the_sweep_all_the_same(folder, c
     assert not Path("swept/1").exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+# The signal that Ray would take for itself; Ctrl-C takes the same way through our launcher.
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.soak)])
 def test_ray_lets_itself_be_stopped(folder, number):
     typed = ["-m", "seed=0,1", f"method._target_={SLEEPING}", *ALONE, "hydra.sweep.dir=swept", "hydra/launcher=ray"]
     typed += [f"hydra.launcher.num_cpus={len(os.sched_getaffinity(0))}"]  # one job goes on, the other waits

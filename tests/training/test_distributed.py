@@ -255,8 +255,11 @@ def test_a_training_that_lost_a_process_and_then_the_job_goes_on_to_the_same_res
     # What is left is done as if by two machines.
     meeting = a_meeting_point()
     arguments = ["resume=run", "trainer.devices=1", "trainer.num_nodes=2"]
+    (tmp_path / "connecting").unlink(missing_ok=True)
     job = PROCESSES.Process(target=work, args=(arguments, tmp_path, meeting | {"NODE_RANK": "1"}))
     job.start()
+    # The second comes first.
+    wait_for((tmp_path / "connecting").exists, lambda: job.exitcode)
     for key, value in meeting.items():
         monkeypatch.setenv(key, value)
     assert main(arguments) == 0
@@ -266,7 +269,8 @@ def test_a_training_that_lost_a_process_and_then_the_job_goes_on_to_the_same_res
     torch.testing.assert_close(weights(tmp_path / "run"), weights(sweep / "0"), rtol=0, atol=0)
 
 
-@pytest.mark.slow
+# The test above ends with two machines that go on; these start from nothing.
+@pytest.mark.soak
 def test_two_machines_may_come_in_any_order(sweep, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     meeting = a_meeting_point()

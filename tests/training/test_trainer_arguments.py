@@ -111,16 +111,19 @@ def test_values_that_would_not_work_are_refused(typed, capsys, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "option",
+    "options",
     [
-        *("+trainer.benchmark=true", "+trainer.inference_mode=false", "+trainer.detect_anomaly=true"),
-        *("+trainer.deterministic=true", "+trainer.deterministic=warn", "trainer.devices=1", "+trainer.num_nodes=1"),
-        *("+trainer.strategy=auto", "+trainer.sync_batchnorm=false", "+trainer.limit_train_batches=1.0"),
-        *("+trainer.limit_val_batches=99", "+trainer.check_val_every_n_epoch=1", "+trainer.accumulate_grad_batches=1"),
+        ["+trainer.benchmark=true", "+trainer.inference_mode=false", "+trainer.detect_anomaly=true"],
+        ["+trainer.deterministic=true", "trainer.devices=1", "+trainer.num_nodes=1", "+trainer.strategy=auto"],
+        [
+            *("+trainer.deterministic=warn", "+trainer.sync_batchnorm=false", "+trainer.limit_train_batches=1.0"),
+            *("+trainer.limit_val_batches=99", "+trainer.check_val_every_n_epoch=1"),
+            "+trainer.accumulate_grad_batches=1",
+        ],
     ],
 )
-def test_what_changes_no_figure_changes_none(plain, option):
-    metrics, student, last = run(option)
+def test_what_changes_no_figure_changes_none(plain, options):
+    metrics, student, last = run(*options)
     assert (metrics, student) == plain[:2]
     assert torch.equal(weights(last), weights(plain[2]))
     assert not torch.are_deterministic_algorithms_enabled()
