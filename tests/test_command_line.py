@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
+from processes import Script
 
 from compress.cli import main
 from compress.config.compose import compose_job, initialized
@@ -166,12 +167,11 @@ def test_a_mistake_is_one_line_and_exit_code_2_and_leaves_nothing_behind(argumen
 
 @pytest.mark.slow
 def test_a_mistake_in_a_real_process_has_no_traceback(tmp_path):
-    done = subprocess.run(
-        [sys.executable, SCRIPT, "student=resnet99"], capture_output=True, text=True, cwd=tmp_path, check=False
-    )
-    assert done.returncode == 2
-    assert "Traceback" not in done.stderr
-    assert done.stderr.startswith("error: student: found 'resnet99'")
+    process = Script(SCRIPT, "student=resnet99", folder=tmp_path)
+    said = process.said()[1]
+    assert process.wait() == 2
+    assert "Traceback" not in said
+    assert said.startswith("error: student: found 'resnet99'")
 
 
 def test_options_may_stand_between_overrides(capsys, monkeypatch):

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 import textwrap
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from processes import Script
 
 ROOT = Path(__file__).parents[1]
 SECTION = (ROOT / "README.md").read_text(encoding="utf-8").split("### Your own network\n")[1].split("\n### ")[0]
@@ -66,8 +68,18 @@ def ran(folder, *command):
 
 
 def shell(folder, commands):
-    commands = commands.replace("python scripts/", f"'{sys.executable}' '{ROOT}/scripts/'")
-    return ran(folder, "bash", "-ec", commands)
+    """What the commands print, one a line; our scripts are run without waiting for a new interpreter's imports."""
+    printed = ""
+    for command in commands.replace("\\\n", "").splitlines():
+        if not command.startswith("python "):
+            printed += ran(folder, "bash", "-ec", command)
+            continue
+        script, *arguments = shlex.split(command)[1:]
+        process = Script(ROOT / script, *arguments, folder=folder)
+        output, problems = process.said()
+        assert process.wait() == 0, problems
+        printed += output
+    return printed
 
 
 def right(printed):
