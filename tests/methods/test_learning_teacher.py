@@ -21,7 +21,7 @@ from compress.optim.schedules import Schedule
 from compress.pipeline.check import checked_jobs
 from compress.pipeline.parts import Parts
 
-SMALL = ["student=resnet8", "data.limit=200", "quantizer=rtn", "quantizer.bits=4", "trainer.max_epochs=2"]
+SMALL = ["student=resnet8", "data.limit=200", "quantizer=none", "trainer.max_epochs=2"]
 TEACHER = ["method=kd", "teacher=resnet20", "teacher.training.epochs=1"]
 
 

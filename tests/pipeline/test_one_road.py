@@ -39,6 +39,7 @@ def test_a_run_reads_its_data_once_for_the_check_the_teacher_and_the_student(rea
     assert len(reads) == 1
 
 
+@pytest.mark.slow
 def test_the_check_of_a_sweep_reads_them_once(reads):
     jobs = checked_jobs(["method=kd,dkd", "seed=0,1,2,3", *TEACHER, *SMALL], multirun=True, data_sets=DataSets())
     assert len(jobs) == 8

@@ -123,19 +123,27 @@ def test_a_stage_has_a_trainer_of_its_own(tmp_path, monkeypatch):
     assert [trainer_of(result.directory / name).ema_decay for name in ("1-a", "2-b")] == [0.9, None]
 
 
+ORDERS = ["experiment=glob(*prune*)", *SMALL, "trainer.max_epochs=20"]
+
+
 @pytest.mark.slow
 def test_every_order_has_the_same_epochs_and_stays_quantized():
-    orders = [["experiment=glob(*prune*)", *SMALL, "trainer.max_epochs=20"]]
-    jobs = checked_jobs(*orders, multirun=True)
+    jobs = compose_jobs(ORDERS, multirun=True)
     assert len(jobs) == 6
     for job in jobs:
-        stages = {stage.name: stage.config for stage in job.stages}
+        stages = {stage.name: stage.config for stage in compose_stages(job)}
         epochs = {name.partition("-")[2]: stage.trainer.max_epochs for name, stage in stages.items()}
         assert epochs == {"prune": 4, "quantize": 8, "distill": 8}
         on_grids = [stage.method._target_.endswith("QAT") for stage in stages.values()]
         assert on_grids == sorted(on_grids)
         assert [bool(stage.pruning) for stage in stages.values()] == ["prune" in name for name in stages]
         assert next(reversed(stages.values())).export.onnx
+
+
+# Each of the eighteen stages rehearses its training, its quantization and its files.
+@pytest.mark.soak
+def test_every_order_can_be_run():
+    assert all(len(job.stages) == 3 for job in checked_jobs(ORDERS, multirun=True))
 
 
 def test_an_epoch_each_comes_before_the_shares():

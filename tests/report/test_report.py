@@ -20,8 +20,8 @@ from compress.report.formats import write_reports
 from compress.results.tradeoff import Row
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "report.py"
-SMALL = ["student=resnet8", "method=supervised", "trainer.max_epochs=2", "data.limit=200", "quantizer.bits=[4,2]"]
-SMALL += ["quantizer.calibration_images=32", "trainer.log_every=0"]
+SMALL = ["student=resnet8", "method=supervised", "trainer.max_epochs=2", "data.limit=200", "quantizer=rtn"]
+SMALL += ["quantizer.bits=[4,2]", "quantizer.calibration_images=32", "trainer.log_every=0"]
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,7 @@ def test_markdown_has_the_mean_over_the_seeds_and_links_that_lead_somewhere(real
     write_reports([real], [tmp_path / "deep" / "report.md"])
     text = (tmp_path / "deep" / "report.md").read_text()
     records = [json.loads(path.read_text()) for path in real.rglob("result.json")]
-    for index, name in enumerate(["fp32", "gpfq 4 bit", "gpfq 2 bit"]):
+    for index, name in enumerate(["fp32", "rtn 4 bit", "rtn 2 bit"]):
         values = []
         for column in ("validation_accuracy", "test_accuracy"):
             accuracies = [100 * record["tradeoff"][index][column] for record in records]
@@ -175,6 +175,7 @@ def test_what_is_damaged_is_named_and_the_others_are_shown(runs, name, damage, m
     assert "Not in this report" in (runs / "report.md").read_text()
 
 
+@pytest.mark.slow
 def test_the_script_warns_of_damage_and_counts_what_is_not_finished(runs):
     (runs / "0" / "result.json").write_text("{")
     (runs / "1" / "result.json").unlink()
@@ -185,6 +186,7 @@ def test_the_script_warns_of_damage_and_counts_what_is_not_finished(runs):
     assert note == f"note: 1 not finished and left out, such as {runs / '1'}"
 
 
+@pytest.mark.slow
 def test_the_default_is_report_html_in_the_working_directory(runs, tmp_path):
     done = script("runs", cwd=tmp_path)
     assert (done.returncode, done.stdout, done.stderr) == (0, "3 runs in report.html\n", "")
@@ -207,6 +209,7 @@ MISTAKES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("arguments", "message"), MISTAKES)
 def test_a_mistake_is_one_line_and_nothing_is_written(runs, tmp_path, arguments, message):
     (tmp_path / "empty").mkdir()
@@ -229,6 +232,7 @@ def test_without_plotly_the_page_names_the_extra_and_the_other_formats_work(runs
     write_reports([runs], [runs / "report.md"])
 
 
+@pytest.mark.slow
 def test_help_says_what_it_writes():
     done = script("--help")
     assert done.returncode == 0
@@ -236,6 +240,7 @@ def test_help_says_what_it_writes():
         assert word in done.stdout
 
 
+@pytest.mark.slow
 def test_a_report_needs_neither_pytorch_nor_hydra(runs):
     code = """
 import sys

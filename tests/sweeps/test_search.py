@@ -6,7 +6,6 @@ import os
 import runpy
 import shutil
 import signal
-import subprocess
 import sys
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -27,7 +26,7 @@ from compress.sweeps.space import check_space, read_space
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "search.py"
 SMALL = ["student=resnet8", "method=supervised", "data=digits", "data.limit=200", "trainer.max_epochs=1"]
-SMALL += ["quantizer.calibration_images=32", "trainer.log_every=0"]
+SMALL += ["quantizer=rtn", "quantizer.calibration_images=32", "trainer.log_every=0"]
 SPACE = {
     # Random for one trial, so that the later ones follow from what came out of those before.
     "sampler_options": {"n_startup_trials": 1},
@@ -202,7 +201,7 @@ def test_a_finished_search_goes_on_to_more_trials_and_refuses_to_be_another(sear
 @pytest.mark.slow
 def test_processes_share_a_search_and_take_over_from_one_that_was_killed(tmp_path):
     path = write(tmp_path, SPACE | {"sampler": "nsga2", "sampler_options": {"population_size": 2}})
-    directory, count = tmp_path / "search", 4
+    directory, count = tmp_path / "search", 3
     killed = start(path, directory, "--trials", count, "--processes", 2, group=True)
     wait_for(lambda: stopped_within_a_trial(killed, directory), killed.poll)
     beside = start(path, directory, "--trials", count)
@@ -249,6 +248,7 @@ def test_a_combination_that_cannot_be_is_left_out_with_its_reason(tmp_path):
     assert "note: trial 1 could not be run: optimizer: " in said
 
 
+@pytest.mark.slow
 def test_a_trial_that_always_ends_its_process_is_given_up(tmp_path):
     space = read_space(str(write(tmp_path, SPACE)), SMALL)
     for _ in range(TRIES):
@@ -334,6 +334,7 @@ def test_a_foreign_directory_and_no_trials_are_refused(tmp_path):
         search(space, tmp_path / "search", 2)
 
 
+@pytest.mark.slow
 def test_values_are_checked_where_they_go_together(tmp_path):
     # The first method takes none of the losses, and the second of them no alpha.
     content = {
@@ -363,5 +364,6 @@ def test_the_script_says_in_one_line_what_is_wrong_and_which_extra_is_missing(tm
     assert (ended.value.code, said.out) == (2, "")
     assert said.err == "error: search: Optuna is not installed; pip install 'compress[search]'\n"
     assert not (tmp_path / "search").exists()
-    help_text = subprocess.run([sys.executable, SCRIPT, "--help"], capture_output=True, text=True, check=True).stdout
-    assert "--processes" in help_text
+    helping = Script(SCRIPT, "--help", folder=tmp_path)
+    assert "--processes" in helping.said()[0]
+    assert helping.wait() == 0
