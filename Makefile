@@ -8,7 +8,7 @@ FASHION_MNIST ?= /usr/share/datasets/fashion-mnist
 demo: .venv/installed
 	$(BIN)/python scripts/run.py method=dkd student=resnet18
 
-# The linters, and what needs neither a training nor a process.
+# The linters, and what needs neither a training nor a process nor seconds.
 check: .venv/installed-dev lint
 	$(BIN)/python -m pytest -n auto --dist worksteal -m 'not slow and not soak'
 
@@ -16,7 +16,7 @@ check: .venv/installed-dev lint
 test: .venv/installed-dev lint
 	$(BIN)/python -m pytest -n auto --dist worksteal
 
-# What takes long: runs killed at many moments, memory over many jobs.
+# What takes long: runs killed at many moments, memory over many jobs, every method and optimizer stopped and resumed.
 soak: .venv/installed-dev
 	$(BIN)/python -m pytest -m soak
 

@@ -127,6 +127,7 @@ def test_damaged_fashion_mnist_is_named(tmp_path, damage):
         data.setup()
 
 
+@pytest.mark.slow
 @pytest.mark.fashion_mnist
 @pytest.mark.skipif(not FASHION.exists(), reason=f"no Fashion-MNIST in {FASHION}")
 def test_the_real_fashion_mnist():

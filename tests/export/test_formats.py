@@ -67,6 +67,7 @@ def program(tmp_path, monkeypatch):
     return "+export.program={_target_: program_format.Program}"
 
 
+@pytest.mark.slow
 def test_a_format_of_ones_own_is_one_file_and_one_node(program, tmp_path, monkeypatch):
     result = compress.run([*SMALL, program])
     with (result.directory / "tradeoff.csv").open() as stream:
@@ -110,6 +111,7 @@ MISTAKES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("overrides", "message"), MISTAKES)
 def test_a_format_that_cannot_work_is_refused_before_any_work(program, tmp_path, overrides, message):
     with pytest.raises(UserError) as mistake:
@@ -124,6 +126,7 @@ def test_onnx_refuses_codes_of_more_than_8_bits_before_any_work():
         checked_jobs([*SMALL, "export=onnx", "quantizer.bits=[9]"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("option", "names"),
     [("none", []), ("packed", ["packed"]), ("onnx", ["packed", "onnx"]), ("[packed,onnx]", ["packed", "onnx"])],

@@ -94,6 +94,7 @@ def optimised(path, folder):
     return Counter(node.op_type for node in onnx.load(folder / "optimised.onnx").graph.node)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stem", "bits", "options", "kind", "opset"),
     [
@@ -137,6 +138,7 @@ def test_a_file_has_the_codes_and_the_logits_that_were_evaluated(stem, bits, opt
     ]
 
 
+@pytest.mark.slow
 def test_weights_of_2_bits_take_a_quarter_of_a_byte(small, tmp_path):
     quantized = quantize(small, [IMAGES[:8]], 2, first_last_bits=None)
     Onnx().write(tmp_path / "model.onnx", quantized, describe("resnet8"))
@@ -157,6 +159,7 @@ class TokenMixer(nn.Module):
         return self.head(self.mix(tokens).mean(1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("inputs", [False, True])
 def test_linear_layers_on_tokens_have_their_codes_turned(inputs, tmp_path):
     torch.manual_seed(0)
@@ -194,6 +197,7 @@ class Repeater(TokenMixer):
         return self.head(tokens.mean(1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [4, 8])
 def test_a_layer_called_again_and_one_that_sees_no_image_keep_their_codes(bits, tmp_path):
     torch.manual_seed(0)
@@ -230,6 +234,7 @@ def test_a_convolution_on_quantized_inputs_computes_the_sum_of_its_codes(tmp_pat
     assert (OnnxModel.read(path)(IMAGES) - expected).abs().max() < 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weight_scale", [1e-12, 1e-9])
 def test_the_bias_of_a_channel_that_is_almost_off_is_not_cut(weight_scale, tmp_path):
     quantized, _ = lone_convolution([weight_scale, 0.01], [3.0, -2.0])
@@ -240,6 +245,7 @@ def test_the_bias_of_a_channel_that_is_almost_off_is_not_cut(weight_scale, tmp_p
     assert (found[:, 1] - expected[:, 1]).abs().max() < 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("bits", "levels"),
     [(4, 256), slow(8, 256), slow(2, 256), slow(8, 64), slow(4, 16)],
@@ -261,6 +267,7 @@ def test_quantized_inputs_give_the_classes_of_the_network(small, bits, levels, t
         assert np.array_equal(stored + layer.grid.levels // 2, layer.codes.numpy())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [8, slow(2)])
 def test_all_convolutions_of_a_resnet_run_on_integer_kernels(small, bits, tmp_path):
     quantized = with_inputs(quantize(small, [IMAGES], bits))
@@ -307,6 +314,7 @@ def test_depth_wise_convolutions_run_on_integer_kernels_too(tmp_path):
     assert distance(OnnxModel.read(path)(IMAGES), logits(quantized.model)) < 0.02
 
 
+@pytest.mark.slow
 def test_a_layer_of_float_weights_on_quantized_inputs_keeps_them(small, tmp_path):
     quantized = with_inputs(quantize(small, [IMAGES], 8))
     with torch.no_grad():
@@ -353,6 +361,7 @@ Onnx().write(Path(sys.argv[1]), quantized, describe("resnet8"), calibration_batc
     assert b"compress/models" not in (tmp_path / "a.onnx").read_bytes()
 
 
+@pytest.mark.slow
 def test_writing_leaves_the_network_with_its_quantized_inputs(small, tmp_path):
     quantized = with_inputs(quantize(small, [IMAGES], 4))
     before = logits(quantized.model)

@@ -85,6 +85,7 @@ def test_five_levels_take_three_bits_and_no_step_counter_is_kept(small, tmp_path
     assert not any("num_batches_tracked" in name for name in tensors)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stem", ["resnet18"])
 def test_a_2_bit_resnet18_takes_less_than_3_megabytes(stem, tmp_path):
     quantized = quantize(make(stem), [IMAGES[:4]], 2)

@@ -37,6 +37,7 @@ def test_the_best_peer_is_the_one_that_is_reported_and_written(tmp_path, monkeyp
     assert all(f"val/accuracy_of_peer_{number}" in metrics for number in (1, 2, 3))
 
 
+@pytest.mark.slow
 def test_what_peers_cannot_do_is_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for mistake, word in {

@@ -64,6 +64,7 @@ def test_the_last_part_at_each_size_is_taken(stem, expected, size):
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
 
 
+@pytest.mark.slow
 def test_four_maps_of_a_teacher_meet_the_last_three_of_it():
     assert module(AT, teacher="resnet18").pairs == [("layer1", "layer2"), ("layer2", "layer3"), ("layer3", "layer4")]
     assert module(FitNet, teacher="wrn_16_1").pairs == [("layer2", "block2")]
@@ -132,6 +133,7 @@ def test_regressors_learn_with_the_student_and_are_not_written(tmp_path, monkeyp
     assert result.record.student.parameters == models.count_parameters(models.build("resnet8", 10))
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_refused_in_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for mistake, words in {

@@ -107,6 +107,7 @@ def test_frozen_statistics_stay_and_others_move(tmp_path):
     assert norm.weight.requires_grad
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_refused_in_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for mistake, words in {

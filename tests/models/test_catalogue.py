@@ -246,6 +246,7 @@ def test_one_block_is_computed_by_hand():
         torch.testing.assert_close(wide(x), y + convolve(activated, wide.convShortcut.weight, stride=2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stem", FURTHER)
 def test_every_layer_of_a_network_can_be_quantized(stem):
     torch.manual_seed(0)

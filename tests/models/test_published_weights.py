@@ -106,6 +106,7 @@ def test_the_older_names_in_densenets_file_are_understood(folder):
     assert equal(of("torchvision", "densenet121").tensors(None), network)
 
 
+@pytest.mark.slow
 def test_a_vision_transformer_gets_positions_for_images_of_another_size(folder):
     torch.save(get_model("vit_b_32").state_dict(), folder / "vit_b_32-d86f8d99.pth")
     tensors = of("torchvision", "vit_b_32").tensors(64)

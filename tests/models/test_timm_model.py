@@ -71,6 +71,7 @@ def test_images_are_resized_where_a_size_is_given_or_the_model_has_one(name, inp
     torch.testing.assert_close(seen[0], resized)
 
 
+@pytest.mark.slow
 def test_every_weight_is_quantized_standardised_ones_too():
     images = torch.randn(8, 3, 8, 8)
     for stem, size in SMALL:
@@ -82,6 +83,7 @@ def test_every_weight_is_quantized_standardised_ones_too():
         assert difference(found.model(images), model.eval()(images)) < 0.05
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prefix", ["", "network.", "student.network."])
 def test_timm_files_and_our_own_are_read(prefix, tmp_path):
     source = timm.create_model("vit_tiny_patch16_224", num_classes=10, img_size=32).state_dict()

@@ -165,6 +165,7 @@ def test_a_copy_keeps_its_masks_and_a_file_its_zeros(tmp_path):
     assert zeros(masks.masks_of(again)) == round(0.5 * 77360)
 
 
+@pytest.mark.slow
 def test_a_shrunken_network_is_a_quarter_and_its_file_builds_it_again(tmp_path):
     torch.manual_seed(0)
     model = models.build("resnet18", 10)
@@ -188,6 +189,7 @@ def test_a_shrunken_network_is_a_quarter_and_its_file_builds_it_again(tmp_path):
     torch.testing.assert_close(OnnxModel.read(tmp_path / "m.onnx")(images), model(images), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_pruned_is_refused_in_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for mistake, words in {

@@ -100,6 +100,7 @@ def test_the_sensitivity_is_the_divergence_with_one_layer_quantized(network, ima
         assert torch.equal(analog(images[0]).double().log_softmax(1), reference), "the layers are put back"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("budget", [33_000, 40_001, "7.3x"])
 @pytest.mark.parametrize("activation_bits", [None, 8])
 def test_the_written_file_is_within_the_budget_and_close_to_it(network, images, tmp_path, budget, activation_bits):
@@ -122,6 +123,7 @@ def test_the_written_file_is_within_the_budget_and_close_to_it(network, images, 
     assert variant.bits == pytest.approx(mean)
 
 
+@pytest.mark.slow
 def test_mixed_precision_is_closer_to_the_float_network_than_one_width_of_the_same_size(network, images):
     [uniform] = quantizer(bits=[3]).variants(network, images, measures(), lambda *done: None)
     size = file_bytes(uniform.model, DESCRIPTION)
@@ -162,6 +164,7 @@ def test_the_smallest_file_within_the_drop_is_found(network, images):
         only(quantizer(bits=[2, 3], max_drop=0.1), network, images, measures(accuracy))
 
 
+@pytest.mark.slow
 def test_a_smaller_file_is_found_although_larger_ones_lose_more(network, images):
     kept, measured = (2.3, 2.7), []
 
@@ -195,6 +198,7 @@ def bits_of(layer: nn.Conv2d) -> int:
     return max((len(row.unique()) - 1).bit_length() for row in layer.weight.detach().flatten(1))
 
 
+@pytest.mark.slow
 def test_layers_that_grow_together_are_too_small_a_budget_and_no_mistake(network, images):
     # As if bitmaps had been smaller where each layer was answered alone.
     grown = []
