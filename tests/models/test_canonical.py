@@ -18,6 +18,7 @@ FOLDED = {
     "Subclasses": [("stem", "norm")],
     "Computed": [("spectral", "norm")],
     "Sequence1d": [("first", "norm")],
+    "Transposed": [("down", "norm"), ("again", "norm_again")],
     "Functional": [("stem", "norm")],
     "ReadTwice": [("stem", "norm")],
 }
