@@ -93,7 +93,7 @@ def quiet() -> Iterator[None]:
 class _Tracer(fx.Tracer):
     """Traces a forward with its first argument alone, the others at their defaults.
 
-    What timm tells tracers not to enter becomes one node. Transposed convolutions are entered, which are functions then.
+    What timm tells tracers not to enter becomes one node. Transposed convolutions are entered, and functions then.
     """
 
     def __init__(self) -> None:

@@ -35,7 +35,7 @@ def spacing(
 
 
 def turned(weight: Tensor, groups: int) -> Tensor:
-    """(out, in / groups, ...), the weight of the convolution, of that of the transposed one, (in, out / groups, ...)."""
+    """The convolution's weight (out, in / groups, ...) of the transposed one's, (in, out / groups, ...)."""
     inputs, outputs, *kernel = weight.shape
     grouped = weight.reshape(groups, inputs // groups, outputs, *kernel).transpose(1, 2)
     return grouped.reshape(groups * outputs, inputs // groups, *kernel).flip(tuple(range(2, weight.dim())))

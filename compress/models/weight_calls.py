@@ -30,7 +30,7 @@ IN_PLACE = {name for name in dir(operator) if name.startswith("i") and f"__{name
 class _Call:
     """A function's `source`, the tensors it reads beside that, its options, and the maker of the module for these.
 
-    transposed: the options of a transposed convolution, see `spacing`, which the module is called on the spaced input of.
+    transposed: the options of a transposed convolution, see `spacing`; the module is called on its spaced input.
     """
 
     source: Any
