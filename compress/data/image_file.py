@@ -1,17 +1,19 @@
 """Image files of any size and mode, as a viewer shows them: found in folders, made RGB, square and of one size.
 
 A picture is turned as its EXIF orientation says, what is transparent lies on white, grey of 16 bits or floats keeps its
-levels, and of an animation the first frame counts. Colour profiles are left aside, as in torchvision.
+levels, and of an animation the first frame counts. Colours of an embedded profile, such as the Display P3 of phones,
+become those of sRGB, where Pillow has littleCMS.
 """
 
 import contextlib
+import io
 import os
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError, features
+from PIL import Image, ImageCms, UnidentifiedImageError, features
 from torch import Tensor
 from torch.nn import functional
 
@@ -98,7 +100,7 @@ def read_rgb(path: Path, content: BinaryIO | None = None, side: int | None = Non
             if side is not None:
                 opened.draft(None, (REDUCING_GAP * side, REDUCING_GAP * side))
             opened.load()
-            image = _on_background(opened)
+            image = _on_background(_in_srgb(opened))
             turn = TURNS.get(_orientation(opened))
             return image if turn is None else image.transpose(turn)
     except UnidentifiedImageError:
@@ -117,6 +119,20 @@ def _orientation(image: Image.Image) -> int:
         return image.getexif().get(ORIENTATION, 1)
     except Exception:  # a damaged EXIF block says nothing, and the picture is there
         return 1
+
+
+def _in_srgb(image: Image.Image) -> Image.Image:
+    """`image` in the colours of sRGB, if it is RGB and has a profile of other colours that can be read."""
+    profile = image.info.get("icc_profile")
+    if image.mode not in ("RGB", "RGBA") or not profile or not features.check("littlecms2"):
+        return image
+    try:
+        found = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if "sRGB" in ImageCms.getProfileDescription(found):
+            return image
+        return ImageCms.profileToProfile(image, found, ImageCms.createProfile("sRGB"))
+    except (ImageCms.PyCMSError, OSError, ValueError):  # a damaged profile says nothing, and the picture is there
+        return image
 
 
 def _on_background(image: Image.Image) -> Image.Image:

@@ -10,7 +10,10 @@ from torch import nn
 from compress import paths
 from compress.arguments import check_arguments
 from compress.errors import UserError
-from compress.models.own_class import adapted, own_network
+from compress.models.own_class import STEM, adapted, own_network
+
+# The option that says which network it is, by the stems that stand for any of many.
+WHICH = {STEM: "target", "timm": "name", "torchvision": "name"}
 
 
 def available() -> tuple[str, ...]:
@@ -34,6 +37,12 @@ def build(stem: str, num_classes: int, **options: Any) -> nn.Module:
 def check_options(stem: str, options: Mapping[str, Any], where: str) -> dict[str, Any]:
     """All arguments that `build` would pass, without `num_classes`; raises the same errors, naming `where`."""
     return _description(stem, options, where, where)[1]
+
+
+def label(options: Mapping[str, Any]) -> str:
+    """What a network with these `options`, its stem among them, is called: the stem, or which one of its many."""
+    stem = options["stem"]
+    return str(options[WHICH[stem]]) if stem in WHICH else stem
 
 
 def names_class(stem: str) -> bool:

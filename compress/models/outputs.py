@@ -23,9 +23,8 @@ def logits(output: Any, num_classes: int | None = None) -> Tensor:
     if isinstance(output, Tensor):
         candidates = [output]
     else:
-        named = [output.get(name) if isinstance(output, Mapping) else getattr(output, name, None) for name in NAMES]
         leaves = tree_leaves(output) if isinstance(output, Mapping | Sequence) else []
-        candidates = [*named, *(leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim() == 2)]
+        candidates = [*_named(output), *(leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim() == 2)]
     for candidate in candidates:
         if isinstance(candidate, Tensor) and (num_classes is None or candidate.shape[1:] == (num_classes,)):
             return candidate
@@ -33,6 +32,35 @@ def logits(output: Any, num_classes: int | None = None) -> Tensor:
     raise UserError(
         f"found a network that returns {_described(output)}; accepted: logits {wanted}, alone or among others"
     )
+
+
+def finding_logits(network: nn.Module, images: Tensor) -> nn.Module:
+    """`network` itself, if it is clear which of its outputs are logits, else a copy that returns its logits alone.
+
+    Of outputs `(B, width)` without a name and of several widths, those are features that another one is computed from.
+    `images` (B, C, H, W) are in the type and on the device of `network`. A forward that fails is left to whoever can
+    say more of it. Raises UserError where several could be its logits.
+    """
+    plain = copied(network).eval()
+    try:
+        with torch.enable_grad():
+            output = plain(images.detach().requires_grad_().clone())
+    except Exception:  # a forward of the user's can fail with anything
+        return network
+    first = logits(output)
+    if any(first is value for value in _named(output)) or isinstance(output, Tensor):
+        return network
+    leaves = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.dim() == 2]
+    sources = [_functions_before(leaf) for leaf in leaves]
+    ends = [leaf for leaf in leaves if not any(leaf.grad_fn in before for before in sources)]
+    widths = {leaf.shape[1] for leaf in ends}
+    found = next((leaf for leaf in leaves if leaf.shape[1] in widths), None)
+    if len(widths) != 1 or not any(found is leaf for leaf in ends):
+        raise UserError(
+            f"found a network that returns {_described(output)}, more than one of which could be its logits; accepted: "
+            "logits alone, or called logits in a mapping"
+        )
+    return returning_logits(plain.train(network.training), *widths)
 
 
 def returning_logits(network: nn.Module, num_classes: int | None = None) -> nn.Module:
@@ -56,6 +84,22 @@ def has_idle_parameters(network: nn.Module, input_shape: Sequence[int]) -> bool:
 
 def _logits_alone(num_classes: int | None, network: nn.Module, arguments: tuple[Any, ...], output: Any) -> Tensor:
     return logits(output, num_classes)
+
+
+def _named(output: Any) -> list[Any]:
+    return [output.get(name) if isinstance(output, Mapping) else getattr(output, name, None) for name in NAMES]
+
+
+def _functions_before(tensor: Tensor) -> set[Any]:
+    """The functions of autograd that computed what `tensor` is computed from."""
+    found: set[Any] = set()
+    pending = [tensor.grad_fn]
+    while pending:
+        function = pending.pop()
+        before = {} if function is None else {next for next, _ in function.next_functions if next is not None}
+        pending.extend(before - found)
+        found |= before
+    return found
 
 
 def _described(output: Any) -> str:

@@ -107,10 +107,5 @@ def options_of(network: nn.Module) -> dict[str, Any]:
     return {"target": class_name(network), "arguments": None, "from_python": True}
 
 
-def label(stem: str, options: Mapping[str, Any]) -> str:
-    """What a network is called: its `stem`, or its class."""
-    return options["target"] if stem == STEM else stem
-
-
 def _shown(arguments: Mapping[str, Any]) -> str:
     return ", ".join(f"{name}={value!r}" for name, value in arguments.items())

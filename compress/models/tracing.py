@@ -93,7 +93,7 @@ def quiet() -> Iterator[None]:
 class _Tracer(fx.Tracer):
     """Traces a forward with its first argument alone, the others at their defaults.
 
-    What timm tells tracers not to enter becomes one node.
+    What timm tells tracers not to enter becomes one node. Transposed convolutions are entered, and functions then.
     """
 
     def __init__(self) -> None:
@@ -103,6 +103,8 @@ class _Tracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         # What holds parameters is entered all the same: they may be weights.
+        if isinstance(m, nn.ConvTranspose1d | nn.ConvTranspose2d):
+            return False
         closed = isinstance(m, self._leaves) and not any(True for _ in m.parameters())
         return closed or super().is_leaf_module(m, module_qualified_name)
 

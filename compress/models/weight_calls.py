@@ -1,7 +1,8 @@
 """Turns the functions of a graph that multiply a constant weight into modules of torch.nn.
 
 Convolutions, linear maps, products with a matrix and batch norms count, whether their weight is a parameter or computed
-from parameters alone, as a standardised weight is: the module gets the value.
+from parameters alone, as a standardised weight is: the module gets the value. A transposed convolution becomes one of
+zeros between the pixels.
 """
 
 import operator
@@ -18,6 +19,8 @@ from torch.fx.node import map_arg
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
+from compress.models.transposed import spaced, spacing, turned
+
 aten = torch.ops.aten
 NORMS = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d}  # by the dimensions of the input
 IN_PLACE = {name for name in dir(operator) if name.startswith("i") and f"__{name}__" in dir(operator)} | {"setitem"}
@@ -25,12 +28,16 @@ IN_PLACE = {name for name in dir(operator) if name.startswith("i") and f"__{name
 
 @dataclass(frozen=True)
 class _Call:
-    """A function's `source`, the tensors it reads beside that, its options, and the maker of the module for these."""
+    """A function's `source`, the tensors it reads beside that, its options, and the maker of the module for these.
+
+    transposed: the options of a transposed convolution, see `spacing`; the module is called on its spaced input.
+    """
 
     source: Any
     tensors: tuple[Any, ...]
     options: tuple[Any, ...]
     make: Callable[..., nn.Module]
+    transposed: tuple[Any, ...] | None = None
 
 
 def replace_weight_calls(module: GraphModule, values: dict[Node, Any]) -> GraphModule:
@@ -53,7 +60,12 @@ def replace_weight_calls(module: GraphModule, values: dict[Node, Any]) -> GraphM
             made[key] = _free_name(_owner(call.tensors, values), called | set(new))
             new[made[key]] = call.make(*[_value(tensor, values) for tensor in call.tensors], dim=values[node].dim())
         with graph.inserting_before(node):
-            layer = graph.create_node("call_module", made[key], (call.source,))
+            source = call.source
+            if call.transposed is not None:
+                kernel = values[call.tensors[0]].shape[2:]
+                source = graph.call_function(spaced, (source, *spacing(kernel, *call.transposed)))
+                source.meta = dict(node.meta)
+            layer = graph.create_node("call_module", made[key], (source,))
         layer.meta = dict(node.meta)
         node.replace_all_uses_with(layer)
     _erase_unused(graph, module)
@@ -85,6 +97,27 @@ def _convolution(
         return _with(layer, weight=weight, bias=bias)
 
     return _Call(input, (weight, bias), (kind.__name__, *options.values(), groups), make)
+
+
+def _transposed(
+    kind: type[nn.Module],
+    input: Any,
+    weight: Any,
+    bias: Any = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    output_padding: Any = 0,
+    groups: int = 1,
+    dilation: Any = 1,
+) -> _Call:
+    def make(weight: Tensor, bias: Tensor | None, dim: int) -> nn.Module:
+        weight = turned(weight, groups)
+        inputs, outputs = weight.shape[1] * groups, weight.shape[0]
+        layer = kind(inputs, outputs, tuple(weight.shape[2:]), dilation=dilation, groups=groups, device="meta")
+        return _with(layer, weight=weight, bias=bias)
+
+    transposed = stride, padding, output_padding, dilation
+    return _Call(input, (weight, bias), (kind.__name__, "transposed", dilation, groups), make, transposed)
 
 
 def _linear(input: Any, weight: Any, bias: Any = None) -> _Call:
@@ -137,6 +170,8 @@ def _functional_batch_norm(
 READERS: dict[Any, Callable[..., _Call | None]] = {
     **dict.fromkeys((F.conv1d, aten.conv1d.default, aten.conv1d.padding), partial(_convolution, nn.Conv1d)),
     **dict.fromkeys((F.conv2d, aten.conv2d.default, aten.conv2d.padding), partial(_convolution, nn.Conv2d)),
+    **dict.fromkeys((F.conv_transpose1d, aten.conv_transpose1d.default), partial(_transposed, nn.Conv1d)),
+    **dict.fromkeys((F.conv_transpose2d, aten.conv_transpose2d.input), partial(_transposed, nn.Conv2d)),
     **dict.fromkeys((F.linear, aten.linear.default), _linear),
     **dict.fromkeys((operator.matmul, torch.matmul, torch.mm, aten.matmul.default, aten.mm.default), _product),
     **dict.fromkeys(("matmul", "mm", "__matmul__"), _product),
@@ -161,7 +196,7 @@ def _is_layer(call: _Call, constant: set[Node], values: dict[Node, Any]) -> bool
         return False
     if any(isinstance(tensor, Node) and tensor not in constant for tensor in call.tensors):
         return False
-    if any(isinstance(part, Node) for part in tree_leaves(call.options)):
+    if any(isinstance(part, Node) for part in tree_leaves((call.options, call.transposed))):
         return False
     kind, weight = call.options[0], _value(call.tensors[0], values)
     return kind == "BatchNorm" or (isinstance(weight, Tensor) and (weight.dim() == 2 or kind.startswith("Conv")))

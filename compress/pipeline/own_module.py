@@ -19,6 +19,7 @@ from compress.export.encodings import layer_bytes
 from compress.export.formats import exporter_called, exporter_of, read_any
 from compress.export.packed import file_bytes
 from compress.models import own_class
+from compress.models.outputs import finding_logits
 from compress.quantization import Measures, QuantizedModel, Quantizer
 from compress.quantization.comparisons import compare
 from compress.quantization.options import silent
@@ -105,6 +106,7 @@ def quantize(
     built = _quantizer(quantizer, {**keys, "bits": bits})
     calibration = _first(images, built.calibration_images)
     description = _about(network, calibration)
+    network = _returning_one_width(network, calibration[:2])
     compare(network, [calibration], built.skip)
     float_bytes = file_bytes(network, description) if built.budget is not None else 0
     measures = Measures(partial(file_bytes, description=description), layer_bytes, _no_accuracy, float_bytes)
@@ -167,6 +169,13 @@ def _first(images: Any, count: int) -> Tensor:
     if missing == count:
         raise UserError(f"images: found none; {IMAGES}")
     return torch.cat(chosen).contiguous()
+
+
+def _returning_one_width(network: nn.Module, images: Tensor) -> nn.Module:
+    try:
+        return finding_logits(network, images.to(next(network.parameters(), images)))
+    except UserError as mistake:
+        raise UserError(f"network: {mistake}") from None
 
 
 def _about(network: nn.Module, images: Tensor) -> NetworkDescription:

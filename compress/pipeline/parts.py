@@ -158,9 +158,8 @@ class Parts:
         return self.plain["student"] if role == "student" else self.node(role)["model"]
 
     def label(self, role: str) -> str:
-        """The stem, or the class, of `student`, `peer` or one of `teacher_keys`."""
-        node = self.network_node(role)
-        return own_class.label(node["stem"], node)
+        """What the network of `student`, `peer` or one of `teacher_keys` is called."""
+        return models.label(self.network_node(role))
 
     @cached_property
     def student(self) -> nn.Module:

@@ -46,7 +46,11 @@ def rehearse(parts: Parts, student: nn.Module) -> None:
     with torch.random.fork_rng(devices=forked), torch.enable_grad(), full_float32():
         images = torch.cat(parts.data.calibration_batches(2))
         student.to(device)
-        learner = parts.learner(_teacher(parts)).to(device)
+        with _said(parts, "teacher", "a network that fails for images of noise"):
+            teacher = _teacher(parts)
+        method = parts.plain["method"]["stem"]
+        with _said(parts, "method", f"{method}, whose networks fail for images of noise"):
+            learner = parts.learner(teacher).to(device)
         if learner.teacher is not None:
             learner.teacher.to(device)
         _train(parts, learner, images)
@@ -104,8 +108,13 @@ def _export(parts: Parts, variants: list[nn.Module | QuantizedModel], student: n
             for network in variants:
                 path = Path(folder) / f"student{exporter.suffix}"
                 with _said(parts, "export", f"{type(exporter).__name__}, which fails for the student"):
-                    exporter.write(path, network, description, [images])
-                    model, _ = read_back(exporter, path, own_network=own_network)
+                    try:
+                        exporter.write(path, network, description, [images])
+                        model, _ = read_back(exporter, path, own_network=own_network)
+                    except UserError as mistake:
+                        # Nobody finds the file of a rehearsal.
+                        said = str(mistake).replace(str(path), f"the student's {exporter.suffix} file")
+                        raise UserError(f"export: {said}") from mistake
                     model(images.cpu())
 
 
@@ -126,6 +135,7 @@ def _said(parts: Parts, key: str, what: str) -> Iterator[None]:
 
 
 def _has_foreign_parts(parts: Parts) -> bool:
-    own = (parts.method, type(parts.loss), type(parts.fresh_student), *map(type, parts.exporters))
-    solver = () if parts.quantizer is None else (type(parts.quantizer.solver),)
-    return any(not part.__module__.startswith("compress.") for part in (*own, *solver))
+    networks = [parts.fresh_student, *parts.peers, *map(parts.teacher_network, parts.teacher_keys)]
+    solver = [] if parts.quantizer is None else [parts.quantizer.solver]
+    kinds = [parts.method, *map(type, (parts.loss, *networks, *parts.exporters, *solver))]
+    return any(not kind.__module__.startswith("compress.") for kind in kinds)

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from omegaconf import OmegaConf
 
+from compress import models
 from compress.config.compose import Job, is_for_hydra, parse
 from compress.errors import UserError
 from compress.files import is_leftover, make_chosen, make_directory, remove_leftovers, write_json
@@ -143,7 +144,8 @@ def run_directory(job: Job, overrides: Sequence[str]) -> Path:
 
     Raises UserError for one that is not empty, and where several machines were given none to meet in.
     """
-    name = f"{datetime.now():%Y-%m-%d_%H-%M-%S}-{job.config.method.stem}-{job.config.student.stem}".replace("/", "-")
+    network = models.label(job.config.student)
+    name = f"{datetime.now():%Y-%m-%d_%H-%M-%S}-{job.config.method.stem}-{network}".replace("/", "-")
     return directory_for("run", job, overrides, Path(job.config.output_directory) / "runs", name)
 
 

@@ -64,9 +64,9 @@ def quantize_checkpoint(overrides: Sequence[str]) -> Path:
     check_quantizer(parts, student)
     check_exporters(parts.exporters, parts.quantizer)
     check_image_sizes(parts, training=False)
-    stem = parts.plain["student"]["stem"]
+    label = parts.label("student")
     parent = Path(parts.plain["output_directory"]) / "quantized"
-    directory = make_directory(parent, f"{datetime.now():%Y-%m-%d_%H-%M-%S}-{stem}")
+    directory = make_directory(parent, f"{datetime.now():%Y-%m-%d_%H-%M-%S}-{label}".replace("/", "-"))
     groups = {key: parts.plain[key] for key in ("seed", "data", "student", "quantizer", "export")}
     write_text(directory / "config.yaml", OmegaConf.to_yaml({"checkpoint": str(path), **groups}))
     try:
@@ -74,7 +74,7 @@ def quantize_checkpoint(overrides: Sequence[str]) -> Path:
     except UserError:
         shutil.rmtree(directory)
         raise
-    title = f"{stem} of {path.name}"
+    title = f"{label} of {path.name}"
     record = Record(overrides=list(overrides), teacher=None, **result.record(parts, checkpoint=str(path)))
     write_results(directory, record, title, result.panels())
     show(directory, record.rows, title)

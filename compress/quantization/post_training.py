@@ -26,7 +26,7 @@ def quantize(
     progress: Progress = silent,
     **options: Any,
 ) -> QuantizedModel:
-    """Quantize the weight of every Conv1d, Conv2d and Linear of `model`, which is not changed.
+    """Quantize the weight of every Conv1d, Conv2d and Linear of `model`, and of transposed ones; it is not changed.
 
     It is done on a canonical copy, see `compress.models.canonical`, so that subclasses of these, weights computed from
     parameters and functions that multiply a parameter count as such layers too.

@@ -14,7 +14,7 @@ from compress.models.canonical import canonical, layers
 from compress.models.folding import find_foldable, fold_pairs
 from compress.quantization.calibration import gather, repeated_inputs
 
-ACCEPTED = "Conv1d, Conv2d and Linear"
+ACCEPTED = "Conv1d, Conv2d, their transposes and Linear"
 NAMED = 3  # layers that a message lists before it only counts
 
 

@@ -43,7 +43,7 @@ class Data(Part):
 class Network(Part):
     """What the records of a teacher and of a student share."""
 
-    model: str  # the stem of the architecture
+    model: str  # its stem, its name in a library, or its class
     parameters: int | None = None
     macs: int | None = None  # multiply-accumulates of one image
     validation_accuracy: Share | None = None

@@ -16,6 +16,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
+from compress import models
 from compress.errors import UserError
 from compress.files import write_json
 from compress.paths import PACKAGE
@@ -117,7 +118,7 @@ class WandbRun(WandbLogger):
     def _names(self, config: DictConfig) -> dict[str, str | None]:
         """Name, group and job type, as they were chosen or as they follow from the configuration."""
         sweep = next((folder for folder in self.directory.parents if (folder / "sweep.yaml").is_file()), None)
-        name = f"{config.method.stem} {config.student.stem} {config.data.stem} seed {config.seed}"
+        name = f"{config.method.stem} {models.label(config.student)} {config.data.stem} seed {config.seed}"
         if sweep is not None:
             name += f" ({self.directory.relative_to(sweep).as_posix()})"
         proposed = {"name": name, "group": None if sweep is None else sweep.name, "job_type": config.method.stem}

@@ -1,11 +1,12 @@
 """Image files as a viewer shows them, whatever their mode, and which files of a folder are images."""
 
 import os
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageOps, features
+from PIL import Image, ImageCms, ImageOps, features
 
 from compress.data.image_file import BACKGROUND, image_files, read_rgb, read_square
 from compress.errors import UserError
@@ -76,6 +77,30 @@ def test_what_is_transparent_lies_on_the_background(tmp_path):
     assert read(tmp_path / "grey_alpha.png")[0, :, 0].tolist() == [7, 10, 255]
 
 
+def swapped_profile():
+    """An ICC profile whose red is the green of sRGB and whose green is its red."""
+    profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    profile = bytearray(bytes(profile).replace("sRGB".encode("utf-16-be"), "Swap".encode("utf-16-be")))
+    tags = {profile[at : at + 4].decode(): at for at in range(132, 132 + 12 * profile[131], 12)}
+    red, green = tags["rXYZ"] + 4, tags["gXYZ"] + 4
+    profile[red : red + 8], profile[green : green + 8] = profile[green : green + 8], profile[red : red + 8]
+    return bytes(profile)
+
+
+@pytest.mark.skipif(not features.check("littlecms2"), reason="this Pillow has no littleCMS")
+@pytest.mark.parametrize("mode", ["RGB", "RGBA"])
+def test_colours_of_an_embedded_profile_become_those_of_srgb(tmp_path, mode):
+    picture = Image.fromarray(gradient()).convert(mode)
+    picture.save(tmp_path / "plain.png")
+    picture.save(tmp_path / "srgb.png", icc_profile=ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    picture.save(tmp_path / "damaged.png", icc_profile=b"no profile at all")
+    picture.save(tmp_path / "swapped.png", icc_profile=swapped_profile())
+    for name in ("plain", "srgb", "damaged"):
+        assert np.array_equal(read(tmp_path / f"{name}.png"), gradient())
+    # The primaries change places, and with them the channels.
+    assert np.abs(read(tmp_path / "swapped.png") - gradient()[:, :, [1, 0, 2]]).max() <= 3
+
+
 def test_palette_ink_and_bits_become_rgb(tmp_path):
     flat = Image.new("RGB", (8, 8), (250, 10, 20))
     flat.quantize().save(tmp_path / "palette.gif")
@@ -102,7 +127,7 @@ def test_what_pillow_cannot_read_is_named_in_one_line(tmp_path):
     (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:90])
     (tmp_path / "gone.png").symlink_to("nowhere.png")
     for name, reason in (
-        ("a.heic", "pillow-heif|cannot be read"),
+        ("a.heic", "only with the package pillow-heif" if find_spec("pillow_heif") is None else ""),
         ("b.jpg", "no image"),
         ("cut.png", "truncated"),
         ("gone.png", "No such file"),

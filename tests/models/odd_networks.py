@@ -202,6 +202,22 @@ class Sequence1d(nn.Module):
         return self.head(self.second(hidden).relu().mean(2))
 
 
+class Transposed(nn.Module):
+    """Transposed convolutions before norms: grouped and dilated, and one that is told the size of its output."""
+
+    def __init__(self):
+        super().__init__()
+        self.down, self.norm = nn.Conv2d(3, 6, 3, stride=2, padding=1), nn.BatchNorm2d(6)
+        self.up = nn.ConvTranspose2d(6, 8, 3, stride=2, padding=1, groups=2, dilation=2, output_padding=1)
+        self.again, self.norm_again = nn.ConvTranspose2d(8, 6, (4, 3), stride=(3, 2), padding=1), nn.BatchNorm2d(6)
+        self.row, self.head = nn.ConvTranspose1d(6, 6, 3, padding=1, bias=False), nn.Linear(6, CLASSES)
+
+    def forward(self, images):
+        hidden = self.up(self.norm(self.down(images)).relu())
+        hidden = self.norm_again(self.again(hidden, [len(hidden[0, 0]) * 3, 28])).relu()
+        return self.head(self.row(hidden.mean(2)).mean(2))
+
+
 class Functional(nn.Module):
     """F.batch_norm on a norm's tensors, dropout, an auxiliary head in training and a layer that is never called."""
 
@@ -253,6 +269,7 @@ EVERY = [
     Shapes,
     InPlace,
     Sequence1d,
+    Transposed,
     Functional,
     Named,
     Pair,

@@ -76,6 +76,11 @@ class Auxiliary(Named):
         return (self.head(hidden), self.auxiliary(hidden)) if self.training else self.head(hidden)
 
 
+class Choosy(Named):
+    def forward(self, images):
+        return {0.0: super().forward(images)}[images.abs().sum().item()]
+
+
 class InTraining(Named):
     def forward(self, images):
         found = super().forward(images)
@@ -91,7 +96,8 @@ def folder(tmp_path, monkeypatch):
     """A working directory with the networks above, their options in `mine`."""
     (tmp_path / "my_outputs.py").write_text(MODULE)
     (tmp_path / "mine" / "model").mkdir(parents=True)
-    for name in ("Named", "Pair", "TwoNames", "Features", "Viewed", "Maps", "Fickle", "Auxiliary", "InTraining"):
+    names = ["Named", "Pair", "TwoNames", "Features", "Viewed", "Maps", "Fickle", "Auxiliary", "Choosy", "InTraining"]
+    for name in names:
         (tmp_path / "mine" / "model" / f"{name.lower()}.yaml").write_text(f"_target_: my_outputs.{name}\n")
     (tmp_path / "mine" / "model" / "googlenet.yaml").write_text(GOOGLENET)
     monkeypatch.chdir(tmp_path)
@@ -174,7 +180,12 @@ REFUSED = {
     "student=resnet8 method=kd teacher=features": ["teacher features:", "tuple", "(images, 10)"],
     "student=resnet8 method=dml peer=maps": ["peer maps:", "a tensor", "(images, 10)"],
     "student=resnet8 method=fitnet teacher=features": ["teacher features:", "tuple", "(images, 10)"],
-    "student=fickle method=supervised quantizer=none export=none": ["student.safetensors", "count"],
+    "student=fickle method=supervised quantizer=none export=none": [
+        "export: the student's .safetensors file: ",
+        "count",
+    ],
+    "student=resnet8 method=kd teacher=choosy": ["teacher: found a network that fails", "KeyError", "parts that fit"],
+    "student=resnet8 method=dml peer=choosy": ["method: found dml, whose networks fail", "KeyError", "parts that fit"],
     "student=googlenet method=supervised pruning=structured data.image_size=32": [
         "pruning:",
         "structured",

@@ -69,6 +69,50 @@ def test_an_onnx_file_computes_what_the_quantized_network_does(network, tmp_path
         assert difference(model(images(8, 2)), quantized.network(images(8, 2))) < 1e-3
 
 
+class Scored(Named):
+    """Features and logits, whose order and names say nothing."""
+
+    def __init__(self, returned):
+        super().__init__()
+        self.returned = returned
+
+    def forward(self, images):
+        hidden = self.stem(images).relu().mean((2, 3))
+        return self.returned(hidden, self.head(hidden))
+
+
+@pytest.mark.parametrize(
+    "returned",
+    [
+        lambda features, scores: (features, scores),
+        lambda features, scores: (scores, features),
+        lambda features, scores: {"embedding": features, "scores": [scores]},
+    ],
+)
+def test_features_that_logits_are_computed_from_do_not_count_as_logits(returned, tmp_path):
+    model = make(lambda: Scored(returned))
+    quantized = compress.quantize(model, images(), bits=8)
+    with torch.no_grad():
+        expected = model.head(model.stem(images(8, 2)).relu().mean((2, 3)))
+    assert list(quantized.quantized.layers) == ["stem", "head"]
+    assert difference(quantized.network(images(8, 2)), expected) < 1e-2
+    quantized.save(tmp_path / "net.safetensors", class_names=NAMES)
+    loaded, _ = compress.load(tmp_path / "net.safetensors", network=Scored(returned))
+    assert torch.equal(loaded(images(8, 2)), quantized.network(images(8, 2)))
+
+
+@pytest.mark.parametrize(
+    "returned",
+    [lambda features, scores: (scores, 2 * features), lambda features, scores: (scores, scores.tanh(), features)],
+)
+def test_outputs_any_of_which_could_be_logits_are_refused_in_one_line(returned):
+    with pytest.raises(
+        UserError, match=r"^network: found a network that returns a tuple of .*accepted: logits"
+    ) as found:
+        compress.quantize(make(lambda: Scored(returned)), images())
+    one_line(found)
+
+
 def test_a_class_stands_for_its_network(tmp_path):
     quantized = compress.quantize(make(Pair), images())
     quantized.save(tmp_path / "net.safetensors")

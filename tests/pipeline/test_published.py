@@ -103,7 +103,9 @@ def test_a_student_of_other_classes_learns_from_a_teacher_whose_classes_are_chos
     trained = load_file(result.directory / result.rows[0].file)
     torch.testing.assert_close(trained["network.layer1.0.conv1.weight"], published["layer1.0.conv1.weight"])
     assert trained["network.fc.weight"].shape == (10, 512)
-    assert json.loads((result.directory / "result.json").read_text())["teacher"]["model"] == "torchvision"
+    assert result.directory.name.endswith("-kd-resnet10t")
+    assert result.record.student.model == "resnet10t"
+    assert json.loads((result.directory / "result.json").read_text())["teacher"]["model"] == "squeezenet1_1"
 
 
 @pytest.mark.slow

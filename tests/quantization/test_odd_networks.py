@@ -9,7 +9,17 @@ from compress.models.canonical import difference
 from compress.models.outputs import logits
 from compress.quantization import Correction, quantize
 from compress.quantization.solvers import GPFQ, GPTQ, RTN, Qronos
-from tests.models.odd_networks import CLASSES, EVERY, SHAPE, Attention, CalledAgain, Computed, TiedWeights, make
+from tests.models.odd_networks import (
+    CLASSES,
+    EVERY,
+    SHAPE,
+    Attention,
+    CalledAgain,
+    Computed,
+    TiedWeights,
+    Transposed,
+    make,
+)
 
 ABOUT = NetworkDescription({}, [str(index) for index in range(CLASSES)], [0.0], [1.0], SHAPE)
 
@@ -60,7 +70,7 @@ def test_the_second_use_of_a_weight_counts_where_the_codes_are_chosen():
         assert difference(quantized.model(images(64, 2)), model(images(64, 2))) < 0.3
 
 
-@pytest.mark.parametrize("network", [Computed, Attention, TiedWeights, CalledAgain])
+@pytest.mark.parametrize("network", [Computed, Attention, TiedWeights, CalledAgain, Transposed])
 @pytest.mark.parametrize("activation_bits", [None, 8])
 def test_an_onnx_file_computes_what_the_quantized_network_does(network, activation_bits, tmp_path):
     quantized = quantize(make(network), [images(64)], 8, activation_bits=activation_bits)
