@@ -138,8 +138,8 @@ def _leaves_of(override: str) -> Iterator[Leaf]:
     """What the `override` of a file sets. Raises UserError where it is not for a file to set."""
     parsed = parse(override)
     key, place = parsed.key_or_group, parsed.package or parsed.key_or_group
-    if "hydra" in re.split(r"[./]", f"{key}.{place}"):
-        raise UserError(f"{key}: found Hydra's own key; accepted: to type it")
+    if {"hydra", ALLOW} & {*re.split(r"[./]", f"{key}.{place}")}:
+        raise UserError(f"{key}: found it in a file; accepted: to type it")
     if parsed.is_sweep_override():
         raise UserError(f"{key}: found several values; accepted: one")
     content = parsed.value()

@@ -149,6 +149,8 @@ def check_launcher(overrides: Sequence[str], multirun: bool = True) -> None:
 
 def _our_launcher(node: DictConfig) -> SeparateLauncher | None:
     """One of `compress.sweeps.launchers`; None where it is Hydra's or that of a plugin."""
+    if node._target_ == BASIC_LAUNCHER:  # which Hydra lets nobody but itself call
+        return None
     kind = imported(node._target_, "hydra.launcher._target_")
     if not issubclass(kind, SeparateLauncher):
         return None
