@@ -52,7 +52,7 @@ SHORT = [
     "quantizer=none",
 ]
 TARGET = {"_target_": "evil.run", "command": "touch mark"}
-HINT = "accepted, if you trust it: allow_targets=[evil.run] on the command line"
+HINT = "accepted, if you trust it: allow_targets=[evil.run] on the command line, or --config-dir DIR with others"
 # Where a configuration names code, and the overrides that bring it there.
 PLACES = {
     "data": [],

@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 from compress.config.compose import parse
 from compress.config.ranges import TOP_LEVEL
 from compress.errors import UserError
-from compress.paths import CONF, config_folders
+from compress.paths import CONF, config_folders, of_the_user
 
 ALLOW = "allow_targets"
 # The keys whose values `compress.arguments.imported` is given: Hydra's, and that of a network of the user's own class.
@@ -95,7 +95,8 @@ def _check(leaves: Iterable[Leaf], source: object, allowed: Collection[str]) -> 
 def _way_out(name: str) -> str:
     if not all(part.isidentifier() for part in name.split(".")):
         return "which is no name of a class; accepted: one that an option of conf/ names"
-    return f"which no option of conf/ names; accepted, if you trust it: {ALLOW}=[{name}] on the command line"
+    typed = f"{ALLOW}=[{name}] on the command line{of_the_user()}"
+    return f"which no option of conf/ names; accepted, if you trust it: {typed}"
 
 
 def _names_code(path: tuple[str, ...], value: Any) -> bool:
