@@ -43,9 +43,9 @@ def run(
     networks = {role: given for role, given in (("student", student), ("teacher", teacher)) if given is not None}
     with searching(searched_folders(overrides, config_dir)):
         if any(override.startswith("resume=") for override in overrides):
-            directory, others = chosen(overrides)
-            check_given(directory, networks)
-            return execute(resumed_job(directory, others, data_sets, networks), directory, data_sets)
+            directory, allowed, others = chosen(overrides)
+            check_given(directory, networks, allowed)
+            return execute(resumed_job(directory, others, data_sets, networks, allowed), directory, data_sets)
         overrides = [*overrides, *overrides_for(networks, overrides)]
         [job] = checked_jobs(overrides, data_sets=data_sets, networks=networks)
         return execute(job, run_directory(job, overrides), data_sets)

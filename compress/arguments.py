@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import inspect
-import logging
 import math
 import types
 import typing
@@ -149,20 +148,23 @@ def build(node: Any, where: str, kind: type | None = None, **supplied: Any) -> A
 
 
 def imported(name: Any, where: str) -> Any:
-    """The class or function called `name`. Raises UserError, which names the key `where`, if it cannot be imported."""
-    from hydra.utils import get_object  # late, because programs that only classify start without Hydra
+    """The class or function called `name`.
 
-    log = logging.getLogger("hydra.utils")  # which would say in several lines what is said in one below
-    silent, log.disabled = log.disabled, True
+    Raises UserError, which names the key `where`, if it cannot be imported, and if Hydra calls no such thing: a shell,
+    say.
+    """
+    # Late, because programs that only classify start without Hydra.
+    from hydra.errors import InstantiationException
+    from hydra.utils import instantiate
+
     try:
-        return get_object(name)
-    except (ImportError, ValueError, TypeError, AttributeError):
+        return instantiate({"_target_": name, "_partial_": True}).func
+    except InstantiationException as failure:
+        problem = "which cannot be imported" if failure.__cause__ else "which no configuration calls"
         raise UserError(
-            f"{where}: found {name!r}, which cannot be imported; accepted: an option, see --help, or a class that is "
-            "installed or lies in the working directory"
+            f"{where}: found {name!r}, {problem}; accepted: an option, see --help, or a class that is installed or "
+            "lies in the working directory"
         ) from None
-    finally:
-        log.disabled = silent
 
 
 def check_fields(instance: Any) -> None:

@@ -107,6 +107,7 @@ def _inspect(arguments: list[str], overrides: list[str]) -> int:
 
 def _run(overrides: list[str], multirun: bool, dry_run: bool) -> int:
     from compress.config.compose import compose_jobs
+    from compress.config.received import allowing
     from compress.data.shared import DataSets
     from compress.pipeline.check import check_job
     from compress.pipeline.dry_run import show
@@ -118,7 +119,8 @@ def _run(overrides: list[str], multirun: bool, dry_run: bool) -> int:
     if not multirun and not dry_run:
         interrupted = requeued(Path(str(jobs[0].config.output_directory)), overrides)
         if interrupted is not None:
-            return _go_on("resume", [f"resume={interrupted}"])
+            # What the same command names is allowed in what it has left.
+            return _go_on("resume", [f"resume={interrupted}", *allowing(jobs[0].config)])
     data_sets = DataSets()
     jobs = [check_job(job, data_sets) for job in jobs]
     if dry_run:
@@ -140,8 +142,9 @@ def _go_on(key: str, overrides: list[str]) -> int:
     from compress.sweeps import jobs
 
     if key == "sweep":
-        return jobs.resume(*resume.chosen(overrides, key, jobs.latest))
-    directory, others = resume.chosen(overrides)
+        directory, allowed, others = resume.chosen(overrides, key, jobs.latest)
+        return jobs.resume(directory, others, allowed)
+    directory, allowed, others = resume.chosen(overrides)
     data_sets = DataSets()
-    execute(resumed_job(directory, others, data_sets), directory, data_sets)
+    execute(resumed_job(directory, others, data_sets, allowed=allowed), directory, data_sets)
     return 0

@@ -59,18 +59,18 @@ def stoppable() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def command(override: str) -> str:
-    """What to type to go on with a run or a sweep, `override` being `resume=DIRECTORY` or `sweep=DIRECTORY`."""
-    return shlex.join(["python", "scripts/run.py", override, *search_words()])
+def command(*overrides: str) -> str:
+    """What to type to go on with a run or a sweep, `overrides` being `resume=DIRECTORY` or `sweep=DIRECTORY` first."""
+    return shlex.join(["python", "scripts/run.py", *overrides, *search_words()])
 
 
 @contextmanager
-def under_way(override: str, needed: Path) -> Iterator[None]:
-    """A signal or failure within says that the `command` of `override` goes on, or that of something around it.
+def under_way(needed: Path, *overrides: str) -> Iterator[None]:
+    """A signal or failure within says that the `command` of `overrides` goes on, or that of something around it.
 
     Only once the file `needed` is there; before, nothing has been done that could go on.
     """
-    _under_way.append((command(override), needed))
+    _under_way.append((command(*overrides), needed))
     try:
         yield
     except Exception as failure:

@@ -1,21 +1,24 @@
 """What the quantizers cost trained networks: `make quantizer-study`, or with run directories of your own.
 
 Every RUN is the directory of a finished run; those of one network under several seeds are averaged. What OUTPUT holds
-already is not measured again; the tables are printed and written to OUTPUT/quantizers.md.
+already is not measured again; the tables are printed and written to OUTPUT/quantizers.md. Names of code that the
+configuration of a RUN has beside those of conf/ are typed too: allow_targets=[MODULE.CLASS].
 """
 
 import argparse
 import json
 import sys
+from collections.abc import Collection
 from pathlib import Path
 
 from compress.benchmarks.quantizer_study import COMPARED, MAIN, measure, tables
+from compress.config.received import ALLOW, allowed_targets
 from compress.errors import UserError, add_debug, exit_code
 from compress.files import write_json, write_text
 from compress.results.record import FILE, Record
 
 
-def study(output: Path, runs: list[Path], compare: list[str]) -> None:
+def study(output: Path, runs: list[Path], compare: list[str], allowed: Collection[str] = ()) -> None:
     """Measures the networks of `runs`, those whose stem is among `compare` with every solver, and prints the tables."""
     unfinished = next((run for run in runs if not (run / FILE).is_file()), None)
     if unfinished:
@@ -29,7 +32,7 @@ def study(output: Path, runs: list[Path], compare: list[str]) -> None:
         known = results.setdefault(stem, {}).setdefault(str(record.seed), {})
         options = MAIN | (COMPARED if stem in compare else {})
         if options.keys() - known.keys():
-            measure(run, options, known, lambda: write_json(path, results))
+            measure(run, options, known, lambda: write_json(path, results), allowed)
     table = tables(results)
     write_text(output / "quantizers.md", table)
     print(table)
@@ -41,8 +44,9 @@ def main() -> int:
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN")
     parser.add_argument("--compare", nargs="*", default=["resnet20"], help="stems that all solvers are measured on")
     add_debug(parser)
-    arguments = parser.parse_args()
-    return exit_code(lambda: study(arguments.output, arguments.runs, arguments.compare))
+    typed = [word for word in sys.argv[1:] if word.startswith(f"{ALLOW}=")]
+    arguments = parser.parse_args([word for word in sys.argv[1:] if word not in typed])
+    return exit_code(lambda: study(arguments.output, arguments.runs, arguments.compare, allowed_targets(typed)[0]))
 
 
 if __name__ == "__main__":

@@ -23,12 +23,14 @@ def search(arguments: argparse.Namespace) -> int:
     """Prints the Pareto set, and on stderr why some trials have no part in it; 1 where that was our fault."""
     # Not at the top: PyTorch takes seconds to import, and help needs none of it.
     from compress.config.compose import searched_folders
+    from compress.config.received import allowed_targets
     from compress.sweeps.search import search
     from compress.sweeps.space import read_space
 
     import_from_here()
     with searching(searched_folders(arguments.overrides, arguments.config_dir)):
-        space = read_space(arguments.space, arguments.overrides)
+        allowed, overrides = allowed_targets(arguments.overrides)
+        space = read_space(arguments.space, overrides, allowed)
         outcome = search(space, arguments.output, arguments.trials, arguments.processes)
     for number, reason in outcome.refused.items():
         print(f"note: trial {number} could not be run: {reason}", file=sys.stderr)

@@ -49,7 +49,7 @@ def test_debug_shows_any(failure):
 
 def test_the_command_that_goes_on_is_that_of_the_run_once_it_can(tmp_path, capsys):
     def work():
-        with under_way("resume=one", tmp_path / "config.yaml"):
+        with under_way(tmp_path / "config.yaml", "resume=one"):
             raise OSError(errno.ENOSPC, "No space left on device", "f")
 
     assert exit_code(work) == 1

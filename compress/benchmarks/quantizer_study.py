@@ -2,14 +2,13 @@
 
 import statistics
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from compress.config.compose import compose_jobs
+from compress.config.recorded import read_config
 from compress.export.packed import read_model
 from compress.pipeline.parts import Parts
 from compress.pipeline.variants import Variants
@@ -42,12 +41,18 @@ COMPARED = {
 }
 
 
-def measure(run: Path, options: Mapping[str, Sequence[str]], known: dict[str, Any], save: Callable[[], None]) -> None:
+def measure(
+    run: Path,
+    options: Mapping[str, Sequence[str]],
+    known: dict[str, Any],
+    save: Callable[[], None],
+    allowed: Collection[str] = (),
+) -> None:
     """Adds to `known` the rows and mean layer errors of every one of `options` for the network of `run`.
 
-    What is known already is not measured again; `save` is called after each one that is.
+    What is known already is not measured again; `save` is called after each one that is. `allowed` as in `read_config`.
     """
-    data = Parts(OmegaConf.load(run / "config.yaml")).data
+    data = Parts(read_config(run, allowed)).data
     student, about = read_model(run / "models" / "student-fp32.safetensors")
     with tempfile.TemporaryDirectory() as folder:
         variants = Variants(data, Path(folder), about["architecture"], exporters=[])

@@ -1,6 +1,6 @@
 """The configuration that a run left in its directory, read again so that the run can go on."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from hydra.errors import HydraException
@@ -9,6 +9,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from compress.config.compose import parse
+from compress.config.received import check_content
 from compress.config.roles import register
 from compress.errors import UserError, first_line
 from compress.files import write_text
@@ -19,8 +20,12 @@ def write_config(directory: Path, config: DictConfig) -> None:
     write_text(directory / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
 
 
-def read_config(directory: Path) -> DictConfig:
-    """The configuration of the run in `directory`. Raises UserError where there is none or it cannot be read."""
+def read_config(directory: Path, allowed: Collection[str] = ()) -> DictConfig:
+    """The configuration of the run in `directory`, which may be somebody else's.
+
+    `allowed` are names of code that were typed for it. Raises UserError where there is none, where it cannot be read,
+    and for what no file may say, see `compress.config.received`.
+    """
     path = directory / "config.yaml"
     accepted = "accepted: the directory of a run, or latest"
     if not path.is_file() and (directory / "sweep.yaml").is_file():
@@ -34,6 +39,7 @@ def read_config(directory: Path) -> DictConfig:
         raise UserError(f"resume: found {path}, which cannot be read as YAML; {accepted}") from None
     if not isinstance(config, DictConfig) or not {"method", "student", "data", "trainer"} <= config.keys():
         raise UserError(f"resume: found {path}, which is no configuration of a run; {accepted}")
+    check_content(OmegaConf.to_container(config), path, allowed)
     OmegaConf.set_struct(config, True)
     return config
 

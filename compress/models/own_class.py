@@ -82,8 +82,6 @@ def check(options: Mapping[str, Any], where: str) -> None:
     if options["from_python"]:
         return
     target = imported(options["target"], f"{where}.target")
-    if not callable(target):
-        raise UserError(f"{where}.target: found {options['target']}, which cannot be called; accepted: a class")
     accepted = [name for name in annotations(target) if name != CLASSES]
     check_arguments(target, options["arguments"] or {}, f"{where}.arguments", accepted=accepted)
 

@@ -5,11 +5,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from hydra.utils import get_object
 from torch import Tensor
 from torch.optim import Optimizer
 
-from compress.arguments import arguments_of
+from compress.arguments import arguments_of, imported
 
 # The key that every optimizer node has in addition to the arguments of the constructor.
 DECAY = "decay_norm_and_bias"
@@ -30,7 +29,7 @@ class OptimizerFactory:
 def optimizer_factory(node: Mapping[str, Any]) -> OptimizerFactory:
     """That of a plain `optimizer` node of the configuration, such as those in `conf/optimizer`."""
     options = {key: value for key, value in arguments_of(node).items() if key != DECAY}
-    return OptimizerFactory(partial(get_object(node["_target_"]), **options), node.get(DECAY, True))
+    return OptimizerFactory(partial(imported(node["_target_"], "optimizer"), **options), node.get(DECAY, True))
 
 
 def as_groups(parameters: Iterable[Any]) -> list[dict[str, Any]]:

@@ -1,7 +1,7 @@
 """Doing a checked job, whoever asked for it: the command line, `compress.run`, a sweep, a search, a study, a resume."""
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -51,14 +51,18 @@ def execute(
 
 
 def resumed_job(
-    directory: Path, overrides: list[str], data_sets: DataSets, networks: Mapping[str, nn.Module] | None = None
+    directory: Path,
+    overrides: list[str],
+    data_sets: DataSets,
+    networks: Mapping[str, nn.Module] | None = None,
+    allowed: Collection[str] = (),
 ) -> Job:
     """The job that was begun in `directory`, changed by `overrides` of trainer.* and logger.*, and checked.
 
-    `networks` are those that the run was given from Python, see `Job`.
+    `networks` are those that the run was given from Python, see `Job`; `allowed` as in `read_config`.
     Raises UserError for the first thing that is wrong. What is finished is not checked again.
     """
-    config = read_config(directory)
+    config = read_config(directory, allowed)
     change(config, overrides)
     check_values(config)
     networks = networks or {}
@@ -70,7 +74,7 @@ def resumed_job(
         return job
     stages, unfinished, checkpoint = [], [], None
     for name in stage_directories(config):
-        stage = Job((), read_config(directory / name), name=name, networks=networks)
+        stage = Job((), read_config(directory / name, allowed), name=name, networks=networks)
         stages.append(stage)
         if (directory / name / "result.json").exists():
             checkpoint = directory / name / "checkpoints" / BEST

@@ -1,6 +1,6 @@
 """Networks that `compress.run` is given in place of the stems of `student` and `teacher`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +30,9 @@ def overrides_for(networks: Mapping[str, nn.Module], overrides: Sequence[str]) -
     return composed
 
 
-def check_given(directory: Path, networks: Mapping[str, nn.Module]) -> None:
+def check_given(directory: Path, networks: Mapping[str, nn.Module], allowed: Collection[str] = ()) -> None:
     """Raises UserError where the run in `directory` was given other networks than `networks` are."""
-    config = read_config(directory)
+    config = read_config(directory, allowed)
     for role, key in NODES.items():
         node: Any = OmegaConf.select(config, key) or {}
         wanted = node.get("target") if node.get("from_python") else None

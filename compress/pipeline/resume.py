@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 
 from compress import models
 from compress.config.compose import Job, is_for_hydra, parse
+from compress.config.received import allowed_targets
 from compress.errors import UserError
 from compress.files import is_leftover, make_chosen, make_directory, remove_leftovers, write_json
 from compress.paths import CONF
@@ -27,9 +28,10 @@ class OwnedError(UserError):
 
 
 @contextmanager
-def owned(directory: Path) -> Iterator[None]:
+def owned(directory: Path, words: Sequence[str] = ()) -> Iterator[None]:
     """This process alone writes to `directory`; the unfinished files of one that was killed there are removed.
 
+    `words` are what has to be typed beside `resume=` to go on.
     Raises OwnedError where another process has it. The lock is the kernel's and ends with the process, however it ends.
     """
     handle = os.open(directory, os.O_RDONLY)
@@ -38,7 +40,7 @@ def owned(directory: Path) -> Iterator[None]:
             raise OwnedError(f"resume: found {directory}, where a run is going on; accepted: one that was interrupted")
         for folder in (directory, directory / "checkpoints", directory / "models"):
             remove_leftovers(folder)
-        with under_way(f"resume={directory}", directory / "config.yaml"):
+        with under_way(directory / "config.yaml", f"resume={directory}", *words):
             yield
     finally:
         os.close(handle)
@@ -62,17 +64,18 @@ def latest(output_directory: Path) -> Path:
 
 def chosen(
     overrides: Sequence[str], key: str = "resume", latest: Callable[[Path], Path] = latest
-) -> tuple[Path, list[str]]:
-    """The directory that `resume=` or `sweep=` means, and the other overrides."""
+) -> tuple[Path, frozenset[str], list[str]]:
+    """The directory that `resume=` or `sweep=` means, the names that `allow_targets=` has, and the other overrides."""
+    allowed, overrides = allowed_targets(overrides)
     value = next(override for override in overrides if override.startswith(f"{key}=")).removeprefix(f"{key}=")
     # The folders of the user's options are searched already.
     others = [override for override in overrides if not override.startswith((f"{key}=", "hydra.searchpath="))]
     if value != "latest":
-        return Path(value), others
+        return Path(value), allowed, others
     elsewhere = [override for override in others if override.startswith("output_directory=")]
     default = OmegaConf.load(CONF / "run.yaml").output_directory
     output_directory = Path(elsewhere[-1].partition("=")[2] if elsewhere else default)
-    return latest(output_directory), [override for override in others if override not in elsewhere]
+    return latest(output_directory), allowed, [override for override in others if override not in elsewhere]
 
 
 def requeued(output_directory: Path, overrides: Sequence[str]) -> Path | None:

@@ -12,6 +12,7 @@ from pytorch_lightning.loggers import Logger
 
 from compress import models
 from compress.config.compose import Job
+from compress.config.received import allowing
 from compress.config.recorded import write_config
 from compress.data.shared import DataSets
 from compress.pipeline import resume, teachers
@@ -62,7 +63,7 @@ def run(job: Job, directory: Path, data_sets: DataSets, float_checkpoint: Path |
     """
     if processes.node_rank(job.config.trainer) > 0:
         return distributed.join(job.config, directory, _worker_command(directory))
-    with resume.owned(directory):
+    with resume.owned(directory, allowing(job.config)):
         if (directory / "result.json").exists():
             return finished(directory)
         processes.act_alone()

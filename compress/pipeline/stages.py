@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.config.compose import Job
+from compress.config.received import allowing
 from compress.config.recorded import write_config
 from compress.config.stage_plan import start_from
 from compress.data.shared import DataSets
@@ -24,7 +25,7 @@ from compress.training.fit import BEST
 
 def run_stages(job: Job, directory: Path, data_sets: DataSets) -> Result:
     """Does what a checked `job` with stages says and leaves the results in `directory`."""
-    with resume.owned(directory):
+    with resume.owned(directory, allowing(job.config)):
         if (directory / "result.json").exists():
             return finished(directory)
         started = resume.record_start(directory, job.overrides)

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from compress.config import values
 from compress.config.compose import compose_jobs
 from compress.config.pretrained import class_names
 from compress.config.ranges import STUDENT
+from compress.config.received import allowed_targets, check_content, check_overrides
 from compress.config.recorded import apply_override
 from compress.config.rules import check_rules
 from compress.data.folder import Folder
@@ -46,8 +47,10 @@ def quantize_checkpoint(overrides: Sequence[str]) -> Path:
     architecture; `network=mynet.MyNet` is the class of one that was trained as `student=module`. A file from a run
     directory brings that run's data with it; others take `data=`, the digits if it is not given. `data=folder` may name
     pictures without labels; the table then has the agreement with the float network.
-    Raises UserError with one line for whatever is wrong, before anything is written.
+    Raises UserError with one line for whatever is wrong, before anything is written, and for what no file may say, see
+    `compress.config.received`.
     """
+    allowed, overrides = allowed_targets(overrides)
     typed = _split(overrides)
     path, about = None, None
     if "checkpoint" in typed:
@@ -55,9 +58,11 @@ def quantize_checkpoint(overrides: Sequence[str]) -> Path:
         if not path.is_file():
             raise UserError(f"checkpoint: found no file at {path}; accepted: a checkpoint or model file")
         about = read_float_description(path)
+        if about:
+            check_content({key: value for key, value in about.items() if key != "architecture"}, path, allowed)
     elif "model.pretrained" not in typed:
         raise UserError("checkpoint: found none; accepted: checkpoint=FILE, or model.pretrained=true with model=timm")
-    config = _composed(path, overrides, typed, about)
+    config = _composed(path, overrides, typed, about, allowed)
     parts = Parts(config)
     path = path or Path(config.student.checkpoint)
     student = _loaded(parts, path, about)
@@ -82,7 +87,11 @@ def quantize_checkpoint(overrides: Sequence[str]) -> Path:
 
 
 def _composed(
-    path: Path | None, overrides: Sequence[str], typed: Mapping[str, str], about: Mapping[str, Any] | None
+    path: Path | None,
+    overrides: Sequence[str],
+    typed: Mapping[str, str],
+    about: Mapping[str, Any] | None,
+    allowed: Collection[str],
 ) -> DictConfig:
     """The configuration of what was typed and of what the file at `path` and its run say, its values checked."""
     budgets = [override for override in overrides if override.lstrip("+").startswith("quantizer.budget=")]
@@ -92,8 +101,10 @@ def _composed(
         if override.lstrip("+").partition("=")[0].partition(".")[0] not in ("checkpoint", "model", "network")
         and override not in budgets
     ]
-    composed = ["method=supervised", *_model(path, typed, about), *_data(path, typed, about), *others]
-    [job] = compose_jobs(composed)
+    given = [*_model(path, typed, about), *_data(path, typed, about)]
+    check_overrides(given, path, {*allowed, typed.get("network", "")})
+    keys = [f"student.{key.removeprefix('model.')}={value}" for key, value in typed.items() if key.startswith("model.")]
+    [job] = compose_jobs(["method=supervised", *given, *keys, *others])
     _take_pictures(job.config, typed, about)
     if not job.config.quantizer:
         raise UserError("quantizer: found none, and nothing else is done here; accepted: gpfq, gptq, qronos, spfq, rtn")
@@ -152,18 +163,17 @@ def _split(overrides: Sequence[str]) -> dict[str, str]:
 
 
 def _model(path: Path | None, typed: Mapping[str, str], about: Mapping[str, Any] | None) -> list[str]:
-    """The overrides that compose the network: what was typed, what the file says of itself, or what its run says."""
-    keys = [f"student.{key.removeprefix('model.')}={value}" for key, value in typed.items() if key.startswith("model.")]
+    """The overrides that compose the network: the typed stem, what the file says of itself, or what its run says."""
     if "model" in typed:
         if "network" in typed:
             raise UserError("network: found it beside model; accepted: one of the two")
-        return [f"student={typed['model']}", *keys]
+        return [f"student={typed['model']}"]
     run = _run_of(path)
     if about:
         own_class.refuse_targets(about["architecture"]["options"])
         node = about["architecture"]["options"] | {"stem": about["architecture"]["stem"]}
     elif run is not None:
-        node = run.student
+        node = run["student"]
     elif "network" in typed:
         node = {"stem": own_class.STEM}
     else:
@@ -172,7 +182,7 @@ def _model(path: Path | None, typed: Mapping[str, str], about: Mapping[str, Any]
         node = _own_class(path, typed, node)
     elif "network" in typed:
         raise UserError(f"network: found a class for {path}, which is of {node['stem']}; accepted: no network=")
-    return _overrides("student", node) + keys
+    return _overrides("student", node)
 
 
 def _own_class(path: Path, typed: Mapping[str, str], node: Mapping[str, Any]) -> dict[str, Any]:
@@ -188,7 +198,7 @@ def _own_class(path: Path, typed: Mapping[str, str], node: Mapping[str, Any]) ->
 def _data(path: Path | None, typed: Mapping[str, str], about: Mapping[str, Any] | None) -> list[str]:
     """The overrides for the data: those of the run that the file lies in, and the file's own normalisation."""
     run = _run_of(path)
-    overrides = [] if run is None or "data" in typed else _overrides("data", run.data)
+    overrides = [] if run is None or "data" in typed else _overrides("data", run["data"])
     if about:
         overrides += [f"data.{key}={json.dumps(about[key])}" for key in ("mean", "standard_deviation")]
     return overrides
@@ -207,10 +217,11 @@ def _value(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def _run_of(path: Path | None) -> DictConfig | None:
-    """The configuration of the run in whose `models/` or `checkpoints/` the file lies."""
+def _run_of(path: Path | None) -> dict[str, Any] | None:
+    """The configuration, unresolved, of the run in whose `models/` or `checkpoints/` the file lies."""
     file = path and path.resolve().parent.parent / "config.yaml"
     if not file or not file.is_file():
         return None
-    config = OmegaConf.load(file)
-    return config if isinstance(config, DictConfig) and {"student", "data"} <= config.keys() else None
+    config = OmegaConf.to_container(OmegaConf.load(file))
+    known = isinstance(config, dict) and all(isinstance(config.get(key), dict) for key in ("student", "data"))
+    return config if known else None

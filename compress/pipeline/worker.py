@@ -20,6 +20,7 @@ def main(directory: Path) -> int:
     # The job has said what there is to say before the training.
     console.quiet = True
     try:
+        # As the job that started this process has just written it, checked.
         config = OmegaConf.load(directory / "config.yaml")
         if config.trainer.accelerator != "cpu" and torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))

@@ -4,11 +4,12 @@ Its directory holds `sweep.yaml` (the jobs and who runs them), a numbered direct
 """
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 
 import yaml
@@ -23,13 +24,13 @@ from pydantic import TypeAdapter
 from rich.markup import escape
 
 from compress.arguments import check_arguments, imported
-from compress.config.compose import Job, compose_jobs, initialized, is_for_hydra, key_of, parse, searched_folders
+from compress.config.compose import SEARCH_PATH, Job, compose_jobs, initialized, is_for_hydra, key_of, parse
+from compress.config.received import allowing, check_overrides
 from compress.config.recorded import check_settings
 from compress.config.roles import register
 from compress.data.shared import DataSets
 from compress.errors import UserError
 from compress.files import write_text
-from compress.paths import searching
 from compress.pipeline.resume import directory_for
 from compress.progress import console
 from compress.stopping import command, under_way
@@ -48,6 +49,7 @@ BASIC_LAUNCHER = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
 class Sweep:
     """`jobs`: the overrides of each, its number being its place; `hydra`: those for Hydra itself, the launcher's.
 
+    `hydra` are applied only by the process in which they were typed: a file that brings them may be somebody else's.
     `settings` are overrides of trainer.* and logger.* that were typed when the sweep was resumed, for all its jobs.
     """
 
@@ -58,6 +60,11 @@ class Sweep:
 
     def place(self, number: int) -> Path:
         return self.directory / str(number)
+
+    def words(self) -> list[str]:
+        """What has to be typed to go on with it, by the same launcher."""
+        launcher = filter(_is_for_launcher, self.hydra)
+        return [f"sweep={self.directory}", *launcher, *allowing(overrides=chain.from_iterable(self.jobs))]
 
     def missing(self) -> list[int]:
         """The numbers of the jobs that are not finished."""
@@ -76,29 +83,31 @@ def start(jobs: Sequence[Job], overrides: Sequence[str], data_sets: DataSets) ->
         return _run(sweep, dict(enumerate(jobs)), data_sets)
 
 
-def resume(directory: Path, overrides: Sequence[str] = ()) -> int:
+def resume(directory: Path, overrides: Sequence[str] = (), allowed: Collection[str] = ()) -> int:
     """Runs the jobs in `directory` that have no result yet, from their checkpoints where there are any; the exit code.
 
-    overrides: of trainer.* and logger.* for these jobs, and of the launcher.
+    overrides: of trainer.* and logger.* for these jobs, and of the launcher. allowed: names of code that were typed for
+    them, see `compress.config.received`.
     """
     sweep = _read(directory)
+    check_overrides(chain.from_iterable(sweep.jobs), directory / SWEEP, allowed)
     launcher = list(filter(_is_for_launcher, overrides))
     settings = tuple(override for override in overrides if override not in launcher)
     check_settings(settings, "sweep", " and hydra/launcher=...")
-    hydra = sweep.hydra
-    if any(key_of(override) == "hydra/launcher" for override in launcher):
-        hydra = tuple(override for override in hydra if not _is_for_launcher(override))
-    sweep = Sweep(directory, sweep.jobs, (*hydra, *launcher), settings)
-    with searching(searched_folders(sweep.hydra)):
-        compose_jobs([*sweep.jobs[0], *settings, *sweep.hydra])  # whether the launcher is an option
-        check_launcher(sweep.hydra)
-        data_sets = DataSets()
-        jobs = {
-            number: job_in(sweep.place(number), sweep.jobs[number], sweep.settings, sweep.hydra, data_sets)
-            for number in sweep.missing()
-        }
-        with _alone(directory):
-            return _run(sweep, jobs, data_sets)
+    typed = ("hydra/launcher", "hydra.launcher.") if launcher else ()
+    unused = [override for override in sweep.hydra if not key_of(override).startswith((*typed, SEARCH_PATH))]
+    sweep = Sweep(directory, sweep.jobs, tuple(launcher), settings)
+    compose_jobs([*sweep.jobs[0], *settings, *sweep.hydra])  # whether the launcher is an option
+    check_launcher(sweep.hydra)
+    data_sets = DataSets()
+    jobs = {
+        number: job_in(sweep.place(number), sweep.jobs[number], sweep.settings, sweep.hydra, data_sets)
+        for number in sweep.missing()
+    }
+    if unused:
+        print(f"note: {directory / SWEEP} has {unused}, which count only where they are typed", file=sys.stderr)
+    with _alone(directory):
+        return _run(sweep, jobs, data_sets)
 
 
 def latest(output_directory: Path) -> Path:
@@ -140,6 +149,8 @@ def check_launcher(overrides: Sequence[str], multirun: bool = True) -> None:
 
 def _our_launcher(node: DictConfig) -> SeparateLauncher | None:
     """One of `compress.sweeps.launchers`; None where it is Hydra's or that of a plugin."""
+    if node._target_ == BASIC_LAUNCHER:  # which Hydra lets nobody but itself call
+        return None
     kind = imported(node._target_, "hydra.launcher._target_")
     if not issubclass(kind, SeparateLauncher):
         return None
@@ -190,12 +201,12 @@ def _run(sweep: Sweep, jobs: Mapping[int, Job], data_sets: DataSets) -> int:
         console.print(f"sweep {sweep.directory}: {done} of {len(sweep.jobs)} jobs are finished", style="bold")
     try:
         if jobs:
-            with under_way(f"sweep={sweep.directory}", sweep.directory / SWEEP):
+            with under_way(sweep.directory / SWEEP, *sweep.words()):
                 _launch(sweep, jobs, data_sets)
     finally:
         code = _report(sweep)
     if code:
-        console.print(f"run what is missing: {command(f'sweep={sweep.directory}')}", markup=False)
+        console.print(f"run what is missing: {command(*sweep.words())}", markup=False)
     return code
 
 

@@ -12,6 +12,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from compress.config.compose import Job, compose_jobs
+from compress.config.received import allowed_targets, allowing
 from compress.data.shared import DataSets
 from compress.errors import in_one_line
 from compress.pipeline.check import check_job
@@ -27,11 +28,13 @@ def job_in(
 ) -> Job:
     """The checked job of a sweep, composed from its `overrides`; one in stages as it was begun in `directory`.
 
-    `settings` are overrides of trainer.* and logger.* beside them, `hydra` those for Hydra itself. Raises UserError.
+    `settings` are overrides of trainer.* and logger.* beside them, `hydra` those for Hydra itself. All of them are
+    trusted, and with them the names of code that they give. Raises UserError.
     """
     [job] = compose_jobs([*overrides, *settings, *hydra])
     if job.config.stages and (directory / "config.yaml").exists():
-        return resumed_job(directory, list(settings), data_sets)
+        allowed, _ = allowed_targets(allowing(job.config))
+        return resumed_job(directory, list(settings), data_sets, allowed=allowed)
     return check_job(job, data_sets)
 
 

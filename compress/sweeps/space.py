@@ -15,7 +15,7 @@ form of a list. `when: {method: [kd, dkd]}` leaves the key out of trials that ch
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -113,12 +113,14 @@ def text(value: Any) -> str:
     return value if re.fullmatch(r"[\w./+-]+", value) else json.dumps(value, ensure_ascii=False)
 
 
-def read_space(name: str, typed: Sequence[str] = ()) -> Space:
+def read_space(name: str, typed: Sequence[str] = (), allowed: Collection[str] = ()) -> Space:
     """The search file at path `name`, or of that stem in `conf/search`; `typed` are the overrides beside it.
 
-    Raises UserError for the first thing that is wrong in it.
+    One that is given by its path may be somebody else's: `allowed` are names of code that were typed for it. Raises
+    UserError for the first thing that is wrong in it, and for what no file may say, see `compress.config.received`.
     """
-    path = option_file("search", name) if re.fullmatch(r"\w+", name) else Path(name)
+    is_option = re.fullmatch(r"\w+", name) is not None
+    path = option_file("search", name) if is_option else Path(name)
     if path is None or not path.is_file():
         known = ", ".join(options("search"))
         raise UserError(f"space: found no file {name!r}; accepted: a YAML file, or {known}")
@@ -129,9 +131,15 @@ def read_space(name: str, typed: Sequence[str] = ()) -> Space:
         place = f" from line {mark.line + 1} on" if mark else ""
         raise UserError(f"space: found {path}, which cannot be read as YAML{place}; accepted: a YAML file") from None
     try:
-        return _space(content, typed)
+        space = _space(content, typed)
     except UserError as mistake:
         raise UserError(f"{path}: {mistake}") from None
+    if not is_option:
+        from compress.config.received import check_overrides  # PyTorch
+
+        chosen = [f"{key}={value}" for key, one in space.dimensions.items() for value in one.samples()]
+        check_overrides([*content.get("overrides", ()), *chosen], path, allowed)
+    return space
 
 
 def _space(content: Any, typed: Sequence[str]) -> Space:

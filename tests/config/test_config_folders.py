@@ -48,8 +48,8 @@ def test_a_run_is_composed_from_the_users_options_and_goes_on_with_them(folder, 
     before = Path("run/tradeoff.csv").read_text().splitlines()[1].split(",")[:9]
     Path("run/result.json").unlink()
     assert main(["resume=run"]) == 2
-    assert "student: found 'tiny'" in (said := capsys.readouterr().err)
-    assert "--config-dir DIR" in said
+    assert "student._target_: found 'tiny_network.tiny'" in (said := capsys.readouterr().err)
+    assert said.endswith(" on the command line, or --config-dir DIR with others\n")
     assert main(["--config-dir", "mine", "resume=run"]) == 0
     assert Path("run/tradeoff.csv").read_text().splitlines()[1].split(",")[:9] == before
 

@@ -153,10 +153,12 @@ def test_a_file_cannot_name_code_in_its_arguments_either(run, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_a_run_of_a_class_goes_on_without_being_told_more(run):
+def test_a_run_of_a_class_goes_on_where_the_class_is_allowed(run, capsys):
     before = (run / "tradeoff.csv").read_text().splitlines()[1].split(",")[:9]
     (run / "result.json").rename(run / "kept.json")
-    assert main([f"resume={run}"]) == 0
+    assert main([f"resume={run}"]) == 2
+    assert "if you trust it: allow_targets=[my_networks.MyNet] on the command line" in capsys.readouterr().err
+    assert main([f"resume={run}", "allow_targets=[my_networks.MyNet]"]) == 0
     assert (run / "tradeoff.csv").read_text().splitlines()[1].split(",")[:9] == before
 
 

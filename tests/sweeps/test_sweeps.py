@@ -4,6 +4,7 @@ import csv
 import json
 import multiprocessing
 import os
+import shlex
 import signal
 import sys
 import textwrap
@@ -136,11 +137,11 @@ def test_a_job_that_fails_ends_no_other_and_is_run_again_later(folder, capsys, m
     assert "Traceback" not in Path("swept/1/failed.txt").read_text()
     for said in ("job 1 failed: error: student: training diverged", "job 2 failed: ZeroDivisionError: a bug of ours"):
         assert said in streams.out
-    assert "sweep=swept" in streams.out
+    assert f"sweep=swept 'allow_targets=[{RAISING}]'" in streams.out
 
     before = {path: path.stat().st_mtime_ns for path in Path("swept/0").rglob("*")}
     monkeypatch.setenv("MENDED", "1")
-    assert main(["sweep=swept", "trainer.log_every=1"]) == 2
+    assert main(["sweep=swept", "trainer.log_every=1", f"allow_targets=[{RAISING}]"]) == 2
     said = capsys.readouterr().out
     assert [outcome(Path("swept", str(number))).state for number in range(4)] == ["finished", "failed"] * 2
     assert [f"job {number}: " in said for number in range(4)] == [False, True, True, True]
@@ -186,7 +187,7 @@ def test_a_job_whose_process_is_killed_is_one_that_failed(folder, launcher, caps
 def test_a_signal_that_is_lost_on_its_way_stops_the_sweep_all_the_same(folder, capsys):
     assert main(["-m", "seed=0,1", f"method._target_={DEAF}", *ALONE, "hydra.sweep.dir=swept"]) == 143
     streams = capsys.readouterr()
-    assert streams.err == "stopped by SIGTERM; to go on: python scripts/run.py sweep=swept\n"
+    assert streams.err == f"stopped by SIGTERM; to go on: python scripts/run.py sweep=swept 'allow_targets=[{DEAF}]'\n"
     assert "run what is missing" not in streams.out
     assert outcome(Path("swept/0")).state == "not finished"
     assert not Path("swept/1").exists()
@@ -195,14 +196,15 @@ def test_a_signal_that_is_lost_on_its_way_stops_the_sweep_all_the_same(folder, c
 # The signal that Ray would take for itself; Ctrl-C takes the same way through our launcher.
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.soak)])
 def test_ray_lets_itself_be_stopped(folder, number):
-    typed = ["-m", "seed=0,1", f"method._target_={SLEEPING}", *ALONE, "hydra.sweep.dir=swept", "hydra/launcher=ray"]
-    typed += [f"hydra.launcher.num_cpus={len(os.sched_getaffinity(0))}"]  # one job goes on, the other waits
-    process = Script(SCRIPT, *typed)
+    launcher = ["hydra/launcher=ray", f"hydra.launcher.num_cpus={len(os.sched_getaffinity(0))}"]  # for one at a time
+    typed = ["-m", "seed=0,1", f"method._target_={SLEEPING}", *ALONE, "hydra.sweep.dir=swept"]
+    process = Script(SCRIPT, *typed, *launcher)
     wait_for(Path("swept/0/output.txt").exists, process.poll)
     process.send_signal(number)
     said = process.said()[1]
     assert process.wait() == 128 + number
-    assert said.splitlines()[-1] == f"stopped by {number.name}; to go on: python scripts/run.py sweep=swept"
+    words = shlex.join(["sweep=swept", *launcher, f"allow_targets=[{SLEEPING}]"])
+    assert said.splitlines()[-1] == f"stopped by {number.name}; to go on: python scripts/run.py {words}"
     assert "Traceback" not in said
 
 
