@@ -75,7 +75,7 @@ def _write(job: Job, directory: Path, started: Mapping[str, Any], results: Seque
     }
     record = last.model_copy(update={**started, **changes})
     title = f"{record.student.model}: {', '.join(stage.name for stage in stages)}"
-    write_results(directory, record, title)
+    record = write_results(directory, record, title)
     (directory / resume.STARTED).unlink()
     show(directory, record.rows, title)
     return Result(directory, record)

@@ -23,8 +23,8 @@ def write_results(
     title: str,
     panels: Mapping[str, Sequence[Panel]] | None = None,
     loggers: Sequence[Logger] = (),
-) -> None:
-    """Writes the `record` and, before it, the table and the pictures of its rows and layers.
+) -> Record:
+    """Writes the `record` and, before it, the table and the pictures of its rows and layers; returns what it wrote.
 
     panels: some layers of each quantized variant, for `weights.png`. loggers: those of the run, some of which take
     files and tables.
@@ -38,7 +38,9 @@ def write_results(
         draw_weights(directory / "weights.png", panels, title)
     log_results(loggers, record)
     # Last, because its presence says that the run is finished.
-    record.model_copy(update={"files": _digests(directory)}).write(directory)
+    record = record.model_copy(update={"files": _digests(directory)})
+    record.write(directory)
+    return record
 
 
 def _digests(directory: Path) -> dict[str, str]:
