@@ -13,8 +13,10 @@ from compress.stopping import StoppedError, stoppable
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line and returns the exit code: 0 done, 1 too for a run that `--verify`
-    finds damaged, otherwise see `compress.errors.exit_code`."""
+    """Runs the command line and returns the exit code: 0 done, 1 too where `--verify` finds damage.
+
+    For the others see `compress.errors.exit_code`.
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         words = [argument for argument in arguments if argument != "--debug"]
