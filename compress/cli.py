@@ -1,25 +1,28 @@
 """The command line: help, what only prints, dry run, resume, sweeps and single runs."""
 
 import sys
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
 from compress.config.help import help_text
-from compress.errors import UserError, exit_code
+from compress.errors import UserError, exit_code, printable
 from compress.paths import CONF, import_from_here, searching
 from compress.stopping import StoppedError, stoppable
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line and returns the exit code: 0 done, otherwise see `compress.errors.exit_code`."""
+    """Runs the command line and returns the exit code: 0 done, 1 too where `--verify` finds damage.
+
+    For the others see `compress.errors.exit_code`.
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         words = [argument for argument in arguments if argument != "--debug"]
         return exit_code(lambda: _main(words), debug=words != arguments)
     except StoppedError as stopped:
-        print(stopped, file=sys.stderr)
+        print(printable(str(stopped)), file=sys.stderr)
         return stopped.exit_code
 
 
@@ -33,6 +36,8 @@ def _main(arguments: list[str]) -> int:
     from compress.config.compose import searched_folders
 
     import_from_here()
+    if any(argument.partition("=")[0] == "--verify" for argument in arguments):
+        return _verify(arguments)
     dry_run = "--dry-run" in arguments
     arguments = [argument for argument in arguments if argument != "--dry-run"]
     parsed, overrides = _parsed(arguments)
@@ -47,6 +52,22 @@ def _main(arguments: list[str]) -> int:
                 raise UserError("-m: found it beside an option that only prints; accepted: one of them")
             return _inspect(arguments, overrides)
         return _run(overrides, multirun, dry_run)
+
+
+def _verify(arguments: list[str]) -> int:
+    """Reads a finished run again: 0 where it holds, 1 where it does not."""
+    from compress.config.compose import searched_folders
+    from compress.pipeline.verify import verify
+
+    parser = ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.error = _refuse
+    parser.add_argument("--verify", type=Path)
+    parser.add_argument("--config-dir")
+    parsed, others = parser.parse_known_args(arguments)
+    if others:
+        raise UserError(f"--verify: found it beside {others[0]}; accepted: --verify DIRECTORY, --config-dir DIR")
+    with searching(searched_folders([], parsed.config_dir)):
+        return verify(parsed.verify)
 
 
 def _folder_for_help(arguments: list[str]) -> list[Path]:

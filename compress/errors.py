@@ -3,6 +3,7 @@
 import errno
 import os
 import sys
+import unicodedata
 from argparse import ArgumentParser
 from collections.abc import Callable
 
@@ -16,12 +17,29 @@ MACHINE = {
 }
 MEMORY = (MemoryError.__name__, "OutOfMemoryError")  # Python's, and PyTorch's for a GPU
 
+# Unicode's categories of control characters, lone surrogates and separators of lines and paragraphs.
+STEERING = ("Cc", "Cs", "Zl", "Zp")
+TURNING = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+
 
 class UserError(Exception):
     """One line that names the key or file, what was found and what is accepted.
 
     The command line prints it and exits with 2, without a traceback.
     """
+
+
+def printable(text: str, kept: str = "") -> str:
+    """`text` with its control characters, but for those `kept`, as escapes: a file must not steer a terminal.
+
+    So are marks that turn the direction of writing, and bytes of a file's name that are no characters.
+    """
+    return "".join(
+        character.encode("unicode_escape", "surrogatepass").decode()
+        if character not in kept and (unicodedata.category(character) in STEERING or character in TURNING)
+        else character
+        for character in text
+    )
 
 
 def first_line(failure: BaseException) -> str:
@@ -32,14 +50,14 @@ def first_line(failure: BaseException) -> str:
 def in_one_line(failure: Exception) -> str | None:
     """What to tell the user of `failure`; None for a fault of the program, which is to be seen with its traceback."""
     if isinstance(failure, UserError):
-        return str(failure)
+        return printable(str(failure))
     if isinstance(failure, OSError) and failure.errno in MACHINE:
         what = f"{failure.filename or 'a file'}: {failure.strerror}"
     elif type(failure).__name__ in MEMORY:
         what = "found too little memory; accepted: a smaller data.batch_size, or a smaller network"
     else:
         return None
-    return f"{what}; to go on after that: {getattr(failure, 'go_on', 'the same command')}"
+    return printable(f"{what}; to go on after that: {getattr(failure, 'go_on', 'the same command')}")
 
 
 def add_debug(parser: ArgumentParser) -> None:

@@ -11,7 +11,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from compress.errors import UserError
+from compress.checksums import json_with_checksum, read_text, yaml_with_checksum
+from compress.errors import UserError, first_line, printable
 
 # Of whatever place was chosen, and not a mistake in choosing it.
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
@@ -77,8 +78,26 @@ def write_text(path: Path, text: str) -> None:
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
-def write_json(path: Path, content: Any) -> None:
-    write_text(path, json.dumps(content, indent=2, sort_keys=False) + "\n")
+def write_yaml(path: Path, text: str) -> None:
+    """Writes the YAML `text` with its checksum, see `compress.checksums.read_text`."""
+    write_text(path, yaml_with_checksum(text))
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes `content`, which is not empty, with its checksum, see `read_json`."""
+    write_text(path, json_with_checksum(content))
+
+
+def read_json(path: Path, accepted: str) -> dict[str, Any]:
+    """What `write_json` wrote. Raises UserError, which says what is `accepted` instead, where it cannot be read."""
+    try:
+        content = json.loads(read_text(path, accepted))
+        if not isinstance(content, dict):
+            raise ValueError("no mapping")
+    except (OSError, ValueError, RecursionError) as failure:
+        reason = getattr(failure, "strerror", None) or first_line(failure)
+        raise UserError(f"{path}: cannot be read ({reason}); accepted: {accepted}") from None
+    return content
 
 
 def write_csv(path: Path, columns: Iterable[str], rows: Iterable[Mapping[str, Any]]) -> None:
@@ -88,9 +107,26 @@ def write_csv(path: Path, columns: Iterable[str], rows: Iterable[Mapping[str, An
         with temporary.open("w", newline="", encoding="utf-8") as stream:
             writer = csv.DictWriter(stream, list(columns), lineterminator="\n")
             writer.writeheader()
-            writer.writerows(rows)
+            writer.writerows({key: _no_formula(value) for key, value in row.items()} for row in rows)
 
     write_atomically(path, write)
+
+
+def _no_formula(value: Any) -> Any:
+    """Text that a spreadsheet would compute gets an apostrophe in front; numbers, as text too, stay what they are.
+
+    Control characters are escaped: a cell is one line, and may be shown by a terminal.
+    """
+    if not isinstance(value, str):
+        return value
+    value = printable(value)
+    if not value.startswith(("=", "+", "-", "@")):
+        return value
+    try:
+        float(value)
+    except ValueError:
+        return f"'{value}"
+    return value
 
 
 def make_chosen(directory: Path, key: str) -> None:

@@ -93,7 +93,14 @@ class Predictor:
     def _ranked(self, images: Tensor, top: int) -> Iterator[tuple[tuple[str, ...], tuple[float, ...]]]:
         """Classes and probabilities of each of the normalised `images` `(B, 3, H, W)`."""
         with torch.inference_mode():
-            best = self.model(images).float().softmax(1).topk(top, dim=1)
+            logits = self.model(images).float()
+        if logits.shape != (len(images), len(self.class_names)) or not logits.isfinite().all():
+            raise UserError(
+                f"the network gives logits of the shape {tuple(logits.shape[1:])} that are "
+                f"{'finite' if logits.isfinite().all() else 'no numbers'}; accepted: a finite one for each of its "
+                f"{len(self.class_names)} classes"
+            )
+        best = logits.softmax(1).topk(top, dim=1)
         for values, indices in zip(best.values.tolist(), best.indices.tolist(), strict=True):
             yield tuple(self.class_names[index] for index in indices), tuple(values)
 

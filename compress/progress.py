@@ -2,12 +2,20 @@
 
 import os
 import sys
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from compress.errors import printable
 
 
 class _Console(Console):
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Every string that is printed, alone or in a table, comes through here: some are from files."""
+        return super().render_str(printable(text, kept="\n\t"), **options)
+
     def on_broken_pipe(self) -> None:
         """Goes on without an output whose reader, `head` perhaps, has gone; rich would end the run with exit code 1."""
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from compress.arguments import imported
-from compress.errors import UserError, add_debug, exit_code
+from compress.errors import UserError, add_debug, exit_code, printable
 from compress.paths import import_from_here, searching
 from compress.predict import Predictor, pictures
 
@@ -41,14 +41,15 @@ def predict(arguments: argparse.Namespace) -> None:
     for answer in predictor.answers(files, arguments.top):
         if isinstance(answer, UserError):
             unread += 1
-            print(f"error: {answer}", file=sys.stderr)
+            print(f"error: {printable(str(answer))}", file=sys.stderr)
             continue
         pairs = list(zip(answer.classes, answer.probabilities, strict=True))
         if arguments.json:
             classes = [{"class": name, "probability": value} for name, value in pairs]
             content.append({"path": answer.path, "classes": classes})
         else:
-            print(f"{answer.path}: " + ", ".join(f"{name} {100 * value:.1f} %" for name, value in pairs))
+            classes = ", ".join(f"{name} {100 * value:.1f} %" for name, value in pairs)
+            print(printable(f"{answer.path}: {classes}"))
     if arguments.json:
         print(json.dumps(content, indent=2))
     if unread:

@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from compress.errors import add_debug, exit_code
+from compress.errors import add_debug, exit_code, printable
 from compress.report.formats import write_reports
 
 EPILOG = """\
@@ -40,9 +40,9 @@ def report(directories: list[Path], outputs: list[Path]) -> None:
     """Writes the `outputs`, and says on stderr what was left out of them."""
     collection = write_reports(directories, outputs)
     for problem in collection.problems:
-        print(f"warning: {problem}", file=sys.stderr)
+        print(f"warning: {printable(problem)}", file=sys.stderr)
     if collection.unfinished:
-        first = collection.unfinished[0]
+        first = printable(str(collection.unfinished[0]))
         print(f"note: {len(collection.unfinished)} not finished and left out, such as {first}", file=sys.stderr)
     count = len(collection.runs)
     print(f"{count} run{'' if count == 1 else 's'} in {', '.join(map(str, outputs))}")

@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from compress.errors import UserError, add_debug, exit_code
+from compress.errors import UserError, add_debug, exit_code, printable
 from compress.paths import import_from_here, searching
 from compress.stopping import StoppedError, stoppable
 
@@ -33,17 +33,17 @@ def search(arguments: argparse.Namespace) -> int:
         space = read_space(arguments.space, overrides, allowed)
         outcome = search(space, arguments.output, arguments.trials, arguments.processes)
     for number, reason in outcome.refused.items():
-        print(f"note: trial {number} could not be run: {reason}", file=sys.stderr)
+        print(f"note: trial {number} could not be run: {printable(reason)}", file=sys.stderr)
     for number, reason in outcome.broken.items():
-        print(f"warning: trial {number} failed: {reason}", file=sys.stderr)
+        print(f"warning: trial {number} failed: {printable(reason)}", file=sys.stderr)
     if not outcome.finished and not outcome.unfinished:
         raise UserError(f"{arguments.output}: no trial finished; accepted: a space with others")
     print(
         f"{outcome.finished} of {arguments.trials} trials finished; the Pareto set, of {arguments.output}/pareto.csv:"
     )
     for point in outcome.pareto:
-        row = point.row
-        print(f"  {100 * row.validation_accuracy:6.2f} % {row.bytes / 1000:11,.1f} kB  trial {point.trial}, {row.name}")
+        row, name = point.row, printable(point.row.name)
+        print(f"  {100 * row.validation_accuracy:6.2f} % {row.bytes / 1000:11,.1f} kB  trial {point.trial}, {name}")
     if outcome.unfinished:
         print(f"note: {outcome.unfinished} not finished here; the same command goes on with them", file=sys.stderr)
     return int(bool(outcome.broken))

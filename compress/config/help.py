@@ -27,6 +27,7 @@ compress: distil a student from a teacher, quantize it, and see the accuracy per
   python scripts/run.py experiment=quickstart --dry-run       sizes and an estimate, nothing is trained
   python scripts/run.py resume=outputs/runs/DIRECTORY         continue an interrupted run; resume=latest: the last
   python scripts/run.py sweep=outputs/sweeps/DIRECTORY        run what a sweep has not finished; sweep=latest
+  python scripts/run.py --verify outputs/runs/DIRECTORY       read a finished run again: does everything in it hold?
 
   --cfg job       print the composed configuration        --help       this text
   --dry-run       print models, sizes and times           -m           sweep over comma-separated values

@@ -8,16 +8,17 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from compress.checksums import read_text
 from compress.config.compose import parse
 from compress.config.received import check_content
 from compress.config.roles import register
 from compress.errors import UserError, first_line
-from compress.files import write_text
+from compress.files import write_yaml
 
 
 def write_config(directory: Path, config: DictConfig) -> None:
     """Leaves `config` in `directory`, for `read_config` and the reader."""
-    write_text(directory / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
+    write_yaml(directory / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
 
 
 def read_config(directory: Path, allowed: Collection[str] = ()) -> DictConfig:
@@ -34,6 +35,7 @@ def read_config(directory: Path, allowed: Collection[str] = ()) -> DictConfig:
         raise UserError(f"resume: found no {path}; {accepted}, or the command that made it, which had done nothing yet")
     register()
     try:
+        read_text(path)
         config = OmegaConf.load(path)
     except (YAMLError, UnicodeDecodeError, OSError, OmegaConfBaseException):
         raise UserError(f"resume: found {path}, which cannot be read as YAML; {accepted}") from None

@@ -22,6 +22,8 @@ NAMES = {
     torch.int64: "I64",
     torch.float32: "F32",
     torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
     torch.float16: "F16",
     torch.bfloat16: "BF16",
     torch.uint8: "U8",

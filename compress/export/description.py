@@ -1,5 +1,6 @@
 """What a model file says of its network beside the tensors: how to build it, what its input and its classes are."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,9 +43,27 @@ class NetworkDescription:
         }
 
 
-def describe(architecture: Mapping[str, Any], data: Any) -> NetworkDescription:
+def describe(architecture: Mapping[str, Any], data: Any, extra: Mapping[str, Any] | None = None) -> NetworkDescription:
     """The description of a network of that `architecture` for the classes and images of the data module `data`."""
-    return NetworkDescription(architecture, data.class_names, data.mean, data.standard_deviation, data.input_shape)
+    return NetworkDescription(
+        architecture, data.class_names, data.mean, data.standard_deviation, data.input_shape, extra or {}
+    )
+
+
+def check_description(description: Mapping[str, Any], outputs: int) -> None:
+    """Raises UserError for a file whose classes are not those of its `outputs`, or that cannot normalise an image."""
+    names, shape = description.get("class_names"), description.get("input_shape")
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names) or len(names) != outputs:
+        found = f"{len(names)} names" if isinstance(names, list) else "none"
+        raise UserError(f"class_names: found {found}; accepted: one for each of the {outputs} outputs")
+    if not isinstance(shape, list) or len(shape) != 3 or not all(type(size) is int and size > 0 for size in shape):
+        raise UserError(f"input_shape: found {shape!r}; accepted: channels, height and width")
+    for key, accepted in (("mean", "finite numbers"), ("standard_deviation", "finite numbers above 0")):
+        values = description.get(key)
+        numbers = isinstance(values, list) and all(type(value) in (int, float) for value in values)
+        fit = numbers and len(values) in (1, shape[0]) and all(map(math.isfinite, values))
+        if not fit or (key == "standard_deviation" and min(values) <= 0):
+            raise UserError(f"{key}: found {str(values)[:40]}; accepted: {accepted}, one or one for each channel")
 
 
 def grids_as_json(quantized: QuantizedModel) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from compress.errors import UserError
+from compress.export.description import check_description
 from compress.export.exporter import import_package
 
 FORMAT = "compress-onnx-1"
@@ -54,6 +55,11 @@ class OnnxModel:
             description = {"format": FORMAT, **json.loads(metadata["description"])}
         except (TypeError, ValueError):
             raise UserError(f"{path}: found a description that is not a JSON object; {accepted}") from None
+        shape = session.get_outputs()[0].shape
+        try:
+            check_description(description, shape[-1] if shape else 0)
+        except UserError as mistake:
+            raise UserError(f"{path}: {mistake}") from None
         if not description.get("inputs"):
             # Without integer kernels to gain, the weights are dequantized once instead of in every call.
             session = start(content, threads, dequantize_once=True)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from compress import models
 from compress.errors import UserError, first_line
 from compress.export import container
-from compress.export.description import NetworkDescription, check_float32, grids_as_json
+from compress.export.description import NetworkDescription, check_description, check_float32, grids_as_json
 from compress.export.encodings import decode, encode, encoding
 from compress.export.exporter import Exporter
 from compress.models import masks
@@ -111,6 +111,7 @@ def read_model(path: str | Path, network: OwnNetwork | None = None) -> tuple[nn.
     if kind not in (PACKED, FLOAT):
         raise UserError(f"{path}: found the format {kind}; accepted: {PACKED}, {FLOAT}")
     try:
+        check_description(description, description["architecture"]["num_classes"])
         # Fresh weights are drawn and thrown away; reading a file must not move anyone's random numbers.
         with torch.random.fork_rng(devices=[]):
             model = models.rebuild(description["architecture"], network).eval()
@@ -199,4 +200,9 @@ def _load(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
             raise UserError(
                 f"{name}: found {value.dtype} {tuple(value.shape)}; accepted: {wanted.dtype} {tuple(wanted.shape)}"
             )
+    learned = {name for name, _ in model.named_parameters()}
+    for name, value in tensors.items():
+        # A buffer may be a mask, whose infinities mean something.
+        if value.is_floating_point() and not (value.isfinite() if name in learned else ~value.isnan()).all():
+            raise UserError(f"{name}: found values that are no numbers; accepted: finite weights")
     model.load_state_dict(tensors, strict=False)  # strict about all but the counters, by the check above

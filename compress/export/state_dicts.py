@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from compress.checksums import check_archive
 from compress.errors import UserError
 from compress.export import container
 from compress.export.packed import PACKED
@@ -138,6 +139,7 @@ def _read_torch(path: Path, where: str, mappable: bool) -> Any:
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals([(_LeftOut, name) for name in HARMLESS]):
             warnings.simplefilter("ignore")  # of what a file looks like that is then refused, or loaded
+            check_archive(path)
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mappable)
     except Exception as error:  # a damaged file can fail anywhere in the decoder, with any exception
         if "TorchScript" in str(error):

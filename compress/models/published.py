@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.hub import download_url_to_file
 
@@ -104,14 +103,11 @@ class Published(ABC):
         path = self.file.fetched()
         weights = self.weights.replace("/", "--").replace(":", "--")
         size = f".{input_size}" if input_size else ""
-        converted = downloads() / f"{self.options['name']}.{weights}{size}.converted.safetensors"
+        converted = downloads() / f"{self.options['name']}.{weights}{size}.converted.pt"
         if not converted.exists() or converted.stat().st_mtime < path.stat().st_mtime:
-            # Copies, for a tensor may have several names.
-            tensors = {
-                name: tensor.clone(memory_format=torch.contiguous_format)
-                for name, tensor in self.tensors(input_size).items()
-            }
-            write_atomically(converted, lambda temporary: save_file(tensors, temporary))
+            # Which has a checksum of every tensor. Copies, for a tensor may be a part of a larger one.
+            tensors = {name: tensor.clone() for name, tensor in self.tensors(input_size).items()}
+            write_atomically(converted, lambda temporary: torch.save(tensors, temporary))
         return converted
 
     @abstractmethod

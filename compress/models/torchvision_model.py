@@ -13,6 +13,7 @@ from torch.hub import HASH_REGEX
 from torchvision.models import get_model_builder, get_model_weights, list_models
 from torchvision.models.vision_transformer import interpolate_embeddings
 
+from compress.checksums import check_archive
 from compress.errors import UserError, first_line
 from compress.models.published import FAILURES, File, Published, downloads, unique
 from compress.models.resized import Resized
@@ -57,6 +58,7 @@ class TorchvisionWeights(Published):
 
     def tensors(self, input_size: int | None) -> dict[str, Tensor]:
         try:
+            check_archive(self.file.fetched())
             state = torch.load(self.file.fetched(), map_location="cpu", weights_only=True)
         except FAILURES as failure:
             raise self.file.unreadable(failure) from failure

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-import torch
 from torch import nn
 
 from compress import models
@@ -21,7 +20,7 @@ from compress.quantization.lsq import float_network
 from compress.results.layer_pictures import Panel
 from compress.results.loggers import log_tradeoff
 from compress.results.surroundings import surroundings
-from compress.training.fit import BEST
+from compress.training.fit import BEST, read_checkpoint
 
 
 @dataclass(frozen=True)
@@ -52,6 +51,7 @@ class Measured:
         }
         return {
             **surroundings(threads),
+            "configuration": parts.configuration,
             "seed": parts.plain["seed"],
             "data": parts.data.record(),
             "student": student,
@@ -100,7 +100,7 @@ def measure_best(parts: Parts, directory: Path, float_checkpoint: Path | None = 
 def measured(parts: Parts, directory: Path, name: str, student: nn.Module, trained: nn.Module) -> Measured:
     """Measures the network `name`, `student` in float32 and `trained` on the method's grids, and quantizes it."""
     own_network = parts.own_network(name)
-    variants = Variants(parts.data, directory, parts.architectures[name], parts.exporters, own_network)
+    variants = Variants(parts.data, directory, parts.architectures[name], parts.exporters, own_network, parts.origin)
     with full_float32():
         variants.add_float(student)
         if parts.fake_quantization is not None:
@@ -113,7 +113,7 @@ def measured(parts: Parts, directory: Path, name: str, student: nn.Module, train
 
 def best_network(parts: Parts, path: Path) -> tuple[str, nn.Module]:
     """Name and network of the best of those in a checkpoint, with its fake quantization if it was trained with one."""
-    saved = torch.load(path, map_location="cpu", weights_only=True)
+    saved = read_checkpoint(path)
     name = saved[BEST_NETWORK]
     network = parts.rebuilt(name)
     if parts.fake_quantization is not None:

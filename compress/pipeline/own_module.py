@@ -12,6 +12,7 @@ from omegaconf import OmegaConf, open_dict
 from torch import Tensor, nn
 
 from compress.arguments import build
+from compress.checksums import digest
 from compress.config.compose import compose_jobs
 from compress.errors import UserError
 from compress.export.description import NetworkDescription
@@ -23,6 +24,7 @@ from compress.models.outputs import finding_logits
 from compress.quantization import Measures, QuantizedModel, Quantizer
 from compress.quantization.comparisons import compare
 from compress.quantization.options import silent
+from compress.results.surroundings import versions_in_files
 
 # The share of the weights that may stay float without a word.
 SMALL_SHARE = 0.02
@@ -105,7 +107,8 @@ def quantize(
         raise UserError(f"network: found a {type(network).__name__}; accepted: a torch.nn.Module")
     built = _quantizer(quantizer, {**keys, "bits": bits})
     calibration = _first(images, built.calibration_images)
-    description = _about(network, calibration)
+    origin = {"configuration": digest(repr(built)), "versions": versions_in_files()}
+    description = replace(_about(network, calibration), extra=origin)
     network = _returning_one_width(network, calibration[:2])
     compare(network, [calibration], built.skip)
     float_bytes = file_bytes(network, description) if built.budget is not None else 0

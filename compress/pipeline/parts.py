@@ -12,6 +12,7 @@ from torch import nn
 
 from compress import models
 from compress.arguments import arguments_of, build
+from compress.checksums import digest
 from compress.config import ensemble
 from compress.config.class_map import mapped
 from compress.config.pretrained import class_names
@@ -27,7 +28,13 @@ from compress.optim.groups import OptimizerFactory, optimizer_factory
 from compress.pruning.recipe import MaskRecipe, Recipe
 from compress.quantization import Quantizer
 from compress.quantization.lsq import FakeQuantization
+from compress.results.surroundings import versions_in_files
 from compress.training.fit import device
+
+
+def digest_of(config: DictConfig) -> str:
+    """The SHA-256 of `config` as it stands in `config.yaml`."""
+    return digest(OmegaConf.to_yaml(config, resolve=True))
 
 
 class Parts:
@@ -174,7 +181,17 @@ class Parts:
 
     def description(self, student: nn.Module) -> dict[str, Any]:
         """What a model file says of `student`, with whatever channels it has, and of the data."""
-        return describe(self.described("student", student), self.data)
+        return describe(self.described("student", student), self.data, self.origin)
+
+    @cached_property
+    def configuration(self) -> str:
+        """The SHA-256 of the configuration, as it stands in `config.yaml`."""
+        return digest_of(self.config)
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """What a model file says of where it comes from, as the record of the run does."""
+        return {"configuration": self.configuration, "seed": self.plain["seed"], "versions": versions_in_files()}
 
     def described(self, role: str, network: nn.Module) -> dict[str, Any]:
         """What a model file says of a `network` of `student` or `peer`, see `compress.models.architecture`."""

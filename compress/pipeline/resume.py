@@ -1,7 +1,6 @@
 """Going on: which run to continue, and who owns a run directory."""
 
 import fcntl
-import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,7 +14,7 @@ from compress import models
 from compress.config.compose import Job, is_for_hydra, parse
 from compress.config.received import allowed_targets
 from compress.errors import UserError
-from compress.files import is_leftover, make_chosen, make_directory, remove_leftovers, write_json
+from compress.files import is_leftover, make_chosen, make_directory, read_json, remove_leftovers, write_json
 from compress.paths import CONF
 from compress.stopping import under_way
 from compress.training.processes import node_rank
@@ -96,9 +95,9 @@ def requeued(output_directory: Path, overrides: Sequence[str]) -> Path | None:
 def started(directory: Path) -> dict[str, Any] | None:
     """What `record_start` has left of the unfinished run in `directory`; None where nothing can be read."""
     try:
-        content = json.loads((directory / STARTED).read_text(encoding="utf-8"))
+        content = read_json(directory / STARTED, "a run that was begun")
         return {**content, "overrides": list(content["overrides"])}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (UserError, KeyError, TypeError):
         return None
 
 

@@ -90,7 +90,7 @@ def run(job: Job, directory: Path, data_sets: DataSets, float_checkpoint: Path |
             pruning = None if parts.recipe is None else parts.recipe.record(measured.trained)
             record = Record(**started, seconds=clock.laps, teacher=teacher_record, pruning=pruning, **about)
             title = f"{parts.plain['method']['stem']} {record.student.model} on {record.data.name}"
-            write_results(directory, record, title, measured.panels(), loggers)
+            record = write_results(directory, record, title, measured.panels(), loggers)
             (directory / resume.STARTED).unlink()
             show(directory, record.rows, title)
             return Result(directory, record)

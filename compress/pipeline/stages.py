@@ -15,7 +15,7 @@ from compress.config.recorded import write_config
 from compress.config.stage_plan import start_from
 from compress.data.shared import DataSets
 from compress.pipeline import resume
-from compress.pipeline.parts import Parts
+from compress.pipeline.parts import Parts, digest_of
 from compress.pipeline.run import Result, finished, run
 from compress.progress import console
 from compress.results.record import Stage
@@ -67,6 +67,7 @@ def _write(job: Job, directory: Path, started: Mapping[str, Any], results: Seque
     ]
     folder = stages[-1].directory
     changes = {
+        "configuration": digest_of(job.config),
         "seconds": {stage.directory: stage.seconds for stage in stages},
         "pruning": next((stage.pruning for stage in reversed(stages) if stage.pruning), None),
         "student": last.student.model_copy(update={"epochs": sum(stage.student.epochs for stage in stages)}),
@@ -75,7 +76,7 @@ def _write(job: Job, directory: Path, started: Mapping[str, Any], results: Seque
     }
     record = last.model_copy(update={**started, **changes})
     title = f"{record.student.model}: {', '.join(stage.name for stage in stages)}"
-    write_results(directory, record, title)
+    record = write_results(directory, record, title)
     (directory / resume.STARTED).unlink()
     show(directory, record.rows, title)
     return Result(directory, record)

@@ -13,6 +13,7 @@ from torch import nn
 
 from compress import models
 from compress.arguments import arguments_of
+from compress.checksums import read_text
 from compress.config import values
 from compress.config.compose import compose_jobs
 from compress.config.pretrained import class_names
@@ -26,7 +27,7 @@ from compress.errors import UserError
 from compress.export.formats import check_exporters
 from compress.export.packed import read_float_description
 from compress.export.weights import load_weights
-from compress.files import make_directory, write_text
+from compress.files import make_directory, write_yaml
 from compress.models import own_class
 from compress.pipeline.check import check_image_sizes, check_quantizer
 from compress.pipeline.measure import measured
@@ -73,7 +74,7 @@ def quantize_checkpoint(overrides: Sequence[str]) -> Path:
     parent = Path(parts.plain["output_directory"]) / "quantized"
     directory = make_directory(parent, f"{datetime.now():%Y-%m-%d_%H-%M-%S}-{label}".replace("/", "-"))
     groups = {key: parts.plain[key] for key in ("seed", "data", "student", "quantizer", "export")}
-    write_text(directory / "config.yaml", OmegaConf.to_yaml({"checkpoint": str(path), **groups}))
+    write_yaml(directory / "config.yaml", OmegaConf.to_yaml({"checkpoint": str(path), **groups}))
     try:
         result = measured(parts, directory, "model", student, student)
     except UserError:
@@ -222,6 +223,7 @@ def _run_of(path: Path | None) -> dict[str, Any] | None:
     file = path and path.resolve().parent.parent / "config.yaml"
     if not file or not file.is_file():
         return None
+    read_text(file)
     config = OmegaConf.to_container(OmegaConf.load(file))
     known = isinstance(config, dict) and all(isinstance(config.get(key), dict) for key in ("student", "data"))
     return config if known else None

@@ -1,6 +1,5 @@
 """Where a teacher comes from: a checkpoint, the cache of teachers trained before, or a training of its own."""
 
-import hashlib
 import json
 import shutil
 import time
@@ -12,15 +11,16 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from filelock import FileLock, Timeout
-from safetensors.torch import save_file
 
 from compress import models
 from compress.arguments import build
+from compress.checksums import digest
 from compress.config import ensemble
 from compress.errors import UserError
 from compress.evaluation import evaluate
+from compress.export import container
 from compress.export.weights import load_weights
-from compress.files import remove_leftovers, write_atomically, write_json
+from compress.files import read_json, remove_leftovers, write_json
 from compress.losses.cross_entropy import CrossEntropy
 from compress.methods.frozen_teacher import FrozenEnsemble, FrozenTeacher
 from compress.methods.learning_teacher import LearningTeacher
@@ -28,9 +28,11 @@ from compress.methods.supervised import Supervised
 from compress.optim.groups import optimizer_factory
 from compress.pipeline.parts import Parts
 from compress.progress import console
+from compress.results.surroundings import versions_in_files
 from compress.training.fit import BEST, fit
 from compress.training.threads import threads_for
 
+KIND = "compress-teacher-1"
 # Keys of `data` that the teacher's training has of its own, or that change nothing about it.
 NOT_IN_KEY = ("stem", "batch_size", "evaluation_batch_size", "storage", "workers")
 # Those that came later: where they are null, a teacher is one that was trained before they existed.
@@ -107,8 +109,8 @@ def cache_path(parts: Parts, key: str) -> Path:
     if data.get("root"):
         data["root"] = str(Path(data["root"]).expanduser().resolve())
     identity = {"model": node["model"], "training": _without_stems(node["training"]), "data": data}
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
-    return Path(parts.plain["output_directory"]) / "teachers" / f"{node['model']['stem']}-{digest}.safetensors"
+    name = f"{node['model']['stem']}-{digest(json.dumps(identity, sort_keys=True))[:12]}.safetensors"
+    return Path(parts.plain["output_directory"]) / "teachers" / name
 
 
 def _without_stems(training: Mapping[str, Any]) -> dict[str, Any]:
@@ -182,7 +184,7 @@ class _Member:
             raise UserError(f"{problem}; accepted: to remove that file, and the teacher is trained again") from None
         # Not whether it was just now: the run may have been interrupted since.
         identity = path.with_suffix(".json")
-        content = json.loads(identity.read_text(encoding="utf-8")) if identity.exists() else {}
+        content = read_json(identity, "to remove it") if identity.exists() else {}
         return path, content.get("run") == str(self.directory.resolve())
 
     def _train(self, path: Path) -> None:
@@ -208,12 +210,10 @@ class _Member:
         with threads_for(macs * data.batch_size):
             fit(module, data, options, directory, label="teacher")
         load_weights(network, directory / BEST, where="teacher")
-        # Copies, because safetensors refuses tensors that share memory: those of a module under two names, say.
-        state = {key: value.clone(memory_format=torch.contiguous_format) for key, value in network.state_dict().items()}
         identity = {"model": self.node["model"], "training": training, "data": self.parts.plain["data"]}
-        identity["run"] = str(self.directory.resolve())
-        write_json(path.with_suffix(".json"), identity)
-        write_atomically(path, lambda temporary: save_file(state, temporary))
+        write_json(path.with_suffix(".json"), identity | {"run": str(self.directory.resolve())})
+        about = {"configuration": digest(json.dumps(identity, sort_keys=True)), "seed": training["seed"]}
+        container.write(path, KIND, about | {"versions": versions_in_files()}, network.state_dict())
 
 
 def _renormalise(node: dict[str, Any], data: pl.LightningDataModule) -> tuple[torch.Tensor, torch.Tensor] | None:

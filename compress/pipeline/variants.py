@@ -39,7 +39,7 @@ class Variants:
     Every network gets a file of each of the `exporters` in `directory`/models, and a row for each file. The reference
     format comes first, because the other rows are compared with its row; its files are removed again where it is not
     among the `exporters`. architecture: {"stem", "options", "num_classes"}; own_network: one of the user's own class,
-    which reading a file takes.
+    which reading a file takes; origin: what its files say of where they come from.
     `layers` says for each reference file which layers were quantized, to how many bits and with which relative output
     error, and `quantized` has the networks by name; `test` is the evaluation of the float32 network on the
     test set.
@@ -52,6 +52,7 @@ class Variants:
         architecture: Mapping[str, Any],
         exporters: Sequence[Exporter],
         own_network: nn.Module | None = None,
+        origin: Mapping[str, Any] | None = None,
     ) -> None:
         self.data, self.directory, self.exporters = data, directory, list(exporters)
         self.own_network = own_network
@@ -61,7 +62,7 @@ class Variants:
         self.comparisons: dict[str, Any] = {"read_back": {}}
         self.test: Evaluation | None = None
         self._runnable: list[Callable[[Tensor], Tensor]] = []
-        self._description = describe(architecture, data)
+        self._description = describe(architecture, data, origin)
 
     def add_float(self, student: nn.Module) -> None:
         """The reference of all others. Images without labels get those that it gives them."""
@@ -161,7 +162,7 @@ class Variants:
             if reference is None:
                 macs = models.count_macs(model, self.data.input_shape)
                 columns = {**columns, "macs": macs, "sparsity": sparsity(model)}
-            placed = model.to(self.data.device) if exporter.movable else _on_cpu(model)
+            placed = model.to(self.data.device) if exporter.movable else on_cpu(model)
             test = self._add_row(path, exporter, placed, reference, columns)
             reference = reference or test
             self._runnable.append(model.cpu() if exporter.movable else exporter.read(path, threads=1)[0])
@@ -218,7 +219,7 @@ class Variants:
         return test
 
 
-def _on_cpu(model: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+def on_cpu(model: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     """`model` for images from every device."""
     return lambda images: model(images.cpu())
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from compress.checksums import checked_rows, read_text
 from compress.errors import UserError
 from compress.results.record import FILE, Layer, Record
 from compress.results.tradeoff import Row
@@ -102,7 +103,7 @@ def flattened(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
-        config = yaml.load(path.read_text(encoding="utf-8"), YAML)
+        config = yaml.load(read_text(path), YAML)
     except OSError as failure:
         raise UserError(f"{path}: cannot be read ({failure.strerror})") from None
     except (ValueError, RecursionError, yaml.YAMLError):
@@ -129,11 +130,11 @@ def _curves(path: Path, problems: list[str]) -> dict[str, tuple[tuple[float, ...
             reader = csv.DictReader(stream, strict=True)
             if "epoch" not in (reader.fieldnames or ()):
                 raise ValueError("no column of epochs")
-            for row in reader:
-                if not row["epoch"]:
+            for row in checked_rows(reader):
+                if "epoch" not in row:
                     continue
                 for name, value in row.items():
-                    if value and name not in ("epoch", "step") and not name.startswith("tradeoff/"):
+                    if name not in ("epoch", "step") and not name.startswith("tradeoff/"):
                         number = float(value)
                         if math.isfinite(number):
                             curves.setdefault(name, []).append((float(row["epoch"]), number))

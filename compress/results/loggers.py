@@ -4,10 +4,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 from pytorch_lightning.loggers import Logger
 
+from compress.arguments import build
 from compress.results.record import Record
 from compress.results.tradeoff import Row, metrics
 from compress.results.wandb_run import WandbRun
@@ -17,7 +17,7 @@ from compress.stopping import StoppedError
 @contextmanager
 def open_loggers(config: DictConfig, directory: Path) -> Iterator[list[Logger]]:
     """The loggers of `config`; W&B's run is ended when this is left, as failed for an exception."""
-    loggers = [instantiate(logger, save_dir=str(directory)) for logger in config.logger.values()]
+    loggers = [build(node, f"logger.{name}", save_dir=str(directory)) for name, node in config.logger.items()]
     runs = [logger for logger in loggers if isinstance(logger, WandbRun)]
     exit_code = 0
     try:

@@ -1,7 +1,7 @@
 """`metrics.csv`: one row per logged step, one column per metric, kept whole through interruptions.
 
 Lightning's own CSVLogger deletes the history of a run that is resumed; this one continues it, and a step that is
-trained again after a crash replaces its row.
+trained again after a crash replaces its row. The last column is a checksum, see `compress.checksums`.
 """
 
 import csv
@@ -12,7 +12,11 @@ from typing import Any
 from pytorch_lightning.loggers.logger import Logger
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
+from compress.checksums import COLUMN, checked_rows, rows_with_checksums
+from compress.errors import UserError, first_line
 from compress.files import write_csv
+
+FILE = "metrics.csv"
 
 
 class MetricsCSV(Logger):
@@ -20,12 +24,10 @@ class MetricsCSV(Logger):
 
     def __init__(self, save_dir: str) -> None:
         super().__init__()
-        self.path = Path(save_dir) / "metrics.csv"
+        self.path = Path(save_dir) / FILE
         self.rows: dict[int, dict[str, Any]] = {}
         if self.path.exists():
-            with self.path.open(newline="", encoding="utf-8") as stream:
-                for row in csv.DictReader(stream):
-                    self.rows[int(row["step"])] = {key: value for key, value in row.items() if value != ""}
+            self.rows = _read(self.path)
 
     @property
     def name(self) -> str:
@@ -49,8 +51,25 @@ class MetricsCSV(Logger):
         if not self.rows:
             return
         columns = ["step", "epoch", *sorted({key for row in self.rows.values() for key in row} - {"step", "epoch"})]
-        write_csv(self.path, columns, [self.rows[step] for step in sorted(self.rows)])
+        rows = rows_with_checksums(self.rows[step] for step in sorted(self.rows))
+        write_csv(self.path, [*columns, COLUMN], rows)
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
         self.save()
+
+
+def _read(path: Path) -> dict[int, dict[str, Any]]:
+    """The rows by their steps. Raises UserError where the file is damaged."""
+    try:
+        with path.open(newline="", encoding="utf-8") as stream:
+            rows = {int(row["step"]): row for row in checked_rows(csv.DictReader(stream, strict=True))}
+        for row in rows.values():
+            for value in row.values():
+                float(value)
+    except (OSError, ValueError, KeyError, TypeError, csv.Error) as failure:
+        raise UserError(
+            f"{path}: cannot be read ({first_line(failure)}); accepted: to remove it, and the run goes on without the "
+            "metrics of its earlier epochs"
+        ) from None
+    return rows

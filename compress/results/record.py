@@ -6,7 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, ValidationError
 
-from compress.errors import UserError
+from compress.checksums import read_text
+from compress.errors import UserError, first_line
 from compress.files import write_json
 from compress.results.tradeoff import Row, Share
 
@@ -122,6 +123,7 @@ class Record(Part):
     slurm_job: str | None = None  # its number
     versions: dict[str, str | None] = {}  # Python, the packages that decide the numbers, the checkout's `commit`
     hardware: Hardware = Hardware()
+    configuration: str = ""  # the SHA-256 of config.yaml, which model files name too
     seed: int
     seconds: dict[str, float] = {}  # duration of each part, or stage; of a resumed run, those after the last resuming
     data: Data
@@ -133,20 +135,22 @@ class Record(Part):
     rows: tuple[SavedRow, ...] = Field(alias="tradeoff", min_length=1)
     layers: dict[str, FileLayers] = {}  # by the name of the packed file
     comparisons: Comparisons = Comparisons()
+    files: dict[str, str] = {}  # the SHA-256 of each file that the run left, by its path in the run's directory
 
     @classmethod
     def read(cls, path: Path) -> "Record":
         """The record in the file `path`. Raises UserError where it is missing or damaged."""
+        accepted = f"to remove it, and resume={path.parent} writes it again"
         try:
-            return cls.model_validate_json(path.read_bytes())
+            return cls.model_validate_json(read_text(path, accepted))
         except OSError as failure:
             problem = failure.strerror
         except ValidationError as failure:
             error = failure.errors()[0]
             problem = f"{'.'.join(map(str, error['loc'])) or 'content'}: {error['msg'].lower()}"
-        raise UserError(
-            f"{path}: cannot be read ({problem}); accepted: to remove it, and resume={path.parent} writes it again"
-        )
+        except UnicodeDecodeError as failure:
+            problem = first_line(failure)
+        raise UserError(f"{path}: cannot be read ({problem}); accepted: {accepted}")
 
     def content(self) -> dict[str, Any]:
         """What the file holds."""

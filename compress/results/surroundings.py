@@ -3,6 +3,7 @@
 import os
 import platform
 import subprocess
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -21,15 +22,13 @@ PACKAGES = (
     "scikit-learn",
     "safetensors",
 )
+IN_FILES = ("python", "compress", "torch", "commit")
 
 
 def surroundings(threads: int | None = None) -> dict[str, Any]:
     """`versions` and `hardware` of `compress.results.record.Record`; `threads` are those of the training, if any."""
-    versions = {"python": platform.python_version()} | {package: _version(package) for package in PACKAGES}
-    # With the build, such as +cu130, which the installed package does not name.
-    versions["torch"] = torch.__version__
     return {
-        "versions": versions | {"commit": commit()},
+        "versions": versions(),
         "hardware": {
             "processor": _processor(),
             "cores": os.cpu_count(),
@@ -40,6 +39,18 @@ def surroundings(threads: int | None = None) -> dict[str, Any]:
     }
 
 
+def versions() -> dict[str, str | None]:
+    """Python, the packages that decide the numbers, and the checkout's commit."""
+    installed = {"python": platform.python_version()} | {package: _version(package) for package in PACKAGES}
+    # With the build, such as +cu130, which the installed package does not name.
+    return installed | {"torch": torch.__version__, "commit": commit()}
+
+
+def versions_in_files() -> dict[str, str]:
+    """Those that a model file names, where every byte counts; the record of the run has all."""
+    return {name: value for name, value in versions().items() if name in IN_FILES and value is not None}
+
+
 def _version(package: str) -> str | None:
     """None for what was not installed, such as this package where it is run from a folder."""
     try:
@@ -48,6 +59,7 @@ def _version(package: str) -> str | None:
         return None
 
 
+@cache
 def commit() -> str | None:
     """The checkout's commit, with `-dirty` where it was changed since; None outside a checkout."""
     if not (PACKAGE.parent / ".git").exists():

@@ -3,7 +3,6 @@
 The run's id lies in the directory, so that a resumed run goes on in the same W&B run.
 """
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -18,7 +17,7 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
 from compress import models
 from compress.errors import UserError
-from compress.files import write_json
+from compress.files import read_json, write_json
 from compress.paths import PACKAGE
 from compress.results.record import Record
 from compress.results.surroundings import commit
@@ -71,7 +70,7 @@ class WandbRun(WandbLogger):
         log_models: bool = True,
     ) -> None:
         path = Path(save_dir, IDENTITY)
-        identity = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        identity = read_json(path, "to remove it, and W&B gets a new run") if path.exists() else {}
         super().__init__(name, save_dir, identity.get("id"), project=project)
         self.directory = Path(save_dir).resolve()
         self.log_models = log_models

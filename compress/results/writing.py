@@ -6,10 +6,11 @@ from pathlib import Path
 from pytorch_lightning.loggers import Logger
 from rich.markup import escape
 
+from compress.checksums import file_digest
 from compress.progress import console
 from compress.results.layer_pictures import Panel, draw_layers, draw_weights
 from compress.results.loggers import log_results
-from compress.results.record import Record
+from compress.results.record import FILE, Record
 from compress.results.tradeoff import Row, table, write_tradeoff
 from compress.results.tradeoff_picture import draw_tradeoff
 
@@ -22,8 +23,8 @@ def write_results(
     title: str,
     panels: Mapping[str, Sequence[Panel]] | None = None,
     loggers: Sequence[Logger] = (),
-) -> None:
-    """Writes the `record` and, before it, the table and the pictures of its rows and layers.
+) -> Record:
+    """Writes the `record` and, before it, the table and the pictures of its rows and layers; returns what it wrote.
 
     panels: some layers of each quantized variant, for `weights.png`. loggers: those of the run, some of which take
     files and tables.
@@ -37,7 +38,16 @@ def write_results(
         draw_weights(directory / "weights.png", panels, title)
     log_results(loggers, record)
     # Last, because its presence says that the run is finished.
+    record = record.model_copy(update={"files": _digests(directory)})
     record.write(directory)
+    return record
+
+
+def _digests(directory: Path) -> dict[str, str]:
+    """The SHA-256 of what a run leaves but for its record and its metrics, which have their own checksums."""
+    paths = [directory / name for name in FILES if name != FILE]
+    paths += sorted([*directory.glob("models/*"), *directory.glob("checkpoints/*.ckpt")])
+    return {path.relative_to(directory).as_posix(): file_digest(path) for path in paths if path.is_file()}
 
 
 def show(directory: Path, rows: Sequence[Row], title: str) -> None:

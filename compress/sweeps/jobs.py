@@ -24,13 +24,14 @@ from pydantic import TypeAdapter
 from rich.markup import escape
 
 from compress.arguments import check_arguments, imported
+from compress.checksums import read_text
 from compress.config.compose import SEARCH_PATH, Job, compose_jobs, initialized, is_for_hydra, key_of, parse
 from compress.config.received import allowing, check_overrides
 from compress.config.recorded import check_settings
 from compress.config.roles import register
 from compress.data.shared import DataSets
-from compress.errors import UserError
-from compress.files import write_text
+from compress.errors import UserError, printable
+from compress.files import write_yaml
 from compress.pipeline.resume import directory_for
 from compress.progress import console
 from compress.stopping import command, under_way
@@ -78,7 +79,7 @@ def start(jobs: Sequence[Job], overrides: Sequence[str], data_sets: DataSets) ->
     hydra = tuple(override for override in overrides if is_for_hydra(override) and key_of(override) not in PLACE)
     sweep = Sweep(directory, tuple(job.overrides for job in jobs), hydra)
     content = {"hydra": list(hydra), "jobs": [list(job) for job in sweep.jobs]}
-    write_text(directory / SWEEP, yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=1000))
+    write_yaml(directory / SWEEP, yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=1000))
     with _alone(directory):
         return _run(sweep, dict(enumerate(jobs)), data_sets)
 
@@ -242,7 +243,7 @@ def _report(sweep: Sweep) -> int:
     console.print()
     console.print(sweep_table(f"sweep {sweep.directory}", sweep.jobs, outcomes))
     for problem in summarise(sweep.directory):
-        print(f"warning: {problem}", file=sys.stderr)
+        print(f"warning: {printable(problem)}", file=sys.stderr)
     for number, ended in enumerate(outcomes):
         if ended.state == "failed":
             console.print(f"job {number} failed: {ended.reason} ({sweep.place(number)}/)", markup=False)
@@ -258,7 +259,7 @@ def _read(directory: Path) -> Sweep:
     if not path.is_file():
         raise UserError(f"sweep: found no {path}; accepted: the directory of a sweep")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.safe_load(read_text(path))
         jobs, hydra = content["jobs"], content["hydra"]
         TypeAdapter(list[list[str]]).validate_python([hydra, *jobs], strict=True)
         if not jobs:

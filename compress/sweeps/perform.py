@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 from compress.config.compose import Job, compose_jobs
 from compress.config.received import allowed_targets, allowing
 from compress.data.shared import DataSets
-from compress.errors import in_one_line
+from compress.errors import in_one_line, printable
 from compress.pipeline.check import check_job
 from compress.pipeline.execute import execute, resumed_job
 from compress.pipeline.resume import OwnedError, started
@@ -68,7 +68,7 @@ def perform(job: Job, directory: Path, number: int, data_sets: DataSets) -> None
         execute(job, directory, data_sets, number, logging_is_ours=True)
     except OwnedError:
         # A job of a launcher may outlive the process that started it.
-        print(f"{directory}: another process is running this job; it is left alone", file=sys.stderr)
+        print(f"{printable(str(directory))}: another process is running this job; it is left alone", file=sys.stderr)
     except Exception as failure:
         raise_if_stopped()
         report_failure(failure, directory if first else None)

@@ -6,7 +6,6 @@ file lock that dies with its process: a trial that is running without one was ki
 directory. Optuna maximises the validation accuracy and minimises the bytes of `compress.sweeps.pareto.chosen`.
 """
 
-import json
 import multiprocessing
 import os
 import signal
@@ -25,7 +24,7 @@ from filelock import FileLock, Timeout
 
 from compress.data.shared import DataSets
 from compress.errors import UserError, first_line
-from compress.files import make_chosen, write_json
+from compress.files import make_chosen, read_json, write_json
 from compress.pipeline.check import checked_jobs
 from compress.pipeline.execute import execute
 from compress.progress import console
@@ -102,10 +101,7 @@ def _open(space: Space, directory: Path) -> None:
         with FileLock(directory / "search.lock"):
             if not path.exists():
                 write_json(path, space.content())
-    try:
-        known = flattened(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, AttributeError):
-        raise UserError(f"output: found {path}, which cannot be read; accepted: a new directory") from None
+    known = flattened(read_json(path, "a new directory"))
     content = flattened(space.content())
     for key in [*content, *known]:
         if key not in known or key not in content or known[key] != content[key]:

@@ -13,6 +13,7 @@ from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
 from pytorch_lightning.loggers import Logger
 
 from compress.arguments import arguments_of
+from compress.checksums import check_archive
 from compress.errors import UserError
 from compress.files import write_atomically
 from compress.methods.classifier import Classifier
@@ -101,12 +102,17 @@ def _callbacks(
 
 
 def epoch_of(path: Path) -> int:
-    """The number, from 1, of the epoch at whose end the checkpoint at `path` was written.
+    """The number, from 1, of the epoch at whose end the checkpoint at `path` was written; raises as reading does."""
+    return 1 + int(read_checkpoint(path)["epoch"])
 
-    Raises UserError where the file has been damaged since.
-    """
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """The content of `best.ckpt` or `last.ckpt`. Raises UserError where the file has been damaged since."""
     try:
-        return 1 + int(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["epoch"])
+        check_archive(path)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        int(content["epoch"])
+        return content
     except Exception:  # a damaged file can fail anywhere in the decoder, with any exception
         raise UserError(
             f"resume: found {path}, which is damaged; accepted: to remove {path.parent}, and training begins anew"

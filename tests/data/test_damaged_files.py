@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from compress.data.cifar import CIFAR10
-from compress.data.fashion_mnist import FILES, FashionMNIST
+from compress.data.fashion_mnist import FILES, FashionMNIST, read_idx
 from compress.data.folder import Folder
 from compress.errors import UserError
 
@@ -62,6 +62,42 @@ def test_an_archive_that_breaks_off_leaves_no_half_data_set(tmp_path, monkeypatc
     archive.write_bytes(complete)
     CIFAR10(root=str(archive.parent), image_size=32).prepare_data()
     assert sorted(path.name for path in archive.parent.iterdir()) == ["cifar-10-batches-py", archive.name]
+
+
+def test_an_archive_with_three_changed_bytes_is_never_unpacked(tmp_path, monkeypatch):
+    archive = tmp_path / "root" / "cifar-10-python.tar.gz"
+    archive.parent.mkdir()
+    with tarfile.open(archive, "w:gz") as opened:
+        opened.add(write_cifar(tmp_path / "made", monkeypatch), "cifar-10-batches-py")
+    accept(monkeypatch, archive)
+    complete = archive.read_bytes()
+    random = np.random.default_rng(2)
+    for _ in range(20):
+        damaged = bytearray(complete)
+        for place in random.choice(len(complete), 3, replace=False):
+            damaged[place] ^= 1 << random.integers(8)
+        archive.write_bytes(damaged)
+        with pytest.raises(UserError, match="found the MD5 sum"):
+            CIFAR10(root=str(archive.parent), image_size=32).prepare_data()
+        assert list(archive.parent.iterdir()) == [archive]
+
+
+def test_a_changed_bit_of_fashion_mnist_is_found_by_the_checksum_of_gzip(tmp_path):
+    path = tmp_path / "images.gz"
+    values = np.random.default_rng(0).integers(0, 256, (20, 28, 28), np.uint8)
+    content = gzip.compress(struct.pack(">HBB3I", 0, 8, 3, *values.shape) + values.tobytes(), mtime=0)
+    random = np.random.default_rng(3)
+    for place in random.integers(0, len(content), 100):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 1 << random.integers(8)]) + content[place + 1 :])
+        try:
+            found = read_idx(path)
+        except UserError as refused:
+            assert str(refused).startswith(f"{path}: ")  # noqa: PT017
+        else:  # the header of gzip names a time and a system, too
+            assert np.array_equal(found.numpy(), values)
+    path.write_bytes(content[:-8] + bytes(4) + content[-4:])
+    with pytest.raises(UserError, match="CRC"):
+        read_idx(path)
 
 
 @pytest.mark.parametrize("shape", [(0, 28, 28), (20, 14, 56)])

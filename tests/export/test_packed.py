@@ -315,3 +315,30 @@ def test_a_float64_network_is_not_written_with_float32_scales(small, tmp_path):
 def test_a_path_may_be_text_as_in_the_readme(tmp_path):
     with pytest.raises(UserError, match=r"absent\.safetensors: found no such file"):
         read_model(str(tmp_path / "absent.safetensors"))
+
+
+CONTENT = [
+    ({"class_names": ["a"] * 9}, {}, "class_names: found 9 names; accepted: one for each of the 10 outputs"),
+    ({"class_names": [1] * 10}, {}, "class_names: found 10 names"),
+    ({"class_names": None}, {}, "class_names: found none"),
+    ({"standard_deviation": [0.0]}, {}, r"standard_deviation: found \[0.0\]; accepted: finite numbers above 0"),
+    ({"standard_deviation": [0.5, 0.5]}, {}, "standard_deviation: found"),
+    ({"mean": ["0.5"]}, {}, "mean: found"),
+    ({"mean": []}, {}, "mean: found"),
+    ({"input_shape": [3, 8]}, {}, "input_shape: found"),
+    ({}, {"fc.bias": float("nan")}, "fc.bias: found values that are no numbers; accepted: finite weights"),
+    ({}, {"fc.weight": float("inf")}, "fc.weight: found values that are no numbers"),
+    ({}, {"bn1.running_mean": float("nan")}, "bn1.running_mean: found values that are no numbers"),
+]
+
+
+@pytest.mark.parametrize(("changes", "values", "message"), CONTENT)
+def test_a_signed_file_is_refused_where_it_says_what_no_network_is(small, changes, values, message, tmp_path):
+    path = tmp_path / "model.safetensors"
+    write_float(path, small, describe("resnet8"))
+    kind, description, tensors = container.read(path)
+    for name, value in values.items():
+        tensors[name].view(-1)[0] = value
+    container.write(path, kind, description | changes, tensors)
+    with pytest.raises(UserError, match=f"^{path}: {message}"):
+        read_model(path)

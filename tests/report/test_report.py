@@ -14,6 +14,7 @@ import yaml
 
 import compress
 from compress.benchmarks.synthetic import write_runs
+from compress.checksums import json_with_checksum, read_text, yaml_with_checksum
 from compress.errors import UserError
 from compress.report.collect import collect, write_summary
 from compress.report.formats import write_reports
@@ -148,6 +149,8 @@ DAMAGED = [
     ("result.json", edit(["tradeoff", 0, "test_accuracy"], float("nan")), "(tradeoff.0.test_accuracy: ", 2),
     ("result.json", edit(["tradeoff", 0, "test_accuracy"], 91.3), "(tradeoff.0.test_accuracy: ", 2),
     ("result.json", edit(["student"], None), "(student: ", 2),
+    ("result.json", lambda text: json_with_checksum(json.loads(text)).replace("MNIST", "mnist"), "its checksum", 2),
+    ("config.yaml", lambda text: yaml_with_checksum(text).replace("lr", "lR"), "its checksum", 2),
     ("config.yaml", lambda text: "a: [1", "config.yaml: damaged", 2),
     ("config.yaml", lambda text: "text", "config.yaml: found no mapping", 2),
     ("config.yaml", lambda text: None, "config.yaml: cannot be read", 2),
@@ -160,7 +163,7 @@ DAMAGED = [
 @pytest.mark.parametrize(("name", "damage", "message", "remaining"), DAMAGED)
 def test_what_is_damaged_is_named_and_the_others_are_shown(runs, name, damage, message, remaining):
     path = runs / "1" / name
-    changed = damage(path.read_text())
+    changed = damage(read_text(path))
     if changed is None:
         path.unlink()
     else:

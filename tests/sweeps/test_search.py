@@ -330,7 +330,7 @@ def test_a_foreign_directory_and_no_trials_are_refused(tmp_path):
             search(space, tmp_path / "search", **options)
     (tmp_path / "search").mkdir()
     (tmp_path / "search" / "search.json").write_text("{")
-    with pytest.raises(UserError, match=r"search\.json, which cannot be read"):
+    with pytest.raises(UserError, match=r"search\.json: cannot be read"):
         search(space, tmp_path / "search", 2)
 
 

@@ -1,0 +1,36 @@
+"""Tables that a spreadsheet opens, and texts of files that a terminal shows."""
+
+import csv
+
+import pytest
+
+from compress.errors import printable
+from compress.files import write_csv
+from compress.progress import console
+
+
+def test_a_cell_that_a_spreadsheet_would_compute_is_text(tmp_path):
+    cells = ["=1+1", "+data.limit=5", "-cmd", "@SUM(A1)", "\t=1", "\r=1", "plain", "a=b"]
+    numbers = [-0.5, "-0.5", "+3", "-1e-05", "-inf", None]
+    write_csv(tmp_path / "table.csv", ["cell"], [{"cell": cell} for cell in [*cells, *numbers]])
+    with (tmp_path / "table.csv").open(newline="") as stream:
+        found = [row["cell"] for row in csv.DictReader(stream)]
+    assert found[:8] == ["'=1+1", "'+data.limit=5", "'-cmd", "'@SUM(A1)", r"\t=1", r"\r=1", "plain", "a=b"]
+    assert found[8:] == ["-0.5", "-0.5", "+3", "-1e-05", "-inf", ""]
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("\x1b[31mred\x1b[0m", r"\x1b[31mred\x1b[0m"),
+        ("\x9b2J\x07\x08", r"\x9b2J\x07\x08"),
+        ("two\nlines\r", r"two\nlines\r"),
+        ("\u202egnp.exe", r"\u202egnp.exe"),
+        ("\udcff", r"\udcff"),
+        ("Katze, 猫, ά, 🐈", "Katze, 猫, ά, 🐈"),
+    ],
+)
+def test_no_text_steers_a_terminal(text, shown, capsys):
+    assert printable(text) == shown
+    console.print(text.replace("\n", ""), markup=False)
+    assert "\x1b" not in capsys.readouterr().out
