@@ -4,7 +4,7 @@ BIN := .venv/bin
 
 FASHION_MNIST ?= /usr/share/datasets/fashion-mnist
 
-.PHONY: demo check test soak study quantizer-study lint format clean
+.PHONY: demo check test soak study quantizer-study lint audit format clean
 demo: .venv/installed
 	$(BIN)/python scripts/run.py method=dkd student=resnet18
 
@@ -38,6 +38,11 @@ lint: .venv/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 	$(BIN)/hadolint Dockerfile
+
+# Known vulnerabilities of what is installed; it asks a database on the network.
+audit: .venv/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check pip-audit
+	$(BIN)/pip-audit --skip-editable
 
 format: .venv/installed-dev
 	$(BIN)/ruff check --fix .
