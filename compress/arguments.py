@@ -155,10 +155,11 @@ def imported(name: Any, where: str) -> Any:
     """
     # Late, because programs that only classify start without Hydra.
     from hydra.errors import InstantiationException
-    from hydra.utils import instantiate
+    from hydra.utils import get_object, instantiate
 
     try:
-        return instantiate({"_target_": name, "_partial_": True}).func
+        instantiate({"_target_": name, "_partial_": True})
+        return get_object(name)
     except InstantiationException as failure:
         problem = "which cannot be imported" if failure.__cause__ else "which no configuration calls"
         raise UserError(

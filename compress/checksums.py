@@ -73,7 +73,7 @@ def check_archive(path: Path) -> None:
     except Exception as failure:  # a damaged archive can fail anywhere in the decoder, with any exception
         raise ValueError(first_line(failure)) from None
     if damaged is not None:
-        raise ValueError(f"{damaged} does not match its checksum")
+        raise ValueError(f"{damaged} does not match its checksum; one saved without checksums is to be saved with them")
 
 
 def rows_with_checksums(rows: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:

@@ -57,6 +57,7 @@ def _main(arguments: list[str]) -> int:
 def _verify(arguments: list[str]) -> int:
     """Reads a finished run again: 0 where it holds, 1 where it does not."""
     from compress.config.compose import searched_folders
+    from compress.config.received import ALLOW, allowed_targets
     from compress.pipeline.verify import verify
 
     parser = ArgumentParser(add_help=False, allow_abbrev=False)
@@ -64,10 +65,12 @@ def _verify(arguments: list[str]) -> int:
     parser.add_argument("--verify", type=Path)
     parser.add_argument("--config-dir")
     parsed, others = parser.parse_known_args(arguments)
+    allowed, others = allowed_targets(others)
     if others:
-        raise UserError(f"--verify: found it beside {others[0]}; accepted: --verify DIRECTORY, --config-dir DIR")
+        accepted = f"--verify DIRECTORY, --config-dir DIR, {ALLOW}=[NAME]"
+        raise UserError(f"--verify: found it beside {others[0]}; accepted: {accepted}")
     with searching(searched_folders([], parsed.config_dir)):
-        return verify(parsed.verify)
+        return verify(parsed.verify, allowed)
 
 
 def _folder_for_help(arguments: list[str]) -> list[Path]:

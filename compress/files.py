@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.checksums import json_with_checksum, read_text, yaml_with_checksum
-from compress.errors import UserError, first_line, printable
+from compress.errors import MACHINE, UserError, first_line, printable
 
 # Of whatever place was chosen, and not a mistake in choosing it.
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
@@ -29,6 +29,8 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
         temporary.chmod(0o644)
         temporary.replace(path)
     except OSError as failure:
+        if failure.errno not in MACHINE:
+            raise
         raise _named(failure, path) from failure
     except Exception as failure:
         # PyTorch and safetensors have errors of their own, which do not say that the disk is full.

@@ -6,7 +6,6 @@ configuration of a RUN has beside those of conf/ are typed too: allow_targets=[M
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Collection
 from pathlib import Path
@@ -14,7 +13,7 @@ from pathlib import Path
 from compress.benchmarks.quantizer_study import COMPARED, MAIN, measure, tables
 from compress.config.received import ALLOW, allowed_targets
 from compress.errors import UserError, add_debug, exit_code
-from compress.files import write_json, write_text
+from compress.files import read_json, write_json, write_text
 from compress.results.record import FILE, Record
 
 
@@ -25,7 +24,7 @@ def study(output: Path, runs: list[Path], compare: list[str], allowed: Collectio
         raise UserError(f"{unfinished}: found no finished run; accepted: directories with a result.json")
     output.mkdir(parents=True, exist_ok=True)
     path = output / "quantizers.json"
-    results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    results = read_json(path, "to remove it, and everything is measured again") if path.exists() else {}
     for run in runs:
         record = Record.read(run / FILE)
         stem = record.student.model

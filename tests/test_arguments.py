@@ -12,7 +12,7 @@ from pydantic import AfterValidator, Field
 from pytorch_lightning import Trainer
 from torch import nn
 
-from compress.arguments import Supplied, annotations, arguments_of, check_arguments, settable
+from compress.arguments import Supplied, annotations, arguments_of, check_arguments, imported, settable
 from compress.errors import UserError
 
 
@@ -237,3 +237,9 @@ def test_what_the_run_supplies_is_no_key():
 def test_the_arguments_of_a_node_are_its_keys_without_those_of_the_configuration():
     node = OmegaConf.create({"_target_": "fractions.Fraction", "stem": "half", "numerator": 1, "denominator": 2})
     assert arguments_of(node) == {"numerator": 1, "denominator": 2}
+
+
+def test_a_partial_keeps_its_arguments(tmp_path, monkeypatch):
+    (tmp_path / "narrow.py").write_text("from functools import partial\n\nNarrow = partial(dict, width=3)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert imported("narrow.Narrow", "student.target")() == {"width": 3}

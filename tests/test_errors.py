@@ -9,6 +9,7 @@ import pytest
 from compress.errors import UserError, exit_code
 from compress.files import write_atomically
 from compress.stopping import under_way
+from compress.training.fit import epoch_of
 
 
 class OutOfMemoryError(RuntimeError):
@@ -77,3 +78,13 @@ def test_a_library_that_fails_for_reasons_of_its_own_fails_for_those(tmp_path):
     with pytest.raises(ZeroDivisionError):
         write_atomically(tmp_path / "last.ckpt", lambda temporary: 1 / 0)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_failure_of_a_library_that_is_no_refusal_of_the_machine_keeps_what_it_says(tmp_path):
+    with pytest.raises(OSError, match="encoder error -2"):
+        write_atomically(tmp_path / "a.png", lambda temporary: failing(OSError("encoder error -2"))())
+
+
+def test_a_checkpoint_that_may_not_be_read_is_not_called_damaged(tmp_path):
+    with pytest.raises(IsADirectoryError):
+        epoch_of(tmp_path)

@@ -105,6 +105,9 @@ OVERRIDES = [
     "student={stem: module, target: evil.run}",
     "student.target=evil.run",
     "loss@student.target=evil.run",
+    "teacher.model={target: evil.run, from_python: true}",
+    "teacher.model.from_python=false",
+    "+sent@optimizer=evil",
     "loss._target_=${student.stem}",
     "loss=../../sent/evil",
     "loss=[../../sent/evil]",
@@ -255,6 +258,8 @@ def test_a_run_has_nothing_looked_up(value, folder, capsys):
         left("sent", put(begun("sent"), place, value))
         line = refused(main(["resume=sent"]), capsys)
         assert line.startswith(f"error: sent/config.yaml: {place}: found ")
+    left("sent", put(begun("sent"), "grid", {value: "x"}))
+    assert refused(main(["resume=sent"]), capsys).startswith("error: sent/config.yaml: grid.key: found ")
 
 
 @pytest.mark.parametrize("override", OVERRIDES)
@@ -393,6 +398,12 @@ def test_what_an_honest_file_says_passes():
     ]:
         check_overrides([override], "sweep.yaml")
     check_content({"student": {"target": "evil.run", "from_python": True}}, "config.yaml")
+
+
+def test_a_sweep_whose_file_could_not_be_read_again_does_not_begin(folder, capsys):
+    line = refused(main(["-m", *SHORT, "seed=0,1", "output_directory='${oc.env:SECRET}/x'"]), capsys)
+    assert line.startswith("error: output_directory: found '${oc.env:SECRET}/x', which sweep=DIRECTORY would not look up")
+    assert not Path("outputs").exists()
 
 
 @pytest.mark.parametrize("typed", ["evil.run", "[1]", "", "null", "{a: b}"])

@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 from omegaconf import OmegaConf
 
-from compress.config.compose import parse
+from compress.config.compose import key_of, parse
 from compress.config.ranges import TOP_LEVEL
 from compress.errors import UserError
 from compress.paths import CONF, config_folders, of_the_user
@@ -24,6 +24,8 @@ from compress.paths import CONF, config_folders, of_the_user
 ALLOW = "allow_targets"
 # The keys whose values `compress.arguments.imported` is given: Hydra's, and that of a network of the user's own class.
 NAMES_CODE = ("_target_", "target")
+FROM_PYTHON = "from_python"  # see `compress.pipeline.given`
+ROLES = {"student", "teacher", "peer"}
 # `${key}` and the resolvers of `compress.config.roles`, without another interpolation in them.
 INTERPOLATION = re.compile(r"\$\{(?:(?:when|dkd_warmup):)?[^${}:\\]*\}")
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -37,6 +39,17 @@ def check_content(content: Any, source: object, allowed: Collection[str] = ()) -
     allowed: names of code beside those of the installation.
     """
     _check(_leaves(content), source, allowed)
+
+
+def check_typed(overrides: Iterable[str]) -> None:
+    """Raises UserError for typed overrides that could not be read again from the file of a sweep."""
+    for override in overrides:
+        value = parse(override).value()
+        if isinstance(value, str) and "$" in value and not _is_plain(value):
+            raise UserError(
+                f"{key_of(override)}: found {value!r}, which sweep=DIRECTORY would not look up; accepted: the value "
+                "itself, or an option of your own that has it"
+            )
 
 
 def check_overrides(overrides: Iterable[str], source: object, allowed: Collection[str] = ()) -> None:
@@ -117,8 +130,10 @@ def _leaves(content: Any, path: tuple[str, ...] = ()) -> Iterator[Leaf]:
     """Path and value of everything below `content` that holds nothing; the overrides of a stage as what they set."""
     if isinstance(content, Mapping):
         # That class is given from Python, and nothing imports it.
-        skipped = "target" if content.get("from_python") is True else None
+        skipped = "target" if content.get(FROM_PYTHON) is True else None
         for key, value in content.items():
+            # A mapping that becomes text is looked through for interpolations once more.
+            yield (*path, "key"), key
             if key != skipped:
                 yield from _leaves(value, (*path, str(key)))
     elif isinstance(content, list | tuple):
@@ -139,12 +154,16 @@ def _leaves_of(override: str) -> Iterator[Leaf]:
     """What the `override` of a file sets. Raises UserError where it is not for a file to set."""
     parsed = parse(override)
     key, place = parsed.key_or_group, parsed.package or parsed.key_or_group
-    if {"hydra", ALLOW} & {*re.split(r"[./]", f"{key}.{place}")}:
+    content = parsed.value()
+    # A network from Python is none of a file, whose overrides together could say first that it is, and then not.
+    if {"hydra", ALLOW, FROM_PYTHON} & {*re.split(r"[./]", f"{key}.{place}"), *_keys(content)}:
         raise UserError(f"{key}: found it in a file; accepted: to type it")
     if parsed.is_sweep_override():
         raise UserError(f"{key}: found several values; accepted: one")
-    content = parsed.value()
     if "." not in key and key not in TOP_LEVEL:
+        # Hydra would compose any YAML file below the folders of options.
+        if key not in _groups():
+            raise UserError(f"{key}: found it in a file; accepted: a group of conf/, see --help")
         for option in content if isinstance(content, list) else [content]:
             if isinstance(option, str) and ("$" in option or ".." in option.split("/")):
                 raise UserError(f"{key}: found {option!r}; accepted: an option, see --help")
@@ -153,11 +172,23 @@ def _leaves_of(override: str) -> Iterator[Leaf]:
     yield from _leaves(content)
 
 
+def _keys(content: Any) -> Iterator[str]:
+    """The keys of all mappings in `content`."""
+    if isinstance(content, Mapping):
+        yield from map(str, content)
+    for value in content.values() if isinstance(content, Mapping) else content if isinstance(content, list) else ():
+        yield from _keys(value)
+
+
+def _groups() -> set[str]:
+    """The folders of options, and the roles that choose from `conf/model`."""
+    return {folder.relative_to(CONF).as_posix() for folder in CONF.rglob("*") if folder.is_dir()} | ROLES
+
+
 def _known() -> frozenset[str]:
     """The names of code that stand in the options of this installation and of the user's own folders."""
     # Not all folders of the user's: a run that somebody sent may lie in one of them.
-    groups = [folder.relative_to(CONF) for folder in CONF.rglob("*") if folder.is_dir()]
-    files = [file for folder in config_folders() for group in groups for file in (folder / group).glob("*.yaml")]
+    files = [file for folder in config_folders() for group in _groups() for file in (folder / group).glob("*.yaml")]
     return frozenset().union(*(_named_in(file, file.stat().st_mtime_ns) for file in files))
 
 

@@ -158,8 +158,9 @@ def _is_only_begun(directory: Path, configuration: str) -> bool:
     """
     if (directory / configuration).exists():
         return False
-    files = [path for path in directory.rglob("*") if not path.is_dir()]
-    return all(is_leftover(path) or path.name in (STARTED, "run.log", "config.yaml") for path in files)
+    # A run has files before its configuration, those of its stages among them; a sweep begins with it.
+    before = (STARTED, "run.log", "config.yaml") if configuration == "config.yaml" else ()
+    return all(is_leftover(path) or path.name in before for path in directory.rglob("*") if not path.is_dir())
 
 
 def directory_for(kind: Literal["run", "sweep"], job: Job, overrides: Sequence[str], parent: Path, name: str) -> Path:

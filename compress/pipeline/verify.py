@@ -1,6 +1,6 @@
 """`--verify RUN`: whether the files of a finished run are what it left, and its models as accurate as it says."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,23 +25,24 @@ CONFIG = "config.yaml"
 IMAGES, SHARE = 2, 1e-3
 
 
-def verify(directory: Path) -> int:
+def verify(directory: Path, allowed: Collection[str] = ()) -> int:
     """Prints for each file of the run in `directory` whether it holds; 0 where all do, otherwise 1.
 
     Every file but `run.log`, what other libraries said, is read again, and every model evaluated on the validation and
-    test images of the run, or of its stage; nothing is written. Raises UserError where there is no finished run, and
+    test images of the run, or of its stage; nothing is written. allowed: names of code that were typed for its
+    configuration, see `compress.config.received`. Raises UserError where there is no finished run, and
     where its data cannot be read.
     """
     if not (directory / FILE).exists():
         raise UserError(f"--verify: found no {directory / FILE}; accepted: the directory of a finished run")
-    holds = _Verification(directory, DataSets()).holds()
+    holds = _Verification(directory, DataSets(), allowed).holds()
     console.print(f"{directory}: {'everything holds' if holds else 'not everything holds'}", style="bold", markup=False)
     return 0 if holds else 1
 
 
 class _Verification:
-    def __init__(self, directory: Path, data_sets: DataSets) -> None:
-        self.directory, self.data_sets = directory, data_sets
+    def __init__(self, directory: Path, data_sets: DataSets, allowed: Collection[str]) -> None:
+        self.directory, self.data_sets, self.allowed = directory, data_sets, allowed
         self.verdicts: list[bool] = []
 
     def holds(self) -> bool:
@@ -52,13 +53,14 @@ class _Verification:
             return False
         self._say(FILE, [], f"its checksum{'' if record.files else ', and names none of other files'}")
         parts = self._parts(record)
-        self._metrics()
+        if METRICS not in record.files:
+            self._metrics()
         models = {row.file: row for row in record.rows if row.file}
         for name in record.files:
             if name not in models and name != CONFIG:
                 self._say(name, self._changed(name, record), "bytes")
         for stage in record.stages:
-            self.verdicts.append(_Verification(self.directory / stage.directory, self.data_sets).holds())
+            self.verdicts.append(_Verification(self.directory / stage.directory, self.data_sets, self.allowed).holds())
         if not record.stages:
             for row in models.values():
                 self._model(row, record, parts)
@@ -88,7 +90,7 @@ class _Verification:
         self._say(CONFIG, problems, "bytes and hash")
         if problems:
             return None
-        config = read_config(self.directory)
+        config = read_config(self.directory, self.allowed)
         check_values(config)
         return Parts(config, self.data_sets)
 
@@ -110,9 +112,12 @@ class _Verification:
         if problems or parts is None:
             self._say(row.file, problems or [f"not evaluated, because {CONFIG} does not hold"])
             return
-        exporter = exporter_of(path)
+        if parts.is_given("student"):
+            self._say(row.file, [], "bytes; not evaluated, because its network was given from Python")
+            return
+        exporter, own_network = exporter_of(path), parts.own_network(record.student.network)
         try:
-            model, about = read_back(exporter, path, 1, parts.own_network(record.student.network))
+            model, about = read_back(exporter, path, 1, own_network)
         except UserError as damage:
             self._say(row.file, [str(damage)])
             return

@@ -10,6 +10,7 @@ from compress.checksums import file_digest
 from compress.progress import console
 from compress.results.layer_pictures import Panel, draw_layers, draw_weights
 from compress.results.loggers import log_results
+from compress.results.metrics_csv import FILE as METRICS
 from compress.results.record import FILE, Record
 from compress.results.tradeoff import Row, table, write_tradeoff
 from compress.results.tradeoff_picture import draw_tradeoff
@@ -37,6 +38,8 @@ def write_results(
     if panels:
         draw_weights(directory / "weights.png", panels, title)
     log_results(loggers, record)
+    for logger in loggers:
+        logger.save()
     # Last, because its presence says that the run is finished.
     record = record.model_copy(update={"files": _digests(directory)})
     record.write(directory)
@@ -44,8 +47,8 @@ def write_results(
 
 
 def _digests(directory: Path) -> dict[str, str]:
-    """The SHA-256 of what a run leaves but for its record and its metrics, which have their own checksums."""
-    paths = [directory / name for name in FILES if name != FILE]
+    """The SHA-256 of what a run leaves but for its record, which has one of its own."""
+    paths = [directory / name for name in (*FILES, METRICS) if name != FILE]
     paths += sorted([*directory.glob("models/*"), *directory.glob("checkpoints/*.ckpt")])
     return {path.relative_to(directory).as_posix(): file_digest(path) for path in paths if path.is_file()}
 

@@ -26,7 +26,7 @@ from rich.markup import escape
 from compress.arguments import check_arguments, imported
 from compress.checksums import read_text
 from compress.config.compose import SEARCH_PATH, Job, compose_jobs, initialized, is_for_hydra, key_of, parse
-from compress.config.received import allowing, check_overrides
+from compress.config.received import allowing, check_overrides, check_typed
 from compress.config.recorded import check_settings
 from compress.config.roles import register
 from compress.data.shared import DataSets
@@ -74,6 +74,7 @@ class Sweep:
 
 def start(jobs: Sequence[Job], overrides: Sequence[str], data_sets: DataSets) -> int:
     """Runs the checked `jobs` of the command line `overrides` in a new directory; returns the exit code."""
+    check_typed(chain.from_iterable(job.overrides for job in jobs))
     parent = Path(jobs[0].config.output_directory) / "sweeps"
     directory = directory_for("sweep", jobs[0], overrides, parent, f"{datetime.now():%Y-%m-%d_%H-%M-%S}")
     hydra = tuple(override for override in overrides if is_for_hydra(override) and key_of(override) not in PLACE)

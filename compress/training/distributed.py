@@ -27,7 +27,7 @@ from typing import Any, NoReturn
 from lightning_fabric.plugins.environments import SLURMEnvironment
 from omegaconf import DictConfig
 
-from compress.errors import UserError
+from compress.errors import MACHINE, UserError
 from compress.files import write_json, write_text
 from compress.paths import PACKAGE
 from compress.progress import console
@@ -192,10 +192,17 @@ def note_failure(failure: BaseException) -> None:
         "rank": int(rank),
         "time": time.time(),
         "mistake": str(failure) if isinstance(failure, UserError) else None,
-        "refused": [failure.errno, failure.strerror, str(failure.filename)] if isinstance(failure, OSError) else None,
+        "refused": _refused(failure),
         "traceback": "".join(traceback.format_exception(failure)),
     }
     write_json(Path(os.environ[FAILURES], f"{rank}.json"), content)
+
+
+def _refused(failure: BaseException) -> list[Any] | None:
+    """The arguments of an OSError by which the machine refused something."""
+    if not isinstance(failure, OSError) or failure.errno not in MACHINE:
+        return None
+    return [failure.errno, failure.strerror, failure.filename and str(failure.filename)]
 
 
 def end_with_parent() -> None:

@@ -14,7 +14,7 @@ from pytorch_lightning.loggers import Logger
 
 from compress.arguments import arguments_of
 from compress.checksums import check_archive
-from compress.errors import UserError
+from compress.errors import UserError, in_one_line
 from compress.files import write_atomically
 from compress.methods.classifier import Classifier
 from compress.progress import console
@@ -113,7 +113,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         int(content["epoch"])
         return content
-    except Exception:  # a damaged file can fail anywhere in the decoder, with any exception
+    except Exception as failure:  # a damaged file can fail anywhere in the decoder, with any exception
+        if in_one_line(failure) is not None:
+            raise
         raise UserError(
             f"resume: found {path}, which is damaged; accepted: to remove {path.parent}, and training begins anew"
         ) from None

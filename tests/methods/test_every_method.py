@@ -38,7 +38,7 @@ METHODS = {
 # Every kind of what a method keeps between two epochs: mixup of images and of logits, peers and their optimizers, a
 # teacher that learns, adapters of features, steps and frozen statistics, a loss that follows the epochs. The others
 # combine the same, or keep nothing; `make soak` has them all.
-KINDS = ("kd_mixup", "simultaneous", "update_teacher_mixup", "fitnet", "qat", "qat_dkd")
+KINDS = ("kd_mixup", "dml", "simultaneous", "update_teacher_mixup", "fitnet", "qat", "qat_dkd")
 
 
 @pytest.mark.slow

@@ -182,10 +182,11 @@ def test_verify_names_each_file_that_does_not_hold(finished, capsys):
         damaged = [line for line in capsys.readouterr().out.splitlines() if line.startswith("damaged")]
         assert any(str(path) in line for line in damaged), path
         path.write_bytes(content)
-    (finished / "layers.png").rename(finished / "moved.png")
-    assert main(["--verify", str(finished)]) == 1
-    assert f"{finished}/layers.png: found no such file" in capsys.readouterr().out
-    (finished / "moved.png").rename(finished / "layers.png")
+    for name in ("layers.png", "metrics.csv"):
+        (finished / name).rename(finished / "moved")
+        assert main(["--verify", str(finished)]) == 1
+        assert f"{finished}/{name}: found no such file" in capsys.readouterr().out
+        (finished / "moved").rename(finished / name)
 
 
 @pytest.mark.slow
