@@ -402,7 +402,9 @@ def test_what_an_honest_file_says_passes():
 
 def test_a_sweep_whose_file_could_not_be_read_again_does_not_begin(folder, capsys):
     line = refused(main(["-m", *SHORT, "seed=0,1", "output_directory='${oc.env:SECRET}/x'"]), capsys)
-    assert line.startswith("error: output_directory: found '${oc.env:SECRET}/x', which sweep=DIRECTORY would not look up")
+    assert line.startswith(
+        "error: output_directory: found '${oc.env:SECRET}/x', which sweep=DIRECTORY would not look up"
+    )
     assert not Path("outputs").exists()
 
 
