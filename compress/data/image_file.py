@@ -36,6 +36,12 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+# A larger picture is refused before it is decoded: a small file may stand for any number of pixels. The variable is for
+# those who have such pictures; processes that decode take it over.
+PIXELS_KEY = "COMPRESS_MAX_PIXELS"
+MAX_PIXELS = int(os.environ.get(PIXELS_KEY, 100_000_000))
+# Resizing keeps the ratio, so that a picture of one row would become far larger than it is.
+MAX_RATIO = 100
 # A large JPEG is decoded at 1/2, 1/4 or 1/8 of its size if that leaves this many times the pixels wanted on each side.
 REDUCING_GAP = 2
 
@@ -97,6 +103,12 @@ def read_rgb(path: Path, content: BinaryIO | None = None, side: int | None = Non
             register_heif_opener()
     try:
         with Image.open(content or path) as opened:
+            width, height = opened.size
+            if width * height > MAX_PIXELS or max(width, height) > MAX_RATIO * min(width, height):
+                raise ValueError(
+                    f"{width} x {height} pixels; accepted: up to {MAX_PIXELS:,}, or {PIXELS_KEY}=NUMBER in the "
+                    f"environment, and a longer side up to {MAX_RATIO} times the shorter"
+                )
             if side is not None:
                 opened.draft(None, (REDUCING_GAP * side, REDUCING_GAP * side))
             opened.load()

@@ -40,6 +40,7 @@ class OnnxModel:
         if not path.is_file():
             raise UserError(f"{path}: found no such file; {accepted}")
         content = path.read_bytes()
+        _refuse_loops(content, path)
         session = None
         try:
             session = start(content, threads)
@@ -68,6 +69,20 @@ class OnnxModel:
     def __call__(self, images: Tensor) -> Tensor:
         content = images.detach().to("cpu", torch.float32).contiguous().numpy()
         return torch.from_numpy(self._session.run([OUTPUT], {INPUT: content})[0])
+
+
+def _refuse_loops(content: bytes, path: Path) -> None:
+    """Raises UserError for operators that hold a graph, which may run for ever, or functions, which may hold one."""
+    onnx = import_package("onnx", "onnx")
+    try:
+        model = onnx.load_from_string(content)
+    except Exception:  # which ONNX Runtime says, too
+        return
+    holding = {onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS}
+    nodes = [node for node in model.graph.node if holding & {attribute.type for attribute in node.attribute}]
+    found = [node.op_type for node in nodes] or [function.name for function in model.functions]
+    if found:
+        raise UserError(f"{path}: found the operator {found[0]!r}; accepted: an .onnx file that compress wrote")
 
 
 def start(content: bytes, threads: int = 1, *, optimized: bool = True, dequantize_once: bool = False) -> Any:
