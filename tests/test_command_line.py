@@ -63,7 +63,7 @@ MISTAKES = {
     "method={a:1}": ["method.a:", "unknown"],
     "data.image_size=100000000": ["data.image_size:", "GB"],
     "data.crop_padding=1000000": ["data.crop_padding:", "1000000"],
-    "student.depth=999999998": ["student.depth:", "1202"],
+    f"{QUICK} student.depth=999999998": ["student.depth:", "1202"],
     f"{QUICK} student.widths=[100000000,100000000,1,1]": ["student resnet8:", "GB"],
     "logger=tensorboard logger.tensorboard.name=/dev/null": ["logger.tensorboard.name:", "/dev/null"],
     "logger=wandb": ["logger:", "API key", "offline"],

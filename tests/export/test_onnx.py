@@ -441,3 +441,29 @@ def test_the_metadata_is_json_that_any_reader_of_onnx_finds(file):
     assert set(metadata) == {"format", "description", "sha256"}
     description = json.loads(metadata["description"])
     assert (description["input_shape"], description["mean"], description["inputs"]) == ([3, 8, 8], [0.5], [])
+
+
+@pytest.mark.parametrize("function", [False, True])
+def test_a_file_with_a_loop_is_refused_before_it_could_run(function, tmp_path):
+    helper = onnx.helper
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in ("x", "y")]
+    flags = [helper.make_tensor_value_info(name, TensorProto.BOOL, []) for name in ("go", "on")]
+    step = helper.make_tensor_value_info("step", TensorProto.INT64, [])
+    body = helper.make_graph(
+        [helper.make_node("Identity", ["go"], ["on"]), helper.make_node("Identity", ["x"], ["y"])],
+        "body",
+        [step, flags[0], values[0]],
+        [flags[1], values[1]],
+    )
+    loop = helper.make_node("Loop", ["count", "", "start"], ["logits"], body=body)
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("own", 1)]
+    constants = [numpy_helper.from_array(np.int64(10**12), "count"), numpy_helper.from_array(np.ones(1, "f4"), "start")]
+    functions = [helper.make_function("own", "Long", ["count", "start"], ["logits"], [loop], opsets)]
+    node = helper.make_node("Long", ["count", "start"], ["logits"], domain="own") if function else loop
+    output = helper.make_tensor_value_info("logits", TensorProto.FLOAT, [1])
+    graph = helper.make_graph([node], "graph", [], [output], constants)
+    model = helper.make_model(graph, opset_imports=opsets, functions=functions if function else [], ir_version=9)
+    path = tmp_path / "loop.onnx"
+    path.write_bytes(model.SerializeToString())
+    with pytest.raises(UserError, match="loops"):
+        OnnxModel.read(path)
