@@ -33,10 +33,10 @@ IMAGES = torch.randn(32, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 slow = partial(pytest.param, marks=pytest.mark.slow)
 
 
-def describe(stem):
+def describe(stem, classes=10):
     return NetworkDescription(
-        architecture={"stem": stem, "options": {}, "num_classes": 10},
-        class_names=[str(digit) for digit in range(10)],
+        architecture={"stem": stem, "options": {}, "num_classes": classes},
+        class_names=[str(digit) for digit in range(classes)],
         mean=[0.5],
         standard_deviation=[0.25],
         input_shape=(3, 8, 8),
@@ -225,7 +225,7 @@ def test_a_convolution_on_quantized_inputs_computes_the_sum_of_its_codes(tmp_pat
     """Against integers: scale_x scale_w sum (x - x0)(w - w0) + bias, the bias rounded to a step of that product."""
     quantized, codes = lone_convolution([0.01, 0.02], [0.7, -0.4])
     path = tmp_path / "model.onnx"
-    Onnx().write(path, quantized, describe("conv"))
+    Onnx().write(path, quantized, describe("conv", 6))
     x = ((IMAGES.double() / 0.03).round() + 120).clamp(0, 255) - 120
     weight = codes.double() - torch.tensor([128.0, 127.0]).reshape(2, 1, 1, 1)
     step = torch.tensor([0.0003, 0.0006], dtype=torch.float64)
@@ -300,7 +300,7 @@ def test_a_sum_that_comes_before_the_reader_whose_grid_it_shares_is_computed_aft
     torch.manual_seed(0)
     quantized = with_inputs(quantize(LateReader(), [IMAGES], 8))
     path = tmp_path / "model.onnx"
-    Onnx().write(path, quantized, describe("late"), calibration_batches=[IMAGES])
+    Onnx().write(path, quantized, describe("late", 8), calibration_batches=[IMAGES])
     onnx.checker.check_model(onnx.load(path), full_check=True)
     assert distance(OnnxModel.read(path)(IMAGES), logits(quantized.model)) < 0.01
 
