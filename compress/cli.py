@@ -141,7 +141,7 @@ def _run(overrides: list[str], multirun: bool, dry_run: bool) -> int:
 
     jobs = compose_jobs(overrides, multirun)
     if not multirun and not dry_run:
-        interrupted = requeued(Path(str(jobs[0].config.output_directory)), overrides)
+        interrupted = requeued(Path(str(jobs[0].config.get("output_directory"))), overrides)
         if interrupted is not None:
             # What the same command names is allowed in what it has left.
             return _go_on("resume", [f"resume={interrupted}", *allowing(jobs[0].config)])

@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from yaml import YAMLError, safe_load
+from yaml import YAMLError
 
+from compress import yaml_file
 from compress.errors import UserError, first_line
 
 
@@ -15,7 +16,7 @@ def mapped(file: str, class_names: Sequence[str], where: str) -> list[int | str]
     """
     accepted = "accepted: a YAML or JSON file that maps each class of the data to an index or a name of the teacher's"
     try:
-        mapping = safe_load(Path(file).expanduser().read_text(encoding="utf-8-sig"))
+        mapping = yaml_file.load(Path(file).expanduser().read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError, YAMLError) as failure:
         raise UserError(f"{where}: {file} cannot be read ({first_line(failure)}); {accepted}") from None
     if not isinstance(mapping, dict):

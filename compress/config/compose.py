@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -22,6 +22,8 @@ from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 from yaml import YAMLError
 
+from compress.arguments import check_arguments
+from compress.config.ranges import TOP_LEVEL
 from compress.config.reserved import check_stems
 from compress.config.roles import register
 from compress.config.values import GROUPS
@@ -29,6 +31,8 @@ from compress.errors import UserError, first_line
 from compress.paths import CONF, of_the_user, options, user_folders
 
 SEARCH_PATH = "hydra.searchpath"
+# The groups of which a run may have several options at once.
+SEVERAL = ("export", "logger", "experiment")
 
 
 @dataclass(frozen=True)
@@ -58,8 +62,6 @@ def compose_jobs(overrides: Sequence[str], multirun: bool = False) -> list[Job]:
                 f"{override.key_or_group}: found several values, {override.input_line.partition('=')[2]}; accepted: "
                 "one, with quotes where a comma is part of it, or -m for a run of each"
             )
-        if override.key_or_group in GROUPS and not override.is_delete() and override.value() is None:
-            raise UserError(f"{override.key_or_group}: found null; accepted: one of its options, see --help")
     with initialized():
         return _compose_sweep(overrides) if multirun else [compose_job(overrides)]
 
@@ -122,6 +124,8 @@ def initialized() -> Iterator[None]:
 
 def compose_job(overrides: Sequence[str]) -> Job:
     """One job; Hydra has to be initialized. Raises UserError for what cannot be composed."""
+    for override in overrides:
+        _check_choice(override)
     try:
         composed = compose("run", overrides=list(overrides), return_hydra_config=True)
         config = composed.copy()
@@ -143,11 +147,38 @@ def compose_job(overrides: Sequence[str]) -> Job:
         place = f"{mark.name}, line {mark.line + 1}" if mark else "an option"
         raise UserError(f"{place}: found what cannot be read as YAML; accepted: a YAML file") from None
     except (HydraException, OmegaConfBaseException, ValueError) as failure:
-        raise UserError(first_line(failure)) from None
+        key, reason = getattr(failure, "full_key", None) or _at_fault(overrides), first_line(failure)
+        raise UserError(reason if key in reason else f"{key}: {reason}") from None
     if missing:
         raise UserError(f"{min(missing)}: found no value; accepted: {min(missing)}=VALUE")
     typed = tuple(override for override in overrides if not is_for_hydra(override))
     return Job(typed, config, composed)
+
+
+def _at_fault(overrides: Sequence[str]) -> str:
+    """The key of the override without which the others can be composed; nothing where there is none."""
+    for override in reversed(overrides):
+        with suppress(HydraException, OmegaConfBaseException, ValueError):
+            OmegaConf.resolve(compose("run", overrides=[other for other in overrides if other != override]))
+            return key_of(override)
+    return ""
+
+
+def _check_choice(override: str) -> None:
+    """Raises UserError for an override that gives a group what is no option, which Hydra would take for one.
+
+    A mapping is no choice: it replaces keys of the option that is chosen elsewhere.
+    """
+    parsed = parse(override)
+    group, value = parsed.key_or_group, parsed.value()
+    if parsed.is_delete() or isinstance(value, str | dict) or not (group in GROUPS or "/" in group or parsed.package):
+        return
+    accepted = "one of its options, see --help"
+    if group in SEVERAL:
+        if isinstance(value, list) and all(isinstance(option, str) for option in value):
+            return
+        accepted = f"one of its options, see --help, or several, {group}=[OPTION,OPTION]"
+    raise UserError(f"{group}: found {override.partition('=')[2]}; accepted: {accepted}")
 
 
 def is_for_hydra(override: str) -> bool:
@@ -176,7 +207,10 @@ def _compose_sweep(overrides: Sequence[str]) -> list[Job]:
     first, *others = _expand(overrides)
     job = compose_job(first)
     typed = set(map(key_of, overrides))
+    check_arguments({"grid": TOP_LEVEL["grid"]}, {"grid": job.config.get("grid")}, "")
     grid = [f"{key}={values}" for key, values in job.config.grid.items() if key not in typed]
+    for override in grid:
+        parse(override)  # which names it where it cannot be read
     return [compose_job(one) for one in _expand([*overrides, *grid])] if grid else [job, *map(compose_job, others)]
 
 
@@ -196,9 +230,14 @@ def _unknown_key(failure: ConfigCompositionException, overrides: list[str]) -> s
         return first_line(failure)
     key = match[1].lstrip("+~")
     others = [override for override in overrides if key_of(override) != key]
-    parent, _, name = key.rpartition(".")
-    if len(others) == len(overrides) or (name in GROUPS and not parent):
+    if len(others) == len(overrides):
         return first_line(failure)
+    # Of a mapping, the key that was not there.
+    inner = getattr(failure.__cause__, "full_key", None) or key
+    key = inner if inner.startswith(f"{key}.") else key
+    parent = key.rpartition(".")[0]
+    # All of a node that is not there cannot be overridden.
+    others = [override for override in others if not (parent and key_of(override).startswith(f"{parent}."))]
     try:
         config = compose("run", overrides=others, return_hydra_config=True)
         node = OmegaConf.select(config, parent) if parent else config

@@ -8,6 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from compress import yaml_file
 from compress.checksums import read_text
 from compress.config.compose import parse
 from compress.config.received import check_content
@@ -35,7 +36,7 @@ def read_config(directory: Path, allowed: Collection[str] = ()) -> DictConfig:
         raise UserError(f"resume: found no {path}; {accepted}, or the command that made it, which had done nothing yet")
     register()
     try:
-        read_text(path)
+        yaml_file.check(read_text(path))
         config = OmegaConf.load(path)
     except (YAMLError, UnicodeDecodeError, OSError, OmegaConfBaseException):
         raise UserError(f"resume: found {path}, which cannot be read as YAML; {accepted}") from None

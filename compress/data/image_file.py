@@ -8,6 +8,7 @@ become those of sRGB, where Pillow has littleCMS.
 import contextlib
 import io
 import os
+import warnings
 from pathlib import Path
 from typing import BinaryIO
 
@@ -36,6 +37,15 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+# A larger picture is refused before it is decoded: a small file may stand for any number of pixels. The variable is for
+# those who have such pictures; processes that decode take it over.
+PIXELS_KEY = "COMPRESS_MAX_PIXELS"
+MAX_PIXELS = int(os.environ.get(PIXELS_KEY, 100_000_000))
+# Pillow warns beyond its own bound, and refuses at twice that.
+Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS or 0, MAX_PIXELS)
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+# Resizing keeps the ratio, so that a picture of one row would become far larger than it is.
+MAX_RATIO = 100
 # A large JPEG is decoded at 1/2, 1/4 or 1/8 of its size if that leaves this many times the pixels wanted on each side.
 REDUCING_GAP = 2
 
@@ -99,6 +109,12 @@ def read_rgb(path: Path, content: BinaryIO | None = None, side: int | None = Non
         with Image.open(content or path) as opened:
             if side is not None:
                 opened.draft(None, (REDUCING_GAP * side, REDUCING_GAP * side))
+            width, height = opened.size
+            if width * height > MAX_PIXELS or max(width, height) > MAX_RATIO * min(width, height):
+                raise ValueError(
+                    f"{width} x {height} pixels; accepted: up to {MAX_PIXELS:,}, or {PIXELS_KEY}=NUMBER in the "
+                    f"environment, and a longer side up to {MAX_RATIO} times the shorter"
+                )
             opened.load()
             image = _on_background(_in_srgb(opened))
             turn = TURNS.get(_orientation(opened))

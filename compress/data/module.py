@@ -15,6 +15,7 @@ from compress.data.augmentation import Augmentation, Normalisation
 from compress.data.dataset import EpochSampler, ImageBatches, Share, evaluation_batches, identity_collate
 from compress.data.disk_loader import DiskLoader, cores
 from compress.data.draws import stratified_order
+from compress.data.memory import free_bytes
 from compress.data.randaugment import GREATEST_MAGNITUDE
 from compress.data.source import Images, Source, Split, resized_rgb
 from compress.data.undecoded import OnDisk, Undecoded
@@ -50,7 +51,7 @@ class DataModule(pl.LightningDataModule):
         crop_padding: BatchOption[Pixels] = 0,
         horizontal_flip: BatchOption[bool] = False,
         cutout: BatchOption[Pixels] = 0,
-        randaugment: BatchOption[Pixels] = 0,
+        randaugment: BatchOption[Annotated[int, Field(ge=0, le=100)]] = 0,
         randaugment_magnitude: BatchOption[Annotated[int, Field(ge=0, le=GREATEST_MAGNITUDE)]] = 9,
         random_resized_crop: BatchOption[list[Annotated[float, Field(gt=0, le=1)]] | None] = None,
         colour_jitter: BatchOption[list[Annotated[float, Field(ge=0)]] | None] = None,
@@ -69,6 +70,8 @@ class DataModule(pl.LightningDataModule):
         self.split_seed = split_seed
         self.limit = limit
         self.stored_size = stored_size or image_size
+        if crop_padding > image_size:  # padded images take memory, and crops beyond would be all black
+            raise UserError(f"data.crop_padding: found {crop_padding}; accepted: from 0 to image_size, {image_size}")
         _check_photo_options(image_size, stored_size, random_resized_crop, colour_jitter)
         self.augmentation = Augmentation(
             crop_padding,
@@ -121,7 +124,16 @@ class DataModule(pl.LightningDataModule):
             validation = self._limited(validation, "validation", classes)
         read = {"train": train, "validation": validation, "test": test}
         sizes = {name: self.stored_size if name == "train" else self.image_size for name in read}
-        on_disk = self.stays_on_disk(sum(len(split) * 3 * sizes[name] ** 2 for name, split in read.items()))
+        decoded_bytes = sum(len(split) * 3 * sizes[name] ** 2 for name, split in read.items())
+        on_disk = self.stays_on_disk(decoded_bytes)
+        # Of what stays on disk one image at a time is decoded by each process.
+        needed = 3 * max(sizes.values()) ** 2 if on_disk else decoded_bytes
+        if needed > (free := free_bytes(self.device)):
+            key = "image_size" if self.stored_size == self.image_size else "stored_size"
+            raise UserError(
+                f"data.{key}: found {max(sizes.values())}, at which the images take {needed / 1e9:,.0f} GB of the "
+                f"{free / 1e9:,.0f} that are free; accepted: a smaller one, or a smaller data.limit"
+            )
         splits = {
             name: Split(self._held(split.images, sizes[name], on_disk), split.labels.to(self.device))
             for name, split in read.items()

@@ -4,7 +4,7 @@ The package `onnxruntime` is the optional extra `onnx`.
 """
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ class OnnxModel:
         if not path.is_file():
             raise UserError(f"{path}: found no such file; {accepted}")
         content = path.read_bytes()
+        _refuse_loops(content, path)
         session = None
         try:
             session = start(content, threads)
@@ -68,6 +69,55 @@ class OnnxModel:
     def __call__(self, images: Tensor) -> Tensor:
         content = images.detach().to("cpu", torch.float32).contiguous().numpy()
         return torch.from_numpy(self._session.run([OUTPUT], {INPUT: content})[0])
+
+
+def _refuse_loops(content: bytes, path: Path) -> None:
+    """Raises UserError for operators that hold a graph, which may run for ever, or functions, which may hold one.
+
+    ONNX Runtime computes what is constant while it loads a file. The package `onnx`, which takes long to import, is not
+    needed to find the fields 7, 1 and 5, the attributes of the nodes of the graph, and 25, functions (onnx.proto).
+    """
+    accepted = "accepted: an .onnx file that compress wrote"
+    try:
+        model = [*_fields(memoryview(content))]
+        nodes = [node for number, graph in model if number == 7 for one, node in _fields(graph) if one == 1]
+        attributes = [attribute for node in nodes for one, attribute in _fields(node) if one == 5]
+        graphs = any(one in (6, 11) for attribute in attributes for one, _ in _fields(attribute))
+    except (IndexError, ValueError):
+        raise UserError(f"{path}: found a truncated file or none of the ONNX format; {accepted}") from None
+    if graphs or any(number == 25 for number, _ in model):
+        raise UserError(f"{path}: found operators that hold a graph, such as loops; {accepted}")
+
+
+def _fields(message: memoryview) -> Iterator[tuple[int, memoryview]]:
+    """Number and content of every field of a Protocol Buffers `message` that has a length.
+
+    Raises ValueError or IndexError where it is none. Format: protobuf.dev/programming-guides/encoding.
+    """
+    place = 0
+
+    def varint() -> int:
+        nonlocal place
+        value = 0
+        for shift in range(0, 70, 7):
+            byte = message[place]
+            place += 1
+            value |= (byte & 127) << shift
+            if byte < 128:
+                return value
+        raise ValueError("a number of more than ten bytes")
+
+    while place < len(message):
+        number, kind = divmod(varint(), 8)
+        if kind == 0:
+            varint()
+            continue
+        length = {1: 8, 5: 4}.get(kind) if kind != 2 else varint()
+        if length is None or place + length > len(message):
+            raise ValueError(f"a field of the kind {kind}")
+        if kind == 2:
+            yield number, message[place : place + length]
+        place += length
 
 
 def start(content: bytes, threads: int = 1, *, optimized: bool = True, dequantize_once: bool = False) -> Any:

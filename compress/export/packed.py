@@ -9,6 +9,7 @@ In a packed file the layer `name` is `name.weight.codes` (a stream of bits, see 
 import math
 import tempfile
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from compress import models
+from compress.data.memory import free_bytes
 from compress.errors import UserError, first_line
 from compress.export import container
 from compress.export.description import NetworkDescription, check_description, check_float32, grids_as_json
@@ -32,6 +34,7 @@ from compress.quantization.post_training import QuantizedModel
 
 PACKED, FLOAT = "compress-packed-1", "compress-float-1"
 COUNTER = "num_batches_tracked"
+PROBED = 3  # images that `canonical` runs the network on
 
 
 @dataclass(frozen=True)
@@ -114,6 +117,8 @@ def read_model(path: str | Path, network: OwnNetwork | None = None) -> tuple[nn.
         check_description(description, description["architecture"]["num_classes"])
         # Fresh weights are drawn and thrown away; reading a file must not move anyone's random numbers.
         with torch.random.fork_rng(devices=[]):
+            if network is None:  # whose cost is its owner's
+                _check_cost(description, tensors)
             model = models.rebuild(description["architecture"], network).eval()
         if kind == PACKED:
             model = canonical(model, description["input_shape"])
@@ -154,6 +159,37 @@ def read_float_description(path: Path) -> dict[str, Any] | None:
     return description if kind == FLOAT else None
 
 
+def _check_cost(description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Raises UserError where the network that is described is more than the tensors of its file could fill.
+
+    It is built without memory for that. A weight takes a bit at least; what its images become has to fit into the
+    memory, for reading a packed file runs its network once.
+    """
+    with torch.device("meta"), torch.no_grad():
+        empty = models.rebuild(description["architecture"]).eval()
+        weights = models.count_parameters(empty)
+        stored = {value.data_ptr(): value.numel() * value.element_size() for value in tensors.values()}
+        most = 8 * sum(stored.values())
+        if weights > most:
+            raise UserError(f"found a network of {weights:,} weights; accepted: at most {most:,}, as its tensors hold")
+        values = 0
+
+        def count(module: nn.Module, images: Any, output: Any) -> None:
+            nonlocal values
+            values += output.numel() if isinstance(output, Tensor) else 0
+
+        for module in empty.modules():
+            module.register_forward_hook(count)
+        with suppress(RuntimeError, NotImplementedError):  # of a forward that needs values, which meta tensors lack
+            empty(torch.empty(1, *description["input_shape"]))
+    needed, free = 4 * PROBED * values, free_bytes(torch.device("cpu")) // 2
+    if needed > free:
+        raise UserError(
+            f"input_shape: found {description['input_shape']}, for which the network takes {needed / 1e9:,.1f} GB; "
+            f"accepted: images for which it takes at most {free / 1e9:,.1f}"
+        )
+
+
 def _apply_quantization(model: nn.Module, description: Mapping[str, Any], tensors: dict[str, Tensor]) -> None:
     """Give `model` the modules of the quantized network, and `tensors` the weights in place of the codes."""
     fold_pairs(model, [(layer, norm) for layer, norm in description["folded"]])
@@ -172,6 +208,8 @@ def _unpack_layer(tensors: dict[str, Tensor], name: str, shape: list[int], level
     stream, scale, zero_point = (tensors.pop(f"{name}.weight.{part}") for part in ("codes", "scale", "zero_point"))
     if stream.dtype != torch.uint8 or scale.dtype != torch.float32 or scale.shape != (shape[0],):
         raise ValueError(f"{name}: codes are uint8 and scales {shape[0]} float32")
+    if math.prod(shape) > 8 * stream.numel():
+        raise ValueError(f"{name}: {math.prod(shape):,} weights in {stream.numel():,} bytes")
     grid = Grid(scale, zero_point.to(torch.int32), levels)
     zeros = grid.zero_point.reshape(-1, 1).expand(shape[0], math.prod(shape[1:])).reshape(-1).numpy()
     codes = decode(stream.numpy(), grid.bits, zeros, encoding)

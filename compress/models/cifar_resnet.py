@@ -9,10 +9,13 @@ import torch
 from pydantic import AfterValidator, Field
 from torch import Tensor, nn
 
+# That of the deepest network of the paper; building takes longer with every block.
+DEEPEST = 1202
+
 
 def _six_n_plus_two(depth: int) -> int:
-    if depth < 8 or (depth - 2) % 6:
-        raise ValueError("6n + 2, such as 8, 20, 32 or 56")
+    if not 8 <= depth <= DEEPEST or (depth - 2) % 6:
+        raise ValueError(f"6n + 2, such as 8, 20, 32 or 56, up to {DEEPEST}")
     return depth
 
 

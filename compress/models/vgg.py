@@ -11,7 +11,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-Five = Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=5, max_length=5)]
+Five = Field(min_length=5, max_length=5)
 
 
 class CifarVGG(nn.Module):
@@ -24,8 +24,8 @@ class CifarVGG(nn.Module):
     def __init__(
         self,
         num_classes: Annotated[int, Field(ge=1)],
-        convolutions: Five,
-        widths: Five,
+        convolutions: Annotated[list[Annotated[int, Field(ge=1, le=200)]], Five],
+        widths: Annotated[list[Annotated[int, Field(ge=1)]], Five],
         dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0,
     ) -> None:
         super().__init__()

@@ -10,10 +10,13 @@ import torch
 from pydantic import AfterValidator, Field
 from torch import Tensor, nn
 
+# Building takes longer with every block.
+DEEPEST = 1204
+
 
 def _six_n_plus_four(depth: int) -> int:
-    if depth < 10 or (depth - 4) % 6:
-        raise ValueError("6n + 4, such as 16, 28 or 40")
+    if not 10 <= depth <= DEEPEST or (depth - 4) % 6:
+        raise ValueError(f"6n + 4, such as 16, 28 or 40, up to {DEEPEST}")
     return depth
 
 

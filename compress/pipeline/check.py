@@ -9,12 +9,14 @@ from functools import partial
 import torch
 from torch import nn
 
+from compress import models
 from compress.config import ensemble
 from compress.config.compose import Job, compose_jobs
 from compress.config.rules import check_rules, uses_peers
 from compress.config.stage_plan import compose_stages
 from compress.config.values import check_values
 from compress.data.dataset import evaluation_batches
+from compress.data.memory import free_bytes
 from compress.data.shared import DataSets
 from compress.errors import UserError, first_line
 from compress.export.formats import check_exporters
@@ -177,16 +179,25 @@ def check_image_sizes(parts: Parts, training: bool = True) -> None:
 def _refusal(role: str, parts: Parts, training: bool) -> Exception | None:
     """What the network of a `role` has against images of the data; None where it takes them."""
     mistake = None
+    free = free_bytes(torch.device("cpu"))
     # Shapes alone are quick; a network that needs values shows on the CPU whether it works.
     for device in ("cpu",) if parts.is_given(role) else ("meta", "cpu"):
+        network = None
         try:
             with torch.device(device), torch.no_grad():
                 network = parts.network(role)
+                if (needed := 4 * models.count_parameters(network)) > free:
+                    return UserError(
+                        f"found weights of {needed / 1e9:,.0f} GB, of which {free / 1e9:,.0f} are free; accepted: a "
+                        "smaller network"
+                    )
                 for mode in (False, True) if training else (False,):
                     network.train(mode)(torch.zeros(2, *parts.data.input_shape))
             return None
         except Exception as failure:  # a class of the user's can fail with anything
             mistake = failure
+            if network is None and not isinstance(failure, UserError):
+                mistake = UserError(f"cannot be built ({first_line(failure)}); accepted: other options")
     return mistake
 
 

@@ -34,7 +34,7 @@ def show(job: Job, data_sets: DataSets) -> None:
     _add(printed, "student", parts.label("student"), student, parts.data.input_shape)
     console.print(printed)
 
-    batch, epochs = parts.plain["data"]["batch_size"], parts.plain["trainer"]["max_epochs"]
+    batch, epochs = _batch(parts, parts.plain["data"]["batch_size"]), parts.plain["trainer"]["max_epochs"]
     step = _seconds(lambda: _step(student, batch, parts.data.input_shape)) + teacher_seconds
     batches = limited(len(parts.data.train_dataloader()), parts.plain["trainer"].get("limit_train_batches"))
     minutes["student"] = epochs * batches * step / 60
@@ -53,7 +53,7 @@ def _teacher(parts: Parts, printed: Table) -> tuple[dict[str, float], float]:
     """Minutes that training the teacher takes, if it has to be trained, and seconds of its part in a student's step."""
     minutes: dict[str, float] = {}
     seconds = 0.0
-    batch, input_shape = parts.plain["data"]["batch_size"], parts.data.input_shape
+    batch, input_shape = _batch(parts, parts.plain["data"]["batch_size"]), parts.data.input_shape
     # What a student's step needs of the teacher.
     work = _step if parts.updates_teacher else _forward
     for key in parts.teacher_keys:
@@ -63,10 +63,16 @@ def _teacher(parts: Parts, printed: Table) -> tuple[dict[str, float], float]:
         seconds += _seconds(partial(work, network, batch, input_shape))
         if parts.trains_teacher(key) and not cache_path(parts, key).exists():
             training = node["training"]
-            step = _seconds(partial(_step, network, training["batch_size"], input_shape))
-            steps = training["epochs"] * parts.data.record()["images"]["train"] / training["batch_size"]
+            together = _batch(parts, training["batch_size"])
+            step = _seconds(partial(_step, network, together, input_shape))
+            steps = training["epochs"] * parts.data.record()["images"]["train"] / together
             minutes["teacher"] = minutes.get("teacher", 0.0) + steps * step / 60
     return minutes, seconds
+
+
+def _batch(parts: Parts, batch_size: int) -> int:
+    """The images of the largest batch."""
+    return min(batch_size, parts.data.record()["images"]["train"])
 
 
 def _sizes(parts: Parts, student: nn.Module) -> dict[str, int]:

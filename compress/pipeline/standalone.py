@@ -10,8 +10,9 @@ from typing import Any
 import pytorch_lightning as pl
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
+from yaml import YAMLError
 
-from compress import models
+from compress import models, yaml_file
 from compress.arguments import arguments_of
 from compress.checksums import read_text
 from compress.config import values
@@ -23,7 +24,7 @@ from compress.config.recorded import apply_override
 from compress.config.rules import check_rules
 from compress.data.folder import Folder
 from compress.data.unlabelled import Unlabelled, has_labels
-from compress.errors import UserError
+from compress.errors import UserError, first_line
 from compress.export.formats import check_exporters
 from compress.export.packed import read_float_description
 from compress.export.weights import load_weights
@@ -223,7 +224,10 @@ def _run_of(path: Path | None) -> dict[str, Any] | None:
     file = path and path.resolve().parent.parent / "config.yaml"
     if not file or not file.is_file():
         return None
-    read_text(file)
+    try:
+        yaml_file.check(read_text(file))
+    except (YAMLError, UnicodeDecodeError) as failure:
+        raise UserError(f"{file}: cannot be read as YAML ({first_line(failure)}); accepted: that of a run") from None
     config = OmegaConf.to_container(OmegaConf.load(file))
     known = isinstance(config, dict) and all(isinstance(config.get(key), dict) for key in ("student", "data"))
     return config if known else None

@@ -12,13 +12,12 @@ from typing import Any
 
 import yaml
 
+from compress import yaml_file
 from compress.checksums import checked_rows, read_text
 from compress.errors import UserError
 from compress.results.record import FILE, Layer, Record
 from compress.results.tradeoff import Row
 
-# libyaml is ten times faster, and not in every build of PyYAML.
-YAML = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 MOST_POINTS = 300
 # Keys, or nodes, that change neither what is trained nor the images: where files lie and what is said meanwhile.
 NOT_COMPARED = ("seed.", "output_directory.", "logger.", "data.root.", "trainer.log_every.", "trainer.stem.")
@@ -103,7 +102,7 @@ def flattened(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
-        config = yaml.load(read_text(path), YAML)
+        config = yaml_file.load(read_text(path))
     except OSError as failure:
         raise UserError(f"{path}: cannot be read ({failure.strerror})") from None
     except (ValueError, RecursionError, yaml.YAMLError):

@@ -23,6 +23,7 @@ from omegaconf import DictConfig
 from pydantic import TypeAdapter
 from rich.markup import escape
 
+from compress import yaml_file
 from compress.arguments import check_arguments, imported
 from compress.checksums import read_text
 from compress.config.compose import SEARCH_PATH, Job, compose_jobs, initialized, is_for_hydra, key_of, parse
@@ -260,7 +261,7 @@ def _read(directory: Path) -> Sweep:
     if not path.is_file():
         raise UserError(f"sweep: found no {path}; accepted: the directory of a sweep")
     try:
-        content = yaml.safe_load(read_text(path))
+        content = yaml_file.load(read_text(path))
         jobs, hydra = content["jobs"], content["hydra"]
         TypeAdapter(list[list[str]]).validate_python([hydra, *jobs], strict=True)
         if not jobs:

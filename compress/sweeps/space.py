@@ -23,6 +23,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field
 
+from compress import yaml_file
 from compress.arguments import Count, Seed, check_arguments
 from compress.errors import UserError
 from compress.paths import option_file, options
@@ -125,7 +126,7 @@ def read_space(name: str, typed: Sequence[str] = (), allowed: Collection[str] = 
         known = ", ".join(options("search"))
         raise UserError(f"space: found no file {name!r}; accepted: a YAML file, or {known}")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml_file.load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as failure:
         mark = getattr(failure, "problem_mark", None)
         place = f" from line {mark.line + 1} on" if mark else ""

@@ -1,6 +1,7 @@
 """Image files as a viewer shows them, whatever their mode, and which files of a folder are images."""
 
 import os
+import zlib
 from importlib.util import find_spec
 
 import numpy as np
@@ -20,6 +21,19 @@ def gradient(height=20, width=30):
 
 def read(path):
     return np.asarray(read_rgb(path)).astype(int)
+
+
+@pytest.mark.parametrize("shape", [(1, 20_000_000), (3_000_000, 1), (12_000, 12_000), (50_000, 50_000)])
+def test_a_small_file_of_a_huge_picture_is_refused_before_it_is_decoded(tmp_path, shape):
+    path, (height, width) = tmp_path / "bomb.png", shape
+
+    def chunk(kind, content):
+        return len(content).to_bytes(4) + kind + content + zlib.crc32(kind + content).to_bytes(4)
+
+    header = width.to_bytes(4) + height.to_bytes(4) + bytes([8, 0, 0, 0, 0])
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")))
+    with pytest.raises(UserError, match="pixels"):
+        read_rgb(path)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

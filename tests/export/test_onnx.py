@@ -33,10 +33,10 @@ IMAGES = torch.randn(32, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 slow = partial(pytest.param, marks=pytest.mark.slow)
 
 
-def describe(stem):
+def describe(stem, classes=10):
     return NetworkDescription(
-        architecture={"stem": stem, "options": {}, "num_classes": 10},
-        class_names=[str(digit) for digit in range(10)],
+        architecture={"stem": stem, "options": {}, "num_classes": classes},
+        class_names=[str(digit) for digit in range(classes)],
         mean=[0.5],
         standard_deviation=[0.25],
         input_shape=(3, 8, 8),
@@ -225,7 +225,7 @@ def test_a_convolution_on_quantized_inputs_computes_the_sum_of_its_codes(tmp_pat
     """Against integers: scale_x scale_w sum (x - x0)(w - w0) + bias, the bias rounded to a step of that product."""
     quantized, codes = lone_convolution([0.01, 0.02], [0.7, -0.4])
     path = tmp_path / "model.onnx"
-    Onnx().write(path, quantized, describe("conv"))
+    Onnx().write(path, quantized, describe("conv", 6))
     x = ((IMAGES.double() / 0.03).round() + 120).clamp(0, 255) - 120
     weight = codes.double() - torch.tensor([128.0, 127.0]).reshape(2, 1, 1, 1)
     step = torch.tensor([0.0003, 0.0006], dtype=torch.float64)
@@ -300,7 +300,7 @@ def test_a_sum_that_comes_before_the_reader_whose_grid_it_shares_is_computed_aft
     torch.manual_seed(0)
     quantized = with_inputs(quantize(LateReader(), [IMAGES], 8))
     path = tmp_path / "model.onnx"
-    Onnx().write(path, quantized, describe("late"), calibration_batches=[IMAGES])
+    Onnx().write(path, quantized, describe("late", 8), calibration_batches=[IMAGES])
     onnx.checker.check_model(onnx.load(path), full_check=True)
     assert distance(OnnxModel.read(path)(IMAGES), logits(quantized.model)) < 0.01
 
@@ -441,3 +441,29 @@ def test_the_metadata_is_json_that_any_reader_of_onnx_finds(file):
     assert set(metadata) == {"format", "description", "sha256"}
     description = json.loads(metadata["description"])
     assert (description["input_shape"], description["mean"], description["inputs"]) == ([3, 8, 8], [0.5], [])
+
+
+@pytest.mark.parametrize("function", [False, True])
+def test_a_file_with_a_loop_is_refused_before_it_could_run(function, tmp_path):
+    helper = onnx.helper
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in ("x", "y")]
+    flags = [helper.make_tensor_value_info(name, TensorProto.BOOL, []) for name in ("go", "on")]
+    step = helper.make_tensor_value_info("step", TensorProto.INT64, [])
+    body = helper.make_graph(
+        [helper.make_node("Identity", ["go"], ["on"]), helper.make_node("Identity", ["x"], ["y"])],
+        "body",
+        [step, flags[0], values[0]],
+        [flags[1], values[1]],
+    )
+    loop = helper.make_node("Loop", ["count", "", "start"], ["logits"], body=body)
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("own", 1)]
+    constants = [numpy_helper.from_array(np.int64(10**12), "count"), numpy_helper.from_array(np.ones(1, "f4"), "start")]
+    functions = [helper.make_function("own", "Long", ["count", "start"], ["logits"], [loop], opsets)]
+    node = helper.make_node("Long", ["count", "start"], ["logits"], domain="own") if function else loop
+    output = helper.make_tensor_value_info("logits", TensorProto.FLOAT, [1])
+    graph = helper.make_graph([node], "graph", [], [output], constants)
+    model = helper.make_model(graph, opset_imports=opsets, functions=functions if function else [], ir_version=9)
+    path = tmp_path / "loop.onnx"
+    path.write_bytes(model.SerializeToString())
+    with pytest.raises(UserError, match="loops"):
+        OnnxModel.read(path)

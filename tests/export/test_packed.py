@@ -74,6 +74,26 @@ def test_the_model_read_back_has_exactly_the_logits_that_were_evaluated(small, b
     assert [layer["name"] for layer in description["layers"]] == list(quantized.layers)
 
 
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"architecture": {"stem": "resnet8", "options": {"depth": 1202}, "num_classes": 10}}, "weights"),
+        ({"architecture": {"stem": "resnet8", "options": {"depth": 6000002}, "num_classes": 10}}, "depth"),
+        ({"architecture": {"stem": "resnet8", "options": {"widths": [9999999] * 4}, "num_classes": 10}}, "weights"),
+        ({"architecture": {"stem": "resnet8", "options": {}, "num_classes": 10**7}}, "class_names"),
+        ({"input_shape": [3, 20000, 20000]}, "input_shape"),
+        ({"layers": [{"name": "conv1", "shape": [16, 10**9], "levels": 4, "bits": 2}]}, "conv1"),
+    ],
+)
+def test_a_description_that_costs_more_than_its_tensors_could_hold_is_refused(small, changed, named, tmp_path):
+    path = tmp_path / "model.safetensors"
+    write_packed(path, quantize(small, [IMAGES], 2), describe("resnet8"))
+    kind, description, tensors = container.read(path)
+    container.write(path, kind, description | changed, tensors)  # with a checksum that fits
+    with pytest.raises(UserError, match=named):
+        read_model(path)
+
+
 def test_five_levels_take_three_bits_and_no_step_counter_is_kept(small, tmp_path):
     quantized = quantize(small, [IMAGES], 2, grid={"alphabet": "published"}, first_last_bits=None)
     path = tmp_path / "model.safetensors"

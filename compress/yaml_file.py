@@ -1,0 +1,48 @@
+"""YAML that was received: read only where it takes about as much memory as its text, and no deep recursion."""
+
+from typing import Any
+
+import yaml
+
+# libyaml is ten times faster, and not in every build of PyYAML.
+LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+DEEPEST = 50
+# Nodes that aliases may add to those that are written down.
+REPEATED = 10_000
+
+
+def load(text: str) -> Any:
+    """The content of a YAML text. Raises YAMLError as PyYAML does, and as `check` does."""
+    check(text)
+    return yaml.load(text, LOADER)
+
+
+def check(text: str) -> None:
+    """Raises YAMLError for a text that nests too deeply, or whose aliases stand for too much."""
+    sizes: dict[str, int] = {}
+    repeated = 0
+    # The anchor of each node that is open, and how many nodes are in it so far.
+    opened: list[tuple[str | None, int]] = []
+
+    def add(anchor: str | None, count: int) -> None:
+        if anchor is not None:
+            sizes[anchor] = count
+        if opened:
+            outer, before = opened[-1]
+            opened[-1] = outer, before + count
+
+    for event in yaml.parse(text, LOADER):
+        if isinstance(event, yaml.AliasEvent):
+            count = sizes.get(event.anchor, REPEATED + 1)  # of a node that holds the alias itself there is no end
+            repeated += count
+            if repeated > REPEATED:
+                raise yaml.YAMLError(f"its aliases stand for more than {REPEATED:,} nodes")
+            add(None, count)
+        elif isinstance(event, yaml.CollectionStartEvent):
+            opened.append((event.anchor, 1))
+            if len(opened) > DEEPEST:
+                raise yaml.YAMLError(f"it nests more than {DEEPEST} levels deep")
+        elif isinstance(event, yaml.CollectionEndEvent):
+            add(*opened.pop())
+        elif isinstance(event, yaml.ScalarEvent):
+            add(event.anchor, 1)
