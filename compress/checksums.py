@@ -103,7 +103,8 @@ def checked_rows(rows: Iterable[Mapping[str, str]]) -> Iterator[dict[str, str]]:
 
 def _row_sum(row: Mapping[str, Any], before: str) -> str:
     cells = sorted([key, str(value)] for key, value in _filled(row).items())
-    return f"{zlib.crc32(json.dumps([before, cells]).encode()):08x}"
+    # A number like those beside it, for whatever reads the table as numbers.
+    return str(zlib.crc32(json.dumps([before, cells]).encode()))
 
 
 def _filled(row: Mapping[str, Any]) -> dict[str, Any]:

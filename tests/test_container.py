@@ -35,7 +35,10 @@ def test_the_image_has_the_command_line_and_its_configuration(tmp_path):
     app = tmp_path / "app"
     app.mkdir()
     arguments = dict(line.split("=", 1) for line in instructions("ARG"))
-    environment = {key: value.strip('"') for key, value in arguments.items()} | {"HOME": str(tmp_path)}
+    environment = {key: value.strip('"') for key, value in arguments.items()} | {
+        "HOME": str(tmp_path),
+        "PYTHONPATH": "",
+    }
     environment["PATH"] = f"{tmp_path / 'venv' / 'bin'}:{os.environ['PATH']}"
     options = {"cwd": app, "env": {**os.environ, **environment}, "capture_output": True, "text": True}
 

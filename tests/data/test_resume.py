@@ -35,7 +35,7 @@ def seen(directory, epochs, checkpoint=None):
     )
     witness = Witness()
     data = Digits(image_size=8, batch_size=400, crop_padding=1, horizontal_flip=True, cutout=3, seed=4)
-    trainer.fit(witness, datamodule=data, ckpt_path=checkpoint, map_location="cpu", weights_only=True)
+    trainer.fit(witness, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     return witness.seen
 
 

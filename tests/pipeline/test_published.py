@@ -68,7 +68,7 @@ def test_a_network_for_one_size_is_made_for_that_of_its_weights(downloads):
     (downloads / "me--small" / "config.json").write_text(json.dumps(about))
     config = checked("student=timm", "student.name=hf-hub:me/small", "student.pretrained=true", "data=folder")
     assert (config.data.image_size, config.student.input_size) == (64, 64)
-    kept = load_file(config.student.checkpoint)
+    kept = torch.load(config.student.checkpoint, weights_only=True)
     assert torch.equal(kept["pos_embed"], network.pos_embed)
 
 
@@ -150,7 +150,7 @@ def test_a_file_that_maps_no_classes_is_refused(tmp_path, content, message):
         ("student=timm student.name=resnet10t.c3_in1k", "student.name: found 'resnet10t.c3_in1k'; accepted: a name"),
         ("{student} student.pretrained=1", "student.pretrained: found 1; accepted: true, false, or the name"),
         ("{student} student.checkpoint=x.pt", "student.pretrained: found c3_in1k beside student.checkpoint"),
-        ("{student} quantizer=none", "student.checkpoint: .*c3_in1k.*safetensors has 1000 classes, the data have 10"),
+        ("{student} quantizer=none", "student.checkpoint: .*c3_in1k.*converted.pt has 1000 classes, the data have 10"),
         (
             "student=torchvision student.pretrained=true",
             "student.pretrained: found weights that are not on this machine and cannot be fetched .*resnet18-f37072fd",

@@ -144,7 +144,7 @@ def test_each_job_of_a_sweep_is_a_finished_run_in_the_group_of_the_sweep(sweep):
         assert (read.run.project, read.run.entity, read.run.notes) == ("digits", "team", "what for")
         assert list(read.run.tags) == ["first", "small"]
         assert read.exit_code == 0
-        assert json.loads((sweep / str(number) / "wandb.json").read_text()) == {"id": read.run.run_id}
+        assert json.loads((sweep / str(number) / "wandb.json").read_text())["id"] == read.run.run_id
 
 
 def test_the_configuration_is_the_composed_one_with_the_commit_and_the_directory(first):
@@ -164,6 +164,7 @@ def test_every_metric_is_there_at_its_step(first):
         rows = list(csv.DictReader(stream))
     assert len(rows) == 3
     for row in rows:
+        del row["crc32"]
         logged = read.history[int(row.pop("step"))]
         expected = {key: float(value) for key, value in row.items() if value}
         assert {key: logged[key] for key in expected} == pytest.approx(expected, rel=1e-6)

@@ -128,11 +128,13 @@ while not begun.exists():
 """
 SLEEPS = "import pathlib, time; pathlib.Path('begun').touch(); time.sleep(3600)"
 SAYS = "pathlib.Path(os.environ['COMPRESS_FAILURES'], '0.json').write_text(json.dumps({})); sys.exit(1)"
+REPORT = {"rank": 0, "time": 1, "mistake": None, "refused": None, "traceback": ""}
 FAILURES = {
     "sys.exit(3)": (RuntimeError, "process 0 of the training ended with exit code 3"),
     "os.kill(os.getpid(), signal.SIGKILL)": (RuntimeError, "process 0 of the training was killed by SIGKILL"),
-    SAYS.format({"rank": 0, "time": 1, "mistake": "lr: too large", "traceback": ""}): (UserError, "^lr: too large$"),
-    SAYS.format({"rank": 0, "time": 1, "mistake": None, "traceback": "ValueError: odd"}): (RuntimeError, "0 .*\n.*odd"),
+    SAYS.format(REPORT | {"mistake": "lr: too large"}): (UserError, "^lr: too large$"),
+    SAYS.format(REPORT | {"refused": [28, "No space left", "a.ckpt"]}): (OSError, "No space left: 'a.ckpt'"),
+    SAYS.format(REPORT | {"traceback": "ValueError: odd"}): (RuntimeError, "0 .*\n.*odd"),
 }
 
 
