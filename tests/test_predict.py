@@ -162,7 +162,7 @@ def test_the_script_prints_json_without_the_libraries_that_only_training_needs(f
 MISTAKES = [
     ("none.safetensors", ["same.png"], 1, "none.safetensors: found no such file"),
     ("none.onnx", ["same.png"], 1, "none.onnx: found no such file"),
-    ("same.png", ["same.png"], 1, "same.png: found no model file"),
+    ("same.png", ["same.png"], 1, "same.png: found no suffix of a model file"),
     ("packed.safetensors", ["none.png"], 1, "none.png: found no such file"),
     ("packed.safetensors", ["same.png", "model.onnx"], 1, "model.onnx: cannot be read"),
     ("packed.safetensors", ["same.png"], 11, "top: found 11; accepted: 1 to 10"),

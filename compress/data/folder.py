@@ -41,7 +41,8 @@ class Folder(FileModule):
             return  # Lightning asks again, and listing a million files takes a while
         if not self.root.is_dir():
             raise UserError(
-                f"data.root: found no folder {self.root.resolve()}; accepted: one that holds train/ and test/"
+                f"data.root: found no folder {self.root.resolve()}; accepted: one that holds train/ and test/, or "
+                "pictures alone to quantize with"
             )
         classes = self._classes("train")
         if len(classes) < 2:

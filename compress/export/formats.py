@@ -93,5 +93,5 @@ def exporter_of(path: Path) -> Exporter:
     fitting = [exporter for exporter in exporters if path.name.endswith(exporter.suffix)]
     if not fitting:
         suffixes = " or ".join(sorted(exporter.suffix for exporter in exporters))
-        raise UserError(f"{path}: found no model file; accepted: a {suffixes} file that compress wrote")
+        raise UserError(f"{path}: found no suffix of a model file; accepted: {suffixes}")
     return max(fitting, key=lambda exporter: len(exporter.suffix))

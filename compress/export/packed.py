@@ -130,8 +130,11 @@ def read_model(path: str | Path, network: OwnNetwork | None = None) -> tuple[nn.
         raise UserError(f"{path}: {error}") from None
     # The checksum holds for whatever wrote the file; a foreign writer can still have put anything into it.
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
-        reason = first_line(error)
-        raise UserError(f"{path}: found a description that its tensors do not fit ({reason})") from error
+        described = "a description" if network is None else "a network, the given one,"
+        raise UserError(
+            f"{path}: found {described} that its tensors do not fit ({first_line(error)}); accepted: those that "
+            "belong together"
+        ) from error
     return model.eval(), {"format": kind, **description}
 
 

@@ -20,7 +20,8 @@ from compress.export.encodings import layer_bytes
 from compress.export.formats import exporter_called, exporter_of, read_any
 from compress.export.packed import file_bytes
 from compress.models import own_class
-from compress.models.outputs import finding_logits
+from compress.models.baking import copied
+from compress.models.outputs import finding_logits, logits
 from compress.quantization import Measures, QuantizedModel, Quantizer
 from compress.quantization.comparisons import compare
 from compress.quantization.options import silent
@@ -107,21 +108,17 @@ def quantize(
         raise UserError(f"network: found a {type(network).__name__}; accepted: a torch.nn.Module")
     built = _quantizer(quantizer, {**keys, "bits": bits})
     calibration = _first(images, built.calibration_images)
-    origin = {"configuration": digest(repr(built)), "versions": versions_in_files()}
-    description = replace(_about(network, calibration), extra=origin)
+    described = _about(network, calibration)
     network = _returning_one_width(network, calibration[:2])
     compare(network, [calibration], built.skip)
+    description = replace(
+        _with_classes(described, network, calibration[:1]),
+        extra={"configuration": digest(repr(built)), "versions": versions_in_files()},
+    )
     float_bytes = file_bytes(network, description) if built.budget is not None else 0
     measures = Measures(partial(file_bytes, description=description), layer_bytes, _no_accuracy, float_bytes)
     [variant] = built.variants(network, [calibration], measures, silent)
-    model = variant.model.model
-    with torch.no_grad():
-        outputs = model(calibration[:1].to(next(model.parameters())))
-    names = [str(index) for index in range(outputs.shape[1])]
-    architecture = {**description.architecture, "num_classes": len(names)}
-    return QuantizedNetwork(
-        variant.model, built, calibration, replace(description, architecture=architecture, class_names=names)
-    )
+    return QuantizedNetwork(variant.model, built, calibration, description)
 
 
 def load(path: str | Path, network: own_class.OwnNetwork | None = None) -> tuple[Any, dict[str, Any]]:
@@ -171,7 +168,10 @@ def _first(images: Any, count: int) -> Tensor:
             break
     if missing == count:
         raise UserError(f"images: found none; {IMAGES}")
-    return torch.cat(chosen).contiguous()
+    found = torch.cat(chosen).contiguous()
+    if not found.isfinite().all():
+        raise UserError("images: found values that are not finite; accepted: finite ones")
+    return found
 
 
 def _returning_one_width(network: nn.Module, images: Tensor) -> nn.Module:
@@ -187,6 +187,15 @@ def _about(network: nn.Module, images: Tensor) -> NetworkDescription:
     return NetworkDescription(architecture, [], [0.0], [1.0], images.shape[1:])
 
 
+def _with_classes(about: NetworkDescription, network: nn.Module, images: Tensor) -> NetworkDescription:
+    """`about` with as many classes as `network` has logits, called by their numbers."""
+    quiet = copied(network).eval()
+    with torch.no_grad():
+        outputs = logits(quiet(images.to(next(quiet.parameters(), images))))
+    names = [str(index) for index in range(outputs.shape[1])]
+    return replace(about, architecture={**about.architecture, "num_classes": len(names)}, class_names=names)
+
+
 def _described(
     about: NetworkDescription,
     class_names: Sequence[str] | None,
@@ -195,8 +204,10 @@ def _described(
 ) -> NetworkDescription:
     """`about` with what is given. Raises UserError for what does not fit it."""
     classes, channels = about.architecture["num_classes"], about.input_shape[0]
-    if class_names is not None and (isinstance(class_names, str) or len(class_names) != classes):
-        raise UserError(f"class_names: found {class_names!r}; accepted: {classes} names, one of each output")
+    if class_names is not None and (
+        isinstance(class_names, str) or not len(class_names) == len({*class_names}) == classes
+    ):
+        raise UserError(f"class_names: found {class_names!r}; accepted: {classes} different names, one of each output")
     if (mean is None) != (standard_deviation is None):
         raise UserError("mean: found only one of mean and standard_deviation; accepted: both or neither")
     statistics = {}

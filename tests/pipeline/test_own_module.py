@@ -169,6 +169,7 @@ def test_a_budget_chooses_among_several_widths(tmp_path):
             "1MB",
         )
     )
+    assert small.save(tmp_path / "b.safetensors") <= (tmp_path / "a.safetensors").stat().st_size
     assert {layer.bits for layer in small.quantized.layers.values()} == {2}
     assert {layer.bits for layer in large.quantized.layers.values()} == {8}
 
@@ -231,7 +232,8 @@ def test_a_mistake_is_one_line(changed, message):
 
 
 SAVING = [
-    ({"class_names": ["a"]}, "class_names: found ['a']; accepted: 4 names"),
+    ({"class_names": ["a"]}, "class_names: found ['a']; accepted: 4 different names"),
+    ({"class_names": ["a", "b", "c", "a"]}, "class_names: found ['a', 'b', 'c', 'a']; accepted: 4 different names"),
     ({"class_names": "abcd"}, "class_names: found 'abcd'"),
     ({"mean": [0.5]}, "mean: found only one of mean and standard_deviation"),
     ({"mean": [0.5, 0.5], "standard_deviation": [1.0]}, "mean: found [0.5, 0.5]; accepted: 1 or 3 numbers"),
@@ -247,6 +249,8 @@ def test_a_mistake_in_what_a_file_says_is_one_line_and_writes_nothing(tmp_path):
         with pytest.raises(UserError) as mistake:
             quantized.export(tmp_path / "net.safetensors", **keywords)
         assert message in one_line(mistake)
-    with pytest.raises(UserError, match=r"net\.bin: found no model file; accepted: a \.onnx or \.safetensors"):
+    with pytest.raises(
+        UserError, match=r"net\.bin: found no suffix of a model file; accepted: \.onnx or \.safetensors"
+    ):
         quantized.export(tmp_path / "net.bin")
     assert list(Path(tmp_path).iterdir()) == []
