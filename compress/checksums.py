@@ -93,11 +93,20 @@ def checked_rows(rows: Iterable[Mapping[str, str]]) -> Iterator[dict[str, str]]:
     for row in rows:
         if None in row:
             raise ValueError("a row has more cells than there are columns")
+        if any(COLUMN in key and key != COLUMN for key in row):
+            raise ValueError("the header and the first row are one line")
         content = _filled(row)
-        stated = content.pop(COLUMN, "")
-        before = _row_sum(content, before)
-        if COLUMN in row and stated != before:
+        last = next(reversed(row), COLUMN)
+        stated = content.pop(last, "")
+        after = _row_sum(content, before)
+        if last != COLUMN:
+            if stated == after:
+                raise ValueError("the column of checksums has another name")
+            content |= {last: stated} if stated else {}
+            after = _row_sum(content, before)
+        elif stated != after:
             raise ValueError("a row does not match its checksum")
+        before = after
         yield content
 
 

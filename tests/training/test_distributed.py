@@ -78,6 +78,7 @@ def test_two_processes_compute_what_one_does_and_each_job_of_a_sweep_is_done_onc
     torch.testing.assert_close(together, alone, rtol=1e-9, atol=1e-11)
     assert not torch.equal(other["model.network.head.weight"], alone["model.network.head.weight"])
     for row, expected in zip(metrics(sweep / "0"), metrics(result.directory), strict=True):
+        del row["crc32"], expected["crc32"]
         assert row == pytest.approx(expected, rel=1e-6)
     # 15 validation images for two processes: none is left out or counted twice.
     for row, expected in zip(records[0]["tradeoff"], result.rows, strict=True):
