@@ -96,18 +96,13 @@ def checked_rows(rows: Iterable[Mapping[str, str]]) -> Iterator[dict[str, str]]:
         if any(COLUMN in key and key != COLUMN for key in row):
             raise ValueError("the header and the first row are one line")
         content = _filled(row)
-        last = next(reversed(row), COLUMN)
-        stated = content.pop(last, "")
-        after = _row_sum(content, before)
-        if last != COLUMN:
-            if stated == after:
-                raise ValueError("the column of checksums has another name")
-            content |= {last: stated} if stated else {}
-            after = _row_sum(content, before)
-        elif stated != after:
+        # Where the name of the column is damaged, its numbers are still those sums.
+        column = COLUMN if COLUMN in row else next(reversed(row))
+        rest = {key: value for key, value in content.items() if key != column}
+        before = _row_sum(rest, before)
+        if (content.get(column) == before) != (column == COLUMN):
             raise ValueError("a row does not match its checksum")
-        before = after
-        yield content
+        yield rest if column == COLUMN else content
 
 
 def _row_sum(row: Mapping[str, Any], before: str) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 from omegaconf import OmegaConf
 
+from compress import yaml_file
 from compress.config.compose import key_of, parse
 from compress.config.ranges import TOP_LEVEL
 from compress.errors import UserError
@@ -28,7 +29,6 @@ FROM_PYTHON = "from_python"  # see `compress.pipeline.given`
 ROLES = {"student", "teacher", "peer"}
 # `${key}` and the resolvers of `compress.config.roles`, without another interpolation in them.
 INTERPOLATION = re.compile(r"\$\{(?:(?:when|dkd_warmup):)?[^${}:\\]*\}")
-LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 Leaf = tuple[tuple[str, ...], Any]
 
@@ -196,7 +196,7 @@ def _known() -> frozenset[str]:
 def _named_in(file: Path, changed: int) -> frozenset[str]:
     """The names in one of those files, last `changed` then; one that is damaged names nothing."""
     with suppress(OSError, UnicodeDecodeError, yaml.YAMLError, UserError):
-        content = yaml.load(file.read_text(encoding="utf-8"), LOADER)
+        content = yaml_file.load(file.read_text(encoding="utf-8"))
         return frozenset(text for path, text in _leaves(content) if _names_code(path, text))
     return frozenset()
 

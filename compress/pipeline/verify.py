@@ -15,8 +15,6 @@ from compress.models.inference import full_float32
 from compress.pipeline.parts import Parts
 from compress.pipeline.variants import on_cpu
 from compress.progress import console
-from compress.results.metrics_csv import FILE as METRICS
-from compress.results.metrics_csv import MetricsCSV
 from compress.results.record import FILE, Record
 from compress.results.tradeoff import Row
 
@@ -53,8 +51,6 @@ class _Verification:
             return False
         self._say(FILE, [], f"its checksum{'' if record.files else ', and names none of other files'}")
         parts = self._parts(record)
-        if METRICS not in record.files:
-            self._metrics()
         models = {row.file: row for row in record.rows if row.file}
         for name in record.files:
             if name not in models and name != CONFIG:
@@ -93,16 +89,6 @@ class _Verification:
         config = read_config(self.directory, self.allowed)
         check_values(config)
         return Parts(config, self.data_sets)
-
-    def _metrics(self) -> None:
-        if not (self.directory / METRICS).exists():
-            return
-        try:
-            MetricsCSV(str(self.directory))
-        except UserError as damage:
-            self._say(METRICS, [str(damage)])
-        else:
-            self._say(METRICS, [], "the checksums of its rows")
 
     def _model(self, row: Row, record: Record, parts: Parts | None) -> None:
         """The file of a `row`: its bytes, what it says of its origin, and its accuracy on the data of `parts`."""
