@@ -1,0 +1,132 @@
+"""Changed files: bytes anywhere, words in a text, or the content behind a checksum, which then fits again."""
+
+import csv
+import io
+import json
+import re
+import zipfile
+
+import torch
+
+from compress.checksums import COLUMN, LINE, digest, rows_with_checksums
+from compress.export import container
+
+WORDS = (
+    *(b"null", b"nan", b"-1", b"0", b"1e30", b"100000000000000000000000", b"true", b"", b"x", b"[]", b"[1]", b"{}"),
+    *(
+        b'"',
+        b"'",
+        b"..",
+        b"\xff\xfe",
+        b"\x00",
+        b"\n",
+        b"\xe2\x80\xae",
+        b"\x1b[2J",
+        b"${oc.env:HOME}",
+        b"*a",
+        b"!!python/x",
+    ),
+)
+
+
+def changed_bytes(content, draw):
+    """A bit, a stretch of bytes, or the length of `content` is another one."""
+    place = draw.randrange(len(content))
+    end = min(len(content), place + draw.choice((1, 4, 64, 4096)))
+    noise = draw.randbytes(end - place)
+    flipped = bytes([content[place] ^ 1 << draw.randrange(8)])
+    kinds = {
+        "flip": content[:place] + flipped + content[place + 1 :],
+        "noise": content[:place] + noise + content[end:],
+        "zeros": content[:place] + bytes(end - place) + content[end:],
+        "ones": content[:place] + b"\xff" * (end - place) + content[end:],
+        "cut": content[:place],
+        "removed": content[:place] + content[end:],
+        "twice": content[:end] + content[place:],
+        "empty": b"",
+    }
+    return kinds[draw.choice([*kinds])]
+
+
+def changed_words(content, draw):
+    """A word of a text is another one or gone, or a line is."""
+    kind = draw.choice(("word", "word", "word", "line"))
+    found = list(re.finditer(rb"[^\s,:\[\]{}]+" if kind == "word" else rb"[^\n]*\n", content))
+    if not found:
+        return changed_bytes(content, draw)
+    place = draw.choice(found)
+    other = draw.choice((*WORDS, draw.choice(found)[0]))
+    return content[: place.start()] + other + content[place.end() :]
+
+
+def mutate(path, draw):
+    """Changes the file at `path`, and says how; every second time its checksums, where it has some, fit again."""
+    content = path.read_bytes()
+    change = changed_words if path.suffix in (".yaml", ".json", ".csv", ".txt", ".log") else changed_bytes
+    repaired = repair(path, content, change, draw) if draw.random() < 0.6 else None
+    path.write_bytes(change(content, draw) if repaired is None else repaired)
+    return "with its checksum" if repaired is not None else "without"
+
+
+def repair(path, content, change, draw):
+    """The changed content with checksums that fit; None where it has none, or can have none any more."""
+    if path.suffix in (".yaml", ".json"):
+        line = LINE.match(content.decode())
+        if line is None:
+            return None
+        rest = change((line["before"] or "").encode() + content[line.end() :], draw)
+        text = rest.decode(errors="replace")
+        if path.suffix == ".yaml":
+            return f"# sha256: {digest(text)}\n{text}".encode()
+        return text.replace("{\n", f'{{\n  "sha256": "{digest(text)}",\n', 1).encode()
+    if path.name == "metrics.csv":
+        rows = list(csv.DictReader(io.StringIO(change(content, draw).decode(errors="replace"))))
+        if not rows or COLUMN not in rows[0]:
+            return None
+        for row in rows:
+            row.pop(None, None)
+            row.pop(COLUMN)
+        written = io.StringIO()
+        writer = csv.DictWriter(written, [*rows[0], COLUMN])
+        writer.writeheader()
+        writer.writerows(rows_with_checksums(rows))
+        return written.getvalue().encode()
+    if path.suffix == ".ckpt":
+        written = io.BytesIO()
+        with zipfile.ZipFile(path) as archive, zipfile.ZipFile(written, "w") as other:
+            names = archive.namelist()
+            # The pickle is where the structure is: the tensors are numbers, whatever they hold.
+            chosen = draw.choice((names[0], draw.choice(names)))
+            for name in names:
+                part = archive.read(name)
+                other.writestr(name, change(part, draw) if name == chosen and part else part)
+        return written.getvalue()
+    if path.suffix == ".safetensors":
+        return changed_model(path, change, draw)
+    return None
+
+
+def changed_model(path, change, draw):
+    """A model file whose description, or one of whose tensors, is another one."""
+    kind, description, tensors = container.read(path)
+    if draw.random() < 0.75:
+        text = changed_words(json.dumps(description).encode(), draw).decode(errors="replace")
+        try:
+            description = json.loads(text)
+        except ValueError:
+            description = {}
+    else:
+        name = draw.choice([*tensors])
+        other = draw.choice(("gone", "shape", "type", "values"))
+        value = tensors.pop(name)
+        if other == "shape":
+            tensors[name] = value.reshape(-1)[: draw.randrange(value.numel() + 1)].clone()
+        elif other == "type":
+            tensors[name] = value.to(draw.choice((torch.float64, torch.int64, torch.int8, torch.float16, torch.bool)))
+        elif other == "values":
+            tensors[name] = torch.full_like(value, draw.choice((0, 1, 127)))
+    written = path.with_name("changed.safetensors")
+    container.write(written, kind, description if isinstance(description, dict) else {}, tensors)
+    content = written.read_bytes()
+    written.unlink()
+    return content
