@@ -1,4 +1,4 @@
-"""Whatever a file holds, a command that reads it says so in a line or gives an answer: no traceback, no endless cost."""
+"""Whatever a file holds, a command that reads it says so in a line or answers: no traceback, no endless cost."""
 
 import gzip
 import os
@@ -31,7 +31,7 @@ TRAINED = [
 SHORT = [*TRAINED, "quantizer.calibration_images=16", "quantizer.bits=[4]"]
 RUN = [*SHORT, "method=kd", "teacher=resnet8", "teacher.training.epochs=1"]
 BEGUN, DONE, MODEL = "outputs/runs/begun", "outputs/runs/done", "outputs/runs/done/models/student-gpfq-4bit.safetensors"
-NAMES = "zero one two three four five six seven eight nine".split()
+NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 QUANTIZE = ("quantize.py", "model=resnet8", "quantizer.bits=[4]", "quantizer.calibration_images=16", "data.limit=100")
 DRY = ("run.py", "--dry-run", *SHORT, "method=supervised")
 SMALL = ("data.limit=null", "data.image_size=8", "data.validation_fraction=0.25")
@@ -82,7 +82,7 @@ READERS = {
 
 
 def command(words, folder, told):
-    """In a process of its own: a script in `folder`; `told` gets its memory in bytes and its seconds on the processor."""
+    """In a process of its own: a script in `folder`; `told` gets its memory in bytes and its processor seconds."""
     os.chdir(folder)
     for stream, name in ((sys.stdout, "stdout"), (sys.stderr, "stderr")):
         os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream.fileno())
