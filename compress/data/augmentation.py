@@ -5,6 +5,7 @@ last in memory: a row of pixels is then one run of bytes, which makes a crop a c
 multiply-add along them.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -54,8 +55,8 @@ class Augmentation:
     cutout: int = 0
     randaugment: int = 0
     randaugment_magnitude: int = 9
-    random_resized_crop: tuple[float, float] | None = None
-    colour_jitter: tuple[float, float, float, float] | None = None
+    random_resized_crop: Sequence[float] | None = None
+    colour_jitter: Sequence[float] | None = None
 
     def draw(self, count: int, image_size: int, seed: int, epoch: int, stored_size: int | None = None) -> Draws:
         """The choices for images 0..count-1 in one epoch, a pure function of the arguments.
@@ -67,7 +68,7 @@ class Augmentation:
         def integers(below: int, stream: Stream, columns: int = 1) -> Tensor:
             return draw_integers(count * columns, below, stream, seed, epoch)
 
-        tables = {}
+        tables: dict[str, Tensor] = {}
         if self.crop_padding:
             offsets = 2 * self.crop_padding + 1
             tables |= {"top": integers(offsets, Stream.TOP), "left": integers(offsets, Stream.LEFT)}
@@ -92,12 +93,12 @@ class Augmentation:
             images = resized_crops(images, choices.boxes, normalisation.width)
         if choices.top is not None or choices.mirrored is not None:
             images = crop_and_mirror(images, choices.top, choices.left, choices.mirrored, self.crop_padding)
-        if choices.factors is not None:
+        if self.colour_jitter and choices.factors is not None and choices.order is not None:
             images = colour_jitter(images, choices.factors, choices.order, self.colour_jitter)
-        if choices.operations is not None:
+        if choices.operations is not None and choices.negative is not None:
             images = rand_augment(images, choices.operations, choices.negative, self.randaugment_magnitude)
         result = normalisation(images)
-        if choices.row is not None:
+        if choices.row is not None and choices.column is not None:
             cut_out_(result, choices.row, choices.column, self.cutout)
         return result
 

@@ -97,7 +97,8 @@ class CIFAR10(DataModule):
         except OSError as failure:
             raise UserError(f"{path}: cannot be read ({failure}); accepted: a file of the CIFAR archive") from None
         self._check_sum(path, hashlib.md5(content, usedforsecurity=False).hexdigest())
-        return pickle.loads(content, encoding="latin1")
+        loaded: dict[str, Any] = pickle.loads(content, encoding="latin1")
+        return loaded
 
     def _check_sum(self, path: Path, digest: str) -> None:
         expected = self.sums[path.name]

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from compress.errors import UserError, first_line
 
@@ -25,7 +26,7 @@ def class_names(given: str | Sequence[str]) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _in_file(path: Path) -> object:
+def _in_file(path: Path) -> Any:
     try:
         text = path.read_text(encoding="utf-8-sig").strip()
         return json.loads(text) if text[:1] in "[{" else [line.strip() for line in text.splitlines()]

@@ -2,17 +2,20 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from compress.data.augmentation import Augmentation, Normalisation
+from compress.data.augmentation import Augmentation
 from compress.data.draws import permutation
+from compress.data.normalisation import Normalisation
 from compress.data.source import resized_rgb
 from compress.data.undecoded import OnDisk
 
 Batch = tuple[Tensor, Tensor]
+T = TypeVar("T")
 
 
 class ImageBatches(Dataset[Batch]):
@@ -125,6 +128,6 @@ class EpochSampler(Sampler[int]):
         return len(self._share.of(range(len(self._dataset))))
 
 
-def identity_collate(batch: Batch) -> Batch:
+def identity_collate(batch: T) -> T:
     """The collate function of a set whose batches are already tensors; at module level, so that it can be pickled."""
     return batch

@@ -22,6 +22,7 @@ class DiskLoader(DataLoader[Batch]):
     """The batches of `images`, which are on disk; `workers` processes decode (None: one for each core, up to 8)."""
 
     def __init__(self, images: ImageBatches, *, workers: int | None = None, **options: Any) -> None:
+        assert isinstance(images.images, OnDisk)
         if workers is None:
             workers = min(cores(), MAX_WORKERS)
         super().__init__(
@@ -36,7 +37,7 @@ class DiskLoader(DataLoader[Batch]):
         )
         self.batches = images
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]  # torch names its own class of iterators
         for decoded in super().__iter__():
             if isinstance(decoded, UserError):
                 raise decoded

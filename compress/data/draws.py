@@ -49,7 +49,8 @@ def draw_uniform(count: int, stream: Stream, seed: int, epoch: int = 0) -> Tenso
 
 def permutation(count: int, seed: int, epoch: int) -> list[int]:
     """The order of an epoch: the integers 0..count-1 shuffled."""
-    return np.argsort(draw(count, Stream.ORDER, seed, epoch), kind="stable").tolist()
+    order: list[int] = np.argsort(draw(count, Stream.ORDER, seed, epoch), kind="stable").tolist()
+    return order
 
 
 def stratified_order(labels: Tensor, seed: int) -> Tensor:

@@ -52,8 +52,8 @@ class FashionMNIST(DataModule):
             raise UserError(
                 f"data.root: found no Fashion-MNIST in {self.root}; accepted: a folder with {', '.join(FILES)}"
             )
-        parts = [read_idx(_existing(folder, name)) for name in FILES]
-        train, test = (_checked(*parts[start : start + 2], folder) for start in (0, 2))
+        images, labels, test_images, test_labels = (read_idx(_existing(folder, name)) for name in FILES)
+        train, test = _checked(images, labels, folder), _checked(test_images, test_labels, folder)
         return Source(*train, *test, tuple(datasets.FashionMNIST.classes), [0.2860], [0.3530])
 
     def _folder(self) -> Path | None:

@@ -70,9 +70,7 @@ class Folder(FileModule):
         splits = {split: self._split(files) for split, files in self._files.items()}
         names = tuple(self._files["train"])
         del self._files
-        return Source(
-            *splits["train"], *splits["test"], names, MEAN, STANDARD_DEVIATION, *splits.get("val", (None,) * 2)
-        )
+        return Source(*splits["train"], *splits["test"], names, MEAN, STANDARD_DEVIATION, splits.get("val"))
 
     @cached_property
     def _files(self) -> dict[str, dict[str, list[Path]]]:

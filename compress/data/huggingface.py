@@ -46,13 +46,17 @@ class HuggingFace(FileModule):
         self.root = None if root is None else Path(root).expanduser()
         self.name, self.subset = name, subset
         self.where = f"data.name: {name}" if root is None else f"data.root: {self.root}"
+        self.train_split = train_split
         self.columns = {"image_column": image_column, "label_column": label_column}
         self.chosen = {"train_split": train_split, "validation_split": validation_split, "test_split": test_split}
         self._loaded: Mapping[str, Any] | None = None
 
     def prepare_data(self) -> None:
-        if self.splits or self._loaded is not None:
-            return
+        if not self.splits and self._loaded is None:
+            self._loaded = self._load()
+
+    def _load(self) -> Mapping[str, Any]:
+        """The splits by their names."""
         try:
             import datasets
         except ImportError:
@@ -62,19 +66,22 @@ class HuggingFace(FileModule):
         if self.root is not None and not self.root.is_dir():
             raise UserError(f"data.root: found no folder {self.root.resolve()}; accepted: one that datasets reads")
         try:
-            if self.root is not None and (self.root / "dataset_dict.json").is_file():
-                self._loaded = datasets.load_from_disk(str(self.root))
+            loaded: Mapping[str, Any]
+            if self.root is None:
+                loaded = datasets.load_dataset(self.name, self.subset)
+            elif (self.root / "dataset_dict.json").is_file():
+                loaded = datasets.load_from_disk(str(self.root))
             else:
-                self._loaded = datasets.load_dataset(self.name or str(self.root.resolve()), self.subset)
+                loaded = datasets.load_dataset(str(self.root.resolve()), self.subset)
         except Exception as failure:  # of the hub, of pyarrow, of a reader of files
             raise UserError(
                 f"{self.where} cannot be read ({first_line(failure)}); accepted: parquet files, a folder of images, "
                 "what datasets has saved, or a name on the hub"
             ) from None
+        return loaded
 
     def read(self) -> Source:
-        self.prepare_data()
-        loaded, self._loaded = self._loaded, None
+        loaded, self._loaded = self._loaded or self._load(), None
         train, validation, test = self._chosen_splits(list(loaded))
         features = loaded[train].features
         image = self._column("image_column", features, "Image", IMAGE)
@@ -94,15 +101,15 @@ class HuggingFace(FileModule):
                 [place[v] for v in given]
             )
 
-        held_out = (None, None) if validation is None else split(validation)
-        return Source(*split(train), *split(test), names, MEAN, STANDARD_DEVIATION, *held_out)
+        held_out = None if validation is None else split(validation)
+        return Source(*split(train), *split(test), names, MEAN, STANDARD_DEVIATION, held_out)
 
     def _chosen_splits(self, present: Sequence[str]) -> tuple[str, str | None, str]:
         """Those for training, validation and test."""
         for key, name in self.chosen.items():
             if name is not None and name not in present:
                 raise UserError(f"data.{key}: found {name!r}, which {self.where} lacks; accepted: {', '.join(present)}")
-        train, validation, test = self.chosen.values()
+        train, (_, validation, test) = self.train_split, self.chosen.values()
         others = [name for name in ("test", *VALIDATION) if name in present and name not in (train, validation, test)]
         if test is None and others:
             test = others.pop(0)

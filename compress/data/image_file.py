@@ -132,7 +132,8 @@ def read_rgb(path: Path, content: BinaryIO | None = None, side: int | None = Non
 
 def _orientation(image: Image.Image) -> int:
     try:
-        return image.getexif().get(ORIENTATION, 1)
+        orientation: int = image.getexif().get(ORIENTATION, 1)
+        return orientation
     except Exception:  # a damaged EXIF block says nothing, and the picture is there
         return 1
 
@@ -146,7 +147,7 @@ def _in_srgb(image: Image.Image) -> Image.Image:
         found = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         if "sRGB" in ImageCms.getProfileDescription(found):
             return image
-        return ImageCms.profileToProfile(image, found, ImageCms.createProfile("sRGB"))
+        return ImageCms.profileToProfile(image, found, ImageCms.createProfile("sRGB")) or image
     except (ImageCms.PyCMSError, OSError, ValueError):  # a damaged profile says nothing, and the picture is there
         return image
 

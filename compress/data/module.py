@@ -11,13 +11,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from compress.arguments import Supplied, annotations, has_mark
-from compress.data.augmentation import Augmentation, Normalisation
-from compress.data.dataset import EpochSampler, ImageBatches, Share, evaluation_batches, identity_collate
+from compress.data.augmentation import Augmentation
+from compress.data.dataset import Batch, EpochSampler, ImageBatches, Share, evaluation_batches, identity_collate
 from compress.data.disk_loader import DiskLoader, cores
 from compress.data.draws import stratified_order
 from compress.data.memory import free_bytes
+from compress.data.normalisation import Normalisation
 from compress.data.randaugment import GREATEST_MAGNITUDE
-from compress.data.source import Images, Source, Split, resized_rgb
+from compress.data.source import Images, Source, SourceSplit, Split, resized_rgb
 from compress.data.undecoded import OnDisk, Undecoded
 from compress.errors import UserError
 
@@ -79,8 +80,8 @@ class DataModule(pl.LightningDataModule):
             cutout,
             randaugment,
             randaugment_magnitude,
-            random_resized_crop and tuple(random_resized_crop),
-            colour_jitter and tuple(colour_jitter),
+            random_resized_crop,
+            colour_jitter,
         )
         self.given = {"mean": mean, "standard_deviation": standard_deviation}
         for key, values in self.given.items():
@@ -112,16 +113,15 @@ class DataModule(pl.LightningDataModule):
         """The images of this data set, read, split and resized."""
         source = self.read()
         classes = len(source.class_names)
-        train = self._limited(Split(source.train_images, source.train_labels), "training", classes)
-        test = self._limited(Split(source.test_images, source.test_labels), "test", classes)
-        if source.validation_images is None:
+        train = self._limited(SourceSplit(source.train_images, source.train_labels), "training", classes)
+        test = self._limited(SourceSplit(source.test_images, source.test_labels), "test", classes)
+        if source.validation is None:
             order = stratified_order(train.labels, self.split_seed)
             count = round(self.validation_fraction * len(train))
             self._check_classes(train, order, count, classes)
             train, validation = train[order[count:].sort().values], train[order[:count].sort().values]
         else:
-            validation = Split(source.validation_images, source.validation_labels)
-            validation = self._limited(validation, "validation", classes)
+            validation = self._limited(SourceSplit(*source.validation), "validation", classes)
         read = {"train": train, "validation": validation, "test": test}
         sizes = {name: self.stored_size if name == "train" else self.image_size for name in read}
         decoded_bytes = sum(len(split) * 3 * sizes[name] ** 2 for name, split in read.items())
@@ -158,7 +158,7 @@ class DataModule(pl.LightningDataModule):
         self.mean = _three(self.given["mean"] or images.mean)
         self.standard_deviation = _three(self.given["standard_deviation"] or images.standard_deviation)
 
-    def train_dataloader(self) -> DataLoader:
+    def train_dataloader(self) -> DataLoader[Batch]:
         images = self._images("train", self.augmentation, self.seed)
         rank, world_size = self._place()
         # A last batch of one image would break BatchNorm; the order of another epoch has its images earlier.
@@ -172,7 +172,7 @@ class DataModule(pl.LightningDataModule):
             generator=torch.Generator(),
         )
 
-    def val_dataloader(self) -> DataLoader:
+    def val_dataloader(self) -> DataLoader[Batch]:
         images = self._images("validation")
         rank, world_size = self._place()
         if world_size > 1:
@@ -184,10 +184,10 @@ class DataModule(pl.LightningDataModule):
         """The rank of this process among those that train together, and their number."""
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
-    def test_dataloader(self) -> DataLoader:
+    def test_dataloader(self) -> DataLoader[Batch]:
         return self._loader(self._images("test"), batch_size=self.evaluation_batch_size)
 
-    def _loader(self, images: ImageBatches, **options: Any) -> DataLoader:
+    def _loader(self, images: ImageBatches, **options: Any) -> DataLoader[Batch]:
         if isinstance(images.images, OnDisk):
             return DiskLoader(images, workers=self.workers, **options)
         return DataLoader(images, collate_fn=identity_collate, **options)
@@ -212,7 +212,7 @@ class DataModule(pl.LightningDataModule):
             "standard_deviation": list(self.standard_deviation),
         }
 
-    def _limited(self, split: Split, name: str, classes: int) -> Split:
+    def _limited(self, split: SourceSplit, name: str, classes: int) -> SourceSplit:
         if self.limit is None or self.limit >= len(split):
             return split
         order = stratified_order(split.labels, self.split_seed)
@@ -224,7 +224,7 @@ class DataModule(pl.LightningDataModule):
             )
         return chosen
 
-    def _check_classes(self, train: Split, order: Tensor, count: int, classes: int) -> None:
+    def _check_classes(self, train: SourceSplit, order: Tensor, count: int, classes: int) -> None:
         for part in (order[:count], order[count:]):
             if len(train.labels[part].unique()) < classes:
                 raise UserError(
@@ -239,7 +239,8 @@ class DataModule(pl.LightningDataModule):
 
 def _three(values: Sequence[float]) -> tuple[float, float, float]:
     """One number or three as three."""
-    return tuple(values) * 3 if len(values) == 1 else tuple(values)
+    red, green, blue = [*values] * 3 if len(values) == 1 else values
+    return red, green, blue
 
 
 def _check_photo_options(

@@ -17,14 +17,16 @@ GREATEST_MAGNITUDE = 30
 def _shear(images: Tensor, strength: float, along_x: bool) -> Tensor:
     degrees = math.degrees(math.atan(0.3 * strength))
     shear = [degrees, 0.0] if along_x else [0.0, degrees]
-    return F.affine(images, angle=0.0, translate=[0, 0], scale=1.0, shear=shear, center=[0.0, 0.0])
+    sheared: Tensor = F.affine(images, angle=0.0, translate=[0, 0], scale=1.0, shear=shear, center=[0.0, 0.0])
+    return sheared
 
 
 def _translate(images: Tensor, strength: float, along_x: bool) -> Tensor:
     # 150 of 331 pixels is the range of the paper's ImageNet policy, as a share of the side.
     pixels = int(150 / 331 * images.shape[-1 if along_x else -2] * strength)
     translate = [pixels, 0] if along_x else [0, pixels]
-    return F.affine(images, angle=0.0, translate=translate, scale=1.0, shear=[0.0, 0.0])
+    translated: Tensor = F.affine(images, angle=0.0, translate=translate, scale=1.0, shear=[0.0, 0.0])
+    return translated
 
 
 def _enhance(images: Tensor, strength: float, adjust: Callable[[Tensor, float], Tensor]) -> Tensor:

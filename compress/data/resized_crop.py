@@ -26,7 +26,7 @@ def draw_boxes(count: int, side: int, scale: Sequence[float], seed: int, epoch: 
     def uniform(low: float, high: float, stream: Stream) -> Tensor:
         return low + (high - low) * draw_uniform(count * ATTEMPTS, stream, seed, epoch).view(count, ATTEMPTS)
 
-    area = side**2 * uniform(*scale, Stream.CROP_AREA)
+    area = side**2 * uniform(scale[0], scale[1], Stream.CROP_AREA)
     ratio = uniform(math.log(RATIO[0]), math.log(RATIO[1]), Stream.CROP_RATIO).exp()
     widths, heights = (area * ratio).sqrt().round().long(), (area / ratio).sqrt().round().long()
     fits = (widths > 0) & (widths <= side) & (heights > 0) & (heights <= side)

@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from hydra.utils import get_class
 
 from compress.arguments import arguments_of, build
 from compress.data.module import DataModule
@@ -47,8 +46,8 @@ class DataSets:
         `batch_size` replaces that of the node. Raises UserError for data that cannot be read.
         """
         replaced = {} if batch_size is None else {"batch_size": batch_size}
-        data = build({**node, **replaced}, "data", seed=seed, device=device)
-        image_options = get_class(node["_target_"]).image_options(arguments_of(node))
+        data: DataModule = build({**node, **replaced}, "data", seed=seed, device=device)
+        image_options = data.image_options(arguments_of(node))
         key = json.dumps([node["_target_"], image_options, str(device)], sort_keys=True)
         images = self._images.pop(key, None)
         if images is None:

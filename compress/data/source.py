@@ -17,6 +17,7 @@ class Source:
 
     Images are uint8 `(n, C, H, W)` with C = 1 or 3, or not decoded yet; labels are int64 `(n,)` in 0..classes-1. `mean`
     and `standard_deviation` are those of the training pixels scaled to 0..1, one number or one per channel.
+    `validation`: images and labels, None where they are to be split from those for training.
     """
 
     train_images: Tensor | Undecoded
@@ -26,22 +27,32 @@ class Source:
     class_names: tuple[str, ...]
     mean: Sequence[float]
     standard_deviation: Sequence[float]
-    validation_images: Tensor | Undecoded | None = None
-    validation_labels: Tensor | None = None
+    validation: tuple[Tensor | Undecoded, Tensor] | None = None
 
 
 @dataclass(frozen=True)
-class Split:
-    """uint8 images `(n, C, H, W)`, or images that are encoded, and class indices `(n,)`."""
+class SourceSplit:
+    """Images of a `Source`, uint8 `(n, C, H, W)` or not decoded yet, and class indices `(n,)`."""
 
-    images: Tensor | Undecoded | OnDisk
+    images: Tensor | Undecoded
     labels: Tensor
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, indices: Tensor) -> "Split":
-        return Split(self.images[indices], self.labels[indices])
+    def __getitem__(self, indices: Tensor) -> "SourceSplit":
+        return SourceSplit(self.images[indices], self.labels[indices])
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images of one size, uint8 `(n, 3, S, S)` or on disk, and class indices `(n,)`."""
+
+    images: Tensor | OnDisk
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
 
 
 @dataclass(frozen=True)

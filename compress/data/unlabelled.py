@@ -40,13 +40,14 @@ class Unlabelled(Folder):
             raise UserError(f"data.root: {self.root} holds no image; accepted: {ACCEPTED}")
 
     def read(self) -> Source:
+        assert self.given_names is not None  # else `prepare_data` has refused
         pictures = ImageFiles(image_files(self.root))
         order = stratified_order(torch.zeros(len(pictures), dtype=torch.int64), self.split_seed)[: self.limit]
         count = max(1, round(self.validation_fraction * len(order)))
         compared, calibrated = order[:count].sort().values, order[count:].sort().values
         chosen = [pictures[part] for part in (calibrated if len(calibrated) else compared, compared)]
         train, test = ((images, torch.zeros(len(images), dtype=torch.int64)) for images in chosen)
-        return Source(*train, *test, self.given_names, MEAN, STANDARD_DEVIATION, *test)
+        return Source(*train, *test, self.given_names, MEAN, STANDARD_DEVIATION, test)
 
     def label(self, network: Callable[[Tensor], Tensor]) -> None:
         """Makes the class that `network` finds the label of each picture that is for validation and test.

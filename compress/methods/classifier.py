@@ -70,9 +70,9 @@ class Classifier(pl.LightningModule, ABC):
         self.networks = {"model": self.model} | {f"others.{index}": other for index, other in enumerate(self.others)}
         self.best_network = "model"
         self.train_accuracy = MulticlassAccuracy(num_classes, average="micro")
-        self.validation_accuracy = nn.ModuleList(
-            MulticlassAccuracy(num_classes, average="micro") for _ in self.networks
-        )
+        accuracies = (MulticlassAccuracy(num_classes, average="micro") for _ in self.networks)
+        # A ModuleList does not say of what.
+        self.validation_accuracy: Sequence[MulticlassAccuracy] = nn.ModuleList(accuracies)  # type: ignore[assignment]
         self.validation_loss: list[list[Tensor]] = [[] for _ in self.networks]
         self.train_terms: dict[str, list[Tensor]] = {}
         self.teacher = teacher
@@ -125,7 +125,8 @@ class Classifier(pl.LightningModule, ABC):
         return {name: torch.lerp(partners[name], value, blend.weight) for name, value in terms.items()}
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.model(images)
+        logits: Tensor = self.model(images)
+        return logits
 
     def on_fit_start(self) -> None:
         if self.teacher is not None:
@@ -157,7 +158,7 @@ class Classifier(pl.LightningModule, ABC):
         return total
 
     def on_train_epoch_end(self) -> None:
-        metrics = {name: torch.stack(values).mean() for name, values in self.train_terms.items()}
+        metrics: dict[str, Any] = {name: torch.stack(values).mean() for name, values in self.train_terms.items()}
         metrics["accuracy"] = self.train_accuracy
         metrics["learning_rate"] = self.trainer.optimizers[0].param_groups[0]["lr"]
         for name, value in metrics.items():
@@ -188,8 +189,8 @@ class Classifier(pl.LightningModule, ABC):
         self.log("val/accuracy", accuracies[best])
         self.log("val/loss", losses[best])
         if len(accuracies) > 1:
-            for number, accuracy in enumerate(accuracies, 1):
-                self.log(f"val/accuracy_of_peer_{number}", accuracy)
+            for number, value in enumerate(accuracies, 1):
+                self.log(f"val/accuracy_of_peer_{number}", value)
         for accuracy in self.validation_accuracy:
             accuracy.reset()
         self.validation_loss = [[] for _ in self.networks]
@@ -199,7 +200,8 @@ class Classifier(pl.LightningModule, ABC):
         if self.trainer.world_size == 1:
             return losses.mean()
         total, count = mean_of_processes(torch.stack([losses.sum(), losses.new_tensor(len(losses))]))
-        return total / count
+        mean: Tensor = total / count
+        return mean
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint[BEST_NETWORK] = self.best_network
@@ -215,6 +217,7 @@ class Classifier(pl.LightningModule, ABC):
         """Lightning's mapping of an optimizer of `network` and its schedule, which is stepped with it."""
         optimizer = self.optimizer_factory(self.parameters_to_learn(network))
         epochs = self.trainer.max_epochs
+        assert epochs is not None  # Lightning has replaced it
         steps_per_epoch = int(self.trainer.estimated_stepping_batches) // epochs
         schedule: LRScheduler = self.schedule(optimizer, max(steps_per_epoch, 1), epochs)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -39,9 +39,9 @@ class DML(Classifier):
 
     @classmethod
     def number_of_peers(cls, options: Mapping[str, Any]) -> int:
-        return options["peers"]
+        return int(options["peers"])
 
-    def configure_optimizers(self) -> list[dict[str, Any]]:
+    def configure_optimizers(self) -> Any:
         return [self.optimized(network) for network in self.networks.values()]
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
@@ -63,7 +63,8 @@ class DML(Classifier):
             all_terms.append(terms)
         mean = {name: torch.stack([terms[name] for terms in all_terms]).mean() for name in all_terms[0]}
         self.total_loss(all_logits[0], target, mean)
-        for schedule in self.lr_schedulers():
+        schedules: Any = self.lr_schedulers()
+        for schedule in schedules:
             schedule.step()
 
     def losses(self, images: Tensor, target: Tensor, blend: Blend | None) -> tuple[Tensor, dict[str, Tensor]]:

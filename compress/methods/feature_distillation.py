@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from compress.errors import UserError
 from compress.methods.classifier import Classifier, Shape
 from compress.methods.features import check_layers_of, feature_layers, shapes, tapped
+from compress.methods.frozen_teacher import FrozenTeacher
+from compress.methods.learning_teacher import LearningTeacher
 from compress.methods.mixup import Blend
 
 Pairs = list[tuple[str, str]]
@@ -24,6 +26,8 @@ class FeatureDistillation(Classifier):
 
     needs = frozenset({"teacher", "features"})
     loss_compares_with = frozenset({None, "teacher"})
+    teacher: FrozenTeacher | LearningTeacher
+    input_shape: Shape
     # Compares the inputs of the modules instead of their outputs.
     inputs = False
 
@@ -38,6 +42,7 @@ class FeatureDistillation(Classifier):
     def check_networks(
         cls, options: Mapping[str, Any], student: nn.Module, teacher: nn.Module | None, input_shape: Shape
     ) -> None:
+        assert teacher is not None  # as `needs` says
         cls.choose(options, student, teacher, input_shape)
 
     @classmethod

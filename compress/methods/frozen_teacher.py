@@ -36,7 +36,8 @@ class FrozenTeacher:
         self.network.to(device)
         self.low_precision = None
         if self.renormalise is not None:
-            self.renormalise = tuple(values.to(device) for values in self.renormalise)
+            factor, offset = self.renormalise
+            self.renormalise = factor.to(device), offset.to(device)
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
@@ -46,7 +47,8 @@ class FrozenTeacher:
             images = images * factor + offset
         enabled = self.low_precision is not None
         with torch.autocast(images.device.type, dtype=self.low_precision or torch.bfloat16, enabled=enabled):
-            return self.network(images).float()
+            logits: Tensor = self.network(images)
+            return logits.float()
 
 
 class FrozenEnsemble:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
-from compress.methods.classifier import Classifier
+from compress.methods.classifier import Classifier, Teacher
 from compress.methods.learning_teacher import LearningTeacher
 from compress.methods.mixup import Blend
 
@@ -22,6 +22,7 @@ class KD(Classifier):
 
     needs = frozenset({"teacher"})
     loss_compares_with = frozenset({"teacher"})
+    teacher: Teacher
 
     def __init__(self, update_teacher: bool = False, **supplied: Any) -> None:
         super().__init__(**supplied)
@@ -33,11 +34,11 @@ class KD(Classifier):
 
     @classmethod
     def updates_teacher(cls, options: Mapping[str, Any]) -> bool:
-        return options.get("update_teacher", False)
+        return bool(options.get("update_teacher", False))
 
     def losses(self, images: Tensor, target: Tensor, blend: Blend | None) -> tuple[Tensor, dict[str, Tensor]]:
         seen = blend(images) if blend else images
-        if blend and self.mixup.teacher_sees == "clean":
+        if blend and self.mixup and self.mixup.teacher_sees == "clean":
             teacher_logits = blend(self.teacher(images))
         else:
             teacher_logits = self.teacher(seen)
@@ -62,4 +63,6 @@ class KD(Classifier):
     def configure_optimizers(self) -> Any:
         # No gradient crosses between the two, so one optimizer moves them as two optimizers would;
         # `trainer.gradient_clip_val` bounds the norm of both together.
-        return self.optimized(nn.ModuleList([self.model, self.teacher]) if self.update_teacher else self.model)
+        if isinstance(self.teacher, LearningTeacher):
+            return self.optimized(nn.ModuleList([self.model, self.teacher]))
+        return self.optimized(self.model)

@@ -10,6 +10,9 @@ class LearningTeacher(nn.Module):
     moves. `renormalise = (factor, offset)`, each `(3,)`, is that of `FrozenTeacher`.
     """
 
+    factor: Tensor | None
+    offset: Tensor | None
+
     def __init__(self, network: nn.Module, renormalise: tuple[Tensor, Tensor] | None = None) -> None:
         super().__init__()
         self.network = network
@@ -18,6 +21,7 @@ class LearningTeacher(nn.Module):
         self.register_buffer("offset", offset, persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        if self.factor is not None:
+        if self.factor is not None and self.offset is not None:
             images = images * self.factor + self.offset
-        return self.network(images)
+        logits: Tensor = self.network(images)
+        return logits

@@ -48,8 +48,8 @@ class QAT(Classifier):
 
     @classmethod
     def grids(cls, options: Mapping[str, Any]) -> FakeQuantization:
-        names = ("weight_bits", "activation_bits", "first_last_bits")
-        return FakeQuantization(*(options[name] for name in names), tuple(options["skip"]))
+        weight_bits, activation_bits = options["weight_bits"], options["activation_bits"]
+        return FakeQuantization(weight_bits, activation_bits, options["first_last_bits"], tuple(options["skip"]))
 
     @classmethod
     def check_networks(
@@ -68,7 +68,7 @@ class QAT(Classifier):
 
     def losses(self, images: Tensor, target: Tensor, blend: Blend | None) -> tuple[Tensor, dict[str, Tensor]]:
         method = Supervised if self.teacher is None else KD
-        return method.losses(self, images, target, blend)
+        return method.losses(self, images, target, blend)  # type: ignore[arg-type]  # they read what all methods have
 
     def parameters_to_learn(self, network: nn.Module) -> Iterable[Any]:
         """The step sizes form a group without weight decay, which would pull them to zero."""

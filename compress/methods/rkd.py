@@ -31,10 +31,10 @@ class RKD(FeatureDistillation):
 
     @classmethod
     def default_pairs(cls, student: nn.Module, teacher: nn.Module, input_shape: Shape) -> Pairs:
-        pair = last_linear(student), last_linear(teacher)
-        if None in pair:
+        layer, teacher_layer = last_linear(student), last_linear(teacher)
+        if layer is None or teacher_layer is None:
             raise UserError("method.layers: found a network without a linear layer; accepted: names of modules")
-        return [pair]
+        return [(layer, teacher_layer)]
 
     @classmethod
     def check_shape(cls, key: str, name: str, shape: tuple[int, ...] | None) -> None:

@@ -1,6 +1,7 @@
 """Copies of networks, and weights that are computed in every forward made plain parameters."""
 
 import copy
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -48,8 +49,8 @@ def bake_parametrizations(module: nn.Module, original: bool = False) -> None:
     """
     plain_type = parametrize.type_before_parametrizations(module)
     values = {
-        name: (parametrizations.original if original else getattr(module, name)).detach().clone()
-        for name, parametrizations in module.parametrizations.items()
+        name: cast(Tensor, parametrizations.original if original else getattr(module, name)).detach().clone()
+        for name, parametrizations in cast(nn.ModuleDict, module.parametrizations).items()
     }
     del module.parametrizations
     module.__class__ = plain_type

@@ -7,6 +7,7 @@ images and returns logits; its tensors have the names that they have in the netw
 
 from collections.abc import Sequence
 from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ TOLERANCE = 1e-4
 # The share of the weights that torch.fx has to find in modules; below it, torch.export is tried, which takes longer.
 ENOUGH = 0.98
 LAYERS = (nn.Conv1d, nn.Conv2d, nn.Linear)
+Layer = nn.Conv1d | nn.Conv2d | nn.Linear
 # Where a node keeps how many dimensions its value has.
 DIMENSIONS = "dimensions"
 
@@ -75,11 +77,15 @@ def probe(network: nn.Module, input_shape: Sequence[int]) -> Tensor:
     return torch.randn(3, *input_shape, generator=torch.Generator().manual_seed(0)).to(like)
 
 
-def layers(network: GraphModule) -> dict[str, nn.Module]:
+def layer_of(network: nn.Module, name: str) -> Layer:
+    """The layer called `name`, which is one of the `layers` of a canonical network."""
+    return cast(Layer, network.get_submodule(name))
+
+
+def layers(network: GraphModule) -> dict[str, Layer]:
     """The layers of a canonical network by name, in the order in which they are first called."""
     called = dict.fromkeys(node.target for node in network.graph.nodes if node.op == "call_module")
-    modules = {name: network.get_submodule(name) for name in called}
-    return {name: module for name, module in modules.items() if type(module) in LAYERS}
+    return {name: layer_of(network, name) for name in called if type(network.get_submodule(name)) in LAYERS}
 
 
 def weights_in_layers(network: GraphModule) -> float:

@@ -47,18 +47,18 @@ def label(options: Mapping[str, Any]) -> str:
 
 def names_class(stem: str) -> bool:
     """Whether the options of `stem` name a class that would be imported."""
-    return described(stem, "student/model")["_target_"] == f"{own_network.__module__}.{own_network.__name__}"
+    return bool(described(stem, "student/model")["_target_"] == f"{own_network.__module__}.{own_network.__name__}")
 
 
 def described(stem: str, where: str) -> dict[str, Any]:
     """What `student=<stem>` composes: the keys of conf/model/<stem>.yaml and the stem; `where` is for the error."""
-    if stem not in available():
-        raise UserError(f"{where}: found {stem!r}; accepted: {', '.join(available())}{paths.of_the_user()}")
     file = paths.option_file("model", stem)
-    keys = OmegaConf.to_container(OmegaConf.load(file))
+    if stem not in available() or file is None:
+        raise UserError(f"{where}: found {stem!r}; accepted: {', '.join(available())}{paths.of_the_user()}")
+    keys: Any = OmegaConf.to_container(OmegaConf.load(file))
     if "_target_" not in keys or "defaults" in keys:
         raise UserError(f"{file}: found {', '.join(keys)}; accepted: _target_ and its arguments")
-    return keys | {"stem": stem}
+    return {**keys, "stem": stem}
 
 
 def _description(

@@ -48,7 +48,7 @@ def with_channels(model: nn.Module, wanted: Channels) -> nn.Module:
     for name, widths in wanted.items():
         module = dict(model.named_modules()).get(name)
         attributes = _attributes(module)
-        if attributes is None or len(attributes) != len(widths):
+        if module is None or attributes is None or len(attributes) != len(widths):
             raise UserError(f"channels: found {list(widths)} for {name}; accepted: those of a layer of the network")
         most = [getattr(module, attribute) for attribute in attributes]
         if not all(type(width) is int and 1 <= width <= limit for width, limit in zip(widths, most, strict=True)):
@@ -116,6 +116,7 @@ def _attributes(module: nn.Module | None) -> tuple[str, ...] | None:
 
 def _resize(module: nn.Module) -> None:
     """Gives the parameters and running statistics the shapes that the module's attributes ask for."""
+    shapes: dict[str, tuple[int, ...]] = {}
     if isinstance(module, nn.Conv2d):
         shapes = {
             "weight": (module.out_channels, module.in_channels // module.groups, *module.kernel_size),
@@ -123,7 +124,7 @@ def _resize(module: nn.Module) -> None:
         }
     elif isinstance(module, nn.Linear):
         shapes = {"weight": (module.out_features, module.in_features), "bias": (module.out_features,)}
-    else:
+    elif isinstance(module, _BatchNorm):
         names = ("weight", "bias", "running_mean", "running_var")
         shapes = dict.fromkeys(names, (module.num_features,))
     for name, shape in shapes.items():

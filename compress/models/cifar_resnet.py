@@ -38,7 +38,8 @@ class BasicBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         residual = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
         shortcut = x if self.downsample is None else self.downsample(x)
-        return self.relu(residual + shortcut)
+        activated: Tensor = self.relu(residual + shortcut)
+        return activated
 
 
 class CifarResNet(nn.Module):
@@ -76,7 +77,8 @@ class CifarResNet(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         x = self.relu(self.bn1(self.conv1(self.input_dropout(images))))
         x = self.layer3(self.layer2(self.layer1(x)))
-        return self.fc(self.dropout(torch.flatten(self.avgpool(x), 1)))
+        logits: Tensor = self.fc(self.dropout(torch.flatten(self.avgpool(x), 1)))
+        return logits
 
 
 def _stage(in_channels: int, channels: int, blocks: int, stride: int) -> nn.Sequential:

@@ -19,7 +19,8 @@ def count_macs(model: nn.Module, input_shape: Sequence[int]) -> int:
     # Attention as plain matrix products: the counter does not know the fused kernels of the CPU.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         run_once(model, input_shape)
-    return counter.get_total_flops() // 2  # the counter takes a multiplication and an addition as two
+    flops: int = counter.get_total_flops()
+    return flops // 2  # the counter takes a multiplication and an addition as two
 
 
 @torch.no_grad()

@@ -6,13 +6,14 @@ Jacob et al. 2018 (1712.05877), section 3.2. Which pairs may be folded is read o
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from compress.models.canonical import DIMENSIONS, LAYERS, canonical
+from compress.models.canonical import DIMENSIONS, LAYERS, canonical, layer_of
 
 
 def find_foldable(network: GraphModule) -> list[tuple[str, str]]:
@@ -31,7 +32,7 @@ def find_foldable(network: GraphModule) -> list[tuple[str, str]]:
         source = node.all_input_nodes[0]
         if source.op != "call_module" or len(source.users) != 1 or type(modules[source.target]) not in LAYERS:
             continue
-        norm, layer = modules[node.target], modules[source.target]
+        norm, layer = modules[node.target], layer_of(network, source.target)
         # Of (B, L, N), which a Linear may give, BatchNorm1d normalises L.
         channels = not isinstance(layer, nn.Linear) or source.meta[DIMENSIONS] == 2
         once = calls[node.target] == calls[source.target] == 1
@@ -49,9 +50,9 @@ def fold_pairs(network: nn.Module, pairs: Sequence[tuple[str, str]]) -> None:
     Computed in float64.
     """
     for layer_name, norm_name in pairs:
-        layer, norm = network.get_submodule(layer_name), network.get_submodule(norm_name)
-        gain = batch_norm_gain(norm)
-        bias = -norm.running_mean.double() if layer.bias is None else layer.bias.double() - norm.running_mean.double()
+        layer, norm = layer_of(network, layer_name), batch_norm_of(network, norm_name)
+        gain, mean = batch_norm_gain(norm), norm.get_buffer("running_mean").double()
+        bias = -mean if layer.bias is None else layer.bias.double() - mean
         bias = bias * gain
         if norm.bias is not None:
             bias = bias + norm.bias.double()
@@ -62,9 +63,14 @@ def fold_pairs(network: nn.Module, pairs: Sequence[tuple[str, str]]) -> None:
         network.set_submodule(norm_name, nn.Identity().eval())
 
 
-def batch_norm_gain(norm: nn.Module) -> Tensor:
+def batch_norm_of(network: nn.Module, name: str) -> _BatchNorm:
+    """The batch norm called `name`, one of those that `find_foldable` names."""
+    return cast(_BatchNorm, network.get_submodule(name))
+
+
+def batch_norm_gain(norm: _BatchNorm) -> Tensor:
     """The factor (N,), float64, by which a BatchNorm with running statistics multiplies each channel in eval mode."""
-    gain = (norm.running_var.double() + norm.eps).rsqrt()
+    gain = (norm.get_buffer("running_var").double() + norm.eps).rsqrt()
     return gain if norm.weight is None else gain * norm.weight.double()
 
 

@@ -6,6 +6,7 @@ masks. A mask can drop further weights, but never takes one back.
 """
 
 from collections.abc import Iterable, Mapping
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +27,8 @@ def layers(model: nn.Module) -> dict[str, nn.Module]:
 def weight_of(layer: nn.Module) -> Tensor:
     """The parameter that is trained: of a fake-quantized layer the float weight, whose zeros stay zero on the grid."""
     if parametrize.is_parametrized(layer, "weight"):
-        return layer.parametrizations.weight.original
-    return layer.weight
+        return layer.get_parameter("parametrizations.weight.original")
+    return cast(Tensor, layer.weight)
 
 
 def attach(model: nn.Module, names: Iterable[str]) -> None:

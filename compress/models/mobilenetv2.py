@@ -29,7 +29,8 @@ class InvertedResidual(nn.Module):
         self.has_shortcut = stride == 1 and in_channels == channels
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.conv(x) if self.has_shortcut else self.conv(x)
+        residual: Tensor = self.conv(x)
+        return x + residual if self.has_shortcut else residual
 
 
 class CifarMobileNetV2(nn.Module):
@@ -60,16 +61,18 @@ class CifarMobileNetV2(nn.Module):
         self.conv2 = nn.Sequential(*_convolution(channels, features, 1))
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.dropout = nn.Dropout(dropout)
-        self.classifier = nn.Sequential(nn.Linear(features, num_classes))  # for the key `classifier.0`
+        linear = nn.Linear(features, num_classes)
+        self.classifier = nn.Sequential(linear)  # for the key `classifier.0`
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-        nn.init.normal_(self.classifier[0].weight, 0.0, 0.01)
-        nn.init.zeros_(self.classifier[0].bias)
+        nn.init.normal_(linear.weight, 0.0, 0.01)
+        nn.init.zeros_(linear.bias)
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.conv2(self.blocks(self.conv1(images)))
-        return self.classifier(self.dropout(torch.flatten(self.avgpool(x), 1)))
+        logits: Tensor = self.classifier(self.dropout(torch.flatten(self.avgpool(x), 1)))
+        return logits
 
 
 def _convolution(

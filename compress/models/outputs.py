@@ -96,7 +96,8 @@ def _functions_before(tensor: Tensor) -> set[Any]:
     pending = [tensor.grad_fn]
     while pending:
         function = pending.pop()
-        before = {} if function is None else {next for next, _ in function.next_functions if next is not None}
+        functions = () if function is None else function.next_functions
+        before = {next for next, _ in functions if next is not None}
         pending.extend(before - found)
         found |= before
     return found

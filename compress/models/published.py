@@ -53,7 +53,7 @@ class File:
             return self.place
         try:
             if self.identity is not None:
-                return self._from_hub()
+                return self._from_hub(self.identity)
             self.place.parent.mkdir(parents=True, exist_ok=True)
             download_url_to_file(self.address, str(self.place), self.digest)
         except (OSError, RuntimeError) as failure:
@@ -68,11 +68,11 @@ class File:
         why = first_line(failure)
         return UserError(f"found {self.fetched()}, which cannot be read ({why}); accepted: {self.address}")
 
-    def _from_hub(self) -> Path:
+    def _from_hub(self, identity: str) -> Path:
         from huggingface_hub import hf_hub_download
 
         with _quiet():
-            return Path(hf_hub_download(self.identity, self.address.rpartition("/")[2]))
+            return Path(hf_hub_download(identity, self.address.rpartition("/")[2]))
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def _quiet() -> Iterator[None]:
     from huggingface_hub.utils import logging
 
     before = logging.get_verbosity()
-    logging.set_verbosity_error()
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     try:
         yield
     finally:

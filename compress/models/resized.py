@@ -20,4 +20,5 @@ class Resized(nn.Module):
         if self.input_size is not None:
             size = (self.input_size, self.input_size)
             images = nn.functional.interpolate(images, size, mode="bilinear", antialias=False)
-        return self.network(images)
+        logits: Tensor = self.network(images)
+        return logits

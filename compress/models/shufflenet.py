@@ -36,9 +36,9 @@ class ShuffleUnit(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         residual = _shuffled(self.relu(self.bn1(self.conv1(x))), self.groups)
         residual = self.bn3(self.conv3(self.relu(self.bn2(self.conv2(residual)))))
-        if self.pool is None:
-            return self.relu(residual + x)
-        return self.relu(torch.cat([residual, self.pool(x)], 1))
+        joined = residual + x if self.pool is None else torch.cat([residual, self.pool(x)], 1)
+        activated: Tensor = self.relu(joined)
+        return activated
 
 
 class CifarShuffleNetV1(nn.Module):
@@ -61,7 +61,8 @@ class CifarShuffleNetV1(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         x = self.relu(self.bn1(self.conv1(images)))
         x = self.layer3(self.layer2(self.layer1(x)))
-        return self.linear(torch.flatten(self.avgpool(x), 1))
+        logits: Tensor = self.linear(torch.flatten(self.avgpool(x), 1))
+        return logits
 
 
 class SplitUnit(nn.Module):
@@ -141,9 +142,11 @@ class CifarShuffleNetV2(nn.Module):
         x = self.relu(self.bn1(self.conv1(images)))
         x = self.layer3(self.layer2(self.layer1(x)))
         x = self.relu(self.bn2(self.conv2(x)))
-        return self.linear(torch.flatten(self.avgpool(x), 1))
+        logits: Tensor = self.linear(torch.flatten(self.avgpool(x), 1))
+        return logits
 
 
 def _shuffled(x: Tensor, groups: int) -> Tensor:
     """The channels of `groups` equal parts, taken from the parts in turn."""
-    return x.unflatten(1, (groups, -1)).transpose(1, 2).flatten(1, 2)
+    parts: Tensor = x.unflatten(1, (groups, -1))
+    return parts.transpose(1, 2).flatten(1, 2)

@@ -44,9 +44,7 @@ class TimmModel(Resized):
         name: Annotated[str, AfterValidator(known_name)],
         input_size: Annotated[int, Field(ge=1)] | None = None,
     ) -> None:
-        import timm
-
-        about = timm.get_pretrained_cfg(name)
+        about = description(name)
         usual = about.input_size[-1]
         try:
             network = create(name, num_classes, input_size)
@@ -64,9 +62,16 @@ def create(name: str, num_classes: int, input_size: int | None, **options: Any) 
     """timm's model `name`, made for images of `input_size` pixels where it is made for one size."""
     import timm
 
-    if input_size and timm.get_pretrained_cfg(name).fixed_input_size:
+    if input_size and description(name).fixed_input_size:
         options["img_size"] = input_size
     return timm.create_model(name, num_classes=num_classes, **options)
+
+
+def description(name: str) -> Any:
+    """timm's `PretrainedCfg` of a model and weights that it has."""
+    import timm
+
+    return timm.get_pretrained_cfg(name)
 
 
 def _try(network: nn.Module, size: int) -> None:

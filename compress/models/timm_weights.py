@@ -9,7 +9,7 @@ from torch import Tensor
 
 from compress.errors import UserError
 from compress.models.published import FAILURES, File, Published, downloads, unique
-from compress.models.timm_model import create, known_name
+from compress.models.timm_model import create, description, known_name
 
 HUB = "hf-hub:"
 IMAGENET = 1000  # classes
@@ -57,9 +57,9 @@ def _of_timm(architecture: str, tag: str) -> TimmWeights:
         raise UserError(f"found {architecture}, of which timm has no weights; accepted: false")
     if tag and tag not in tags:
         raise UserError(f"found {tag!r}, which are no weights of {architecture}; accepted: {', '.join(tags)}")
-    usual = timm.get_pretrained_cfg(architecture).tag
+    usual = description(architecture).tag
     tag = tag or (usual if usual in tags else tags[0])
-    about = timm.get_pretrained_cfg(f"{architecture}.{tag}").to_dict()
+    about = description(f"{architecture}.{tag}").to_dict()
     identity = about.get("hf_hub_id")
     address = _address(identity, about.get("hf_hub_filename") or FILE) if identity else about["url"]
     name = f"{architecture}.{tag}{Path(address).suffix}" if identity else address.rpartition("/")[2]
@@ -109,11 +109,12 @@ def _described(options: Mapping[str, Any], weights: str, about: Mapping[str, Any
 
 def _label_names(about: Mapping[str, Any]) -> Sequence[str]:
     """Those of the description, or ImageNet's where there are as many classes."""
-    from timm.data import ImageNetInfo
+    from timm.data.imagenet_info import ImageNetInfo
 
-    if about.get("label_names"):
-        return about["label_names"]
-    return ImageNetInfo().label_descriptions() if about["num_classes"] == IMAGENET else ()
+    given: Sequence[str] | None = about.get("label_names")
+    if given:
+        return given
+    return list(ImageNetInfo().label_descriptions()) if about["num_classes"] == IMAGENET else ()
 
 
 def _address(identity: str, name: str) -> str:

@@ -92,7 +92,7 @@ def published(name: str, weights: bool | str) -> TorchvisionWeights:
         mean=tuple(images.mean),
         standard_deviation=tuple(images.std),
         class_names=unique(member.meta["categories"]),
-        file=File(member.url, downloads() / name_of_file, digest=HASH_REGEX.search(name_of_file)[1]),
+        file=File(member.url, downloads() / name_of_file, digest=HASH_REGEX.search(name_of_file)[1]),  # type: ignore[index]  # all have one
     )
 
 
@@ -104,4 +104,5 @@ def _create(name: str, num_classes: int, input_size: int | None) -> nn.Module:
         options["input_size"] = (input_size, input_size)
     if name in ("inception_v3", "googlenet"):
         options["init_weights"] = True  # they warn where it is not said
-    return get_model_builder(name)(weights=None, **options)
+    network: nn.Module = get_model_builder(name)(weights=None, **options)
+    return network

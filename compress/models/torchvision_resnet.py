@@ -13,7 +13,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 LAYERS = {18: (BasicBlock, [2, 2, 2, 2]), 34: (BasicBlock, [3, 4, 6, 3]), 50: (Bottleneck, [3, 4, 6, 3])}
 
 
-class SmallImageResNet(ResNet):
+class SmallImageResNet(ResNet):  # type: ignore[misc]  # torchvision has no annotations
     """`(B, 3, H, W) -> (B, num_classes)`, logits; the feature map is H x W until the second of four stages.
 
     `dropout` falls on the pooled features before the classifier, `input_dropout` on single pixels of single channels.
@@ -33,7 +33,8 @@ class SmallImageResNet(ResNet):
         self.maxpool = nn.Identity()
         self.input_dropout = nn.Dropout(input_dropout)
         # Inside the pooling, since a Sequential as `fc` would rename `fc.weight`.
-        self.avgpool = nn.Sequential(self.avgpool, nn.Dropout(dropout))
+        self.avgpool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Dropout(dropout))
 
     def forward(self, images: Tensor) -> Tensor:
-        return super().forward(self.input_dropout(images))
+        logits: Tensor = super().forward(self.input_dropout(images))
+        return logits

@@ -62,7 +62,8 @@ def _export(network: nn.Module, images: Tensor) -> tuple[fx.Graph, dict[str, Ten
     graph = module.graph
     graph.set_codegen(fx.graph.CodeGen())
     output = graph.output_node()
-    output.args = (tree_unflatten(list(output.args[0]), program.call_spec.out_spec),)
+    leaves: Any = output.args[0]
+    output.args = (tree_unflatten(list(leaves), program.call_spec.out_spec),)
     tensors, constants = _tensors(network), {}
     for node in graph.nodes:
         if node.target is torch.ops.aten.view.default:
@@ -109,14 +110,14 @@ class _Tracer(fx.Tracer):
         return closed or super().is_leaf_module(m, module_qualified_name)
 
     def create_args_for_root(
-        self, root_fn: Callable, is_module: bool, concrete_args: Any = None
-    ) -> tuple[Callable, list[Any]]:
+        self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
+    ) -> tuple[Callable[..., Any], list[Any]]:
         forward = inspect.unwrap(root_fn)
         first = next(iter([*inspect.signature(forward).parameters][1:]), "images")
         return forward, [self.root, self.create_proxy("placeholder", first, (), {})]
 
 
-def _not_entered_in_timm() -> tuple[tuple[type[nn.Module], ...], tuple[Callable, ...]]:
+def _not_entered_in_timm() -> tuple[tuple[type[nn.Module], ...], tuple[Callable[..., Any], ...]]:
     """Modules and functions that timm registers for tracers; none where nobody has imported timm."""
     registry = sys.modules.get("timm.layers._fx")
     if registry is None:

@@ -5,7 +5,7 @@ three of the five stages, whatever the size of the images, which must be 8x8 or 
 """
 
 from itertools import pairwise
-from typing import Annotated
+from typing import Annotated, cast
 
 import torch
 from pydantic import Field
@@ -41,7 +41,7 @@ class CifarVGG(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-                nn.init.zeros_(module.bias)
+                nn.init.zeros_(cast(Tensor, module.bias))
         nn.init.normal_(self.classifier.weight, 0.0, 0.01)
         nn.init.zeros_(self.classifier.bias)
 
@@ -50,12 +50,13 @@ class CifarVGG(nn.Module):
         x = self.maxpool(self.relu(self.block1(x)))
         x = self.maxpool(self.relu(self.block2(x)))
         x = self.relu(self.block4(self.relu(self.block3(x))))
-        return self.classifier(self.dropout(torch.flatten(self.avgpool(x), 1)))
+        logits: Tensor = self.classifier(self.dropout(torch.flatten(self.avgpool(x), 1)))
+        return logits
 
 
 def _stage(in_channels: int, channels: int, count: int) -> nn.Sequential:
     """Ends before its last activation."""
-    layers = []
+    layers: list[nn.Module] = []
     for index in range(count):
         layers += [nn.ReLU()] if index else []
         layers += [nn.Conv2d(channels if index else in_channels, channels, 3, padding=1), nn.BatchNorm2d(channels)]

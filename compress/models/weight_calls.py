@@ -65,9 +65,9 @@ def replace_weight_calls(module: GraphModule, values: dict[Node, Any]) -> GraphM
                 kernel = values[call.tensors[0]].shape[2:]
                 source = graph.call_function(spaced, (source, *spacing(kernel, *call.transposed)))
                 source.meta = dict(node.meta)
-            layer = graph.create_node("call_module", made[key], (source,))
-        layer.meta = dict(node.meta)
-        node.replace_all_uses_with(layer)
+            called_layer = graph.create_node("call_module", made[key], (source,))
+        called_layer.meta = dict(node.meta)
+        node.replace_all_uses_with(called_layer)
     _erase_unused(graph, module)
     _free_attributes(module, called | set(new))
     for name, layer in new.items():
@@ -122,21 +122,24 @@ def _transposed(
 
 def _linear(input: Any, weight: Any, bias: Any = None) -> _Call:
     def make(weight: Tensor, bias: Tensor | None, dim: int) -> nn.Module:
-        return _with(nn.Linear(*weight.shape[::-1], device="meta"), weight=weight, bias=bias)
+        outputs, inputs = weight.shape
+        return _with(nn.Linear(inputs, outputs, device="meta"), weight=weight, bias=bias)
 
     return _Call(input, (weight, bias), ("Linear",), make)
 
 
 def _product(input: Any, other: Any) -> _Call:
     def make(weight: Tensor, dim: int) -> nn.Module:
-        return _with(nn.Linear(*weight.shape, device="meta"), weight=weight.t().contiguous(), bias=None)
+        inputs, outputs = weight.shape
+        return _with(nn.Linear(inputs, outputs, device="meta"), weight=weight.t().contiguous(), bias=None)
 
     return _Call(input, (other,), ("product",), make)
 
 
 def _sum_of_product(bias: Any, input: Any, other: Any, *, beta: Any = 1, alpha: Any = 1) -> _Call | None:
     def make(weight: Tensor, bias: Tensor, dim: int) -> nn.Module:
-        return _with(nn.Linear(*weight.shape, device="meta"), weight=weight.t().contiguous(), bias=bias)
+        inputs, outputs = weight.shape
+        return _with(nn.Linear(inputs, outputs, device="meta"), weight=weight.t().contiguous(), bias=bias)
 
     return _Call(input, (other, bias), ("product",), make) if beta == alpha == 1 else None
 
@@ -219,7 +222,7 @@ def _key(argument: Any, module: GraphModule) -> str:
     if not isinstance(argument, Node):
         return str(argument)
     if argument.op == "get_attr":
-        return str(id(attribute(module, argument.target)))
+        return str(id(attribute(module, str(argument.target))))
     arguments = map_arg((argument.args, argument.kwargs), lambda node: _key(node, module))
     return f"{argument.op} {argument.target} {arguments}"
 
@@ -251,7 +254,7 @@ def _owner(tensors: Sequence[Any], values: dict[Node, Any]) -> str:
         pending.extend(node.all_input_nodes)
         if node.op == "get_attr":
             sources.append(node)
-    path = max(sources, key=lambda node: values[node].numel()).target
+    path = str(max(sources, key=lambda node: values[node].numel()).target)
     parent, _, name = path.rpartition(".")
     name = next((name.removesuffix(end).rstrip("_") for end in ("weight", "running_mean") if name.endswith(end)), name)
     return ".".join(part for part in (parent, name) if part) or "weight"
@@ -289,7 +292,7 @@ def _erase_unused(graph: Graph, module: GraphModule) -> None:
 
 def _works_in_place(node: Node, module: GraphModule) -> bool:
     if node.op == "call_module":
-        return bool(getattr(module.get_submodule(node.target), "inplace", False))
+        return bool(getattr(module.get_submodule(str(node.target)), "inplace", False))
     if isinstance(node.target, torch._ops.OpOverload):
         return node.target._schema.is_mutable
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")

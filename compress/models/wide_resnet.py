@@ -38,7 +38,7 @@ class WideBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         activated = self.relu1(self.bn1(x))
-        residual = self.conv2(self.dropout(self.relu2(self.bn2(self.conv1(activated)))))
+        residual: Tensor = self.conv2(self.dropout(self.relu2(self.bn2(self.conv1(activated)))))
         # Where the channels change, the shortcut starts behind the activation; elsewhere it is the untouched input.
         shortcut = x if self.convShortcut is None else self.convShortcut(activated)
         return residual + shortcut
@@ -53,7 +53,8 @@ class WideStage(nn.Module):
         self.layer = nn.Sequential(first, *(WideBlock(channels, channels, 1, dropout) for _ in range(blocks - 1)))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x)
+        features: Tensor = self.layer(x)
+        return features
 
 
 class WideResNet(nn.Module):
@@ -93,4 +94,5 @@ class WideResNet(nn.Module):
         x = self.conv1(self.input_dropout(images))
         x = self.block3(self.block2(self.block1(x)))
         x = self.avgpool(self.relu(self.bn1(x)))
-        return self.fc(torch.flatten(x, 1))
+        logits: Tensor = self.fc(torch.flatten(x, 1))
+        return logits

@@ -53,7 +53,7 @@ def divided(
     for wanted, options in ((True, first), (False, second)):
         for group in groups:
             parameters = [parameter for parameter in group["params"] if belongs(parameter) == wanted]
-            parts += [group | options | {"params": parameters}] if parameters else []
+            parts += [{**group, **options, "params": parameters}] if parameters else []
     return parts
 
 

@@ -31,7 +31,7 @@ def soap(
 
     Raises ImportError where pytorch-optimizer is not installed.
     """
-    return _pytorch_optimizer().SOAP(
+    optimizer: Optimizer = _pytorch_optimizer().SOAP(
         as_groups(params),
         lr=lr,
         betas=tuple(betas),
@@ -40,6 +40,7 @@ def soap(
         max_precondition_dim=max_precondition_dim,
         eps=eps,
     )
+    return optimizer
 
 
 def muon(
@@ -63,7 +64,7 @@ def muon(
     library = _pytorch_optimizer()
     groups = [{"weight_decay": weight_decay} | group for group in as_groups(params)]
     groups = divided(groups, lambda parameter: fold(parameter.shape)[2] == 2, {"use_muon": True}, {"use_muon": False})
-    return library.Muon(
+    optimizer: Optimizer = library.Muon(
         groups,
         lr=lr,
         momentum=momentum,
@@ -73,6 +74,7 @@ def muon(
         adamw_betas=tuple(adamw_betas),
         adamw_eps=adamw_eps,
     )
+    return optimizer
 
 
 def _pytorch_optimizer() -> ModuleType:

@@ -6,6 +6,7 @@ https://arxiv.org/abs/2002.09018; blocks and decoupled decay from Shi et al. 202
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import torch
@@ -103,25 +104,25 @@ class Shampoo(Optimizer):
         return loss
 
     def _start(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
-        kind = {"dtype": _precision(parameter), "device": parameter.device}
-        state = self.state[parameter]
+        zeros = partial(torch.zeros, dtype=_precision(parameter), device=parameter.device)
+        state: dict[str, Tensor] = self.state[parameter]
         state["step"] = torch.tensor(0)
         if group["momentum"]:
-            state["momentum_buffer"] = torch.zeros(parameter.shape, **kind)
+            state["momentum_buffer"] = zeros(parameter.shape)
         if group["grafting"] == "adam":
-            state["second_moment"] = torch.zeros(parameter.shape, **kind)
+            state["second_moment"] = zeros(parameter.shape)
         rows, columns, order = fold(parameter.shape)
         if order == 2 or group["grafting"] == "none":
             for place, block in enumerate(split(torch.empty(rows, columns, device="meta"), group["block_size"])):
                 for side, length in list(zip(SIDES, block.shape[1:], strict=True))[:order]:
-                    state[f"{side}_{place}"] = torch.zeros(len(block), length, length, **kind)
-                    state[f"{side}_root_{place}"] = torch.zeros(len(block), length, length, **kind)
+                    state[f"{side}_{place}"] = zeros(len(block), length, length)
+                    state[f"{side}_root_{place}"] = zeros(len(block), length, length)
         return state
 
     def _move(self, parameters: list[Tensor], group: dict[str, Any], count: int) -> None:
         """Step `count` of `parameters`."""
         states = [self.state[parameter] for parameter in parameters]
-        gradients = [parameter.grad.to(_precision(parameter)).contiguous() for parameter in parameters]
+        gradients = [p.grad.to(_precision(p)).contiguous() for p in parameters if p.grad is not None]
         steps = gradients
         if group["grafting"] == "adam":
             moments = [state["second_moment"] for state in states]
@@ -130,7 +131,7 @@ class Shampoo(Optimizer):
             torch._foreach_addcmul_(moments, gradients, gradients, value=weight)
             deviations = torch._foreach_sqrt(moments)
             torch._foreach_add_(deviations, group["grafting_epsilon"])
-            steps = torch._foreach_div(gradients, deviations)
+            steps = list(torch._foreach_div(gradients, deviations))
         shaped = [index for index, state in enumerate(states) if "left_0" in state]
         if shaped:
             directions = self._directions([gradients[i] for i in shaped], [states[i] for i in shaped], group, count)

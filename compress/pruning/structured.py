@@ -46,7 +46,8 @@ class Structured(Recipe):
         Raises UserError where that cannot be done.
         """
         pruned = self.chosen(network)
-        pruned.pop(last_linear(network), None)
+        if (classifier := last_linear(network)) is not None:
+            pruned.pop(classifier, None)
         self._check_ratio(pruned)
         ignored = [layer for name, layer in layers(network).items() if name not in pruned]
         masked = list(masks.masks_of(network))
@@ -71,7 +72,7 @@ class Structured(Recipe):
 
     def _check_ratio(self, pruned: Mapping[str, nn.Module]) -> None:
         for name, layer in pruned.items():
-            outputs = layer.weight.shape[0]
+            outputs = masks.weight_of(layer).shape[0]
             if not self.round_to and int(outputs * (1 - self.ratio)) < 1:
                 raise UserError(
                     f"pruning.ratio: found {self.ratio}, which leaves none of the {outputs} channels of {name}; "

@@ -22,6 +22,9 @@ class InputQuantizer(nn.Module):
     scale that is not positive and finite, levels that are no power of two from 4 to 256, and a zero_point off the grid.
     """
 
+    scale: Tensor
+    zero_point: Tensor
+
     def __init__(self, scale: float | Tensor, zero_point: int | Tensor, levels: int) -> None:
         super().__init__()
         self.register_buffer("scale", torch.as_tensor(scale, dtype=torch.float32).detach().clone())
@@ -124,4 +127,4 @@ def input_quantizers(model: nn.Module) -> dict[str, InputQuantizer]:
 
 def _quantize_input(layer: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     first, *others = arguments
-    return layer.input_quantizer(first), *others
+    return layer.get_submodule("input_quantizer")(first), *others

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from compress.models.canonical import Layer
 from compress.quantization.grid import Grid
 
 # Of deviations; a channel that needs more than this is broken in another way.
@@ -19,7 +20,7 @@ LARGEST = 2.0
 
 @torch.no_grad()
 def match_output_statistics(
-    layer: nn.Conv2d | nn.Linear, grid: Grid, changed: Sequence[Tensor], outputs: Sequence[Tensor]
+    layer: Layer, grid: Grid, changed: Sequence[Tensor], outputs: Sequence[Tensor]
 ) -> tuple[Grid, Tensor]:
     """(grid, bias) of a quantized `layer`, whose weight lies on `grid`, with the outputs' statistics of the float one.
 
@@ -38,7 +39,12 @@ def match_output_statistics(
 
 @torch.no_grad()
 def move_statistics(norm: nn.BatchNorm2d, changed: Sequence[Tensor], inputs: Sequence[Tensor]) -> None:
-    """Moves the running mean and variance of `norm` as its inputs did, from those in the float network to `changed`."""
+    """Moves the running mean and variance of `norm` as its inputs did, from those in the float network to `changed`.
+
+    A norm without running statistics, which takes those of each batch, is left as it is.
+    """
+    if norm.running_mean is None or norm.running_var is None:
+        return
     mean, deviation = statistics(norm, changed)
     old_mean, old_deviation = statistics(norm, inputs)
     ratio = torch.where(old_deviation > 0, deviation / old_deviation.clamp_min(torch.finfo(mean.dtype).tiny), 1.0)
@@ -51,6 +57,6 @@ def statistics(layer: nn.Module, tensors: Sequence[Tensor]) -> tuple[Tensor, Ten
     channel = -1 if isinstance(layer, nn.Linear) else 1
     rows = [tensor.movedim(channel, 0).flatten(1).double() for tensor in tensors]
     count = sum(part.shape[1] for part in rows)
-    mean = sum(part.sum(1) for part in rows) / count
-    variance = sum((part - mean[:, None]).square().sum(1) for part in rows) / count
+    mean = torch.stack([part.sum(1) for part in rows]).sum(0) / count
+    variance = torch.stack([(part - mean[:, None]).square().sum(1) for part in rows]).sum(0) / count
     return mean, variance.sqrt()

@@ -5,7 +5,7 @@ all, whatever the depth, and each layer sees the inputs that the already quantiz
 """
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import attrgetter
 from typing import Any
 
@@ -15,16 +15,17 @@ from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
 from compress.errors import UserError, first_line
-from compress.models.canonical import LAYERS
+from compress.models.canonical import LAYERS, Layer
 
 # Images carried at once; the calibration set is re-cut to it, so that results do not depend on how it came.
 BATCH = 128
+# A batch is a tensor (B, ...) or a sequence that begins with one, as a DataLoader's (images, labels) does.
+CalibrationBatches = Iterable[Tensor | Sequence[Any]]
 
 
-def gather(batches: Iterable, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+def gather(batches: CalibrationBatches, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
     """The calibration images, re-cut into batches of BATCH and copied, so that in-place layers spare the caller's.
 
-    A batch is a tensor (B, ...) or a sequence that begins with one, as a DataLoader's (images, labels) does.
     Raises UserError where there are no images.
     """
     images = [batch if isinstance(batch, Tensor) else batch[0] for batch in batches]
@@ -55,7 +56,7 @@ def walk(
     """
     last_reader = _last_readers(graph)
     remaining = set(layers)
-    analog_values: dict[Node, list] = {}
+    analog_values: dict[Node, list[Any]] = {}
     quantized_values = analog_values
     errors = {}
     with torch.no_grad():
@@ -138,27 +139,27 @@ def _last_readers(graph: Graph) -> dict[Node, list[Node]]:
     return freed
 
 
-def _free(nodes: Iterable[Node], *environments: dict[Node, list]) -> None:
+def _free(nodes: Iterable[Node], *environments: dict[Node, list[Any]]) -> None:
     for environment in environments:
         for node in nodes:
             environment.pop(node, None)
 
 
-def _evaluate(node: Node, model: nn.Module, values: dict[Node, list], batches: list[Tensor]) -> list:
+def _evaluate(node: Node, model: nn.Module, values: dict[Node, list[Any]], batches: list[Tensor]) -> list[Any]:
     """The values of `node`, one for each batch."""
     return [_evaluate_batch(node, model, values, index, batch) for index, batch in enumerate(batches)]
 
 
-def _evaluate_batch(node: Node, model: nn.Module, values: dict[Node, list], index: int, batch: Tensor) -> Any:
+def _evaluate_batch(node: Node, model: nn.Module, values: dict[Node, list[Any]], index: int, batch: Tensor) -> Any:
     if node.op == "placeholder":
         return batch
     if node.op == "get_attr":
-        return attrgetter(node.target)(model)
+        return attrgetter(str(node.target))(model)
     args, kwargs = map_arg((node.args, node.kwargs), lambda source: values[source][index])
     try:
         if node.op == "call_module":
-            return model.get_submodule(node.target)(*args, **kwargs)
-        if node.op == "call_method":
+            return model.get_submodule(str(node.target))(*args, **kwargs)
+        if isinstance(node.target, str):  # a method
             return getattr(args[0], node.target)(*args[1:], **kwargs)
         return node.target(*args, **kwargs)
     except Exception as error:
@@ -167,7 +168,7 @@ def _evaluate_batch(node: Node, model: nn.Module, values: dict[Node, list], inde
         raise UserError(f"{type(model).__name__}: {name} failed on the calibration images: {reason}") from error
 
 
-def _relative_error(layer: nn.Module, changed: list[Tensor], outputs: list[Tensor]) -> float:
+def _relative_error(layer: Layer, changed: list[Tensor], outputs: list[Tensor]) -> float:
     """|changed - outputs| / |outputs - bias|, 0 where both are 0."""
     difference = energy = 0.0
     for new, old in zip(changed, outputs, strict=True):

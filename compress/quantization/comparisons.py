@@ -5,17 +5,18 @@ of that with every layer's weight rounded to 16 bits. Neither costs accuracy, so
 """
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from compress.errors import UserError
 from compress.models.baking import copied
-from compress.models.canonical import canonical, difference
+from compress.models.canonical import canonical, difference, layer_of
 from compress.models.folding import fold_pairs
 from compress.models.inference import full_float32
 from compress.models.outputs import logits
+from compress.quantization.calibration import CalibrationBatches
 from compress.quantization.preparation import Prepared, prepare
 from compress.quantization.quantized import share_weights
 from compress.quantization.scales import max_abs_grid
@@ -26,7 +27,7 @@ LEVELS = 2**16
 
 @torch.no_grad()
 @full_float32()
-def compare(model: nn.Module, calibration_batches: Iterable, skip: Sequence[str] = ()) -> dict[str, float]:
+def compare(model: nn.Module, calibration_batches: CalibrationBatches, skip: Sequence[str] = ()) -> dict[str, float]:
     """{"folded": ..., "rounded_to_16_bits": ...} of `model`, on the first calibration images.
 
     Raises UserError, naming the layer, where one is above its limit, and as `quantize` does.
@@ -57,7 +58,7 @@ def _rounded(prepared: Prepared, names: Sequence[str]) -> nn.Module:
     """The folded network with the weights of the named layers on 16 bits."""
     network = copy.deepcopy(prepared.analog)
     for name in names:
-        layer = network.get_submodule(name)
+        layer = layer_of(network, name)
         weight = layer.weight.flatten(1)
         grid = max_abs_grid(weight, LEVELS)
         layer.weight = nn.Parameter(grid.dequantize(grid.quantize(weight)).reshape(layer.weight.shape))

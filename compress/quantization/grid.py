@@ -51,7 +51,7 @@ class Grid:
         """Bits a packed code takes: ceil(log2(levels))."""
         return (self.levels - 1).bit_length()
 
-    def rows(self, index) -> "Grid":
+    def rows(self, index: slice | Tensor) -> "Grid":
         """The grid of the channels that `index` (a slice or an index tensor) selects."""
         return Grid(self.scale[index], self.zero_point[index], self.levels)
 

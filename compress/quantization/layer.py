@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from compress.errors import UserError
+from compress.models.canonical import Layer
 from compress.quantization.grid import Grid
 from compress.quantization.moments import Moments
 from compress.quantization.options import Options
@@ -15,8 +16,6 @@ from compress.quantization.problem import Problem
 # Elements of the Grams of all rows up to which groups are solved at once. A group of few rows, as in a depthwise
 # convolution, costs as many steps as a whole layer of its columns.
 APART = 1 << 23
-
-Layer = nn.Conv1d | nn.Conv2d | nn.Linear
 
 
 def layer_moments(
@@ -41,9 +40,10 @@ def solve_layer(
     was pruned and stays zero. Raises UserError, naming the layer, where its inputs are not finite.
     """
     weight, levels = layer.weight.detach().flatten(1), options.grid.levels(bits)
+    unread = weight.new_empty(0, 0)
     if moments is None:
         grid = options.grid.choose(weight, levels)
-        return options.solver(Problem(weight, None, None, grid)).reshape(layer.weight.shape), grid, layer.bias
+        return options.solver(Problem(weight, unread, unread, grid)).reshape(layer.weight.shape), grid, layer.bias
     gram, _, _, mean_analog = moments.finished
     diagonal = gram.diagonal(dim1=1, dim2=2)
     if not bool(torch.isfinite(diagonal).all() and torch.isfinite(mean_analog).all()):
@@ -52,7 +52,7 @@ def solve_layer(
     if options.solver.reads_inputs:
         codes, grid = _solve_groups(weight, moments, grid, options)
     else:
-        codes = options.solver(Problem(weight, None, None, grid))
+        codes = options.solver(Problem(weight, unread, unread, grid))
     bias = corrected_bias(layer, grid.dequantize(codes), moments) if options.correction.bias else layer.bias
     return codes.reshape(layer.weight.shape), grid, bias
 
@@ -82,9 +82,9 @@ def _solve_groups(weight: Tensor, moments: Moments, grid: Grid, options: Options
     live = slice(None) if moments.live is None else moments.live
     parts = list(zip(gram, cross, _rows(weight, groups), strict=True))
     if groups > 1 and options.solver.rows_apart and weight.shape[0] * depth**2 <= APART:
-        rows = weight.shape[0] // groups
-        gram = gram.repeat_interleave(rows, 0)
-        cross = gram if moments.finished[1] is moments.finished[0] else cross.repeat_interleave(rows, 0)
+        size = weight.shape[0] // groups
+        gram = gram.repeat_interleave(size, 0)
+        cross = gram if moments.finished[1] is moments.finished[0] else cross.repeat_interleave(size, 0)
         parts = [(gram, cross, slice(None))]
     elif shared and groups > 1:
         # Each group would choose a scale of its own.

@@ -19,7 +19,7 @@ from compress.collective import mean_of_processes
 from compress.errors import UserError
 from compress.models.baking import bake_parametrizations, copied
 from compress.models.canonical import LAYERS, canonical, layers
-from compress.models.folding import batch_norm_gain, find_foldable, fold_pairs
+from compress.models.folding import batch_norm_gain, batch_norm_of, find_foldable, fold_pairs
 from compress.quantization.activations import InputQuantizer, attach_input_quantizer, detach_input_quantizer
 from compress.quantization.grid import Grid, code_dtype, per_channel
 from compress.quantization.preparation import choose_layers
@@ -81,7 +81,7 @@ class FakeQuantization:
         """
         plain = canonical(float_network(prepared), input_shape)
         pairs = find_foldable(plain)
-        norms = {layer: plain.get_submodule(norm) for layer, norm in pairs}
+        norms = {layer: batch_norm_of(plain, norm) for layer, norm in pairs}
         skipped = choose_layers(plain, self.skip).skipped
         solved = {}
         for name, layer in prepared.named_modules():
@@ -114,11 +114,12 @@ def float_network(prepared: nn.Module) -> nn.Module:
 
 
 def _is_plain(module: nn.Module | None) -> bool:
-    return type(module) in LAYERS and not module._forward_pre_hooks
+    return module is not None and type(module) in LAYERS and not module._forward_pre_hooks
 
 
 def _is_on_grid(module: nn.Module) -> bool:
-    return parametrize.is_parametrized(module, "weight") and isinstance(module.parametrizations.weight[0], WeightStep)
+    is_parametrized = parametrize.is_parametrized(module, "weight")
+    return is_parametrized and isinstance(module.get_submodule("parametrizations.weight.0"), WeightStep)
 
 
 def steps(prepared: nn.Module) -> list[nn.Parameter]:
@@ -128,6 +129,8 @@ def steps(prepared: nn.Module) -> list[nn.Parameter]:
 
 class WeightStep(nn.Module):
     """A parametrization of weights (N, ...) with one learned `step` and one fixed zero point for each of N channels."""
+
+    zero_point: Tensor
 
     def __init__(self, weight: Tensor, bits: int) -> None:
         super().__init__()
@@ -139,7 +142,8 @@ class WeightStep(nn.Module):
     def forward(self, weight: Tensor) -> Tensor:
         low, high = self._range(weight)
         scale = (weight[0].numel() * (2 ** (self.bits - 1))) ** -0.5
-        return _FakeQuantize.apply(weight, per_channel(_positive(self.step), weight), low, high, scale)
+        quantized: Tensor = _FakeQuantize.apply(weight, per_channel(_positive(self.step), weight), low, high, scale)
+        return quantized
 
     def codes(self, weight: Tensor, name: str) -> tuple[Tensor, Grid]:
         """Codes (N, ...) and grid of `weight`, exactly those that `forward` multiplies out."""
@@ -162,6 +166,9 @@ class InputStep(nn.Module):
     inputs pass unchanged.
     """
 
+    zero_point: Tensor
+    started: Tensor
+
     def __init__(self, bits: int) -> None:
         super().__init__()
         self.bits = bits
@@ -181,7 +188,8 @@ class InputStep(nn.Module):
         low = -self.zero_point.float()
         # Per image, so that the share of a step in the loss does not depend on the size of the batch.
         scale = (x[0].numel() * 2 ** (self.bits - 1)) ** -0.5
-        return _FakeQuantize.apply(x, _positive(self.step), low, low + 2**self.bits - 1, scale)
+        quantized: Tensor = _FakeQuantize.apply(x, _positive(self.step), low, low + 2**self.bits - 1, scale)
+        return quantized
 
     @torch.no_grad()
     def _start(self, x: Tensor) -> None:

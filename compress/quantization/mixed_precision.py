@@ -79,8 +79,10 @@ class WidthSearch:
 
     def _climb(self, target: float, largest: QuantizedModel) -> QuantizedModel:
         """The first network, from the smallest file on, whose accuracy is at least `target`; at last `largest`."""
-        candidate, measured = self.quantize(self.sensitivities.smallest()), None
-        budget, last = self.measures.file_bytes(candidate), self.measures.file_bytes(largest)
+        smallest = self.quantize(self.sensitivities.smallest())
+        budget, last = self.measures.file_bytes(smallest), self.measures.file_bytes(largest)
+        candidate: QuantizedModel | None = smallest
+        measured: dict[str, int] | None = None
         while budget < last:
             if candidate is not None and (widths := candidate.widths()) != measured:
                 if self.measures.accuracy(candidate.model) >= target:

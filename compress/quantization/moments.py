@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from compress.arguments import check_fields
+from compress.models.canonical import Layer
 from compress.quantization.patches import live_columns, patches, row_count, spread, with_rows
 
 # Elements of one chunk of patches; bounds the memory beside the Grams themselves (16 MiB a copy in float32).
@@ -41,9 +42,7 @@ class GramOptions:
     def __post_init__(self) -> None:
         check_fields(self)
 
-    def moments(
-        self, layer: nn.Module, quantized: Sequence[Tensor], analog: Sequence[Tensor], centre: bool
-    ) -> "Moments":
+    def moments(self, layer: Layer, quantized: Sequence[Tensor], analog: Sequence[Tensor], centre: bool) -> "Moments":
         """The `Moments` of a convolution or linear layer, given its inputs in both networks, one tensor a batch."""
         if isinstance(layer, nn.Conv1d):
             layer, once = with_rows(layer), {id(batch): batch.unsqueeze(2) for batch in (*quantized, *analog)}
@@ -66,14 +65,21 @@ class Moments:
     columns (of all d) the sums are about, or None for all; see `live_columns`.
     """
 
+    # Made by the first batch; the last three only where the inputs differ or the Grams are centred.
+    gram: Tensor
+    sum_quantized: Tensor
+    cross: Tensor
+    sum_analog: Tensor
+    shift_quantized: Tensor
+    shift_analog: Tensor
+
     def __init__(
         self, layer: nn.Conv2d | nn.Linear, dtype: torch.dtype, centre: bool, every: int = 1, ridge: float = 0.0
     ) -> None:
         self.layer, self.dtype, self.centre, self.every, self.ridge = layer, dtype, centre, every, ridge
         self.count = self.seen = self.images = 0
-        self.live = None
-        self.gram = self.cross = self.sum_quantized = self.sum_analog = None
-        self.shift_quantized = self.shift_analog = None
+        self.live: Tensor | None = None
+        self.same = True
 
     def update(self, quantized: Tensor, analog: Tensor) -> None:
         """Add one batch of the layer's inputs, quantized X~ and analog X: (B, C, H, W), or (..., d) for a Linear."""
@@ -108,10 +114,11 @@ class Moments:
             self.gram = mine.new_empty(groups, depth, depth)
             self.sum_quantized = mine.new_zeros(groups, depth)
             # Sums about a first guess of the mean: n mu mu^T, subtracted at the end, would cancel their digits.
-            self.shift_quantized = mine.mean(2, keepdim=True) if self.centre else None
+            if self.centre:
+                self.shift_quantized, self.shift_analog = mine.mean(2, keepdim=True), other.mean(2, keepdim=True)
             if not same:
                 self.cross, self.sum_analog = torch.empty_like(self.gram), torch.zeros_like(self.sum_quantized)
-                self.shift_analog = other.mean(2, keepdim=True) if self.centre else None
+                self.same = False
         self.count += mine.shape[2]
         if self.centre:
             mine = mine - self.shift_quantized
@@ -139,9 +146,9 @@ class Moments:
         but for the ridge.
         """
         gram = mirror_lower(self.gram)
-        cross = gram if self.cross is None else self.cross
+        cross = gram if self.same else self.cross
         mean_quantized = self.sum_quantized / self.count
-        mean_analog = mean_quantized if self.cross is None else self.sum_analog / self.count
+        mean_analog = mean_quantized if self.same else self.sum_analog / self.count
         if self.centre:
             gram.baddbmm_(mean_quantized[:, :, None], mean_quantized[:, None, :], alpha=-self.count)
             if cross is not gram:

@@ -8,23 +8,29 @@ from torch import Tensor, nn
 
 def with_rows(layer: nn.Conv1d) -> nn.Conv2d:
     """The Conv2d that does to (B, C, 1, L) what `layer` does to (B, C, L); it has no values."""
-    padding = layer.padding if isinstance(layer.padding, str) else (0, *layer.padding)
-    kernel, stride, dilation = (1, *layer.kernel_size), (1, *layer.stride), (1, *layer.dilation)
-    sizes = layer.in_channels, layer.out_channels, kernel
-    options = {"groups": layer.groups, "padding_mode": layer.padding_mode, "device": "meta"}
-    return nn.Conv2d(*sizes, stride, padding, dilation, **options)
+    return nn.Conv2d(
+        layer.in_channels,
+        layer.out_channels,
+        kernel_size=(1, layer.kernel_size[0]),
+        stride=(1, layer.stride[0]),
+        padding=layer.padding if isinstance(layer.padding, str) else (0, layer.padding[0]),
+        dilation=(1, layer.dilation[0]),
+        groups=layer.groups,
+        padding_mode=layer.padding_mode,
+        device="meta",
+    )
 
 
 def padding_of(layer: nn.Conv2d) -> tuple[int, int, int, int]:
     """(left, right, top, bottom) that a Conv2d pads its input with; torch puts the odd one of "same" at the end."""
+    if not isinstance(layer.padding, str):
+        vertical, horizontal = layer.padding
+        return (horizontal, horizontal, vertical, vertical)
     if layer.padding == "valid":
         return (0, 0, 0, 0)
-    if layer.padding == "same":
-        total = [dilation * (size - 1) for dilation, size in zip(layer.dilation, layer.kernel_size, strict=True)]
-        (top, left), (bottom, right) = [side // 2 for side in total], [side - side // 2 for side in total]
-        return (left, right, top, bottom)
-    vertical, horizontal = layer.padding
-    return (horizontal, horizontal, vertical, vertical)
+    total = [dilation * (size - 1) for dilation, size in zip(layer.dilation, layer.kernel_size, strict=True)]
+    (top, left), (bottom, right) = [side // 2 for side in total], [side - side // 2 for side in total]
+    return (left, right, top, bottom)
 
 
 def patches(layer: nn.Conv2d | nn.Linear, inputs: Tensor) -> Tensor:
@@ -57,7 +63,8 @@ def live_columns(layer: nn.Conv2d | nn.Linear, inputs: Tensor) -> Tensor | None:
     if isinstance(layer, nn.Linear) or layer.padding_mode != "zeros":
         return None
     pixels = inputs.new_ones(1, 1, *inputs.shape[2:])
-    probe = nn.Conv2d(1, 1, layer.kernel_size, layer.stride, layer.padding, layer.dilation, device="meta")
+    # torch annotates the pairs of a Conv2d as tuples of any length.
+    probe = nn.Conv2d(1, 1, layer.kernel_size, layer.stride, layer.padding, layer.dilation, device="meta")  # type: ignore[arg-type]
     live = patches(probe, pixels)[0].any(1)
     return None if bool(live.all()) else live.repeat(layer.weight.shape[1]).nonzero()[:, 0]
 

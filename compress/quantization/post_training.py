@@ -1,16 +1,17 @@
 """Post-training quantization of the weights of a trained network: one call, no training, a few hundred images."""
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from compress.errors import UserError
+from compress.models.canonical import Layer, layer_of
 from compress.models.inference import full_float32
 from compress.quantization.activations import attach_input_quantizer
 from compress.quantization.batch_norm import match_output_statistics, move_statistics
-from compress.quantization.calibration import walk
+from compress.quantization.calibration import CalibrationBatches, walk
 from compress.quantization.grid import Grid
 from compress.quantization.layer import corrected_bias, layer_moments, solve_layer
 from compress.quantization.options import Options, Progress, silent
@@ -20,7 +21,7 @@ from compress.quantization.quantized import QuantizedLayer, QuantizedModel, floa
 
 def quantize(
     model: nn.Module,
-    calibration_batches: Iterable,
+    calibration_batches: CalibrationBatches,
     bits: int | Mapping[str, int],
     *,
     progress: Progress = silent,
@@ -44,7 +45,7 @@ def quantize(
 def quantize_with(
     options: Options,
     model: nn.Module,
-    calibration_batches: Iterable,
+    calibration_batches: CalibrationBatches,
     bits: int | Mapping[str, int],
     progress: Progress = silent,
 ) -> QuantizedModel:
@@ -68,22 +69,24 @@ class _Layers:
 
     def __init__(self, prepared: Prepared, bits: dict[str, int], options: Options, progress: Progress) -> None:
         self.prepared, self.bits, self.options, self.progress = prepared, bits, options, progress
-        first_last_bits = options.first_last_bits and min(options.first_last_bits, 8)
-        self.input_bits = prepared.widths(options.activation_bits, first_last_bits)
+        self.input_bits: dict[str, int] = {}
+        if options.activation_bits is not None:
+            first_last_bits = options.first_last_bits and min(options.first_last_bits, 8)
+            self.input_bits = prepared.widths(options.activation_bits, first_last_bits)
         self.folded = {name for name, _ in prepared.folded}
         self.quantized = copy.deepcopy(prepared.analog)
         self.repeated = prepared.repeated()
         self.solved: dict[str, tuple[Tensor, Grid]] = {}
 
     def solve(self, name: str, quantized_inputs: list[Tensor], analog_inputs: list[Tensor]) -> None:
-        target = self.quantized.get_submodule(name)
-        if isinstance(target, nn.BatchNorm2d):
-            move_statistics(target, quantized_inputs, analog_inputs)
+        norm = self.quantized.get_submodule(name)
+        if isinstance(norm, nn.BatchNorm2d):
+            move_statistics(norm, quantized_inputs, analog_inputs)
             return
+        target, layer = layer_of(self.quantized, name), layer_of(self.prepared.analog, name)
         holder = self.prepared.choice.tied.get(name, name)
-        if self.input_bits[holder] is not None:
+        if holder in self.input_bits:
             quantized_inputs = self._quantize_inputs(target, holder, quantized_inputs)
-        layer = self.prepared.analog.get_submodule(name)
         if holder != name:
             self._share(name, holder, quantized_inputs, analog_inputs)
             return
@@ -102,13 +105,13 @@ class _Layers:
 
     def _share(self, name: str, holder: str, quantized: list[Tensor], analog: list[Tensor]) -> None:
         """Gives the layer `name` the weight of `holder`, which is solved, and a bias for its own inputs."""
-        layer, target = self.prepared.analog.get_submodule(name), self.quantized.get_submodule(name)
+        layer, target = layer_of(self.prepared.analog, name), layer_of(self.quantized, name)
         share_weights(self.quantized, {name: holder})
         if self.options.correction.bias:
-            moments = layer_moments(layer, quantized, analog, self.options, name)
+            moments = self.options.grams.moments(layer, quantized, analog, centre=True)
             target.bias = nn.Parameter(corrected_bias(layer, target.weight, moments), requires_grad=False)
 
-    def _quantize_inputs(self, target: nn.Module, name: str, inputs: list[Tensor]) -> list[Tensor]:
+    def _quantize_inputs(self, target: Layer, name: str, inputs: list[Tensor]) -> list[Tensor]:
         inputs_and_later = inputs + self.repeated.get(name, [])
         if not all(bool(batch.isfinite().all()) for batch in inputs_and_later):
             raise UserError(f"{name}: found inputs that are not finite on the calibration images")

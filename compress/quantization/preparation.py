@@ -2,7 +2,7 @@
 
 import fnmatch
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +12,7 @@ from torch.fx import Graph, GraphModule
 from compress.errors import UserError
 from compress.models.canonical import canonical, layers
 from compress.models.folding import find_foldable, fold_pairs
-from compress.quantization.calibration import gather, repeated_inputs
+from compress.quantization.calibration import CalibrationBatches, gather, repeated_inputs
 
 ACCEPTED = "Conv1d, Conv2d, their transposes and Linear"
 NAMED = 3  # layers that a message lists before it only counts
@@ -55,7 +55,7 @@ class Prepared:
     def order(self) -> list[str]:
         return self.choice.order
 
-    def widths(self, bits: int | Mapping[str, int] | None, first_last: int | None) -> dict[str, int | None]:
+    def widths(self, bits: int | Mapping[str, int], first_last: int | None) -> dict[str, int]:
         """Bits of each layer: those of a mapping `bits`, else `bits`, and `first_last` for the first and last one."""
         if isinstance(bits, Mapping):
             missing = next((name for name in self.order if name not in bits), None)
@@ -64,9 +64,8 @@ class Prepared:
             for name in self.order:
                 _check_bits(f"bits.{name}", bits[name])
             return {name: bits[name] for name in self.order}
-        if bits is not None:
-            _check_bits("bits", bits)
-        if bits is None or first_last is None:
+        _check_bits("bits", bits)
+        if first_last is None:
             return dict.fromkeys(self.order, bits)
         return {name: first_last if name in self.outer else bits for name in self.order}
 
@@ -82,7 +81,7 @@ class Prepared:
         return [name for name, module in self.analog.named_modules() if isinstance(module, nn.BatchNorm2d)]
 
 
-def prepare(model: nn.Module, calibration_batches: Iterable, skip: Sequence[str] = ()) -> Prepared:
+def prepare(model: nn.Module, calibration_batches: CalibrationBatches, skip: Sequence[str] = ()) -> Prepared:
     """A copy of `model` ready for `walk`; raises UserError as `quantize` does."""
     tensors = [tensor for tensor in [*model.parameters(), *model.buffers()] if tensor.is_floating_point()]
     like = tensors[0] if tensors else torch.empty(0)

@@ -23,14 +23,14 @@ class Problem:
     """What a solver is given of one group of a layer.
 
     weight: (N, d). gram, cross: (d, d), G and C above, or (N, d, d) for rows with inputs of their own, see
-    `Solver.rows_apart`; None for a solver that does not read the inputs. grid: of the N rows, or of K N rows for K
+    `Solver.rows_apart`; empty for a solver that does not read the inputs. grid: of the N rows, or of K N rows for K
     candidate scales of each row, whose solutions are stacked in that order; what they share is computed once.
     mask: (N, d), False where a weight is pruned and has to stay zero; None where no weight is.
     """
 
     weight: Tensor
-    gram: Tensor | None
-    cross: Tensor | None
+    gram: Tensor
+    cross: Tensor
     grid: Grid
     mask: Tensor | None = None
 
@@ -46,8 +46,8 @@ class Problem:
         """
         quantized = self.grid.dequantize(codes).to(self.gram.dtype)
         target = product(self.cross, self.weight.to(self.gram.dtype).T).T
-        overlap = (quantized.unflatten(0, (-1, self.weight.shape[0])) * target).sum(2).flatten()
-        return _energy(quantized, self.gram) - 2 * overlap
+        overlap: Tensor = (quantized.unflatten(0, (-1, self.weight.shape[0])) * target).sum(2).flatten()
+        return _energy(quantized, self.gram).sub(overlap, alpha=2)
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,8 @@ def product(matrix: Tensor, columns: Tensor) -> Tensor:
     """`matrix` (d, d), or one for each column (N, d, d), times `columns` (d, N): (d, N)."""
     if matrix.dim() == 2:
         return matrix @ columns
-    return torch.linalg.vecdot(matrix, columns.T[:, None]).T.contiguous()
+    apart: Tensor = torch.linalg.vecdot(matrix, columns.T[:, None])
+    return apart.T.contiguous()
 
 
 def rows_last(matrix: Tensor) -> Tensor:
@@ -94,7 +95,7 @@ def reciprocal(diagonal: Tensor) -> Tensor:
 def _energy(rows: Tensor, gram: Tensor) -> Tensor:
     """r G r^T of each of `rows` (M, d): (M,). G is symmetric, so that the part above its diagonal counts twice."""
     if gram.dim() == 3:
-        candidates = rows.unflatten(0, (-1, gram.shape[0])).transpose(0, 1)
+        candidates: Tensor = rows.unflatten(0, (-1, gram.shape[0])).transpose(0, 1)
         return (candidates @ gram).mul_(candidates).sum(2).T.flatten()
     total = rows.new_zeros(rows.shape[0])
     for index in torch.arange(rows.shape[1]).split(STRIPE):

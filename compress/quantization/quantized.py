@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from compress.models.canonical import Layer
 from compress.models.masks import is_mask
 from compress.quantization.grid import Grid
 
@@ -54,7 +55,7 @@ class QuantizedModel:
         return {name: layer.bits for name, layer in self.layers.items()}
 
 
-def set_weight(layer: nn.Module, codes: Tensor, grid: Grid, bias: Tensor | None) -> None:
+def set_weight(layer: Layer, codes: Tensor, grid: Grid, bias: Tensor | None) -> None:
     """Gives `layer` the weight that `codes` stand for, and `bias`, if there is one."""
     trained = layer.weight.requires_grad
     layer.weight = nn.Parameter(grid.dequantize(codes), requires_grad=trained)

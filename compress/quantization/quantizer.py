@@ -1,13 +1,14 @@
 """The quantizer that a YAML file describes: the options of `quantize`, its widths, and what it makes of a network."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, Field
 from torch import Tensor, nn
 
 from compress.errors import UserError
+from compress.quantization.calibration import CalibrationBatches
 from compress.quantization.mixed_precision import Measures, WidthSearch, budget_bytes, check_budget
 from compress.quantization.options import Bits, Correction, Options, Progress, silent
 from compress.quantization.post_training import quantize_with
@@ -18,11 +19,11 @@ from compress.quantization.sensitivity import Sensitivities, measure_sensitiviti
 from compress.quantization.solvers import RTN
 
 
-def _as_list(value):
+def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, int) else value
 
 
-def _check_unique(widths):
+def _check_unique(widths: list[int]) -> list[int]:
     if len(set(widths)) < len(widths):
         raise ValueError("every width once")
     return widths
@@ -71,7 +72,11 @@ class Quantizer(Options):
         check_layers(student, input_shape, self.skip, "quantizer.skip")
 
     def check_budget(
-        self, student: nn.Module, batches: Iterable, file_bytes: Callable[[QuantizedModel], int], float_bytes: int
+        self,
+        student: nn.Module,
+        batches: CalibrationBatches,
+        file_bytes: Callable[[QuantizedModel], int],
+        float_bytes: int,
     ) -> None:
         """Raises UserError, naming the smallest possible file, for a budget that no widths of `student` can meet.
 
@@ -79,8 +84,14 @@ class Quantizer(Options):
         """
         if self.budget is None:
             return
-        cheap = {"solver": RTN(), "refinement": Refinement(), "correction": Correction(), "sensitivity_images": 1}
-        rounded = replace(self, bits=[min(self.bits)], **cheap)
+        rounded = replace(
+            self,
+            bits=[min(self.bits)],
+            solver=RTN(),
+            refinement=Refinement(),
+            correction=Correction(),
+            sensitivity_images=1,
+        )
         sensitivities = rounded.sensitivities(student, batches)
         smallest = file_bytes(sensitivities.model(sensitivities.smallest()))
         check_budget(budget_bytes(self.budget, float_bytes), smallest)
@@ -88,7 +99,7 @@ class Quantizer(Options):
     def __call__(
         self,
         model: nn.Module,
-        calibration_batches: Iterable,
+        calibration_batches: CalibrationBatches,
         bits: int | Mapping[str, int],
         progress: Progress = silent,
     ) -> QuantizedModel:
@@ -112,10 +123,13 @@ class Quantizer(Options):
         if self.budget is not None:
             quantized = search.within_budget(budget_bytes(self.budget, measures.float_bytes))
         else:
+            assert self.max_drop is not None
             quantized = search.smallest_within_drop(model, self.max_drop)
         yield Variant("mixed", quantized, _mean_width(sensitivities, quantized), None)
 
-    def sensitivities(self, model: nn.Module, batches: Iterable, progress: Progress = silent) -> Sensitivities:
+    def sensitivities(
+        self, model: nn.Module, batches: CalibrationBatches, progress: Progress = silent
+    ) -> Sensitivities:
         """Every layer of `model` at every width of `bits`."""
         return measure_sensitivities(model, batches, self.bits, self, images=self.sensitivity_images, progress=progress)
 

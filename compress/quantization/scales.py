@@ -41,7 +41,7 @@ class GridOptions:
 
     def levels(self, bits: int) -> int:
         """Levels of a grid of `bits` bits; at least 2, as a single bit without its lowest code would be one level."""
-        return max(2, 2**bits + {"exact": 0, "published": 1, "narrow": -1}[self.alphabet])
+        return max(2, (1 << bits) + {"exact": 0, "published": 1, "narrow": -1}[self.alphabet])
 
     def choose(self, weight: Tensor, levels: int, importance: Tensor | None = None) -> Grid:
         """The grid of `weight` (N, d); importance (d,) or (N, d) is the mean square of each input (None: all equal)."""

@@ -6,7 +6,7 @@ it predicts with this layer alone quantized. The sum over the layers is what `al
 """
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 
@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from compress.models.canonical import layer_of
 from compress.quantization.activations import InputQuantizer, attach_input_quantizer
 from compress.quantization.allocation import allocate
-from compress.quantization.calibration import walk
+from compress.quantization.calibration import CalibrationBatches, walk
 from compress.quantization.layer import layer_moments, solve_layer
 from compress.quantization.options import Options, Progress, silent
 from compress.quantization.preparation import Prepared, prepare
@@ -52,7 +53,7 @@ class Sensitivities:
         layers = {}
         for name, width in bits.items():
             layers[name], bias = self.answers[name][width]
-            set_weight(quantized.get_submodule(name), layers[name].codes, layers[name].grid, bias)
+            set_weight(layer_of(quantized, name), layers[name].codes, layers[name].grid, bias)
             if self.activation_bits is not None:
                 grid = InputQuantizer(1.0, 0, 2**self.activation_bits)
                 attach_input_quantizer(quantized.get_submodule(name), grid)
@@ -75,7 +76,7 @@ class Sensitivities:
 @torch.no_grad()
 def measure_sensitivities(
     model: nn.Module,
-    calibration_batches: Iterable,
+    calibration_batches: CalibrationBatches,
     widths: Sequence[int],
     options: Options,
     *,
@@ -88,8 +89,9 @@ def measure_sensitivities(
     a forward pass of `images`.
     """
     prepared = prepare(model, calibration_batches, options.skip)
-    outer = set() if options.first_last_bits is None else prepared.outer
-    choices = {name: [options.first_last_bits] if name in outer else sorted(set(widths)) for name in prepared.order}
+    inner = sorted(set(widths))
+    outer = inner if options.first_last_bits is None else [options.first_last_bits]
+    choices = {name: outer if name in prepared.outer else inner for name in prepared.order}
     total = 2 * sum(map(len, choices.values()))
     step = count(1)
 
@@ -113,7 +115,7 @@ def _answer(
     repeated = prepared.repeated()
 
     def solve(name: str, _: list[Tensor], inputs: list[Tensor]) -> None:
-        layer = prepared.analog.get_submodule(name)
+        layer = layer_of(prepared.analog, name)
         inputs = inputs + repeated.get(name, [])
         moments = layer_moments(layer, inputs, inputs, options, name)
         for bits in choices[name]:
@@ -133,7 +135,7 @@ def _diverge(
     reference = _log_probabilities(analog, images)
     divergence: dict[str, dict[int, float]] = {name: {} for name in answers}
     for name, choices in answers.items():
-        layer = analog.get_submodule(name)
+        layer = layer_of(analog, name)
         weight, bias = layer.weight, layer.bias
         for bits, (answer, new_bias) in choices.items():
             tell(f"measuring {bits} bit  {name}")

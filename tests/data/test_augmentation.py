@@ -4,7 +4,8 @@ import pytest
 import torch
 from torchvision.transforms.v2 import RandAugment, functional
 
-from compress.data.augmentation import Augmentation, Normalisation, crop_and_mirror, cut_out_
+from compress.data.augmentation import Augmentation, crop_and_mirror, cut_out_
+from compress.data.normalisation import Normalisation
 from compress.data.randaugment import OPERATIONS, rand_augment
 
 MEAN, DEVIATION = [0.4914, 0.4822, 0.4465], [0.2023, 0.1994, 0.2010]

@@ -69,3 +69,10 @@ def test_one_scale_a_layer_cannot_be_matched_by_channel(batches):
     one_scale, matching = GridOptions(granularity="layer"), Correction(batch_norm=True)
     with pytest.raises(UserError, match=r"^correction\.batch_norm: found true with one scale a layer"):
         quantize(network(True), batches, 2, grid=one_scale, correction=matching)
+
+
+def test_a_norm_that_takes_the_statistics_of_each_batch_is_left_as_it_is(batches):
+    model = network(folds=False)
+    model[2] = nn.BatchNorm2d(8, track_running_stats=False).eval()
+    matched = quantize(model, batches, 4, first_last_bits=None, correction=Correction(batch_norm=True))
+    assert matched.model.get_submodule("2").running_mean is None

@@ -80,12 +80,13 @@ def _damping(gram: Tensor, damping: float) -> Tensor:
 
 def _cholesky(matrix: Tensor, upper: bool = False) -> Tensor:
     try:
-        return torch.linalg.cholesky(matrix, upper=upper)
-    except torch.linalg.LinAlgError:
+        factor: Tensor = torch.linalg.cholesky(matrix, upper=upper)
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # documented, but not in its __all__
         raise UserError(
             "quantizer.solver.damping: found one too small for inputs that depend on each other; accepted: more, or "
             "more calibration images"
         ) from None
+    return factor
 
 
 def _diffuse(weight: Tensor, gram: Tensor, grid: Grid, block_size: int, mask: Tensor | None, damping: float) -> Tensor:
