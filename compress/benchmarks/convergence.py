@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from compress import models
+from compress.arguments import plain
 from compress.data.fashion_mnist import FashionMNIST
 from compress.errors import UserError
 from compress.files import write_atomically, write_csv
@@ -112,7 +113,7 @@ def contestants(arguments: argparse.Namespace) -> list[Contestant]:
 
 def _builder(stem: str, **options: Any) -> Callable[..., Optimizer]:
     """Of the optimizer in `conf/optimizer` with that name, all options but these and the learning rate as there."""
-    node = OmegaConf.to_container(OmegaConf.load(CONF / "optimizer" / f"{stem}.yaml"))
+    node = plain(OmegaConf.load(CONF / "optimizer" / f"{stem}.yaml"), resolve=False)
     return lambda parameters, lr: optimizer_factory(node | options | {"lr": lr})(parameters)
 
 

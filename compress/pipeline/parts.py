@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from compress import models
-from compress.arguments import arguments_of, build
+from compress.arguments import arguments_of, build, plain
 from compress.checksums import digest
 from compress.config import ensemble
 from compress.config.class_map import mapped
@@ -54,14 +54,14 @@ class Parts:
         networks: Mapping[str, nn.Module] | None = None,
     ) -> None:
         self.config = config
-        self.plain = OmegaConf.to_container(config, resolve=True)
+        self.plain = plain(config)
         self.data_sets = data_sets or DataSets()
         self._start = start
         self.networks = networks or {}
 
     def node(self, key: str) -> dict[str, Any]:
         """The part of the configuration at `key`, such as `teacher.members[0]`."""
-        return OmegaConf.to_container(OmegaConf.select(self.config, key), resolve=True)
+        return plain(OmegaConf.select(self.config, key))
 
     @cached_property
     def device(self) -> torch.device:

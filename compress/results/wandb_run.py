@@ -9,13 +9,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from pydantic import AfterValidator, Field
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
 from compress import models
+from compress.arguments import plain
 from compress.errors import UserError
 from compress.files import read_json, write_json
 from compress.paths import PACKAGE
@@ -102,7 +103,7 @@ class WandbRun(WandbLogger):
                 id=identity["id"],
                 resume="allow",
                 dir=str(self.directory),
-                config=OmegaConf.to_container(config, resolve=True) | about,
+                config=plain(config) | about,
                 # Another active run may be that of whoever called us. The commit is this project's, wherever it runs.
                 settings=wandb.Settings(reinit="create_new", **settings),
             )
