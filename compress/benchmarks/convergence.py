@@ -139,7 +139,7 @@ def train(
     return points
 
 
-def _batches(loader: DataLoader) -> Iterator[tuple[Tensor, Tensor]]:
+def _batches(loader: DataLoader[Any]) -> Iterator[tuple[Tensor, Tensor]]:
     """Those of one epoch after the other, without end."""
     for epoch in count():
         loader.sampler.set_epoch(epoch)
@@ -147,7 +147,7 @@ def _batches(loader: DataLoader) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 @torch.no_grad()
-def validation_loss(network: nn.Module, loader: DataLoader) -> float:
+def validation_loss(network: nn.Module, loader: DataLoader[Any]) -> float:
     network.eval()
     losses = [nn.functional.cross_entropy(network(images), target, reduction="none") for images, target in loader]
     return torch.cat(losses).mean().item()
