@@ -22,7 +22,7 @@ def run(
     config_dir: str | Path | None = None,
     student: "nn.Module | None" = None,
     teacher: "nn.Module | None" = None,
-) -> "Result":
+) -> "Result | None":
     """Does one run from Python as the command line would: `compress.run(["method=dkd", "student=resnet18"])`.
 
     Paths such as `output_directory` are relative to the working directory; `config_dir` is a folder of YAML groups of

@@ -9,7 +9,7 @@ import typing
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, Union
+from typing import Annotated, Any, Literal, TypeVar, Union, cast
 
 from omegaconf import OmegaConf
 from pydantic import BeforeValidator, Field, Strict, TypeAdapter, ValidationError
@@ -87,7 +87,7 @@ def check_arguments(
     Raises UserError for an unknown key and for the first value that does not meet its annotation.
     """
     if OmegaConf.is_config(arguments):
-        arguments = OmegaConf.to_container(arguments, resolve=True)
+        arguments = plain(arguments)
     if not isinstance(arguments, Mapping):
         raise UserError(f"{where}: found {_shown(arguments)}; accepted: a mapping of keys to values")
     if isinstance(target, Mapping):
@@ -130,7 +130,7 @@ def build(node: Any, where: str, kind: type | None = None, **supplied: Any) -> A
     """
     if not isinstance(node, Mapping) and not OmegaConf.is_config(node):
         raise UserError(f"{where}: found {_shown(node)}; accepted: a mapping of keys to values")
-    target = kind
+    target: Any = kind
     if "_target_" in node or kind is None or inspect.isabstract(kind):
         name = node.get("_target_")
         target = imported(name, where)
@@ -198,8 +198,13 @@ def annotations(target: Callable[..., Any]) -> dict[str, Any]:
 
 def arguments_of(node: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments in a configuration node, as plain values: its keys without `_target_`, `stem` and the like."""
-    plain = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
-    return {key: value for key, value in plain.items() if key not in NOT_ARGUMENTS}
+    values = plain(node) if OmegaConf.is_config(node) else node
+    return {key: value for key, value in values.items() if key not in NOT_ARGUMENTS}
+
+
+def plain(node: Any, resolve: bool = True) -> dict[str, Any]:
+    """OmegaConf's mapping `node` as dict, with dicts and lists in it; `resolve` replaces the interpolations."""
+    return cast(dict[str, Any], OmegaConf.to_container(node, resolve=resolve))
 
 
 def _checked(kind: Any, value: Any, key: str) -> Any:
@@ -215,8 +220,8 @@ def _checked(kind: Any, value: Any, key: str) -> Any:
 def _parameters(target: Callable[..., Any]) -> dict[str, tuple[Any, Any]]:
     """Annotation and default of every named parameter; UNKNOWN where there is none."""
     if inspect.isclass(target):
-        constructors = [vars(parent).get("__init__") for parent in target.__mro__]
-        constructors = [constructor for constructor in constructors if inspect.isfunction(constructor)]
+        own = [vars(parent).get("__init__") for parent in target.__mro__]
+        constructors: list[Callable[..., Any]] = [one for one in own if inspect.isfunction(one)]
     else:
         constructors = [target]
     named: dict[str, tuple[Any, Any]] = {}

@@ -97,7 +97,7 @@ def checked_rows(rows: Iterable[Mapping[str, str]]) -> Iterator[dict[str, str]]:
             raise ValueError("the header and the first row are one line")
         content = _filled(row)
         # Where the name of the column is damaged, its numbers are still those sums.
-        column = COLUMN if COLUMN in row else next(reversed(row))
+        column = COLUMN if COLUMN in row else list(row)[-1]
         rest = {key: value for key, value in content.items() if key != column}
         before = _row_sum(rest, before)
         if (content.get(column) == before) != (column == COLUMN):

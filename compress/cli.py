@@ -61,7 +61,7 @@ def _verify(arguments: list[str]) -> int:
     from compress.pipeline.verify import verify
 
     parser = ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.error = _refuse
+    parser.error = _refuse  # type: ignore[method-assign,assignment]
     parser.add_argument("--verify", type=Path)
     parser.add_argument("--config-dir")
     parsed, others = parser.parse_known_args(arguments)
@@ -84,7 +84,7 @@ def _parsed(arguments: list[str]) -> tuple[Namespace, list[str]]:
     from hydra._internal.utils import get_args_parser
 
     parser = get_args_parser()
-    parser.error = _refuse  # argparse prints a page and exits
+    parser.error = _refuse  # type: ignore[method-assign,assignment]  # argparse prints a page and exits
     parsed, unknown = parser.parse_known_intermixed_args(arguments)
     if unknown:
         raise UserError(

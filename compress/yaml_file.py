@@ -19,7 +19,7 @@ def load(text: str) -> Any:
 
 def check(text: str) -> None:
     """Raises YAMLError for a text that nests too deeply, or whose aliases stand for too much."""
-    sizes: dict[str, int] = {}
+    sizes: dict[str | None, int] = {}
     repeated = 0
     # The anchor of each node that is open, and how many nodes are in it so far.
     opened: list[tuple[str | None, int]] = []

@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from compress import models
+from compress.arguments import plain
 from compress.data.fashion_mnist import FashionMNIST
 from compress.errors import UserError
 from compress.files import write_atomically, write_csv
@@ -112,7 +113,7 @@ def contestants(arguments: argparse.Namespace) -> list[Contestant]:
 
 def _builder(stem: str, **options: Any) -> Callable[..., Optimizer]:
     """Of the optimizer in `conf/optimizer` with that name, all options but these and the learning rate as there."""
-    node = OmegaConf.to_container(OmegaConf.load(CONF / "optimizer" / f"{stem}.yaml"))
+    node = plain(OmegaConf.load(CONF / "optimizer" / f"{stem}.yaml"), resolve=False)
     return lambda parameters, lr: optimizer_factory(node | options | {"lr": lr})(parameters)
 
 
@@ -138,7 +139,7 @@ def train(
     return points
 
 
-def _batches(loader: DataLoader) -> Iterator[tuple[Tensor, Tensor]]:
+def _batches(loader: DataLoader[Any]) -> Iterator[tuple[Tensor, Tensor]]:
     """Those of one epoch after the other, without end."""
     for epoch in count():
         loader.sampler.set_epoch(epoch)
@@ -146,7 +147,7 @@ def _batches(loader: DataLoader) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 @torch.no_grad()
-def validation_loss(network: nn.Module, loader: DataLoader) -> float:
+def validation_loss(network: nn.Module, loader: DataLoader[Any]) -> float:
     network.eval()
     losses = [nn.functional.cross_entropy(network(images), target, reduction="none") for images, target in loader]
     return torch.cat(losses).mean().item()

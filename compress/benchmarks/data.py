@@ -5,6 +5,7 @@ import statistics
 import tempfile
 from collections import deque
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,10 +15,11 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 from compress.benchmarks import seconds, spread
-from compress.data.augmentation import Augmentation, Normalisation
+from compress.data.augmentation import Augmentation
 from compress.data.dataset import EpochSampler, ImageBatches, identity_collate
 from compress.data.disk_loader import DiskLoader, cores
 from compress.data.image_file import image_files
+from compress.data.normalisation import Normalisation
 from compress.data.undecoded import ImageFiles, OnDisk
 
 MEAN, DEVIATION = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
@@ -31,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=int, default=cores(), help="processes that decode them")
 
 
-class PerSample(Dataset):
+class PerSample(Dataset[Any]):
     """torchvision's v1 pipeline: one PIL image at a time."""
 
     def __init__(self, pixels: np.ndarray) -> None:
@@ -63,10 +65,10 @@ def run(arguments: argparse.Namespace) -> None:
         _compare(*loaders, arguments.files, arguments.repeats)
 
 
-def _compare(ours: DataLoader, theirs: DataLoader, images: int, repeats: int) -> None:
+def _compare(ours: DataLoader[Any], theirs: DataLoader[Any], images: int, repeats: int) -> None:
     """Reads an epoch of either in turn."""
 
-    def epoch(loader: DataLoader) -> float:
+    def epoch(loader: DataLoader[Any]) -> float:
         return seconds(lambda: deque(loader, maxlen=0))
 
     _, *pairs = [(epoch(ours), epoch(theirs)) for _ in range(repeats + 1)]  # the first one warms up
@@ -74,7 +76,7 @@ def _compare(ours: DataLoader, theirs: DataLoader, images: int, repeats: int) ->
     print(f"  {speeds[0]:,.0f} against {speeds[1]:,.0f} images/s, {spread([slow / fast for fast, slow in pairs])}")
 
 
-def _in_memory(count: int) -> tuple[DataLoader, DataLoader]:
+def _in_memory(count: int) -> tuple[DataLoader[Any], DataLoader[Any]]:
     pixels = np.random.default_rng(0).integers(0, 256, (count, 32, 32, 3), np.uint8)
     labels = torch.zeros(count, dtype=torch.int64)
     augmentation, normalisation = Augmentation(crop_padding=4, horizontal_flip=True), Normalisation(MEAN, DEVIATION, 32)
@@ -83,7 +85,7 @@ def _in_memory(count: int) -> tuple[DataLoader, DataLoader]:
     return ours, DataLoader(PerSample(pixels), 128, shuffle=True)
 
 
-def _from_disk(folder: Path, count: int, side: int, workers: int) -> tuple[DataLoader, DataLoader]:
+def _from_disk(folder: Path, count: int, side: int, workers: int) -> tuple[DataLoader[Any], DataLoader[Any]]:
     """Random resized crops of 224 pixels, flipped and normalised; ours of central squares of 320 pixels."""
     (folder / "class").mkdir()
     noise = np.random.default_rng(0).integers(0, 256, (8, 30, 40, 3), np.uint8)

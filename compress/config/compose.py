@@ -59,8 +59,8 @@ def compose_jobs(overrides: Sequence[str], multirun: bool = False) -> list[Job]:
     for override in map(parse, overrides):
         if override.is_sweep_override() and not multirun:
             raise UserError(
-                f"{override.key_or_group}: found several values, {override.input_line.partition('=')[2]}; accepted: "
-                "one, with quotes where a comma is part of it, or -m for a run of each"
+                f"{override.key_or_group}: found several values, {(override.input_line or '').partition('=')[2]}; "
+                "accepted: one, with quotes where a comma is part of it, or -m for a run of each"
             )
     with initialized():
         return _compose_sweep(overrides) if multirun else [compose_job(overrides)]

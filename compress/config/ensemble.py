@@ -5,7 +5,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from compress import models
-from compress.arguments import check_arguments
+from compress.arguments import check_arguments, plain
 from compress.errors import UserError
 
 # What a member may say; in a complete configuration it says all of it, as a single teacher does.
@@ -31,8 +31,8 @@ def complete_members(config: DictConfig) -> None:
 
     Its training is `teacher.training` but for what it says itself. Members that are complete stay as they are.
     """
-    members = OmegaConf.to_container(config.teacher.members, resolve=True)
-    training = OmegaConf.to_container(config.teacher.training, resolve=True)
+    members: Any = OmegaConf.to_container(config.teacher.members, resolve=True)
+    training = plain(config.teacher.training)
     if len(members) < 2:
         raise UserError(
             f"teacher.members: found {members}; accepted: at least two, such as [resnet50,wrn_40_2]; "
@@ -68,5 +68,5 @@ def _complete(member: Any, where: str, training: dict[str, Any]) -> dict[str, An
         "classes": member.get("classes"),
         "mean": member.get("mean"),
         "standard_deviation": member.get("standard_deviation"),
-        "training": OmegaConf.to_container(OmegaConf.merge(training, given)) if isinstance(given, dict) else given,
+        "training": plain(OmegaConf.merge(training, given), resolve=False) if isinstance(given, dict) else given,
     }

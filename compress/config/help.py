@@ -1,6 +1,7 @@
 """The text of `--help`: the groups, their options and what each file says of itself."""
 
 import textwrap
+from typing import Any
 
 from compress.paths import option_file, options
 
@@ -39,7 +40,7 @@ Choose an option with group=option, set a key with group.key=value, add a key wi
 
 def help_text() -> str:
     """Groups and options, with the first comment line of each option's file."""
-    indented = {"initial_indent": "  ", "subsequent_indent": "  "}
+    indented: dict[str, Any] = {"initial_indent": "  ", "subsequent_indent": "  "}
     models = textwrap.fill("  ".join(options("model")), 100, break_on_hyphens=False, **indented)
     parts = [HEAD]
     parts.append(

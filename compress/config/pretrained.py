@@ -5,6 +5,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from compress.arguments import plain
 from compress.errors import UserError
 from compress.models.pretrained import published
 from compress.models.published import Published
@@ -52,7 +53,7 @@ def _completed(role: DictConfig, model: Any, where: str) -> Published | None:
         return None
     if weights is not True and not isinstance(weights, str):
         raise UserError(f"{where}.pretrained: found {weights!r}; accepted: true, false, or the name of weights")
-    found = published(OmegaConf.to_container(model), weights, f"{where}.pretrained")
+    found = published(plain(model, resolve=False), weights, f"{where}.pretrained")
     model.update(found.options)
     role.pretrained = found.weights
     return found

@@ -11,7 +11,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from compress import models
-from compress.arguments import annotations, build, check_arguments, imported, settable
+from compress.arguments import annotations, build, check_arguments, imported, plain, settable
 from compress.config import ensemble
 from compress.config.pretrained import take_over, take_over_teacher
 from compress.config.ranges import (
@@ -91,7 +91,7 @@ def _check_groups(config: DictConfig) -> None:
 
 
 def _check_stages(config: DictConfig) -> None:
-    stages = OmegaConf.to_container(config.stages, resolve=True)
+    stages: Any = OmegaConf.to_container(config.stages, resolve=True)
     for index, stage in enumerate(stages):
         check_arguments(STAGE, stage, f"stages.{index}")
         missing = [key for key in ("name", "overrides") if key not in stage]
@@ -163,8 +163,7 @@ def _coerce(
             raise UserError(
                 f"{where}.{key}: found no such key; accepted: a configuration that has it".removeprefix(".")
             )
-    plain = OmegaConf.to_container(node, resolve=True)
-    values = check_arguments(receiver, plain, where, accepted=accepted)
+    values = check_arguments(receiver, plain(node), where, accepted=accepted)
     with open_dict(config):
         for key, value in values.items():
             if is_dataclass(value):
@@ -204,7 +203,7 @@ def _check_model(config: DictConfig, where: str) -> None:
     node = OmegaConf.select(config, where)
     if not isinstance(node, DictConfig) or "stem" not in node:
         raise UserError(f"{where}: found {node!r}; accepted: {', '.join(models.available())}")
-    options = OmegaConf.to_container(node, resolve=True)
+    options = plain(node)
     if isinstance(options["stem"], str):
         check_target(options, where)
     stem = options.pop("stem")

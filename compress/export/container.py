@@ -113,7 +113,7 @@ def to_json(content: Any) -> str:
 
 def _aliases(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """For each tensor that lies in the same memory as one before it, in the same way, the name of that one."""
-    first: dict[tuple, str] = {}
+    first: dict[tuple[Any, ...], str] = {}
     aliases = {}
     for name, value in tensors.items():
         place = value.data_ptr(), value.dtype, tuple(value.shape), value.stride()

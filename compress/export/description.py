@@ -10,7 +10,7 @@ import torch
 
 from compress.errors import UserError
 from compress.quantization.activations import input_quantizers
-from compress.quantization.post_training import QuantizedModel
+from compress.quantization.quantized import QuantizedModel
 
 
 @dataclass(frozen=True)

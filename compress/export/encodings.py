@@ -10,7 +10,7 @@ import numpy as np
 
 from compress.export.bits import pack, packed_length, unpack
 from compress.quantization.grid import per_channel
-from compress.quantization.post_training import QuantizedLayer
+from compress.quantization.quantized import QuantizedLayer
 
 Encoding = Literal["dense", "bitmap"]
 # What the description of a file says more of a layer with a bitmap, in bytes.
@@ -59,7 +59,7 @@ def _nonzero(layer: QuantizedLayer) -> np.ndarray:
     return (layer.codes != zero.to(layer.codes.device)).flatten().cpu().numpy()
 
 
-def _sizes(layer: QuantizedLayer) -> dict[str, int]:
+def _sizes(layer: QuantizedLayer) -> dict[Encoding, int]:
     count, width = layer.codes.numel(), layer.grid.bits
     bitmap = packed_length(count, 1) + packed_length(int(_nonzero(layer).sum()), width) + BITMAP_NOTE
     return {"dense": packed_length(count, width), "bitmap": bitmap}

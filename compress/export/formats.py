@@ -66,7 +66,8 @@ def exporter_called(name: str) -> Exporter:
     if name not in nodes:
         raise UserError(f"format: found {name!r}; accepted: {', '.join(sorted(nodes))}")
     module, _, last = nodes[name].rpartition(".")
-    return getattr(import_module(module), last)()
+    exporter: Exporter = getattr(import_module(module), last)()
+    return exporter
 
 
 def read_any(path: Path, threads: int = 1, network: OwnNetwork | None = None) -> tuple[Any, dict[str, Any]]:

@@ -132,7 +132,7 @@ def _ranges(model: Any, tensors: Sequence[str], batches: Sequence[Tensor]) -> di
     watched = copy.deepcopy(model)
     outputs = []
     for tensor in tensors:
-        pair = tuple(f"{tensor}_{operator}" for operator in ("ReduceMin", "ReduceMax"))
+        pair = f"{tensor}_ReduceMin", f"{tensor}_ReduceMax"
         for operator, name in zip(("ReduceMin", "ReduceMax"), pair, strict=True):
             watched.graph.node.append(helper.make_node(operator, [tensor], [name], keepdims=0))
             watched.graph.output.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, []))

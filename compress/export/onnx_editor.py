@@ -14,7 +14,7 @@ class GraphEditor:
         self.graph = model.graph
         self.constants = {tensor.name: tensor for tensor in self.graph.initializer}
         self.nodes: list[NodeProto] = []
-        self.pairs: dict[tuple, str] = {}
+        self.pairs: dict[tuple[Any, ...], str] = {}
 
     def constant(self, name: str, array: np.ndarray, kind: int | None = None) -> str:
         """Adds an initializer, of the ONNX type `kind` where numpy has none of its own; returns `name`."""

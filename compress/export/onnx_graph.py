@@ -18,7 +18,7 @@ from torch.fx import GraphModule, Node
 from compress.errors import UserError
 from compress.export.onnx_editor import GraphEditor
 from compress.quantization.activations import InputQuantizer, input_quantizers
-from compress.quantization.post_training import QuantizedLayer, QuantizedModel
+from compress.quantization.quantized import QuantizedLayer, QuantizedModel
 
 # Weights of at most so many levels: type of the initializer, and the first opset whose DequantizeLinear reads it.
 STORAGE = ((4, TensorProto.INT2, 25), (16, TensorProto.INT4, 21), (256, TensorProto.INT8, 18))
@@ -69,7 +69,9 @@ def quantize_graph(model: ModelProto, quantized: QuantizedModel) -> None:
     editor.finish()
 
 
-def quantize_additions(model: ModelProto, ranges: Callable[[ModelProto, list[str]], Mapping[str, tuple]]) -> None:
+def quantize_additions(
+    model: ModelProto, ranges: Callable[[ModelProto, list[str]], Mapping[str, tuple[float, float]]]
+) -> None:
     """8-bit grids for both inputs of every addition that a convolution on quantized inputs flows into.
 
     Without them the convolutions before a residual addition have float outputs, and no integer kernel is used for

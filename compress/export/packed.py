@@ -30,7 +30,7 @@ from compress.models.folding import fold_pairs
 from compress.models.own_class import OwnNetwork
 from compress.quantization.activations import InputQuantizer, attach_input_quantizer, input_quantizers
 from compress.quantization.grid import Grid
-from compress.quantization.post_training import QuantizedModel
+from compress.quantization.quantized import QuantizedModel
 
 PACKED, FLOAT = "compress-packed-1", "compress-float-1"
 COUNTER = "num_batches_tracked"
@@ -50,8 +50,10 @@ class Packed(Exporter):
         description: NetworkDescription,
         calibration_batches: Iterable[Tensor] = (),
     ) -> None:
-        write = write_packed if isinstance(network, QuantizedModel) else write_float
-        write(path, network, description)
+        if isinstance(network, QuantizedModel):
+            write_packed(path, network, description)
+        else:
+            write_float(path, network, description)
 
     def read(self, path: Path, threads: int = 1, network: OwnNetwork | None = None) -> tuple[nn.Module, dict[str, Any]]:
         return read_model(path, network)
@@ -97,9 +99,11 @@ def write_float(path: Path, model: nn.Module, description: NetworkDescription) -
 
 def file_bytes(network: QuantizedModel | nn.Module, description: NetworkDescription, **options: Any) -> int:
     """The size of the file that `write_packed`, or `write_float`, would write; it is written and thrown away."""
-    write = write_packed if isinstance(network, QuantizedModel) else write_float
     with tempfile.TemporaryDirectory() as folder:
-        return write(Path(folder) / "model.safetensors", network, description, **options)
+        path = Path(folder) / "model.safetensors"
+        if isinstance(network, QuantizedModel):
+            return write_packed(path, network, description, **options)
+        return write_float(path, network, description, **options)
 
 
 def read_model(path: str | Path, network: OwnNetwork | None = None) -> tuple[nn.Module, dict[str, Any]]:

@@ -51,7 +51,8 @@ def load_weights(
     path = Path(path).expanduser()
     state = read_state_dict(path, where)
     fitting = with_channels(copy.deepcopy(model), state.channels) if state.channels else model
-    expected, head = fitting.state_dict(), ()
+    expected = fitting.state_dict()
+    head: tuple[str, ...] = ()
     classifier = _classifier(fitting)
     if new_head:
         if classifier is None:

@@ -24,6 +24,8 @@ from compress.export.packed import file_bytes
 from compress.models import masks
 from compress.pipeline.parts import Parts
 from compress.pipeline.rehearsal import rehearse
+from compress.pruning.recipe import Recipe
+from compress.quantization import Quantizer
 from compress.training import processes
 
 
@@ -87,11 +89,11 @@ def check(job: Job, data_sets: DataSets, start: nn.Module | None = None) -> nn.M
     check_image_sizes(parts)
     _check_method(parts)
     if parts.recipe is not None:
-        _check_pruning(parts)
+        _check_pruning(parts, parts.recipe)
     _check_validated_epochs(parts)
     student = parts.pruned_student
     if parts.quantizer is not None:
-        check_quantizer(parts, student)
+        check_quantizer(parts, parts.quantizer, student)
     check_exporters(parts.exporters, parts.quantizer)
     key = _rehearsed(parts)
     if start is not None or key not in data_sets.rehearsed:
@@ -201,16 +203,16 @@ def _refusal(role: str, parts: Parts, training: bool) -> Exception | None:
     return mistake
 
 
-def _check_pruning(parts: Parts) -> None:
+def _check_pruning(parts: Parts, recipe: Recipe) -> None:
     networks = {"student": parts.fresh_student}
     if parts.config.peer:
         networks["peer"] = parts.network("peer")
     for role, network in networks.items():
-        parts.recipe.check(network, parts.config.trainer.max_epochs, parts.data.input_shape, role)
+        recipe.check(network, parts.config.trainer.max_epochs, parts.data.input_shape, role)
 
 
-def check_quantizer(parts: Parts, student: nn.Module) -> None:
-    """Raises UserError for options of the quantizer that do not fit `student`, or a budget that it cannot meet."""
-    parts.quantizer.check(student, parts.data.input_shape)
+def check_quantizer(parts: Parts, quantizer: Quantizer, student: nn.Module) -> None:
+    """Raises UserError for options of the `quantizer` that do not fit `student`, or a budget that it cannot meet."""
+    quantizer.check(student, parts.data.input_shape)
     size = partial(file_bytes, description=parts.description(student))
-    parts.quantizer.check_budget(student, parts.data.calibration_batches(2), size, size(student))
+    quantizer.check_budget(student, parts.data.calibration_batches(2), size, size(student))

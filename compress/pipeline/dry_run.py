@@ -72,7 +72,7 @@ def _teacher(parts: Parts, printed: Table) -> tuple[dict[str, float], float]:
 
 def _batch(parts: Parts, batch_size: int) -> int:
     """The images of the largest batch."""
-    return min(batch_size, parts.data.record()["images"]["train"])
+    return min(batch_size, len(parts.data.splits["train"]))
 
 
 def _sizes(parts: Parts, student: nn.Module) -> dict[str, int]:

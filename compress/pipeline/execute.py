@@ -44,7 +44,7 @@ def execute(
             job.hydra, directory, number, lambda config: work(job, directory, data_sets), logging_is_ours
         )
     # Not `return_value`: Hydra would print a line of its own before ours.
-    result = ended._return_value
+    result: Result | Exception | None = ended._return_value
     if isinstance(result, Exception):
         raise result
     return result
@@ -104,7 +104,7 @@ def _as_hydra_does(
         config=composed,
         job_dir_key="hydra.run.dir",
         job_subdir_key=None,
-        hydra_context=HydraContext(config_loader=None, callbacks=callbacks),
+        hydra_context=HydraContext(config_loader=None, callbacks=callbacks),  # type: ignore[arg-type]
         configure_logging=configure_logging,
     )
     if number is None:

@@ -16,7 +16,7 @@ from compress.pipeline.parts import Parts
 from compress.pipeline.variants import Variants
 from compress.pipeline.weight_panels import weight_panels
 from compress.progress import console
-from compress.quantization.lsq import float_network
+from compress.quantization.lsq import FakeQuantization, float_network
 from compress.results.layer_pictures import Panel
 from compress.results.loggers import log_tradeoff
 from compress.results.surroundings import surroundings
@@ -104,7 +104,7 @@ def measured(parts: Parts, directory: Path, name: str, student: nn.Module, train
     with full_float32():
         variants.add_float(student)
         if parts.fake_quantization is not None:
-            _add_trained(variants, parts, trained)
+            _add_trained(variants, parts, parts.fake_quantization, trained)
         if parts.quantizer is not None:
             variants.quantize(student, parts.quantizer)
         variants.finish()
@@ -125,8 +125,7 @@ def best_network(parts: Parts, path: Path) -> tuple[str, nn.Module]:
     return name, network.eval().to(parts.data.device)
 
 
-def _add_trained(variants: Variants, parts: Parts, trained: nn.Module) -> None:
-    grids = parts.fake_quantization
+def _add_trained(variants: Variants, parts: Parts, grids: FakeQuantization, trained: nn.Module) -> None:
     widths = {"w": grids.weight_bits, "a": grids.activation_bits}
     suffix = "".join(f"{letter}{bits}" for letter, bits in widths.items() if bits)
     variants.add(

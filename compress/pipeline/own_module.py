@@ -140,7 +140,7 @@ def _quantizer(stem: str, keys: Mapping[str, Any]) -> Quantizer:
     with open_dict(node):
         for key, value in keys.items():
             OmegaConf.update(node, key, value, merge=True)
-    built = build(node, "quantizer", Quantizer)
+    built: Quantizer = build(node, "quantizer", Quantizer)
     if built.max_drop is not None:
         raise UserError("quantizer.max_drop: found it without labelled images to measure it on; accepted: budget")
     if built.budget is None and len(built.bits) > 1:
@@ -160,8 +160,8 @@ def _first(images: Any, count: int) -> Tensor:
             shape = f"{tensor.dtype} {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
             raise UserError(f"images: found {shape}; {IMAGES}")
         if chosen and tensor.shape[1:] != chosen[0].shape[1:]:
-            found = f"{tuple(chosen[0].shape[1:])} and {tuple(tensor.shape[1:])}"
-            raise UserError(f"images: found the shapes {found}; accepted: images of one shape")
+            shapes = f"{tuple(chosen[0].shape[1:])} and {tuple(tensor.shape[1:])}"
+            raise UserError(f"images: found the shapes {shapes}; accepted: images of one shape")
         chosen.append(tensor.detach()[:missing])
         missing -= len(chosen[-1])
         if missing == 0:
@@ -210,7 +210,7 @@ def _described(
         raise UserError(f"class_names: found {class_names!r}; accepted: {classes} different names, one of each output")
     if (mean is None) != (standard_deviation is None):
         raise UserError("mean: found only one of mean and standard_deviation; accepted: both or neither")
-    statistics = {}
+    statistics: dict[str, Any] = {}
     if mean is not None:
         statistics = {"mean": mean, "standard_deviation": standard_deviation}
     for key, values in statistics.items():

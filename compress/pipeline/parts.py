@@ -5,21 +5,21 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from compress import models
-from compress.arguments import arguments_of, build
+from compress.arguments import arguments_of, build, plain
 from compress.checksums import digest
 from compress.config import ensemble
 from compress.config.class_map import mapped
 from compress.config.pretrained import class_names
 from compress.config.ranges import STUDENT
 from compress.config.rules import method_of, uses_peers, uses_teacher
+from compress.data.module import DataModule
 from compress.data.shared import DataSets
-from compress.export.description import describe
+from compress.export.description import NetworkDescription, describe
 from compress.export.exporter import Exporter
 from compress.export.weights import load_weights
 from compress.methods.classifier import Classifier
@@ -54,24 +54,24 @@ class Parts:
         networks: Mapping[str, nn.Module] | None = None,
     ) -> None:
         self.config = config
-        self.plain = OmegaConf.to_container(config, resolve=True)
+        self.plain = plain(config)
         self.data_sets = data_sets or DataSets()
         self._start = start
         self.networks = networks or {}
 
     def node(self, key: str) -> dict[str, Any]:
         """The part of the configuration at `key`, such as `teacher.members[0]`."""
-        return OmegaConf.to_container(OmegaConf.select(self.config, key), resolve=True)
+        return plain(OmegaConf.select(self.config, key))
 
     @cached_property
     def device(self) -> torch.device:
         return device(self.plain["trainer"]["accelerator"])
 
     @cached_property
-    def data(self) -> pl.LightningDataModule:
+    def data(self) -> DataModule:
         return self.data_with(seed=self.plain["seed"])
 
-    def data_with(self, seed: int, batch_size: int | None = None) -> pl.LightningDataModule:
+    def data_with(self, seed: int, batch_size: int | None = None) -> DataModule:
         """The same images in an order and augmentation that follow from `seed`."""
         return self.data_sets.module(self.plain["data"], seed=seed, device=self.device, batch_size=batch_size)
 
@@ -160,9 +160,12 @@ class Parts:
 
     def network_node(self, role: str) -> dict[str, Any]:
         """What the configuration says of the architecture of `student`, `peer` or one of `teacher_keys`."""
+        node: dict[str, Any] = self.plain["student"]
         if role == "peer":
-            return self.plain["peer"] or self.plain["student"]
-        return self.plain["student"] if role == "student" else self.node(role)["model"]
+            node = self.plain["peer"] or node
+        elif role != "student":
+            node = self.node(role)["model"]
+        return node
 
     def label(self, role: str) -> str:
         """What the network of `student`, `peer` or one of `teacher_keys` is called."""
@@ -179,7 +182,7 @@ class Parts:
         student = self.fresh_student
         return student if self.recipe is None else self.recipe.pruned(student, self.data.input_shape)
 
-    def description(self, student: nn.Module) -> dict[str, Any]:
+    def description(self, student: nn.Module) -> NetworkDescription:
         """What a model file says of `student`, with whatever channels it has, and of the data."""
         return describe(self.described("student", student), self.data, self.origin)
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,14 +20,15 @@ from compress.methods.classifier import Classifier
 from compress.methods.frozen_teacher import FrozenEnsemble, FrozenTeacher
 from compress.methods.learning_teacher import LearningTeacher
 from compress.models.inference import full_float32
+from compress.models.masks import weight_of
 from compress.pipeline.parts import Parts
-from compress.quantization import Correction, GridOptions, QuantizedModel, Refinement
+from compress.quantization import Correction, GridOptions, QuantizedModel, Quantizer, Refinement
 from compress.quantization.comparisons import compare
 from compress.quantization.preparation import prepare
 from compress.quantization.solvers import RTN
 
 # Options under which quantizing costs next to nothing.
-CHEAP = {
+CHEAP: dict[str, Any] = {
     "solver": RTN(),
     "refinement": Refinement(),
     "correction": Correction(bias=False),
@@ -58,7 +60,7 @@ def rehearse(parts: Parts, student: nn.Module) -> None:
         if parts.fake_quantization is not None:
             variants.append(parts.fake_quantization.bake(learner.model, parts.data.input_shape))
         if parts.quantizer is not None:
-            variants += _quantize(parts, student, images)
+            variants += _quantize(parts, parts.quantizer, student, images)
         _export(parts, variants, student, images)
     student.cpu()
 
@@ -80,7 +82,7 @@ def _train(parts: Parts, learner: Classifier, images: Tensor) -> None:
     with _said(parts, "method", f"{parts.plain['method']['stem']}, whose step fails for two images"):
         learner.train()
         _, terms = learner.losses(images, target, None)
-        sum(terms.values()).backward()
+        sum(terms.values(), images.new_zeros(())).backward()
     file = io.BytesIO()
     torch.save(learner.state_dict(), file)
     file.seek(0)
@@ -88,12 +90,11 @@ def _train(parts: Parts, learner: Classifier, images: Tensor) -> None:
         learner.load_state_dict(torch.load(file, weights_only=True))
 
 
-def _quantize(parts: Parts, student: nn.Module, images: Tensor) -> list[QuantizedModel]:
+def _quantize(parts: Parts, quantizer: Quantizer, student: nn.Module, images: Tensor) -> list[QuantizedModel]:
     """The student on the coarsest and cheapest codes, and one layer as the quantizer will answer it."""
-    quantizer = parts.quantizer
     compare(student, [images], quantizer.skip)
     prepared = prepare(student, [images], quantizer.skip)
-    smallest = min(prepared.order, key=lambda name: prepared.analog.get_submodule(name).weight.numel())
+    smallest = min(prepared.order, key=lambda name: weight_of(prepared.analog.get_submodule(name)).numel())
     others = [name for name in prepared.order if name != smallest]
     bits = min(quantizer.bits)
     with _said(parts, "quantizer", f"{quantizer.name}, which fails for {smallest}"):

@@ -62,7 +62,8 @@ def run(job: Job, directory: Path, data_sets: DataSets, float_checkpoint: Path |
     Everything a run leaves is described in `compress.results`.
     """
     if processes.node_rank(job.config.trainer) > 0:
-        return distributed.join(job.config, directory, _worker_command(directory))
+        distributed.join(job.config, directory, _worker_command(directory))
+        return None
     with resume.owned(directory, allowing(job.config)):
         if (directory / "result.json").exists():
             return finished(directory)
@@ -80,6 +81,7 @@ def run(job: Job, directory: Path, data_sets: DataSets, float_checkpoint: Path |
             teacher_record = teachers.tested(trained.teacher, parts) if trained.teacher else None
             clock.lap("quantization")
             measured = trained.measured
+            assert measured is not None  # only the processes that this one starts do not measure
             about = measured.record(
                 parts,
                 trained.threads,
@@ -88,7 +90,8 @@ def run(job: Job, directory: Path, data_sets: DataSets, float_checkpoint: Path |
                 best_epoch=epoch_of(directory / "checkpoints" / BEST),
             )
             pruning = None if parts.recipe is None else parts.recipe.record(measured.trained)
-            record = Record(**started, seconds=clock.laps, teacher=teacher_record, pruning=pruning, **about)
+            about |= {"teacher": teacher_record, "pruning": pruning}
+            record = Record(**started, seconds=clock.laps, **about)
             title = f"{parts.plain['method']['stem']} {record.student.model} on {record.data.name}"
             record = write_results(directory, record, title, measured.panels(), loggers)
             (directory / resume.STARTED).unlink()

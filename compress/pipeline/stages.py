@@ -45,7 +45,9 @@ def _run_each(job: Job, directory: Path, data_sets: DataSets, overrides: Sequenc
             start_from(stage.config, results[-1].directory / "checkpoints" / BEST)
         console.print(f"stage {number} of {len(job.stages)}: {job.config.stages[number - 1].name}", style="bold")
         stage = replace(stage, overrides=tuple(overrides))
-        results.append(run(stage, directory / stage.name, data_sets, float_checkpoint))
+        result = run(stage, directory / stage.name, data_sets, float_checkpoint)
+        assert result is not None  # stages take one machine
+        results.append(result)
         if Parts(stage.config, data_sets).fake_quantization is None:
             float_checkpoint = results[-1].directory / "checkpoints" / BEST
     return results

@@ -68,7 +68,8 @@ def quantize_checkpoint(overrides: Sequence[str]) -> Path:
     parts = Parts(config)
     path = path or Path(config.student.checkpoint)
     student = _loaded(parts, path, about)
-    check_quantizer(parts, student)
+    if parts.quantizer is not None:
+        check_quantizer(parts, parts.quantizer, student)
     check_exporters(parts.exporters, parts.quantizer)
     check_image_sizes(parts, training=False)
     label = parts.label("student")
@@ -187,7 +188,7 @@ def _model(path: Path | None, typed: Mapping[str, str], about: Mapping[str, Any]
     return _overrides("student", node)
 
 
-def _own_class(path: Path, typed: Mapping[str, str], node: Mapping[str, Any]) -> dict[str, Any]:
+def _own_class(path: Path | None, typed: Mapping[str, str], node: Mapping[str, Any]) -> dict[str, Any]:
     """The `node` of a network of the user's own class, which has to be typed: no file may name code to run."""
     if "network" not in typed:
         raise UserError(
@@ -228,6 +229,6 @@ def _run_of(path: Path | None) -> dict[str, Any] | None:
         yaml_file.check(read_text(file))
     except (YAMLError, UnicodeDecodeError) as failure:
         raise UserError(f"{file}: cannot be read as YAML ({first_line(failure)}); accepted: that of a run") from None
-    config = OmegaConf.to_container(OmegaConf.load(file))
+    config: Any = OmegaConf.to_container(OmegaConf.load(file))
     known = isinstance(config, dict) and all(isinstance(config.get(key), dict) for key in ("student", "data"))
     return config if known else None

@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytorch_lightning as pl
 import torch
@@ -16,6 +16,7 @@ from compress import models
 from compress.arguments import build
 from compress.checksums import digest
 from compress.config import ensemble
+from compress.data.module import DataModule
 from compress.errors import UserError
 from compress.evaluation import evaluate
 from compress.export import container
@@ -66,8 +67,8 @@ def resolve(parts: Parts, directory: Path) -> Teacher | None:
     return _ensemble(members, parts.data) if ensemble.is_ensemble(parts.config) else members[0]
 
 
-def _ensemble(members: list[Teacher], data: pl.LightningDataModule) -> Teacher:
-    frozen = FrozenEnsemble([member.frozen for member in members])
+def _ensemble(members: list[Teacher], data: DataModule) -> Teacher:
+    frozen = FrozenEnsemble([cast(FrozenTeacher, member.frozen) for member in members])  # each a single network
     validation = evaluate(frozen, data.val_dataloader(), data.num_classes)
     console.print(
         f"teacher ensemble of {len(members)}: validation accuracy {100 * validation.accuracy:.2f} %", style="bold"
@@ -95,7 +96,7 @@ def tested(teacher: Teacher, parts: Parts) -> dict[str, Any]:
     test = evaluate(teacher.frozen, data.test_dataloader(), data.num_classes)
     per_class = dict(zip(data.class_names, test.per_class, strict=True))
     record = teacher.record | {"test_accuracy": test.accuracy, "test_accuracy_per_class": per_class}
-    if parts.updates_teacher:
+    if parts.updates_teacher and teacher.learning is not None:
         learned = teacher.learning.float().eval().to(data.device)
         record["validation_accuracy_after"] = evaluate(learned, data.val_dataloader(), data.num_classes).accuracy
     return record
@@ -216,7 +217,7 @@ class _Member:
         container.write(path, KIND, about | {"versions": versions_in_files()}, network.state_dict())
 
 
-def _renormalise(node: dict[str, Any], data: pl.LightningDataModule) -> tuple[torch.Tensor, torch.Tensor] | None:
+def _renormalise(node: dict[str, Any], data: DataModule) -> tuple[torch.Tensor, torch.Tensor] | None:
     """From the data's normalisation to the teacher's: `(x * std + mean - teacher_mean) / teacher_std`."""
     if node["mean"] is None:
         return None

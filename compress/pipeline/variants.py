@@ -6,11 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
 from compress import models
+from compress.data.module import DataModule
+from compress.data.unlabelled import Unlabelled
 from compress.errors import UserError
 from compress.evaluation import Evaluation, evaluate, paired_latency_ms
 from compress.export.description import describe
@@ -47,7 +48,7 @@ class Variants:
 
     def __init__(
         self,
-        data: pl.LightningDataModule,
+        data: DataModule,
         directory: Path,
         architecture: Mapping[str, Any],
         exporters: Sequence[Exporter],
@@ -60,13 +61,13 @@ class Variants:
         self.layers: dict[str, dict[str, Any]] = {}
         self.quantized: dict[str, QuantizedModel] = {}
         self.comparisons: dict[str, Any] = {"read_back": {}}
-        self.test: Evaluation | None = None
+        self.test: Evaluation
         self._runnable: list[Callable[[Tensor], Tensor]] = []
         self._description = describe(architecture, data, origin)
 
     def add_float(self, student: nn.Module) -> None:
         """The reference of all others. Images without labels get those that it gives them."""
-        if not self.data.labelled:
+        if isinstance(self.data, Unlabelled):
             self.data.label(student)
         columns = {"quantizer": "none", "bits": 32, "levels": None, "first_last_bits": None, "activation_bits": 32}
         self._measure("student-fp32", student, (), columns)
@@ -132,7 +133,7 @@ class Variants:
         """Fills in the latencies, for which all variants take turns on one thread of the CPU."""
         for column, (batch, repeats) in TIMED.items():
             medians = paired_latency_ms(self._runnable, self.data.input_shape, batch, repeats)
-            pairs = zip(self.rows, medians, strict=True)
+            pairs: Iterable[tuple[Row, Any]] = zip(self.rows, medians, strict=True)
             self.rows = [replace(row, **{column: milliseconds}) for row, milliseconds in pairs]
         self._runnable.clear()
         folder = self.directory / "models"
@@ -197,7 +198,7 @@ class Variants:
         """Adds the row of the `model` read from `path`; returns its evaluation on the test set, as `reference` is."""
         validation = evaluate(model, self.data.val_dataloader(), self.data.num_classes)
         test = evaluate(model, self.data.test_dataloader(), self.data.num_classes)
-        if self.test is None:
+        if not self.rows:
             self.test = test
         size = path.stat().st_size
         self.rows.append(
@@ -207,8 +208,8 @@ class Variants:
                 validation_accuracy=validation.accuracy if self.data.labelled else None,
                 test_accuracy=test.accuracy if self.data.labelled else None,
                 agreement=test.agreement(self.test),
-                runtime_agreement=reference and test.agreement(reference),
-                logit_difference=reference and (test.logits - reference.logits).abs().max().item(),
+                runtime_agreement=None if reference is None else test.agreement(reference),
+                logit_difference=None if reference is None else (test.logits - reference.logits).abs().max().item(),
                 bytes=size,
                 ratio=(self.rows[0].bytes if self.rows else size) / size,
                 latency_ms=0.0,

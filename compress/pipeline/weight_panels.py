@@ -15,7 +15,9 @@ def weight_panels(
     student: nn.Module, input_shape: Sequence[int], variants: Mapping[str, QuantizedModel]
 ) -> dict[str, list[Panel]]:
     """Panels of some layers of each of the `variants`, which are named like their files and made from `student`."""
-    folded = fold_batch_norm(student, input_shape) if variants else None
+    if not variants:
+        return {}
+    folded = fold_batch_norm(student, input_shape)
     return {name.removeprefix("student-"): _panels(folded, variant) for name, variant in variants.items()}
 
 
@@ -27,7 +29,7 @@ def _panels(folded: nn.Module, variant: QuantizedModel) -> list[Panel]:
     for name in names:
         if name in (names[0], names[-1], *worst):
             layer = variant.layers[name]
-            weight = folded.get_submodule(name).weight.detach().flatten(1).cpu()
+            weight = folded.get_parameter(f"{name}.weight").detach().flatten(1).cpu()
             floats = weight / layer.grid.scale.cpu()[:, None]
             steps = layer.codes.flatten(1).cpu().int() - layer.grid.zero_point.cpu().int()[:, None]
             panels.append(Panel(f"{name}, {layer.bits} bit", floats.numpy().ravel(), steps.numpy().ravel()))

@@ -3,9 +3,10 @@
 import os
 import sys
 from pathlib import Path
+from typing import cast
 
 import torch
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from compress.paths import import_from_here
 from compress.pipeline.run import train
@@ -21,7 +22,7 @@ def main(directory: Path) -> int:
     console.quiet = True
     try:
         # As the job that started this process has just written it, checked.
-        config = OmegaConf.load(directory / "config.yaml")
+        config = cast(DictConfig, OmegaConf.load(directory / "config.yaml"))
         if config.trainer.accelerator != "cpu" and torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         train(config, directory)

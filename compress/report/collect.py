@@ -44,7 +44,8 @@ def collect(paths: Iterable[Path]) -> Collection:
     unfinished = tuple(directory for directory in directories if not (directory / FILE).exists())
     parents = [str(directory.parent.absolute()) for directory in directories]
     top = Path(os.path.commonpath(parents)) if parents else Path()
-    runs, problems = [], []
+    runs: list[Run] = []
+    problems: list[str] = []
     for directory in directories:
         if directory not in unfinished:
             try:
@@ -83,8 +84,8 @@ def write_summary(path: Path, runs: Sequence[Run]) -> None:
     lines = []
     for run in runs:
         directory, record = relative(run.directory, path), run.record
-        about = [directory, run.data, run.experiment, run.method, run.student, run.teacher, run.seed, record.started]
-        about = dict(zip(ABOUT, [*about, " ".join(record.overrides)], strict=True))
+        values = [directory, run.data, run.experiment, run.method, run.student, run.teacher, run.seed, record.started]
+        about = dict(zip(ABOUT, [*values, " ".join(record.overrides)], strict=True))
         lines += [about | asdict(row) | {"file": f"{directory}/{row.file}"} for row in run.rows]
     write_csv(path, [*ABOUT, *COLUMNS], lines)
 

@@ -45,11 +45,11 @@ class Variant:
 
     def mean(self, column: str) -> float | None:
         known = self.statistic(column)
-        return known and known.mean
+        return None if known is None else known.mean
 
     def deviation(self, column: str) -> float | None:
         known = self.statistic(column)
-        return known and known.deviation
+        return None if known is None else known.deviation
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Group:
     settings: str
     variants: tuple[Variant, ...]
 
-    def reference(self, variant: Variant) -> Callable[[str], float] | None:
+    def reference(self, variant: Variant) -> Callable[[str], float | None] | None:
         """The means of the float32 student, for a `variant` other than that."""
         student = next((other for other in self.variants if other.row.quantizer == "none"), variant)
         return None if student is variant else student.mean
@@ -73,9 +73,10 @@ class Group:
 
 def statistic(values: Sequence[float | None]) -> Statistic | None:
     """Mean and deviation; None where any value is unknown."""
-    if not values or None in values:
+    known = [value for value in values if value is not None]
+    if not values or len(known) < len(values):
         return None
-    return Statistic(statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None)
+    return Statistic(statistics.mean(known), statistics.stdev(known) if len(known) > 1 else None)
 
 
 def groups(runs: Sequence[Run]) -> tuple[Group, ...]:

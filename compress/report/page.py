@@ -68,7 +68,8 @@ def plotly_script() -> str:
         from plotly.offline import get_plotlyjs
     except ImportError:
         raise UserError("plotly is not installed; pip install 'compress[report]'") from None
-    return get_plotlyjs()
+    script: str = get_plotlyjs()
+    return script
 
 
 def title(collection: Collection) -> str:

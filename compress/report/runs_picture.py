@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from matplotlib import colormaps
 from matplotlib.axes import Axes
@@ -39,10 +40,15 @@ def _draw_panel(axes: Axes, compared: Sequence[Group]) -> None:
         megabytes = [variant.mean("bytes") / 1e6 for variant in variants]
         accuracies = [100 * variant.mean("test_accuracy") for variant in variants]
         deviations = [100 * (variant.deviation("test_accuracy") or 0.0) for variant in variants]
-        style = {"color": colour, "marker": MARKERS[number % len(MARKERS)], "markersize": 4, "linewidth": 1.2}
+        style: dict[str, Any] = {
+            "color": colour,
+            "marker": MARKERS[number % len(MARKERS)],
+            "markersize": 4,
+            "linewidth": 1.2,
+        }
         axes.errorbar(megabytes, accuracies, yerr=deviations, capsize=2, label=label, **style)
         if number == 0:  # the widths beside the points of one line
-            offset = {"textcoords": "offset points", "xytext": (0, 7), "ha": "center"}
+            offset: dict[str, Any] = {"textcoords": "offset points", "xytext": (0, 7), "ha": "center"}
             for variant, point in zip(variants, zip(megabytes, accuracies, strict=True), strict=True):
                 axes.annotate(variant.row.width, point, fontsize=7, color="0.35", **offset)
 

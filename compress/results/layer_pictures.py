@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -101,6 +102,6 @@ def _histogram(axes: Axes, panel: Panel) -> None:
     axes.set_yticks([])
 
 
-def _fill(axes: Axes, edges: np.ndarray, heights: np.ndarray, **style: float | str) -> None:
+def _fill(axes: Axes, edges: np.ndarray, heights: np.ndarray, **style: Any) -> None:
     """Bars from each edge to the next, in one outline: hundreds of rectangles in every panel take seconds to draw."""
     axes.fill_between(edges, heights, step="post", linewidth=0, **style)

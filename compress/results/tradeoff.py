@@ -135,7 +135,7 @@ def columns_of(table: str) -> dict[str, Column]:
 
 
 def figures(
-    table: str, value: Callable[[str], float], reference: Callable[[str], float] | None
+    table: str, value: Callable[[str], float | None], reference: Callable[[str], float | None] | None
 ) -> dict[str, float | None]:
     """The values of the columns of the `table` by key, given functions that look them up by name.
 
@@ -143,8 +143,8 @@ def figures(
     """
 
     def change(name: str) -> float | None:
-        known = reference is not None and value(name) is not None
-        return value(name) - reference(name) if known else None
+        before, after = None if reference is None else reference(name), value(name)
+        return None if before is None or after is None else after - before
 
     return {key: value(key) if key in COLUMNS else change(key.removesuffix("_change")) for key in columns_of(table)}
 

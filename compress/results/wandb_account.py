@@ -22,6 +22,6 @@ def _has_key() -> bool:
         return True
     host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
     try:
-        return netrc(os.environ.get("NETRC", Path.home() / ".netrc")).authenticators(host) is not None
+        return netrc(os.environ.get("NETRC", Path.home() / ".netrc")).authenticators(host or "") is not None
     except (OSError, NetrcParseError):
         return False

@@ -9,13 +9,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
-from omegaconf import DictConfig, OmegaConf
+from lightning_utilities.core.rank_zero import rank_zero_only
+from omegaconf import DictConfig
 from pydantic import AfterValidator, Field
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import WandbLogger
-from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
 from compress import models
+from compress.arguments import plain
 from compress.errors import UserError
 from compress.files import read_json, write_json
 from compress.paths import PACKAGE
@@ -91,7 +92,7 @@ class WandbRun(WandbLogger):
         identity = {"id": self.version or generate_id()}
         # Before the run is made: a job that is killed now must not leave a run that it cannot find again.
         write_json(self.directory / IDENTITY, identity)
-        settings = {"git_root": str(PACKAGE.parent)} if about["commit"] else {}
+        settings: dict[str, Any] = {"git_root": str(PACKAGE.parent)} if about["commit"] else {}
         # A killed offline run loses up to 15 seconds by default; versions without the setting write at once.
         if "x_transaction_log_flush_interval" in wandb.Settings.model_fields:
             settings["x_transaction_log_flush_interval"] = 0.5
@@ -102,7 +103,7 @@ class WandbRun(WandbLogger):
                 id=identity["id"],
                 resume="allow",
                 dir=str(self.directory),
-                config=OmegaConf.to_container(config, resolve=True) | about,
+                config=plain(config) | about,
                 # Another active run may be that of whoever called us. The commit is this project's, wherever it runs.
                 settings=wandb.Settings(reinit="create_new", **settings),
             )
@@ -114,7 +115,7 @@ class WandbRun(WandbLogger):
         if not self._experiment.offline and self._experiment.url:
             write_json(self.directory / IDENTITY, identity | {"url": self._experiment.url})
 
-    def _names(self, config: DictConfig) -> dict[str, str | None]:
+    def _names(self, config: DictConfig) -> dict[str, Any]:
         """Name, group and job type, as they were chosen or as they follow from the configuration."""
         sweep = next((folder for folder in self.directory.parents if (folder / "sweep.yaml").is_file()), None)
         name = f"{config.method.stem} {models.label(config.student)} {config.data.stem} seed {config.seed}"

@@ -157,7 +157,8 @@ def _our_launcher(node: DictConfig) -> SeparateLauncher | None:
     kind = imported(node._target_, "hydra.launcher._target_")
     if not issubclass(kind, SeparateLauncher):
         return None
-    return kind(**check_arguments(kind, node, "hydra.launcher"))
+    launcher: SeparateLauncher = kind(**check_arguments(kind, node, "hydra.launcher"))
+    return launcher
 
 
 @contextmanager

@@ -93,7 +93,8 @@ class Space:
 
     def content(self) -> dict[str, Any]:
         """All of it as JSON has it, to tell one search from another."""
-        return json.loads(json.dumps(asdict(self)))
+        content: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return content
 
     def overrides_of(self, values: Mapping[str, str]) -> list[str]:
         return [*self.overrides, *(f"{key}={value}" for key, value in values.items())]

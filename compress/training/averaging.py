@@ -24,4 +24,5 @@ class MovingAverage(WeightAveraging):
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *batch: Any) -> None:
         super().on_train_batch_end(trainer, pl_module, *batch)
-        masks.apply(self._average_model.module)
+        if self._average_model is not None:
+            masks.apply(self._average_model.module)

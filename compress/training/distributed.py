@@ -24,7 +24,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
-from lightning_fabric.plugins.environments import SLURMEnvironment
+from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
 from omegaconf import DictConfig
 
 from compress.errors import MACHINE, UserError
@@ -123,7 +123,8 @@ def _meeting_point(trainer: Mapping[str, Any]) -> tuple[str, int]:
     if trainer.get("num_nodes", 1) == 1:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
-            return free.getsockname()
+            address: tuple[str, int] = free.getsockname()
+            return address
     if "MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ:
         port = os.environ["MASTER_PORT"]
         if not port.isdecimal() or not 0 < int(port) < 2**16:
@@ -144,11 +145,14 @@ def watch(command: Sequence[str], environments: Sequence[Mapping[str, str]]) -> 
     They end with this process, too, however that ends: it holds their standard input open, see `end_with_parent`.
     """
     with tempfile.TemporaryDirectory() as failures:
-        started: list[subprocess.Popen] = []
+        started: list[subprocess.Popen[bytes]] = []
         try:
             for variables in environments:
                 # In a session of their own: Ctrl-C is for the job, which then ends them.
-                options = {"env": os.environ | variables | {FAILURES: failures}, "start_new_session": True}
+                options: dict[str, Any] = {
+                    "env": os.environ | variables | {FAILURES: failures},
+                    "start_new_session": True,
+                }
                 started.append(subprocess.Popen(command, stdin=subprocess.PIPE, **options))
             codes: list[int | None] = [None]
             while None in codes and not any(codes):
@@ -161,7 +165,8 @@ def watch(command: Sequence[str], environments: Sequence[Mapping[str, str]]) -> 
                 if process.poll() is None:
                     process.kill()
                 process.wait()
-                process.stdin.close()
+                if process.stdin is not None:
+                    process.stdin.close()
         if any(codes):
             _raise(codes, Path(failures))
 

@@ -35,7 +35,8 @@ class EpochLines(Checkpoint):
         self.progress.start()
 
     def on_train_batch_end(self, trainer: pl.Trainer, *arguments: Any) -> None:
-        self.progress.advance(self.progress.task_ids[0])
+        if self.progress is not None:
+            self.progress.advance(self.progress.task_ids[0])
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._stop()

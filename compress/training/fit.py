@@ -110,7 +110,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """The content of `best.ckpt` or `last.ckpt`. Raises UserError where the file has been damaged since."""
     try:
         check_archive(path)
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         int(content["epoch"])
         return content
     except Exception as failure:  # a damaged file can fail anywhere in the decoder, with any exception
@@ -142,7 +142,7 @@ class Checkpoint(ModelCheckpoint):
         def here(path: str) -> str:
             return str(Path(self.dirpath, Path(path).name))
 
-        moved = {key: here(state_dict[key]) for key in ("best_model_path", "kth_best_model_path")}
+        moved: dict[str, Any] = {key: here(state_dict[key]) for key in ("best_model_path", "kth_best_model_path")}
         moved["best_k_models"] = {here(path): score for path, score in state_dict["best_k_models"].items()}
         super().load_state_dict(state_dict | moved | {"dirpath": self.dirpath})
 

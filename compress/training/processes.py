@@ -7,10 +7,11 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from lightning_fabric.plugins.environments import LightningEnvironment, TorchElasticEnvironment
+from lightning_fabric.plugins.environments.lightning import LightningEnvironment
+from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from lightning_utilities.core.rank_zero import rank_zero_only
 from omegaconf import DictConfig
 from pytorch_lightning.strategies import DDPStrategy
-from pytorch_lightning.utilities.rank_zero import rank_zero_only
 from torch import nn
 
 from compress.errors import UserError
@@ -22,7 +23,7 @@ FAILURES = "COMPRESS_FAILURES"
 
 
 def is_wanted(trainer: Mapping[str, Any]) -> bool:
-    return trainer.get("strategy", "auto") == "ddp"
+    return bool(trainer.get("strategy", "auto") == "ddp")
 
 
 def is_worker() -> bool:
@@ -33,7 +34,8 @@ def is_worker() -> bool:
 def processes_here(trainer: Mapping[str, Any]) -> int:
     """How many processes train on this machine under these options."""
     if trainer["devices"] != "auto":
-        return trainer["devices"]
+        devices: int = trainer["devices"]
+        return devices
     return torch.cuda.device_count() if trainer["accelerator"] != "cpu" and torch.cuda.is_available() else 1
 
 
@@ -55,7 +57,7 @@ def node_rank(trainer: Mapping[str, Any]) -> int:
 
 def act_alone() -> None:
     """This process logs and writes, whatever number a launcher such as srun has given it."""
-    rank_zero_only.rank = 0
+    rank_zero_only.rank = 0  # type: ignore[attr-defined]
 
 
 def lightning_options(trainer: Mapping[str, Any], networks: Iterable[nn.Module], input_shape: Any) -> dict[str, Any]:

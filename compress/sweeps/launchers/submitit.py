@@ -72,7 +72,8 @@ class SubmititLauncher(SeparateLauncher):
         executor = self._executor(Path(self.submitit_folder).absolute())
         # A cluster queues; this machine has to be spared.
         at_once = len(calls) if self.cluster == "slurm" else self.array_parallelism
-        waiting, running = list(calls), {}
+        waiting = list(calls)
+        running: dict[Any, Call] = {}
         # Both hand their environment on.
         os.environ.setdefault("OMP_NUM_THREADS", str(self.cpus_per_task))
         try:
