@@ -96,8 +96,11 @@ def started(directory: Path) -> dict[str, Any] | None:
     """What `record_start` has left of the unfinished run in `directory`; None where nothing can be read."""
     try:
         content = read_json(directory / STARTED, "a run that was begun")
-        return {**content, "overrides": list(content["overrides"])}
-    except (UserError, KeyError, TypeError):
+        datetime.fromisoformat(content["started"])
+        if not all(isinstance(word, str) for word in content["overrides"]):
+            return None
+        return {key: content[key] for key in ("overrides", "started", "slurm_job") if key in content}
+    except (UserError, KeyError, TypeError, ValueError):
         return None
 
 

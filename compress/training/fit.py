@@ -54,10 +54,12 @@ def fit(
     options |= processes.lightning_options(options, module.learning_networks, module.input_shape)
     plugins = options.pop("plugins")
     _quieten()
+    last = directory / LAST
+    restoring = Restoring(last.exists())
     trainer = pl.Trainer(
         **options,
         logger=list(loggers) or False,
-        callbacks=called,
+        callbacks=[restoring, *called],
         default_root_dir=directory,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -68,12 +70,16 @@ def fit(
     if options["precision"] == "64-true":
         # Lightning does so too, but only after it has loaded a checkpoint's weights into float32.
         module.double()
-    last = directory / LAST
     if (directory / BEST).exists():
         epoch_of(directory / BEST)  # which is not read before the training is over
     if last.exists():
         console.print(f"  continuing after epoch {epoch_of(last)}")
-    trainer.fit(module, data, ckpt_path=last if last.exists() else None, weights_only=True)
+    try:
+        trainer.fit(module, data, ckpt_path=last if last.exists() else None, weights_only=True)
+    except Exception as failure:  # what a checkpoint holds can fit this training in no end of ways
+        if restoring.is_going_on and in_one_line(failure) is None:
+            raise damaged(last) from failure
+        raise
     return trainer
 
 
@@ -110,15 +116,20 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """The content of `best.ckpt` or `last.ckpt`. Raises UserError where the file has been damaged since."""
     try:
         check_archive(path)
-        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         int(content["epoch"])
         return content
     except Exception as failure:  # a damaged file can fail anywhere in the decoder, with any exception
         if in_one_line(failure) is not None:
             raise
-        raise UserError(
-            f"resume: found {path}, which is damaged; accepted: to remove {path.parent}, and training begins anew"
-        ) from None
+        raise damaged(path) from failure
+
+
+def damaged(path: Path) -> UserError:
+    """What to say of a checkpoint that cannot be gone on from."""
+    return UserError(
+        f"resume: found {path}, which is damaged; accepted: to remove {path.parent}, and training begins anew"
+    )
 
 
 class Checkpoint(ModelCheckpoint):
@@ -145,6 +156,16 @@ class Checkpoint(ModelCheckpoint):
         moved: dict[str, Any] = {key: here(state_dict[key]) for key in ("best_model_path", "kth_best_model_path")}
         moved["best_k_models"] = {here(path): score for path, score in state_dict["best_k_models"].items()}
         super().load_state_dict(state_dict | moved | {"dirpath": self.dirpath})
+
+
+class Restoring(pl.Callback):
+    """Knows whether a training is still taking over what its checkpoint holds."""
+
+    def __init__(self, has_checkpoint: bool) -> None:
+        self.is_going_on = has_checkpoint
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.is_going_on = False
 
 
 class Divergence(pl.Callback):
