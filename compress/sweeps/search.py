@@ -11,8 +11,8 @@ import os
 import signal
 import threading
 import traceback
-from collections.abc import Mapping
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from importlib import import_module
 from itertools import count
@@ -23,7 +23,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from compress.data.shared import DataSets
-from compress.errors import UserError, first_line
+from compress.errors import UserError, first_line, in_one_line
 from compress.files import make_chosen, read_json, write_json
 from compress.pipeline.check import checked_jobs
 from compress.pipeline.execute import execute
@@ -130,6 +130,18 @@ class _JournalLock:
         self.lock.release()
 
 
+@contextmanager
+def _reading(journal: Path) -> Iterator[None]:
+    """Within it, whatever a damaged `journal` makes Optuna fail with is a UserError that names it."""
+    try:
+        yield
+    except Exception as failure:  # Optuna believes what a journal says, and can fail anywhere in it
+        if in_one_line(failure) is not None:
+            raise
+        accepted = "a journal as Optuna wrote it, or a new directory"
+        raise UserError(f"{journal}: cannot be read ({first_line(failure)}); accepted: {accepted}") from failure
+
+
 class _Search:
     """A process's view of the search in `directory`."""
 
@@ -141,7 +153,7 @@ class _Search:
         self.states = optuna.trial.TrialState
         path = directory / "journal.log"
         # Optuna makes the file where there is none, but not while another process may.
-        with self.lock:
+        with self.lock, _reading(path):
             backend = optuna.storages.journal.JournalFileBackend(str(path), lock_obj=_JournalLock(path))
             self.study = optuna.create_study(
                 study_name="search",
@@ -149,6 +161,9 @@ class _Search:
                 directions=["maximize", "minimize"],
                 load_if_exists=True,
             )
+            for trial in self.study.get_trials(deepcopy=False):
+                if not isinstance(trial.user_attrs.get("run", 0), int):
+                    raise ValueError(f"trial {trial.number} names no number of a run")
 
     def trials(self) -> list[Any]:
         """Those that count: not the ones that were killed and have a successor."""
