@@ -101,12 +101,12 @@ def repair(path, content, change, draw):
                 part = archive.read(name)
                 other.writestr(name, change(part, draw) if name == chosen and part else part)
         return written.getvalue()
-    if path.suffix == ".safetensors":
-        return changed_model(path, change, draw)
+    if path.suffix == ".safetensors" and "foreign" not in path.name:
+        return changed_model(path, draw)
     return None
 
 
-def changed_model(path, change, draw):
+def changed_model(path, draw):
     """A model file whose description, or one of whose tensors, is another one."""
     kind, description, tensors = container.read(path)
     if draw.random() < 0.75:

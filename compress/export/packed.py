@@ -155,7 +155,7 @@ def architecture_of(path: str | Path) -> dict[str, Any]:
 def read_float_description(path: Path) -> dict[str, Any] | None:
     """What a float32 file says of its network; None for a file of any other kind, a packed one or a state dict, say.
 
-    Raises UserError, naming the file, where it is a damaged or altered `.safetensors`.
+    Raises UserError, naming the file, where it is a damaged or altered `.safetensors`, or describes no network.
     """
     if path.suffix != Packed.suffix:
         return None
@@ -163,7 +163,15 @@ def read_float_description(path: Path) -> dict[str, Any] | None:
         kind, description, _ = container.read(path)
     except container.NoDescriptionError:
         return None
-    return description if kind == FLOAT else None
+    if kind != FLOAT:
+        return None
+    try:
+        check_description(description, description["architecture"]["num_classes"])
+    except (KeyError, TypeError):
+        raise UserError(f"{path}: found a description without an architecture; accepted: a model file") from None
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    return description
 
 
 def _check_cost(description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
