@@ -28,7 +28,7 @@ from compress.errors import UserError, first_line
 from compress.export.formats import check_exporters
 from compress.export.packed import read_float_description
 from compress.export.weights import load_weights
-from compress.files import make_directory, write_yaml
+from compress.files import check_can_be_made, make_directory, write_yaml
 from compress.models import own_class
 from compress.pipeline.check import check_image_sizes, check_quantizer
 from compress.pipeline.measure import measured
@@ -66,6 +66,8 @@ def quantize_checkpoint(overrides: Sequence[str]) -> Path:
         raise UserError("checkpoint: found none; accepted: checkpoint=FILE, or model.pretrained=true with model=timm")
     config = _composed(path, overrides, typed, about, allowed)
     parts = Parts(config)
+    parent = Path(parts.plain["output_directory"]) / "quantized"
+    check_can_be_made(parent, "output_directory")
     path = path or Path(config.student.checkpoint)
     student = _loaded(parts, path, about)
     if parts.quantizer is not None:
@@ -73,7 +75,6 @@ def quantize_checkpoint(overrides: Sequence[str]) -> Path:
     check_exporters(parts.exporters, parts.quantizer)
     check_image_sizes(parts, training=False)
     label = parts.label("student")
-    parent = Path(parts.plain["output_directory"]) / "quantized"
     directory = make_directory(parent, f"{datetime.now():%Y-%m-%d_%H-%M-%S}-{label}".replace("/", "-"))
     groups = {key: parts.plain[key] for key in ("seed", "data", "student", "quantizer", "export")}
     write_yaml(directory / "config.yaml", OmegaConf.to_yaml({"checkpoint": str(path), **groups}))
