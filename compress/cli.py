@@ -136,7 +136,7 @@ def _run(overrides: list[str], multirun: bool, dry_run: bool) -> int:
     from compress.pipeline.check import check_job
     from compress.pipeline.dry_run import show
     from compress.pipeline.execute import execute
-    from compress.pipeline.resume import requeued, run_directory
+    from compress.pipeline.resume import check_place, requeued, run_directory
     from compress.sweeps.jobs import check_launcher, start
 
     jobs = compose_jobs(overrides, multirun)
@@ -145,6 +145,7 @@ def _run(overrides: list[str], multirun: bool, dry_run: bool) -> int:
         if interrupted is not None:
             # What the same command names is allowed in what it has left.
             return _go_on("resume", [f"resume={interrupted}", *allowing(jobs[0].config)])
+    check_place("sweep" if multirun else "run", jobs[0], overrides)
     data_sets = DataSets()
     jobs = [check_job(job, data_sets) for job in jobs]
     if dry_run:

@@ -131,6 +131,34 @@ def _no_formula(value: Any) -> Any:
     return value
 
 
+def check_can_be_made(directory: Path, key: str) -> None:
+    """Raises UserError where the `directory` that the user gave as `key` can be neither made nor written.
+
+    Nothing is made, so a file system that refuses for other reasons is not found out.
+    """
+    place, reason = directory.absolute(), ""
+    try:
+        while not _is_there(place):
+            place = place.parent
+        if not place.is_dir():
+            reason = f"{place} is no directory"
+        elif not os.access(place, os.W_OK | os.X_OK):
+            reason = f"{place} may not be written"
+    except (OSError, ValueError) as failure:
+        reason = getattr(failure, "strerror", None) or first_line(failure)
+    if reason:
+        raise UserError(f"{key}: found {directory}, which cannot be made ({reason}); accepted: a new directory")
+
+
+def _is_there(path: Path) -> bool:
+    """Whether there is anything at `path`, a link to nothing too. Raises OSError where that cannot be known."""
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
 def make_chosen(directory: Path, key: str) -> None:
     """Makes the `directory` that the user gave as `key`, if it is not there. Raises UserError where that cannot be."""
     try:

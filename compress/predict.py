@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compress.data.image_file import ACCEPTED, image_files, read_square
+from compress.data.image_file import ACCEPTED, accepted_pixels, image_files, read_square
 from compress.data.normalisation import Normalisation
 from compress.errors import UserError
 from compress.export.formats import read_any
@@ -31,6 +31,7 @@ class Predictor:
 
     def __init__(self, model: Callable[[Tensor], Tensor], description: dict[str, Any]) -> None:
         self.model = model
+        self.max_pixels = accepted_pixels()
         self.class_names = tuple(description["class_names"])
         self.size = int(description["input_shape"][-1])
         # One number stands for all three channels.
@@ -62,7 +63,7 @@ class Predictor:
         path = Path(path)
         if not path.is_file():
             raise UserError(f"{path}: found no such file; accepted: {ACCEPTED}")
-        return self.normalisation(read_square(path, self.size)[None])[0]
+        return self.normalisation(read_square(path, self.size, max_pixels=self.max_pixels)[None])[0]
 
     def __call__(self, paths: Sequence[str | Path], top: int = 1) -> list[Prediction]:
         """The `top` likeliest classes of each image file, in their order. Raises UserError as `image` does."""

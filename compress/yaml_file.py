@@ -1,8 +1,11 @@
 """YAML that was received: read only where it takes about as much memory as its text, and no deep recursion."""
 
+from pathlib import Path
 from typing import Any
 
 import yaml
+
+from compress.errors import UserError, first_line
 
 # libyaml is ten times faster, and not in every build of PyYAML.
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -15,6 +18,26 @@ def load(text: str) -> Any:
     """The content of a YAML text. Raises YAMLError as PyYAML does, and as `check` does."""
     check(text)
     return yaml.load(text, LOADER)
+
+
+def read(path: Path) -> Any:
+    """The content of a YAML file. Raises UserError as `check_file` does."""
+    check_file(path)
+    return yaml.load(path.read_text(encoding="utf-8"), LOADER)
+
+
+def check_file(path: Path) -> None:
+    """The same for a file that something else reads. Raises UserError, which names it, also where it is no YAML."""
+    text = ""
+    try:
+        text = path.read_text(encoding="utf-8")
+        check(text)
+    except (yaml.YAMLError, UnicodeDecodeError) as failure:
+        mark = getattr(failure, "problem_mark", None)
+        # libyaml takes the end of the text for another line.
+        place = f"{path}, line {min(mark.line + 1, len(text.splitlines()))}" if mark else str(path)
+        reason = getattr(failure, "problem", None) or first_line(failure)
+        raise UserError(f"{place}: found what cannot be read as YAML ({reason}); accepted: a YAML file") from None
 
 
 def check(text: str) -> None:

@@ -1,5 +1,6 @@
 """The command line: what it refuses and how it says so, and what it prints without training."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -197,6 +198,35 @@ def test_a_file_is_no_directory_of_a_run(key, tmp_path, capsys):
     assert main([*(["-m"] if "sweep" in key else []), *QUICK.split(), f"{key}=taken"]) == 2
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: {key}: found taken, which cannot be made")
+
+
+@pytest.mark.parametrize("place", ["/dev/null", "taken", "taken/below", "dangling", "loop/below", "x" * 300])
+@pytest.mark.parametrize(
+    ("typed", "key"),
+    [
+        ("--dry-run", "output_directory"),
+        ("--dry-run", "hydra.run.dir"),
+        ("--dry-run -m", "output_directory"),
+        ("--dry-run -m", "hydra.sweep.dir"),
+    ],
+)
+def test_a_dry_run_refuses_a_place_that_can_hold_no_directory(typed, key, place, tmp_path, capsys):
+    (tmp_path / "taken").touch()
+    (tmp_path / "dangling").symlink_to("nowhere")
+    (tmp_path / "loop").symlink_to("loop")
+    before = sorted(tmp_path.iterdir())
+    assert main([*typed.split(), *QUICK.split(), f"{key}={place}"]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert re.match(rf"error: {key}: found {re.escape(place)}(/\w+)?, which cannot be made \(.+\); accepted: ", line)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_dry_run_refuses_a_place_that_can_hold_no_teacher(tmp_path, capsys):
+    typed = ["student=resnet8", "method=kd", "teacher=resnet8", "hydra.run.dir=new", "output_directory=/dev/null"]
+    assert main(["--dry-run", *typed]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: output_directory: found /dev/null/teachers, which cannot be made (/dev/null is no")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

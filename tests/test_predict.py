@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from compress import models
 from compress.data.folder import Folder
+from compress.data.image_file import PIXELS_KEY
 from compress.data.normalisation import Normalisation
 from compress.data.source import resized_rgb
 from compress.errors import UserError
@@ -190,6 +191,14 @@ def test_the_script_ends_with_status_2_and_one_line_on_a_mistake(folder, tmp_pat
     out, error = other.said()
     assert (other.wait(), out) == (2, "")
     assert len(error.splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_a_bound_of_pixels_that_is_no_number_is_one_line(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv(PIXELS_KEY, "x")
+    script = Script(SCRIPT, folder / "packed.safetensors", folder / "same.png", folder / "wide.jpg", folder=tmp_path)
+    said = ["", f"error: {PIXELS_KEY}: found 'x'; accepted: a whole number above zero\n"]
+    assert (script.said(), script.wait()) == (said, 2)
 
 
 def test_folders_stand_for_the_images_in_them(folder, tmp_path):

@@ -9,7 +9,9 @@ from urllib.parse import unquote, urlsplit
 
 from hydra import compose, version
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra._internal.core_plugins.file_config_source import FileConfigSource
 from hydra._internal.hydra import Hydra
+from hydra._internal.sources_registry import SourcesRegistry
 from hydra._internal.utils import create_config_search_path
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
@@ -17,11 +19,13 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
+from hydra.plugins.config_source import ConfigResult
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 from yaml import YAMLError
 
+from compress import yaml_file
 from compress.arguments import check_arguments
 from compress.config.ranges import TOP_LEVEL
 from compress.config.reserved import check_stems
@@ -33,6 +37,16 @@ from compress.paths import CONF, of_the_user, options, user_folders
 SEARCH_PATH = "hydra.searchpath"
 # The groups of which a run may have several options at once.
 SEVERAL = ("export", "logger", "experiment")
+
+
+class BoundedFileSource(FileConfigSource):
+    """How Hydra reads the files of a folder; here those that `yaml_file` refuses are refused first."""
+
+    def load_config(self, config_path: str) -> ConfigResult:
+        path = Path(self.path, self._normalize_file_name(config_path))
+        if path.is_file():
+            yaml_file.check_file(path)
+        return super().load_config(config_path)
 
 
 @dataclass(frozen=True)
@@ -106,6 +120,7 @@ def searched_folders(overrides: Sequence[str], config_dir: str | Path | None = N
 def initialized() -> Iterator[None]:
     """Within it, Hydra composes from `conf/` and the user's folders, whatever it was initialized for before."""
     Plugins.instance()
+    SourcesRegistry.instance().types[BoundedFileSource.scheme()] = BoundedFileSource
     launchers = ConfigStore.instance().repo.get("hydra", {}).get("launcher", {})
     for stem in options("hydra/launcher"):
         # Hydra would take the node of a published plugin of that name for the schema of ours.

@@ -22,11 +22,13 @@ def write_config(directory: Path, config: DictConfig) -> None:
     write_yaml(directory / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
 
 
-def read_config(directory: Path, allowed: Collection[str] = ()) -> DictConfig:
+def read_config(
+    directory: Path, allowed: Collection[str] = (), keys: Collection[str] = ("method", "student", "data", "trainer")
+) -> DictConfig:
     """The configuration of the run in `directory`, which may be somebody else's.
 
-    `allowed` are names of code that were typed for it. Raises UserError where there is none, where it cannot be read,
-    and for what no file may say, see `compress.config.received`.
+    `allowed` are names of code that were typed for it; `keys` are those that it has to have. Raises UserError where
+    there is none, where it cannot be read, and for what no file may say, see `compress.config.received`.
     """
     path = directory / "config.yaml"
     accepted = "accepted: the directory of a run, or latest"
@@ -40,7 +42,7 @@ def read_config(directory: Path, allowed: Collection[str] = ()) -> DictConfig:
         config = OmegaConf.load(path)
     except (YAMLError, UnicodeDecodeError, OSError, OmegaConfBaseException):
         raise UserError(f"resume: found {path}, which cannot be read as YAML; {accepted}") from None
-    if not isinstance(config, DictConfig) or not {"method", "student", "data", "trainer"} <= config.keys():
+    if not isinstance(config, DictConfig) or not {*keys} <= config.keys():
         raise UserError(f"resume: found {path}, which is no configuration of a run; {accepted}")
     check_content(OmegaConf.to_container(config), path, allowed)
     OmegaConf.set_struct(config, True)

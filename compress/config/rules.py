@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from compress import models
+from compress import models, yaml_file
 from compress.config import ensemble
 from compress.errors import UserError
 from compress.methods.classifier import Classifier
@@ -112,8 +112,11 @@ def _losses(references: Iterable[str | None]) -> list[str]:
     fitting = []
     for stem in stems:
         # One of the user's may take its `_target_` from another, or one that cannot be imported.
-        with suppress(OmegaConfBaseException, HydraException, YAMLError, ImportError, AttributeError, ValueError):
-            if compares_with(OmegaConf.load(option_file("loss", stem))) in references:
+        with suppress(
+            OmegaConfBaseException, HydraException, UserError, YAMLError, ImportError, AttributeError, ValueError
+        ):
+            yaml_file.check_file(file := option_file("loss", stem))
+            if compares_with(OmegaConf.load(file)) in references:
                 fitting.append(stem)
     return fitting
 

@@ -87,4 +87,4 @@ class Folder(FileModule):
 
     def _split(self, files: dict[str, list[Path]]) -> tuple[ImageFiles, Tensor]:
         labels = torch.arange(len(files)).repeat_interleave(torch.tensor([len(paths) for paths in files.values()]))
-        return ImageFiles([path for paths in files.values() for path in paths]), labels
+        return ImageFiles([path for paths in files.values() for path in paths], self.max_pixels), labels

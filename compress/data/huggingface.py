@@ -97,9 +97,8 @@ class HuggingFace(FileModule):
                     f"{self.where} has in the split {name} the label {unknown!r}, which is no class of {train}; "
                     "accepted: another data.test_split or data.label_column"
                 )
-            return Rows(loaded[name], image, f"{self.name or self.root} {name}"), torch.tensor(
-                [place[v] for v in given]
-            )
+            rows = Rows(loaded[name], image, f"{self.name or self.root} {name}", self.max_pixels)
+            return rows, torch.tensor([place[value] for value in given])
 
         held_out = None if validation is None else split(validation)
         return Source(*split(train), *split(test), names, MEAN, STANDARD_DEVIATION, held_out)
@@ -148,10 +147,15 @@ class HuggingFace(FileModule):
 
 
 class Rows(Undecoded):
-    """Images in the `column` of a data set whose file is mapped into memory; `where` says in messages what it is."""
+    """Images in the `column` of a data set whose file is mapped into memory; `where` says in messages what it is.
 
-    def __init__(self, rows: Any, column: str, where: str, index: np.ndarray | None = None) -> None:
-        self._rows, self._column, self._where = rows, column, where
+    max_pixels: see `accepted_pixels`.
+    """
+
+    def __init__(
+        self, rows: Any, column: str, where: str, max_pixels: int | None = None, index: np.ndarray | None = None
+    ) -> None:
+        self._rows, self._column, self._where, self._max_pixels = rows, column, where, max_pixels
         if index is None:
             import datasets
 
@@ -162,7 +166,7 @@ class Rows(Undecoded):
         return len(self._index)
 
     def __getitem__(self, indices: Tensor) -> "Rows":
-        return Rows(self._rows, self._column, self._where, self._index[indices.numpy()])
+        return Rows(self._rows, self._column, self._where, self._max_pixels, self._index[indices.numpy()])
 
     def read(self, index: int, size: int) -> Tensor:
         row = int(self._index[index])
@@ -171,7 +175,7 @@ class Rows(Undecoded):
             raise UserError(f"{self._where}, row {row}: found no image; accepted: one in every row")
         content = cell["bytes"]
         where = Path(cell["path"]) if content is None else Path(f"{self._where}, row {row}")
-        return read_square(where, size, None if content is None else io.BytesIO(content))
+        return read_square(where, size, None if content is None else io.BytesIO(content), self._max_pixels)
 
 
 def _numbers_first(value: Any) -> tuple[bool, Any]:

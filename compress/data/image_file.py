@@ -40,9 +40,9 @@ TURNS = {
 # A larger picture is refused before it is decoded: a small file may stand for any number of pixels. The variable is for
 # those who have such pictures; processes that decode take it over.
 PIXELS_KEY = "COMPRESS_MAX_PIXELS"
-MAX_PIXELS = int(os.environ.get(PIXELS_KEY, 100_000_000))
+MAX_PIXELS = 100_000_000
 # Pillow warns beyond its own bound, and refuses at twice that.
-Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS or 0, MAX_PIXELS)
+PILLOWS_MAX_PIXELS = Image.MAX_IMAGE_PIXELS or 0
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 # Resizing keeps the ratio, so that a picture of one row would become far larger than it is.
 MAX_RATIO = 100
@@ -80,13 +80,30 @@ def is_image(path: Path) -> bool:
     return path.suffix.lower() in ENDINGS
 
 
-def read_square(path: Path, size: int, content: BinaryIO | None = None) -> Tensor:
+def accepted_pixels(given: int | None = None) -> int:
+    """How many pixels a picture may have: as many as `given`, or else as the environment says, or MAX_PIXELS.
+
+    Raises UserError where the environment says no number.
+    """
+    if given is not None:
+        return given
+    found = os.environ.get(PIXELS_KEY)
+    if found is None:
+        return MAX_PIXELS
+    with contextlib.suppress(ValueError):
+        if int(found) > 0:
+            return int(found)
+    raise UserError(f"{PIXELS_KEY}: found {found!r}; accepted: a whole number above zero")
+
+
+def read_square(path: Path, size: int, content: BinaryIO | None = None, max_pixels: int | None = None) -> Tensor:
     """The image in the file `path` as uint8 `(3, size, size)`: the shorter side resized, bilinearly with
     antialiasing, the centre cut out.
 
-    `content` replaces what is in the file. Raises UserError for what cannot be read, or not without doubt.
+    `content` replaces what is in the file; max_pixels: see `accepted_pixels`. Raises UserError for what cannot be
+    read, or not without doubt.
     """
-    pixels = torch.from_numpy(np.array(read_rgb(path, content, size)))[None].permute(0, 3, 1, 2)
+    pixels = torch.from_numpy(np.array(read_rgb(path, content, size, max_pixels)))[None].permute(0, 3, 1, 2)
     height, width = pixels.shape[2:]
     factor = size / min(height, width)
     shape = [max(size, round(length * factor)) for length in (height, width)]
@@ -97,8 +114,13 @@ def read_square(path: Path, size: int, content: BinaryIO | None = None) -> Tenso
     return pixels[0, :, top : top + size, left : left + size]
 
 
-def read_rgb(path: Path, content: BinaryIO | None = None, side: int | None = None) -> Image.Image:
+def read_rgb(
+    path: Path, content: BinaryIO | None = None, side: int | None = None, max_pixels: int | None = None
+) -> Image.Image:
     """The image as RGB, a JPEG in less detail if it is far larger than `side` pixels; the rest as in `read_square`."""
+    accepted = accepted_pixels(max_pixels)
+    # Pillow's bound is one for the process; set for each picture, it is nobody else's that was read before.
+    Image.MAX_IMAGE_PIXELS = max(PILLOWS_MAX_PIXELS, accepted)
     ending = path.suffix.lower()
     if ending in HEIC:
         with contextlib.suppress(ImportError):
@@ -110,10 +132,10 @@ def read_rgb(path: Path, content: BinaryIO | None = None, side: int | None = Non
             if side is not None:
                 opened.draft(None, (REDUCING_GAP * side, REDUCING_GAP * side))
             width, height = opened.size
-            if width * height > MAX_PIXELS or max(width, height) > MAX_RATIO * min(width, height):
+            if width * height > accepted or max(width, height) > MAX_RATIO * min(width, height):
                 raise ValueError(
-                    f"{width} x {height} pixels; accepted: up to {MAX_PIXELS:,}, or {PIXELS_KEY}=NUMBER in the "
-                    f"environment, and a longer side up to {MAX_RATIO} times the shorter"
+                    f"{width} x {height} pixels; accepted: up to {accepted:,}, or what data.max_pixels or "
+                    f"{PIXELS_KEY} in the environment says, and a longer side up to {MAX_RATIO} times the shorter"
                 )
             opened.load()
             image = _on_background(_in_srgb(opened))

@@ -46,20 +46,21 @@ class Undecoded(ABC):
 
 
 class ImageFiles(Undecoded):
-    """Images in files."""
+    """Images in files; max_pixels: see `accepted_pixels`."""
 
-    def __init__(self, paths: Sequence[Path] | np.ndarray) -> None:
+    def __init__(self, paths: Sequence[Path] | np.ndarray, max_pixels: int | None = None) -> None:
         # Bytes in one array: a list of a million paths would be copied by every process that looks at it.
         self._paths = paths if isinstance(paths, np.ndarray) else np.array([os.fsencode(path) for path in paths])
+        self._max_pixels = max_pixels
 
     def __len__(self) -> int:
         return len(self._paths)
 
     def __getitem__(self, indices: Tensor) -> "ImageFiles":
-        return ImageFiles(self._paths[indices.numpy()])
+        return ImageFiles(self._paths[indices.numpy()], self._max_pixels)
 
     def read(self, index: int, size: int) -> Tensor:
-        return read_square(Path(os.fsdecode(self._paths[index])), size)
+        return read_square(Path(os.fsdecode(self._paths[index])), size, max_pixels=self._max_pixels)
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ class Unlabelled(Folder):
 
     def read(self) -> Source:
         assert self.given_names is not None  # else `prepare_data` has refused
-        pictures = ImageFiles(image_files(self.root))
+        pictures = ImageFiles(image_files(self.root), self.max_pixels)
         order = stratified_order(torch.zeros(len(pictures), dtype=torch.int64), self.split_seed)[: self.limit]
         count = max(1, round(self.validation_fraction * len(order)))
         compared, calibrated = order[:count].sort().values, order[count:].sort().values

@@ -5,8 +5,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from compress import yaml_file
 from compress.errors import UserError
 from compress.export.exporter import Exporter
 from compress.export.packed import Packed
@@ -45,7 +44,7 @@ def available() -> list[Exporter]:
     files = {
         node["_target_"]: file
         for file in (option_file("export", stem) for stem in options("export"))
-        for node in (yaml.safe_load(file.read_text(encoding="utf-8")) or {}).values()
+        for node in (yaml_file.read(file) or {}).values()
     }
     exporters = []
     for target, file in sorted(files.items()):
@@ -61,7 +60,7 @@ def exporter_called(name: str) -> Exporter:
     """The exporter, with its default options, of the node `name` in `conf/export`. Raises UserError where none is."""
     nodes: dict[str, str] = {}
     for stem in options("export"):
-        content = yaml.safe_load(option_file("export", stem).read_text(encoding="utf-8")) or {}
+        content = yaml_file.read(option_file("export", stem)) or {}
         nodes |= {key: node["_target_"] for key, node in content.items()}
     if name not in nodes:
         raise UserError(f"format: found {name!r}; accepted: {', '.join(sorted(nodes))}")

@@ -7,7 +7,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from torch import nn
 
-from compress import paths
+from compress import paths, yaml_file
 from compress.arguments import check_arguments
 from compress.errors import UserError
 from compress.models.own_class import STEM, adapted, own_network
@@ -55,6 +55,7 @@ def described(stem: str, where: str) -> dict[str, Any]:
     file = paths.option_file("model", stem)
     if stem not in available() or file is None:
         raise UserError(f"{where}: found {stem!r}; accepted: {', '.join(available())}{paths.of_the_user()}")
+    yaml_file.check_file(file)
     keys: Any = OmegaConf.to_container(OmegaConf.load(file))
     if "_target_" not in keys or "defaults" in keys:
         raise UserError(f"{file}: found {', '.join(keys)}; accepted: _target_ and its arguments")

@@ -21,9 +21,11 @@ from compress.data.shared import DataSets
 from compress.errors import UserError, first_line
 from compress.export.formats import check_exporters
 from compress.export.packed import file_bytes
+from compress.files import check_can_be_made
 from compress.models import masks
 from compress.pipeline.parts import Parts
 from compress.pipeline.rehearsal import rehearse
+from compress.pipeline.teachers import cache_path
 from compress.pruning.recipe import Recipe
 from compress.quantization import Quantizer
 from compress.training import processes
@@ -86,6 +88,7 @@ def check(job: Job, data_sets: DataSets, start: nn.Module | None = None) -> nn.M
     _check_limits(parts)
     parts.build_small()
     _check_teacher_files(parts)
+    _check_teacher_cache(parts)
     check_image_sizes(parts)
     _check_method(parts)
     if parts.recipe is not None:
@@ -145,6 +148,13 @@ def _check_teacher_files(parts: Parts) -> None:
     for key in ensemble.keys(parts.config):
         if parts.node(key)["checkpoint"]:
             parts.load_teacher(parts.teacher_network(key), key)
+
+
+def _check_teacher_cache(parts: Parts) -> None:
+    """Raises UserError where a teacher that has to be trained could not be kept."""
+    for key in parts.teacher_keys:
+        if parts.trains_teacher(key) and not (path := cache_path(parts, key)).exists():
+            check_can_be_made(path.parent, "output_directory")
 
 
 def _check_method(parts: Parts) -> None:

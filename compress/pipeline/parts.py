@@ -37,6 +37,11 @@ def digest_of(config: DictConfig) -> str:
     return digest(OmegaConf.to_yaml(config, resolve=True))
 
 
+def _role(name: str) -> str:
+    """What the configuration calls the network that learns under `name` in the method."""
+    return "student" if name == "model" else "peer"
+
+
 class Parts:
     """Everything that `config`, whose values were checked, describes; each part is built on first use and once.
 
@@ -229,10 +234,10 @@ class Parts:
 
     def own_network(self, name: str) -> nn.Module | None:
         """What reading a file of that network takes: one of its class, if that is one of the user's own."""
-        return self._template(name) if models.names_class(self.architectures[name]["stem"]) else None
+        return self._template(name) if models.names_class(self.network_node(_role(name))["stem"]) else None
 
     def _template(self, name: str) -> nn.Module:
-        return self.network("student" if name == "model" else "peer")
+        return self.network(_role(name))
 
     @property
     def updates_teacher(self) -> bool:

@@ -14,7 +14,15 @@ from compress import models
 from compress.config.compose import Job, is_for_hydra, parse
 from compress.config.received import allowed_targets
 from compress.errors import UserError
-from compress.files import is_leftover, make_chosen, make_directory, read_json, remove_leftovers, write_json
+from compress.files import (
+    check_can_be_made,
+    is_leftover,
+    make_chosen,
+    make_directory,
+    read_json,
+    remove_leftovers,
+    write_json,
+)
 from compress.paths import CONF
 from compress.stopping import under_way
 from compress.training.processes import node_rank
@@ -151,7 +159,7 @@ def run_directory(job: Job, overrides: Sequence[str]) -> Path:
     """
     network = models.label(job.config.student)
     name = f"{datetime.now():%Y-%m-%d_%H-%M-%S}-{job.config.method.stem}-{network}".replace("/", "-")
-    return directory_for("run", job, overrides, Path(job.config.output_directory) / "runs", name)
+    return directory_for("run", job, overrides, name)
 
 
 def _is_only_begun(directory: Path, configuration: str) -> bool:
@@ -166,15 +174,29 @@ def _is_only_begun(directory: Path, configuration: str) -> bool:
     return all(is_leftover(path) or path.name in before for path in directory.rglob("*") if not path.is_dir())
 
 
-def directory_for(kind: Literal["run", "sweep"], job: Job, overrides: Sequence[str], parent: Path, name: str) -> Path:
-    """The directory that `overrides` name for a run or a sweep, or `parent`/`name`, made just now."""
+def check_place(kind: Literal["run", "sweep"], job: Job, overrides: Sequence[str]) -> None:
+    """Raises UserError where the directory of a run or sweep can never be made; `job` need not be checked yet."""
     key = f"hydra.{kind}.dir"
-    typed = [parse(override).value() for override in overrides if override.startswith(f"{key}=")]
+    typed = _typed(key, overrides)
+    if typed:
+        check_can_be_made(Path(str(typed[-1])), key)
+    else:
+        check_can_be_made(Path(str(job.config.get("output_directory"))) / f"{kind}s", "output_directory")
+
+
+def _typed(key: str, overrides: Sequence[str]) -> list[Any]:
+    return [parse(override).value() for override in overrides if override.startswith(f"{key}=")]
+
+
+def directory_for(kind: Literal["run", "sweep"], job: Job, overrides: Sequence[str], name: str) -> Path:
+    """The directory that `overrides` name for a run or a sweep, or `name` in that for all of them, made just now."""
+    key = f"hydra.{kind}.dir"
+    typed = _typed(key, overrides)
     # Every machine runs the command, and they have to meet in one directory.
     if job.config.trainer.get("num_nodes", 1) > 1 and not typed:
         raise UserError(f"{key}: found none for several machines; accepted: one directory for all of them")
     if not typed:
-        return make_directory(parent, name)
+        return make_directory(Path(job.config.output_directory) / f"{kind}s", name)
     directory = Path(str(typed[-1]))
     if node_rank(job.config.trainer) > 0:
         return directory

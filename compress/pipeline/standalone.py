@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import nn
 from yaml import YAMLError
 
@@ -20,7 +20,7 @@ from compress.config.compose import compose_jobs
 from compress.config.pretrained import class_names
 from compress.config.ranges import STUDENT
 from compress.config.received import allowed_targets, check_content, check_overrides
-from compress.config.recorded import apply_override
+from compress.config.recorded import apply_override, read_config, write_config
 from compress.config.rules import check_rules
 from compress.data.folder import Folder
 from compress.data.unlabelled import Unlabelled, has_labels
@@ -28,17 +28,20 @@ from compress.errors import UserError, first_line
 from compress.export.formats import check_exporters
 from compress.export.packed import read_float_description
 from compress.export.weights import load_weights
-from compress.files import make_directory, write_yaml
+from compress.files import check_can_be_made, make_directory
 from compress.models import own_class
 from compress.pipeline.check import check_image_sizes, check_quantizer
 from compress.pipeline.measure import measured
-from compress.pipeline.parts import Parts
+from compress.pipeline.parts import Parts, digest_of
 from compress.results.record import Record
 from compress.results.writing import show, write_results
 
 GROUPS = ("data", "quantizer", "export")
 # What scripts/run.py takes besides.
 OF_TRAINING = {*values.GROUPS, "stages", "grid"} - {*GROUPS}
+# What config.yaml has of the configuration.
+RECORDED = ("seed", "data", "student", "quantizer", "export")
+UNLABELLED = f"{Unlabelled.__module__}.{Unlabelled.__name__}"
 KEYS = ("checkpoint", "model", "network", "seed", "output_directory", "trainer.accelerator")
 
 
@@ -66,6 +69,8 @@ def quantize_checkpoint(overrides: Sequence[str]) -> Path:
         raise UserError("checkpoint: found none; accepted: checkpoint=FILE, or model.pretrained=true with model=timm")
     config = _composed(path, overrides, typed, about, allowed)
     parts = Parts(config)
+    parent = Path(parts.plain["output_directory"]) / "quantized"
+    check_can_be_made(parent, "output_directory")
     path = path or Path(config.student.checkpoint)
     student = _loaded(parts, path, about)
     if parts.quantizer is not None:
@@ -73,10 +78,10 @@ def quantize_checkpoint(overrides: Sequence[str]) -> Path:
     check_exporters(parts.exporters, parts.quantizer)
     check_image_sizes(parts, training=False)
     label = parts.label("student")
-    parent = Path(parts.plain["output_directory"]) / "quantized"
     directory = make_directory(parent, f"{datetime.now():%Y-%m-%d_%H-%M-%S}-{label}".replace("/", "-"))
-    groups = {key: parts.plain[key] for key in ("seed", "data", "student", "quantizer", "export")}
-    write_yaml(directory / "config.yaml", OmegaConf.to_yaml({"checkpoint": str(path), **groups}))
+    recorded = OmegaConf.create({"checkpoint": str(path), **{key: parts.plain[key] for key in RECORDED}})
+    write_config(directory, recorded)
+    parts.configuration = digest_of(recorded)  # of what is left, and not of a training that there is none of
     try:
         result = measured(parts, directory, "model", student, student)
     except UserError:
@@ -87,6 +92,19 @@ def quantize_checkpoint(overrides: Sequence[str]) -> Path:
     write_results(directory, record, title, result.panels())
     show(directory, record.rows, title)
     return directory
+
+
+def read_written(directory: Path, allowed: Collection[str]) -> DictConfig:
+    """The configuration, its values checked, by which `quantize_checkpoint` left what is in `directory`.
+
+    What is not recorded, because nothing is trained, is as it comes. `allowed`, and what is raised: see `read_config`.
+    """
+    recorded = read_config(directory, {*allowed, UNLABELLED}, ("checkpoint", *RECORDED))
+    [job] = compose_jobs(["method=supervised"])
+    with open_dict(job.config):
+        job.config.update({key: recorded[key] for key in RECORDED})
+    values.check_values(job.config)
+    return job.config
 
 
 def _composed(
@@ -128,7 +146,7 @@ def _take_pictures(config: DictConfig, typed: Mapping[str, str], about: Mapping[
     names_folder = data.get("_target_") == f"{Folder.__module__}.{Folder.__name__}"
     if not names_folder or not Path(data.root).expanduser().is_dir() or has_labels(data.root):
         return
-    data._target_ = f"{Unlabelled.__module__}.{Unlabelled.__name__}"
+    data._target_ = UNLABELLED
     if data.class_names is None:
         names = about["class_names"] if about else class_names(config.student, config.student, "student")
         data.class_names = list(names) or None

@@ -35,7 +35,7 @@ from compress.training.threads import threads_for
 
 KIND = "compress-teacher-1"
 # Keys of `data` that the teacher's training has of its own, or that change nothing about it.
-NOT_IN_KEY = ("stem", "batch_size", "evaluation_batch_size", "storage", "workers")
+NOT_IN_KEY = ("stem", "batch_size", "evaluation_batch_size", "storage", "workers", "max_pixels")
 # Those that came later: where they are null, a teacher is one that was trained before they existed.
 LATER = ("class_names", "colour_jitter", "random_resized_crop", "stored_size")
 

@@ -13,6 +13,7 @@ from compress.evaluation import evaluate
 from compress.export.formats import exporter_of, read_back
 from compress.models.inference import full_float32
 from compress.pipeline.parts import Parts
+from compress.pipeline.standalone import read_written
 from compress.pipeline.variants import on_cpu
 from compress.progress import console
 from compress.results.record import FILE, Record
@@ -24,7 +25,7 @@ IMAGES, SHARE = 2, 1e-3
 
 
 def verify(directory: Path, allowed: Collection[str] = ()) -> int:
-    """Prints for each file of the run in `directory` whether it holds; 0 where all do, otherwise 1.
+    """Prints for each file of the run, or quantized checkpoint, in `directory` whether it holds; 0 if all do, else 1.
 
     Every file but `run.log`, what other libraries said, is read again, and every model evaluated on the validation and
     test images of the run, or of its stage; nothing is written. allowed: names of code that were typed for its
@@ -86,6 +87,8 @@ class _Verification:
         self._say(CONFIG, problems, "bytes and hash")
         if problems:
             return None
+        if record.student.checkpoint is not None:  # by scripts/quantize.py
+            return Parts(read_written(self.directory, self.allowed), self.data_sets)
         config = read_config(self.directory, self.allowed)
         check_values(config)
         return Parts(config, self.data_sets)
@@ -108,6 +111,9 @@ class _Verification:
             self._say(row.file, [str(damage)])
             return
         problems += _origin_problems(about.get("extra") or {}, record)
+        if row.test_accuracy is None:
+            self._say(row.file, problems, "bytes and hashes; not evaluated, because the images have no labels")
+            return
         data, accuracies = parts.data, {}
         placed = model.to(data.device) if exporter.movable else on_cpu(model)
         with full_float32():

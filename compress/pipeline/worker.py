@@ -8,6 +8,7 @@ from typing import cast
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from compress import yaml_file
 from compress.paths import import_from_here
 from compress.pipeline.run import train
 from compress.progress import console
@@ -21,7 +22,8 @@ def main(directory: Path) -> int:
     # The job has said what there is to say before the training.
     console.quiet = True
     try:
-        # As the job that started this process has just written it, checked.
+        # As the job that started this process has just written it, checked; unless somebody else did meanwhile.
+        yaml_file.check_file(directory / "config.yaml")
         config = cast(DictConfig, OmegaConf.load(directory / "config.yaml"))
         if config.trainer.accelerator != "cpu" and torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))

@@ -85,7 +85,7 @@ class Stage(Part):
     """A stage of a run in stages."""
 
     name: str
-    directory: str  # below that of the run
+    directory: Annotated[str, Field(pattern=r"^\d+-[^/]+$")]  # in that of the run
     overrides: list[str]
     seconds: float
     pruning: Pruning | None

@@ -76,8 +76,7 @@ class Sweep:
 def start(jobs: Sequence[Job], overrides: Sequence[str], data_sets: DataSets) -> int:
     """Runs the checked `jobs` of the command line `overrides` in a new directory; returns the exit code."""
     check_typed(chain.from_iterable(job.overrides for job in jobs))
-    parent = Path(jobs[0].config.output_directory) / "sweeps"
-    directory = directory_for("sweep", jobs[0], overrides, parent, f"{datetime.now():%Y-%m-%d_%H-%M-%S}")
+    directory = directory_for("sweep", jobs[0], overrides, f"{datetime.now():%Y-%m-%d_%H-%M-%S}")
     hydra = tuple(override for override in overrides if is_for_hydra(override) and key_of(override) not in PLACE)
     sweep = Sweep(directory, tuple(job.overrides for job in jobs), hydra)
     content = {"hydra": list(hydra), "jobs": [list(job) for job in sweep.jobs]}

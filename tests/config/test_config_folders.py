@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from bombs import BOMBS
 from omegaconf import OmegaConf
 from PIL import Image
 
@@ -12,7 +13,8 @@ import compress
 from compress.cli import main
 from compress.config.compose import searched_folders
 from compress.errors import UserError
-from compress.paths import user_folders
+from compress.export.formats import available
+from compress.paths import searching, user_folders
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 SHORT = ["method=supervised", "trainer.max_epochs=1", "data.limit=200", "quantizer=none", "trainer.log_every=0"]
@@ -107,6 +109,35 @@ def test_an_option_of_the_users_that_cannot_be_used_is_one_line_before_any_work(
     accepted = capfd.readouterr().err.splitlines()[-1].partition("accepted: ")[2].split(", ")
     assert "cross_entropy" in accepted
     assert set(folder.iterdir()) - before <= {folder / "__pycache__"}
+
+
+@pytest.mark.parametrize("bomb", BOMBS)
+@pytest.mark.parametrize(
+    ("group", "typed"),
+    [
+        ("loss", ["loss=bomb"]),
+        ("loss", ["--cfg", "job", "loss=bomb"]),
+        ("model", ["student=bomb"]),
+        ("export", ["export=bomb"]),
+        ("experiment", ["experiment=bomb"]),
+    ],
+)
+def test_a_bomb_in_an_option_of_the_users_is_one_line(folder, group, typed, bomb, capsys):
+    file = folder / "mine" / group / "bomb.yaml"
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(BOMBS[bomb])
+    assert main(["--config-dir", "mine", *typed, *SHORT]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert f"{file}: found what cannot be read as YAML" in line
+
+
+@pytest.mark.parametrize("bomb", BOMBS)
+def test_one_in_an_option_that_is_read_with_all_others_is_too(folder, bomb):
+    file = folder / "mine" / "export" / "bomb.yaml"
+    file.parent.mkdir()
+    file.write_text(BOMBS[bomb])
+    with searching([folder / "mine"]), pytest.raises(UserError, match=r"bomb\.yaml: found what cannot be read as YAML"):
+        available()
 
 
 @pytest.mark.slow

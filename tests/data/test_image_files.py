@@ -9,7 +9,8 @@ import pytest
 import torch
 from PIL import Image, ImageCms, ImageOps, features
 
-from compress.data.image_file import BACKGROUND, image_files, read_rgb, read_square
+from compress.data.folder import Folder
+from compress.data.image_file import BACKGROUND, PIXELS_KEY, image_files, read_rgb, read_square
 from compress.errors import UserError
 
 
@@ -34,6 +35,30 @@ def test_a_small_file_of_a_huge_picture_is_refused_before_it_is_decoded(tmp_path
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")))
     with pytest.raises(UserError, match="pixels"):
         read_rgb(path)
+
+
+def test_a_bound_holds_for_the_picture_that_it_is_given_for_and_goes_before_the_environment(tmp_path, monkeypatch):
+    path = tmp_path / "a.png"
+    Image.fromarray(gradient()).save(path)
+    read_rgb(path)
+    pillows = Image.MAX_IMAGE_PIXELS
+    read_rgb(path, max_pixels=10**12)
+    read_rgb(path)
+    assert pillows == Image.MAX_IMAGE_PIXELS
+    for bound, given in ((600, None), (500, 600)):
+        monkeypatch.setenv(PIXELS_KEY, str(bound))
+        assert read_rgb(path, max_pixels=given).size == (30, 20)
+    for bound, given in ((599, None), (600, 599)):
+        monkeypatch.setenv(PIXELS_KEY, str(bound))
+        with pytest.raises(UserError, match=r"30 x 20 pixels; accepted: up to 599, or what data\.max_pixels or"):
+            read_rgb(path, max_pixels=given)
+
+
+@pytest.mark.parametrize("found", ["x", "0", "-5", "", "1e9"])
+def test_a_bound_in_the_environment_that_is_no_number_above_zero_is_refused_before_any_work(found, monkeypatch):
+    monkeypatch.setenv(PIXELS_KEY, found)
+    with pytest.raises(UserError, match=rf"{PIXELS_KEY}: found '{found}'; accepted: a whole number above zero$"):
+        Folder(root="nowhere", image_size=16)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

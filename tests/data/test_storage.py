@@ -57,6 +57,12 @@ def test_the_batches_are_those_of_images_in_memory(root, options):
         assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize(("storage", "workers"), [("memory", 0), ("disk", 0), ("disk", 1)])
+def test_a_picture_of_too_many_pixels_is_refused_wherever_it_is_decoded(root, storage, workers):
+    with pytest.raises(UserError, match=r"pixels; accepted: up to 1,500, or"):
+        epochs(module(root, storage, workers=workers, max_pixels=1500), 1)
+
+
 class Learner(pl.LightningModule):
     """With dropout, which would show whether a loader draws from the global generator."""
 

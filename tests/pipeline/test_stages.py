@@ -115,6 +115,42 @@ def test_an_interrupted_one_goes_on_at_its_stage(whole, tmp_path, monkeypatch, c
     assert "the stages of a resumed run keep their epochs" in capsys.readouterr().err
 
 
+def verified(directory, capsys):
+    """The exit code of `--verify`, and the files that do and that do not hold, in `directory`."""
+    capsys.readouterr()
+    code = main(["--verify", str(directory)])
+    words = [line.split()[:2] for line in capsys.readouterr().out.splitlines()[:-1]]
+    names = [(word, Path(path.rstrip(":")).relative_to(directory).as_posix()) for word, path in words]
+    return code, *({name for word, name in names if word == kind} for kind in ("holds", "damaged"))
+
+
+@pytest.mark.slow
+def test_verify_reads_every_stage_again_wherever_the_run_lies(whole, tmp_path, capsys):
+    # Elsewhere, so that the checkpoints which its configurations name are not there.
+    copy, gone = tmp_path / "copy", whole[0].directory.with_name("gone")
+    shutil.copytree(whole[0].directory, copy)
+    files = {path.relative_to(copy).as_posix() for path in copy.rglob("*") if path.is_file() and path.name != "run.log"}
+    whole[0].directory.rename(gone)
+    try:
+        assert verified(copy, capsys) == (0, files, set())
+        for name in (
+            "2-quantize/result.json",
+            "1-prune/models/student-fp32.safetensors",
+            "3-distill/checkpoints/best.ckpt",
+        ):
+            content = (copy / name).read_bytes()
+            (copy / name).write_bytes(content[:100] + b"\x00" + content[101:])
+            code, _, damaged = verified(copy, capsys)
+            assert (code, damaged) == (1, {name})
+            (copy / name).write_bytes(content)
+        shutil.rmtree(copy / "2-quantize")
+        code, held, damaged = verified(copy, capsys)
+        assert (code, damaged) == (1, {"2-quantize/result.json"})
+        assert held == {name for name in files if not name.startswith("2-quantize")}
+    finally:
+        gone.rename(whole[0].directory)
+
+
 @pytest.mark.slow
 def test_a_stage_has_a_trainer_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 import compress
 from compress import models
+from compress.cli import main
 from compress.errors import UserError
 from compress.export.onnx import OnnxModel
 from compress.export.packed import read_model
@@ -110,6 +111,27 @@ def test_a_checkpoint_of_a_run_and_a_plain_state_dict_are_quantized_too(run, tmp
     second = quantize_checkpoint([f"checkpoint={foreign}", "model=resnet8", "data.limit=400", *options])
     same = [{key: row[key] for key in ("test_accuracy", "bytes", "agreement")} for row in rows_of(first)]
     assert same == [{key: row[key] for key in ("test_accuracy", "bytes", "agreement")} for row in rows_of(second)]
+
+
+def test_verify_reads_a_quantized_checkpoint_again(run, capsys):
+    path = run.directory / "models" / "student-fp32.safetensors"
+    directory = quantize_checkpoint([f"checkpoint={path}", "quantizer=rtn", "quantizer.bits=[8]", "export=onnx"])
+    capsys.readouterr()
+    assert main(["--verify", str(directory)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert sorted(line.split()[1].rstrip(":") for line in lines[:-1]) == sorted(
+        str(path) for path in directory.rglob("*") if path.is_file()
+    )
+    assert sum("bytes, hashes and accuracy" in line for line in lines) == 4
+    for name, count in (("models/student-rtn-8bit.onnx", 1), ("config.yaml", 5)):
+        content = (directory / name).read_bytes()
+        (directory / name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        assert main(["--verify", str(directory)]) == 1
+        damaged = [line for line in capsys.readouterr().out.splitlines() if line.startswith("damaged")]
+        assert damaged[0].split()[1] == f"{directory / name}:"
+        # Without the configuration there are no data to evaluate a model on.
+        assert len(damaged) == count
+        (directory / name).write_bytes(content)
 
 
 def test_a_budget_holds_for_the_file_of_a_run(run):
@@ -258,6 +280,8 @@ def test_pictures_without_labels_give_the_agreement_with_the_float_network(run, 
     assert float(two["agreement"]) <= float(eight["agreement"]) <= 1
     out = capsys.readouterr().out
     assert "test %" not in out
+    assert main(["--verify", str(directory)]) == 0
+    assert capsys.readouterr().out.count("not evaluated, because the images have no labels") == 3
     assert "same %" in out
     record = json.loads((directory / "result.json").read_text())
     assert record["data"]["images"] == {"train": 20, "validation": 20, "test": 20}

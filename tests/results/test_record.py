@@ -1,12 +1,14 @@
 """`result.json` is read as it was written, by the one class that writes it."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 from pydantic import TypeAdapter
 
 from compress.benchmarks.synthetic import write_runs
+from compress.checksums import json_with_checksum
 from compress.errors import UserError
 from compress.results.record import Record
 from compress.results.tradeoff import Row
@@ -26,6 +28,20 @@ def test_widths_stay_whole_numbers_where_they_are(tmp_path):
     row = json.loads((directory / "result.json").read_text())["tradeoff"][1]
     assert [str(read(row | {"bits": bits}).bits) for bits in (8, 2.75)] == ["8", "2.75"]
     assert read(row | {"bits": 2.75, "levels": None}).name == "gpfq mixed 2.75 bit"
+
+
+@pytest.mark.parametrize("directory", [".", "..", "1-prune/..", "/tmp", "1-"])
+def test_a_stage_lies_in_the_directory_of_its_run(tmp_path, directory):
+    about = {"name": "a", "overrides": [], "seconds": 1.0, "pruning": None, "student": {"model": "a"}}
+    [run] = write_runs(tmp_path, 1, epochs=1, layers=3)
+    record = json.loads((run / "result.json").read_text())
+    for place, refused in (("1-prune", False), (directory, True)):
+        record["stages"] = [about | {"directory": place, "variant": record["tradeoff"][0]}]
+        del record["sha256"]
+        (tmp_path / "result.json").write_text(json_with_checksum(record))
+        record = json.loads((tmp_path / "result.json").read_text())
+        with pytest.raises(UserError, match=r"stages\.0\.directory") if refused else nullcontext():
+            Record.read(tmp_path / "result.json")
 
 
 def test_a_missing_record_is_named():

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from bombs import BOMBS
 from processes import PROCESSES
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 from waiting import wait_for
@@ -20,6 +21,7 @@ from compress.cli import main
 from compress.data.dataset import Share, evaluation_batches
 from compress.data.shared import DataSets
 from compress.errors import UserError
+from compress.paths import PACKAGE
 from compress.pipeline.check import checked_jobs
 from compress.pipeline.execute import execute
 from compress.quantization.lsq import InputStep
@@ -155,6 +157,15 @@ def watch_sleepers(folder):
             watch([sys.executable, "-c", SLEEPS], [{"RANK": "0"}])
     except StoppedError as stopped:
         sys.exit(stopped.exit_code)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bomb", BOMBS)
+def test_a_configuration_that_became_a_bomb_is_one_line(bomb, tmp_path):
+    (tmp_path / "config.yaml").write_text(BOMBS[bomb])
+    command = [sys.executable, "-m", "compress.pipeline.worker", str(tmp_path)]
+    with pytest.raises(UserError, match=r"config\.yaml.*: found what cannot be read as YAML"):
+        watch(command, [{"RANK": "0", "PYTHONPATH": str(PACKAGE.parent)}])
 
 
 @pytest.mark.slow
