@@ -9,11 +9,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
-from lightning_utilities.core.rank_zero import rank_zero_only
 from omegaconf import DictConfig
 from pydantic import AfterValidator, Field
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import WandbLogger
+from pytorch_lightning.utilities import rank_zero_only
 
 from compress import models
 from compress.arguments import plain
