@@ -79,8 +79,11 @@ class _Verification:
         return ["found other bytes than those that the run left"] if changed else []
 
     def _parts(self, record: Record) -> Parts | None:
-        """What `config.yaml` describes; None where it is damaged."""
+        """What `config.yaml` describes; None where it is damaged, or a part that scripts/quantize.py left."""
         problems = self._changed(CONFIG, record)
+        if record.student.checkpoint is not None:
+            self._say(CONFIG, problems, "bytes")
+            return None
         if not problems and record.configuration and digest(read_text(self.directory / CONFIG)) != record.configuration:
             problems = ["found another configuration than that of the results"]
         self._say(CONFIG, problems, "bytes and hash")
@@ -95,6 +98,9 @@ class _Verification:
         path, problems = self.directory / row.file, self._changed(row.file, record)
         if not problems and path.stat().st_size != row.bytes:
             problems.append(f"found {path.stat().st_size} bytes where the run has {row.bytes}")
+        if not problems and record.student.checkpoint is not None:
+            self._say(row.file, [], "bytes; not evaluated, because scripts/quantize.py leaves no whole configuration")
+            return
         if problems or parts is None:
             self._say(row.file, problems or [f"not evaluated, because {CONFIG} does not hold"])
             return
