@@ -9,6 +9,7 @@ from PIL import Image
 from compress.data.folder import Folder
 from compress.data.unlabelled import Unlabelled, has_labels
 from compress.errors import UserError
+from compress.pipeline.check import checked_jobs
 
 NAMES = ["zebra", "ant", "cow"]
 
@@ -57,6 +58,13 @@ def test_a_network_can_give_the_labels(tmp_path):
     red = data.splits["test"].images[:, 0, 0, 0].float() / 255
     assert labels.tolist() == (red > data.mean[0]).long().tolist()
     assert 0 < labels.sum() < len(labels)
+
+
+def test_nothing_is_trained_on_them(tmp_path):
+    write_pictures(tmp_path)
+    data = ["data=folder", "data._target_=compress.data.unlabelled.Unlabelled", f"data.root={tmp_path}"]
+    with pytest.raises(UserError, match=r"^data\._target_: found Unlabelled, without labels; accepted: data"):
+        checked_jobs([*data, f"data.class_names=[{','.join(NAMES)}]", "method=supervised", "student=resnet8"])
 
 
 @pytest.mark.parametrize("content", ["zebra\nant\ncow\n", json.dumps(NAMES), "\ufeffzebra\r\nant\r\ncow"])

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 import compress
 from compress import models
+from compress.cli import main
 from compress.errors import UserError
 from compress.export.onnx import OnnxModel
 from compress.export.packed import read_model
@@ -265,6 +266,12 @@ def test_pictures_without_labels_give_the_agreement_with_the_float_network(run, 
     assert (directory / "tradeoff.png").exists()
     with pytest.raises(UserError, match="found no accuracy, because the images had no labels"):
         collect([directory])
+    assert main(["--verify", str(directory)]) == 0
+    assert capsys.readouterr().out.count("bytes; not evaluated") == 3
+    file = directory / "models" / "student-gpfq-2bit.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"\x7f")
+    assert main(["--verify", str(directory)]) == 1
+    assert f"damaged {file}: found other bytes" in capsys.readouterr().out
 
     network = models.build("resnet8", 10)
     load_weights(network, path)
