@@ -57,7 +57,7 @@ def node_rank(trainer: Mapping[str, Any]) -> int:
 
 def act_alone() -> None:
     """This process logs and writes, whatever number a launcher such as srun has given it."""
-    rank_zero_only.rank = 0  # type: ignore[attr-defined]
+    rank_zero_only.rank = 0  # type: ignore[attr-defined]  # Lightning keeps it there
 
 
 def lightning_options(trainer: Mapping[str, Any], networks: Iterable[nn.Module], input_shape: Any) -> dict[str, Any]:
