@@ -56,12 +56,19 @@ def import_from_here() -> None:
         sys.path.append(here)
 
 
+def option_files(group: str) -> dict[str, Path]:
+    """The YAML file of each option of a `group`, in alphabetical order."""
+    files: dict[str, Path] = {}
+    for folder in config_folders():
+        files = {file.stem: file for file in (folder / group).glob("*.yaml") if file.is_file()} | files
+    return dict(sorted(files.items()))
+
+
 def option_file(group: str, stem: str) -> Path | None:
     """The YAML file of the option `stem` of a `group`; None where no folder has one."""
-    files = [folder / group / f"{stem}.yaml" for folder in config_folders()]
-    return next((file for file in files if file.is_file()), None)
+    return option_files(group).get(stem)
 
 
 def options(group: str) -> list[str]:
     """The options of a `group`, in alphabetical order."""
-    return sorted({file.stem for folder in config_folders() for file in (folder / group).glob("*.yaml")})
+    return list(option_files(group))

@@ -76,7 +76,7 @@ def under_way(needed: Path, *overrides: str) -> Iterator[None]:
     except Exception as failure:
         go_on = _go_on()
         if go_on is not None:
-            failure.go_on = go_on  # type: ignore[attr-defined]
+            failure.go_on = go_on  # type: ignore[attr-defined]  # read in `compress.errors`
         raise
     finally:
         _under_way.pop()

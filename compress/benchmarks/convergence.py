@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 
 from compress import models
 from compress.arguments import plain
+from compress.data.dataset import EpochSampler
 from compress.data.fashion_mnist import FashionMNIST
 from compress.errors import UserError
 from compress.files import write_atomically, write_csv
@@ -122,7 +123,7 @@ def train(
 ) -> list[Point]:
     """The validation losses of one training."""
     torch.manual_seed(seed)
-    network = models.build(arguments.model, data.num_classes).to(data.device, memory_format=torch.channels_last)
+    network = models.build(arguments.model, data.num_classes).to(data.device).to(memory_format=torch.channels_last)
     optimizer = contestant.build(network.parameters(), rate)
     schedule = Cosine(warmup_epochs=WARM_UP * contestant.steps)(optimizer, 1, contestant.steps)
     data.seed = seed
@@ -141,6 +142,7 @@ def train(
 
 def _batches(loader: DataLoader[Any]) -> Iterator[tuple[Tensor, Tensor]]:
     """Those of one epoch after the other, without end."""
+    assert isinstance(loader.sampler, EpochSampler)
     for epoch in count():
         loader.sampler.set_epoch(epoch)
         yield from loader

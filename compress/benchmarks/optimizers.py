@@ -5,7 +5,7 @@ import statistics
 
 import torch
 from torch import nn
-from torch.optim import SGD
+from torch.optim import SGD, Optimizer
 
 from compress import models
 from compress.benchmarks import seconds
@@ -59,11 +59,12 @@ class _Training:
     def __init__(self, name: str, arguments: argparse.Namespace, optimizer: str) -> None:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         torch.manual_seed(0)
-        network = models.build(name, 10).to(self.device, memory_format=torch.channels_last)
+        network = models.build(name, 10).to(self.device).to(memory_format=torch.channels_last)
         images = torch.randn(arguments.batch_size, 3, arguments.image_size, arguments.image_size)
         self.images = images.to(self.device, memory_format=torch.channels_last)
         self.target = torch.randint(10, (arguments.batch_size,)).to(self.device)
         self.network = network.train()
+        self.optimizer: Optimizer
         if optimizer == "sgd":
             self.optimizer = SGD(network.parameters(), lr=1e-3, momentum=0.9, weight_decay=5e-4, fused=True)
         else:

@@ -67,12 +67,13 @@ def floor_operations(prepared: Prepared, images: list[Tensor], refinement: Refin
     symmetric) and 2 d^2 N in all for the products of the weights with the cross Gram. Coordinate descent needs these
     too, 2 d^2 N for those of the codes with the Gram, and 2 d^2 N a sweep for what it changes.
     """
-    total, first = 0.0, True
+    total, first = 0, True
 
     def add(name: str, inputs: list[Tensor], _: list[Tensor]) -> None:
         nonlocal total, first
         layer = prepared.analog.get_submodule(name)
-        groups = getattr(layer, "groups", 1)
+        assert isinstance(layer, nn.Conv2d | nn.Linear)  # the networks of conf/model have no others
+        groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
         live = live_columns(layer, inputs[0])
         depth = layer.weight[0].numel() if live is None else len(live)
         patches = sum(row_count(layer, batch) for batch in inputs)

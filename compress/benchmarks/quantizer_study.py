@@ -67,7 +67,9 @@ def measure(
             [job] = compose_jobs(typed)
             before = len(variants.rows)
             variants.layers.clear()
-            variants.quantize(student, Parts(job.config).quantizer)
+            quantizer = Parts(job.config).quantizer
+            assert quantizer is not None  # each of the options names one
+            variants.quantize(student, quantizer)
             rows = [asdict(row) for row in variants.rows[before:]]
             errors = [_error(layers["quantized"]) for layers in variants.layers.values()]
             known[name] = {"float": asdict(variants.rows[0]), "rows": rows, "errors": errors}
@@ -76,7 +78,7 @@ def measure(
 
 def _error(layers: Mapping[str, Any]) -> float:
     """The mean relative output error of the layers that are neither first nor last."""
-    inner = [layer["error"] for layer in layers.values()][1:-1]
+    inner: list[float] = [layer["error"] for layer in layers.values()][1:-1]
     return sum(inner) / len(inner)
 
 
@@ -110,4 +112,4 @@ def _table(stem: str, seeds: Sequence[Measured]) -> str:
 
 def _change(seeds: Sequence[Mapping[str, Any]], index: int, column: str) -> Statistic:
     """Of a share, in points against the float network."""
-    return statistic([100 * (measured["rows"][index][column] - measured["float"][column]) for measured in seeds])
+    return Statistic.of([100 * (measured["rows"][index][column] - measured["float"][column]) for measured in seeds])

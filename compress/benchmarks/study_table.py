@@ -19,10 +19,10 @@ def study_table(runs: Mapping[str, Sequence[Iterable[Row]]]) -> str:
     for method, seeds in runs.items():
         lines.append([f"`{method}`"])
         for width in widths:
-            accuracies = [100 * row.test_accuracy for rows in seeds for row in rows if _column(row) == width]
+            accuracies = [100 * row.accuracy_on("test") for rows in seeds for row in rows if _column(row) == width]
             lines[-1].append(str(statistic(accuracies) or ""))
     return markdown_table(head, lines) + "\n"
 
 
-def _column(row: Row) -> int:
+def _column(row: Row) -> float:
     return 32 if row.quantizer == "none" else row.bits

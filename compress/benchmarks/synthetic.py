@@ -33,20 +33,20 @@ def _write_run(directory: Path, index: int, epochs: int, layers: int) -> Path:
     rows = [_row(32, STUDENTS[student], best)]
     rows += [_row(bits, STUDENTS[student], best - draw.uniform(0.5, 1) * 2.0 ** (-bits)) for bits in (8, 4, 3, 2)]
     overrides = ["experiment=fashion_mnist_study", f"method={method}", f"student={student}"]
-    record = Record(
-        overrides=[*overrides, f"seed={seed}", f"optimizer.lr={rate}"],
-        started=f"2026-01-{1 + index // 24 % 28:02}T{index % 24:02}:00:00+00:00",
-        seed=seed,
-        seconds={"data": 0.5, "teacher": 1.0, "student": draw.uniform(60, 600), "quantization": 8.0},
-        data={"name": "FashionMNIST", "images": {"train": 51_000, "validation": 9_000, "test": 10_000}},
-        teacher=None,
-        student={"model": student, "parameters": STUDENTS[student], "epochs": epochs, "best_epoch": epochs - 1},
-        rows=rows,
-        layers={Path(row.file).name: {"quantized": _layers(draw, row, layers), "skipped": {}} for row in rows[1:]},
-    )
+    about = {
+        "overrides": [*overrides, f"seed={seed}", f"optimizer.lr={rate}"],
+        "started": f"2026-01-{1 + index // 24 % 28:02}T{index % 24:02}:00:00+00:00",
+        "seed": seed,
+        "seconds": {"data": 0.5, "teacher": 1.0, "student": draw.uniform(60, 600), "quantization": 8.0},
+        "data": {"name": "FashionMNIST", "images": {"train": 51_000, "validation": 9_000, "test": 10_000}},
+        "teacher": None,
+        "student": {"model": student, "parameters": STUDENTS[student], "epochs": epochs, "best_epoch": epochs - 1},
+        "rows": rows,
+        "layers": {Path(row.file).name: {"quantized": _layers(draw, row, layers), "skipped": {}} for row in rows[1:]},
+    }
     for row in rows:
         write_text(directory / row.file, "invented")
-    record.write(directory)
+    Record.model_validate(about).write(directory)
     write_text(directory / "config.yaml", yaml.safe_dump(_config(method, student, rate, seed, epochs), sort_keys=False))
     write_tradeoff(directory / "tradeoff.csv", rows)
     write_text(directory / "metrics.csv", _metrics(draw, best, rate, epochs))

@@ -80,7 +80,7 @@ def _smallest(family: str) -> dict[str, Any]:
     """The network of the fewest parameters, and the side of its images; nothing where all want larger images."""
     import timm
 
-    fitting = {}
+    fitting: dict[str, tuple[int, int]] = {}
     for name in timm.list_models(module=family):
         about = timm.get_pretrained_cfg(name)
         if about is None or (about.fixed_input_size and about.input_size[-1] > LARGEST):
@@ -89,8 +89,8 @@ def _smallest(family: str) -> dict[str, Any]:
         with torch.device("meta"):
             parameters = sum(parameter.numel() for parameter in timm.create_model(name).parameters())
         fitting[name] = parameters, size if size <= LARGEST else USUAL
-    name = min(fitting, key=fitting.get, default=None)
-    return {"name": name, "size": fitting[name][1]} if name else {}
+    smallest = min(fitting, key=fitting.__getitem__, default=None)
+    return {"name": smallest, "size": fitting[smallest][1]} if smallest else {}
 
 
 def _measured(name: str, size: int) -> dict[str, Any]:
@@ -105,6 +105,7 @@ def _measured(name: str, size: int) -> dict[str, Any]:
     images, others = (torch.randn(4, 3, size, size) for _ in range(2))
     with torch.no_grad():
         expected = network(others)
+    row: dict[str, Any]
     for quantizer in QUANTIZERS:
         try:
             quantized = compress.quantize(network, images, bits=8, quantizer=quantizer)

@@ -60,9 +60,10 @@ def _complete(member: Any, where: str, training: dict[str, Any]) -> dict[str, An
         where_stem = f"{where}.model"
     model = member.get("model")
     model = model if isinstance(model, dict) else {"stem": model}
+    stem: Any = model.get("stem")  # whatever was typed
     given = member.get("training", {})
     return {
-        "model": models.described(model.get("stem"), where_stem) | model,
+        "model": models.described(stem, where_stem) | model,
         "checkpoint": member.get("checkpoint"),
         "pretrained": member.get("pretrained", False),
         "classes": member.get("classes"),

@@ -1,9 +1,10 @@
 """The text of `--help`: the groups, their options and what each file says of itself."""
 
 import textwrap
+from pathlib import Path
 from typing import Any
 
-from compress.paths import option_file, options
+from compress.paths import option_files, options
 
 GROUPS = {
     "data": "images and their augmentation",
@@ -49,9 +50,9 @@ def help_text() -> str:
     )
     for group, purpose in GROUPS.items():
         lines = [f"{group}: {purpose}"]
-        stems = options(group)
-        width = max(map(len, stems))
-        lines += [f"  {stem:<{width}}  {_first_comment(group, stem)}" for stem in stems]
+        files = option_files(group)
+        width = max(map(len, files))
+        lines += [f"  {stem:<{width}}  {_first_comment(file)}" for stem, file in files.items()]
         parts.append("\n".join(lines))
     parts.append(
         "Keys of an option: --cfg job, or the files in conf/. "
@@ -60,8 +61,8 @@ def help_text() -> str:
     return "\n\n".join(parts)
 
 
-def _first_comment(group: str, stem: str) -> str:
+def _first_comment(file: Path) -> str:
     """What an option's file says of itself in its first line."""
-    lines = option_file(group, stem).read_text(encoding="utf-8").splitlines()
+    lines = file.read_text(encoding="utf-8").splitlines()
     comments = [line for line in lines if line.startswith("# ") and not line.startswith("# @package")]
     return comments[0].removeprefix("# ").strip() if comments else ""

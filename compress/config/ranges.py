@@ -1,6 +1,6 @@
 """What the keys accept that no constructor of this project declares: those of libraries, and of the run itself."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -11,7 +11,7 @@ BatchSize = Annotated[int, Field(ge=2)]
 Batches = Count | Annotated[float, Field(gt=0, le=1)] | None
 Text = Annotated[str, Field(min_length=1)]
 
-TOP_LEVEL = {"seed": Seed, "output_directory": Text, "stages": list[dict], "grid": dict[str, str]}
+TOP_LEVEL = {"seed": Seed, "output_directory": Text, "stages": list[dict[Any, Any]], "grid": dict[str, str]}
 STAGE = {
     "name": Annotated[str, Field(pattern=r"^\w[\w-]*$")],
     "share": Annotated[float, Field(gt=0, le=1)] | None,

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from typing import Any
 
 import torch
 from hydra.errors import HydraException
@@ -14,7 +15,7 @@ from compress import models, yaml_file
 from compress.config import ensemble
 from compress.errors import UserError
 from compress.methods.classifier import Classifier
-from compress.paths import option_file, options
+from compress.paths import option_files
 
 ROLES = {"teacher": "a teacher", "peers": "peers", None: "neither teacher nor peers"}
 
@@ -26,7 +27,9 @@ def method_of(config: DictConfig) -> type[Classifier]:
 
 def compares_with(loss: DictConfig) -> str | None:
     """What the loss of a node compares logits with beside the labels: "teacher", "peers" or nothing."""
-    return get_class(loss._target_).compares_with
+    target: Any = get_class(loss._target_)
+    reference: str | None = target.compares_with
+    return reference
 
 
 def uses_teacher(config: DictConfig) -> bool:
@@ -108,15 +111,15 @@ def _check_loss(config: DictConfig) -> None:
 
 def _losses(references: Iterable[str | None]) -> list[str]:
     """The options of `loss` that compare with one of `references`."""
-    stems = options("loss")
     fitting = []
-    for stem in stems:
+    for stem, file in option_files("loss").items():
         # One of the user's may take its `_target_` from another, or one that cannot be imported.
         with suppress(
             OmegaConfBaseException, HydraException, UserError, YAMLError, ImportError, AttributeError, ValueError
         ):
-            yaml_file.check_file(file := option_file("loss", stem))
-            if compares_with(OmegaConf.load(file)) in references:
+            yaml_file.check_file(file)
+            loss = OmegaConf.load(file)
+            if isinstance(loss, DictConfig) and compares_with(loss) in references:
                 fitting.append(stem)
     return fitting
 

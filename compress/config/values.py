@@ -75,7 +75,7 @@ def target(config: DictConfig, where: str) -> Any:
 
 
 def _check_groups(config: DictConfig) -> None:
-    for key in config:
+    for key in map(str, config):
         if key not in (*GROUPS, *TOP_LEVEL):
             raise UserError(f"{key}: found an unknown key; accepted: {', '.join((*GROUPS, *TOP_LEVEL))}")
     for key in GROUPS:
@@ -166,7 +166,7 @@ def _coerce(
     values = check_arguments(receiver, plain(node), where, accepted=accepted)
     with open_dict(config):
         for key, value in values.items():
-            if is_dataclass(value):
+            if is_dataclass(value) and not isinstance(value, type):
                 node[key].update(asdict(value))
             elif not isinstance(value, Mapping):
                 node[key] = value

@@ -1,7 +1,7 @@
 """The Lightning DataModule that all data sets share."""
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, TypeVar
 
 import pytorch_lightning as pl
@@ -97,6 +97,10 @@ class DataModule(pl.LightningDataModule):
     @abstractmethod
     def read(self) -> Source:
         """The data set, from files that `prepare_data` has checked or downloaded. Raises UserError for damaged ones."""
+
+    def label(self, network: Callable[[Tensor], Tensor]) -> None:
+        """Of images that are not `labelled`, gives those for validation and test the classes that `network` finds."""
+        raise NotImplementedError
 
     @classmethod
     def image_options(cls, options: Mapping[str, Any]) -> dict[str, Any]:

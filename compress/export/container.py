@@ -123,7 +123,7 @@ def _aliases(tensors: Mapping[str, Tensor]) -> dict[str, str]:
 
 
 def _bytes(value: Tensor) -> memoryview:
-    return memoryview(value.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return value.contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _checksum(kind: str, text: str, tensors: Mapping[str, Tensor]) -> str:

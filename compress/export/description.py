@@ -1,6 +1,5 @@
 """What a model file says of its network beside the tensors: how to build it, what its input and its classes are."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,11 +57,15 @@ def check_description(description: Mapping[str, Any], outputs: int) -> None:
         raise UserError(f"class_names: found {found}; accepted: one for each of the {outputs} outputs")
     if not isinstance(shape, list) or len(shape) != 3 or not all(type(size) is int and size > 0 for size in shape):
         raise UserError(f"input_shape: found {shape!r}; accepted: channels, height and width")
-    for key, accepted in (("mean", "finite numbers"), ("standard_deviation", "finite numbers above 0")):
+    largest = torch.finfo(torch.float32).max
+    ranges = {"mean": (-largest, "finite numbers"), "standard_deviation": (0.0, "finite numbers above 0")}
+    for key, (least, accepted) in ranges.items():
         values = description.get(key)
-        numbers = isinstance(values, list) and all(type(value) in (int, float) for value in values)
-        fit = numbers and len(values) in (1, shape[0]) and all(map(math.isfinite, values))
-        if not fit or (key == "standard_deviation" and min(values) <= 0):
+        if (
+            not isinstance(values, list)
+            or len(values) not in (1, shape[0])
+            or not all(type(value) in (int, float) and least < value < largest for value in values)
+        ):
             raise UserError(f"{key}: found {str(values)[:40]}; accepted: {accepted}, one or one for each channel")
 
 

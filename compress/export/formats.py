@@ -10,7 +10,7 @@ from compress.errors import UserError
 from compress.export.exporter import Exporter
 from compress.export.packed import Packed
 from compress.models.own_class import OwnNetwork
-from compress.paths import option_file, options
+from compress.paths import option_files
 from compress.quantization import Quantizer
 
 # The format in which every network is measured, and which the others are compared with.
@@ -43,7 +43,7 @@ def available() -> list[Exporter]:
     """
     files = {
         node["_target_"]: file
-        for file in (option_file("export", stem) for stem in options("export"))
+        for file in option_files("export").values()
         for node in (yaml_file.read(file) or {}).values()
     }
     exporters = []
@@ -59,8 +59,8 @@ def available() -> list[Exporter]:
 def exporter_called(name: str) -> Exporter:
     """The exporter, with its default options, of the node `name` in `conf/export`. Raises UserError where none is."""
     nodes: dict[str, str] = {}
-    for stem in options("export"):
-        content = yaml_file.read(option_file("export", stem)) or {}
+    for file in option_files("export").values():
+        content = yaml_file.read(file) or {}
         nodes |= {key: node["_target_"] for key, node in content.items()}
     if name not in nodes:
         raise UserError(f"format: found {name!r}; accepted: {', '.join(sorted(nodes))}")
@@ -72,11 +72,9 @@ def exporter_called(name: str) -> Exporter:
 def read_any(path: Path, threads: int = 1, network: OwnNetwork | None = None) -> tuple[Any, dict[str, Any]]:
     """(model, description) of a file of any format, see `Exporter.read`; `network`: one of the user's own class."""
     exporter = exporter_of(path)
-    if network is None:
-        return exporter.read(path, threads)
-    if not exporter.takes_network:
+    if network is not None and not exporter.takes_network:
         raise UserError(f"{path}: found network= for a {exporter.suffix} file, which needs none; accepted: no network=")
-    return exporter.read(path, threads, network=network)
+    return read_back(exporter, path, threads, network)
 
 
 def read_back(

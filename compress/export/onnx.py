@@ -120,6 +120,7 @@ def _float_graph(path: Path, model: nn.Module, input_shape: Sequence[int], opset
         except torch.onnx.OnnxExporterError as error:
             reason = first_line(error)
             raise UserError(f"{path}: torch.onnx cannot export {type(model).__name__} ({reason})") from error
+        assert program is not None  # as with `dynamo` it always is
         graph = program.model_proto
     graph.ir_version = helper.find_min_ir_version_for(graph.opset_import)
     return graph

@@ -39,13 +39,13 @@ class GraphEditor:
                 stem for stem in (f"{tensor}_grid{i}" for i in count()) if f"{stem}_scale" not in self.constants
             )
             grid = [
-                self.constant(f"{stem}_scale", np.float32(scale)),
-                self.constant(f"{stem}_zero_point", np.uint8(zero_point)),
+                self.constant(f"{stem}_scale", np.array(scale, np.float32)),
+                self.constant(f"{stem}_zero_point", np.array(zero_point, np.uint8)),
             ]
             codes = self.add("QuantizeLinear", [tensor, *grid], f"{stem}_codes")
             if levels < 256:
                 # Clipped as integers: a narrower type than uint8 would keep the layer out of the integer kernels.
-                top = self.constant(f"{stem}_top", np.uint8(levels - 1))
+                top = self.constant(f"{stem}_top", np.array(levels - 1, np.uint8))
                 codes = self.add("Clip", [codes, "", top], f"{stem}_clipped")
             self.pairs[key] = self.add("DequantizeLinear", [codes, *grid], f"{stem}_values")
         return self.pairs[key]

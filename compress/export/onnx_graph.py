@@ -17,6 +17,7 @@ from torch.fx import GraphModule, Node
 
 from compress.errors import UserError
 from compress.export.onnx_editor import GraphEditor
+from compress.models.masks import weight_of
 from compress.quantization.activations import InputQuantizer, input_quantizers
 from compress.quantization.quantized import QuantizedLayer, QuantizedModel
 
@@ -50,7 +51,7 @@ def quantize_graph(model: ModelProto, quantized: QuantizedModel) -> None:
         name = _layer_of(node)
         if node.op_type in ("Conv", "Gemm", "MatMul") and name in known:
             waiting.discard(name)
-            weight = quantized.model.get_submodule(name).weight.detach().cpu().numpy()
+            weight = weight_of(quantized.model.get_submodule(name)).detach().cpu().numpy()
             turned = _check_weight(name, node, editor, weight)
             if name in inputs:
                 quantizer = inputs[name]
@@ -134,7 +135,8 @@ def _layer_of(node: NodeProto) -> str | None:
     """The name of the module whose forward became `node`."""
     for entry in node.metadata_props:
         if entry.key == SCOPES:
-            return ([None, *ast.literal_eval(entry.value)])[-2]
+            names: list[str | None] = [None, *ast.literal_eval(entry.value)]
+            return names[-2]
     return None
 
 

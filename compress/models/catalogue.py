@@ -52,8 +52,8 @@ def names_class(stem: str) -> bool:
 
 def described(stem: str, where: str) -> dict[str, Any]:
     """What `student=<stem>` composes: the keys of conf/model/<stem>.yaml and the stem; `where` is for the error."""
-    file = paths.option_file("model", stem)
-    if stem not in available() or file is None:
+    file = paths.option_file("model", stem) if stem in available() else None
+    if file is None:
         raise UserError(f"{where}: found {stem!r}; accepted: {', '.join(available())}{paths.of_the_user()}")
     yaml_file.check_file(file)
     keys: Any = OmegaConf.to_container(OmegaConf.load(file))

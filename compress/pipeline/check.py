@@ -79,6 +79,8 @@ def check(job: Job, data_sets: DataSets, start: nn.Module | None = None) -> nn.M
     check_rules(job.config, job.overrides)
     parts = Parts(job.config, data_sets, start, job.networks)
     data = parts.data
+    if not data.labelled:
+        raise UserError(f"data._target_: found {type(data).__name__}, without labels; accepted: data to learn from")
     if job.networks and processes.is_wanted(job.config.trainer):
         raise UserError(
             f"{next(iter(job.networks))}: found a network from Python, which other processes do not have; accepted: "

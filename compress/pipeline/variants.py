@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from compress import models
 from compress.data.module import DataModule
-from compress.data.unlabelled import Unlabelled
 from compress.errors import UserError
 from compress.evaluation import Evaluation, evaluate, paired_latency_ms
 from compress.export.description import describe
@@ -67,7 +66,7 @@ class Variants:
 
     def add_float(self, student: nn.Module) -> None:
         """The reference of all others. Images without labels get those that it gives them."""
-        if isinstance(self.data, Unlabelled):
+        if not self.data.labelled:
             self.data.label(student)
         columns = {"quantizer": "none", "bits": 32, "levels": None, "first_last_bits": None, "activation_bits": 32}
         self._measure("student-fp32", student, (), columns)

@@ -21,6 +21,10 @@ class Statistic:
     mean: float
     deviation: float | None
 
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Statistic":
+        return cls(statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None)
+
     def __format__(self, form: str) -> str:
         """The mean in that form and, if there is one, the deviation with two decimals."""
         return f"{self.mean:{form}}" + ("" if self.deviation is None else f" ± {self.deviation:.2f}")
@@ -38,6 +42,16 @@ class Variant:
     @property
     def row(self) -> Row:
         return self.rows[0]
+
+    @property
+    def bytes(self) -> float:
+        """The mean size of the files."""
+        return statistics.mean(row.bytes for row in self.rows)
+
+    @property
+    def test_accuracy(self) -> float:
+        """The mean accuracy on the test images, 0..1. Raises UserError where any had no labels."""
+        return statistics.mean(row.accuracy_on("test") for row in self.rows)
 
     def statistic(self, column: str) -> Statistic | None:
         """Of a column of numbers, in the unit of the files; None where any value is unknown."""
@@ -76,7 +90,7 @@ def statistic(values: Sequence[float | None]) -> Statistic | None:
     known = [value for value in values if value is not None]
     if not values or len(known) < len(values):
         return None
-    return Statistic(statistics.mean(known), statistics.stdev(known) if len(known) > 1 else None)
+    return Statistic.of(known)
 
 
 def groups(runs: Sequence[Run]) -> tuple[Group, ...]:

@@ -72,7 +72,7 @@ def read_run(directory: Path, name: str, problems: list[str]) -> Run:
     accuracy to report.
     """
     record = Record.read(directory / FILE)
-    if record.rows[0].test_accuracy is None:
+    if any(row.test_accuracy is None for row in record.rows):
         raise UserError(f"{directory / FILE}: found no accuracy, because the images had no labels")
     config = _read_config(directory / "config.yaml")
     settings = flattened(config)
@@ -140,12 +140,13 @@ def _curves(path: Path, problems: list[str]) -> dict[str, tuple[tuple[float, ...
     except (OSError, ValueError, KeyError, TypeError, AttributeError, csv.Error):
         problems.append(f"{path}: damaged, it cannot be parsed; shown without training curves")
         return {}
-    return {name: tuple(zip(*_thinned(points), strict=True)) for name, points in curves.items()}
+    return {name: _thinned(points) for name, points in curves.items()}
 
 
-def _thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """At most MOST_POINTS of the points at even distances, the first and the last among them."""
-    if len(points) <= MOST_POINTS:
-        return points
-    step = (len(points) - 1) / (MOST_POINTS - 1)
-    return [points[round(index * step)] for index in range(MOST_POINTS)]
+def _thinned(points: list[tuple[float, float]]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Epochs and values of at most MOST_POINTS of the points at even distances, the first and the last among them."""
+    if len(points) > MOST_POINTS:
+        step = (len(points) - 1) / (MOST_POINTS - 1)
+        points = [points[round(index * step)] for index in range(MOST_POINTS)]
+    epochs, values = zip(*points, strict=True)
+    return epochs, values

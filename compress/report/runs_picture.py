@@ -36,9 +36,9 @@ def _draw_panel(axes: Axes, compared: Sequence[Group]) -> None:
     for number, (group, label) in enumerate(zip(compared, _labels(compared), strict=True)):
         colour = colours(number / (len(compared) - 1) * 0.92 if many else number)
         variants = [variant for variant in group.variants if variant.row.runtime == "torch"]
-        variants.sort(key=lambda variant: variant.mean("bytes"))
-        megabytes = [variant.mean("bytes") / 1e6 for variant in variants]
-        accuracies = [100 * variant.mean("test_accuracy") for variant in variants]
+        variants.sort(key=lambda variant: variant.bytes)
+        megabytes = [variant.bytes / 1e6 for variant in variants]
+        accuracies = [100 * variant.test_accuracy for variant in variants]
         deviations = [100 * (variant.deviation("test_accuracy") or 0.0) for variant in variants]
         style: dict[str, Any] = {
             "color": colour,

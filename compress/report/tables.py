@@ -65,7 +65,7 @@ def markdown_table(head: Sequence[str], lines: Iterable[Iterable[str]]) -> str:
 def means_table(data: str, compared: Sequence[Group]) -> Table:
     """A line per variant of each group, all of them on the same data, with the Pareto front marked."""
     variants = [(group, variant) for group in compared for variant in group.variants]
-    front = set(pareto_front([(variant.mean("bytes"), variant.mean("test_accuracy")) for _, variant in variants]))
+    front = set(pareto_front([(variant.bytes, variant.test_accuracy) for _, variant in variants]))
     columns = columns_of("markdown")
     lines = []
     for index, (group, variant) in enumerate(variants):
@@ -124,7 +124,7 @@ def _counts(row: Row, method: str) -> bool:
 
 def _compared(rows: Sequence[Row], reported: Mapping[int, Sequence[float]], bits: int) -> str:
     """Our accuracy at that width, then theirs in brackets."""
-    ours = statistic([100 * row.test_accuracy for row in rows if row.bits == bits])
+    ours = statistic([100 * row.accuracy_on("test") for row in rows if row.bits == bits])
     theirs = " to ".join(f"{value:.2f}" for value in reported.get(bits, ()))
     return " ".join(([str(ours)] if ours else []) + ([f"({theirs})"] if theirs else []))
 

@@ -16,6 +16,7 @@ from pydantic import Field
 from rich import box
 from rich.table import Table
 
+from compress.errors import UserError
 from compress.files import write_csv
 
 TABLES = ("terminal", "markdown", "page")
@@ -100,6 +101,13 @@ class Row:
         for name, column in COLUMNS.items():
             if column.derive is not None:
                 object.__setattr__(self, name, column.derive(self))
+
+    def accuracy_on(self, split: Literal["validation", "test"]) -> float:
+        """The accuracy, 0..1, on the images of a `split`. Raises UserError where they had no labels."""
+        accuracy = self.validation_accuracy if split == "validation" else self.test_accuracy
+        if accuracy is None:
+            raise UserError(f"{self.name}: found no accuracy, because the images had no labels")
+        return accuracy
 
     @property
     def width(self) -> str:

@@ -20,7 +20,7 @@ def draw_tradeoff(path: Path, rows: Sequence[Row], title: str, teacher_accuracy:
     labelled = reference.test_accuracy is not None
 
     def percent(row: Row) -> float:
-        return 100 * (row.test_accuracy if labelled else row.agreement)
+        return 100 * (row.accuracy_on("test") if labelled else row.agreement)
 
     axes.axhline(percent(reference), color="0.6", linewidth=1, linestyle="--", label="student, fp32")
     if teacher_accuracy is not None:

@@ -9,11 +9,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
-from lightning_utilities.core.rank_zero import rank_zero_only
 from omegaconf import DictConfig
 from pydantic import AfterValidator, Field
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import WandbLogger
+from pytorch_lightning.utilities import rank_zero_only
 
 from compress import models
 from compress.arguments import plain
@@ -76,7 +76,7 @@ class WandbRun(WandbLogger):
         self.directory = Path(save_dir).resolve()
         self.log_models = log_models
         self.open_step: int | None = None  # the step whose row W&B has not ended yet
-        self.options = {"project": project, "entity": entity, "tags": list(tags), "notes": notes}
+        self.options: dict[str, Any] = {"project": project, "entity": entity, "tags": list(tags), "notes": notes}
         # W&B reads the environment only once in a process.
         self.options["mode"] = "offline" if offline else os.environ.get("WANDB_MODE", "online")
         self.chosen = {"name": name, "group": group, "job_type": job_type}
@@ -183,12 +183,14 @@ def summary(record: Record) -> dict[str, Any]:
     if record.teacher:
         figures["teacher_test_accuracy"] = record.teacher.test_accuracy
     figures |= metrics(rows, "wandb")
-    tolerable = [row for row in rows if row.validation_accuracy >= reference.validation_accuracy - TOLERATED_DROP]
+    least = reference.accuracy_on("validation") - TOLERATED_DROP
+    tolerable = [row for row in rows if row.accuracy_on("validation") >= least]
     chosen = {
-        "per_byte": max(rows, key=lambda row: row.validation_accuracy / row.bytes),
+        "per_byte": max(rows, key=lambda row: row.accuracy_on("validation") / row.bytes),
         "smallest": min(tolerable, key=lambda row: row.bytes),
     }
     for which, row in chosen.items():
-        figures |= {f"{which}/variant": row.name, f"{which}/points_per_kb": 100e3 * row.test_accuracy / row.bytes}
+        points = 100e3 * row.accuracy_on("test") / row.bytes
+        figures |= {f"{which}/variant": row.name, f"{which}/points_per_kb": points}
         figures |= {f"{which}/{key}": getattr(row, key) for key in ("test_accuracy", "bytes", "ratio")}
     return figures

@@ -143,8 +143,8 @@ def check_launcher(overrides: Sequence[str], multirun: bool = True) -> None:
         return
     if find_spec(launcher.library) is None:
         raise UserError(
-            f"hydra/launcher: found {typed.partition('=')[2]}, which needs {launcher.library}, and that is not "
-            f"installed; pip install 'compress[{launcher.library}]'"
+            f"hydra/launcher: found one that needs {launcher.library}, which is not installed; "
+            f"pip install 'compress[{launcher.library}]'"
         )
     launcher.check()
 

@@ -44,7 +44,7 @@ class Point:
 def chosen(rows: Sequence[Row]) -> Row:
     """The row that stands for a run: the best validation accuracy among the quantized ones, the smallest of equals."""
     variants = [row for row in rows if row.quantizer != "none"] or rows
-    return max(variants, key=lambda row: (row.validation_accuracy, -row.bytes))
+    return max(variants, key=lambda row: (row.accuracy_on("validation"), -row.bytes))
 
 
 def read_points(directories: Mapping[int, Path]) -> list[Point]:
@@ -58,7 +58,7 @@ def read_points(directories: Mapping[int, Path]) -> list[Point]:
 
 def pareto_set(points: Sequence[Point]) -> list[Point]:
     """Those that no other beats in validation accuracy and bytes, the smallest file first."""
-    return [points[index] for index in pareto_front([(p.row.bytes, p.row.validation_accuracy) for p in points])]
+    return [points[index] for index in pareto_front([(p.row.bytes, p.row.accuracy_on("validation")) for p in points])]
 
 
 def write_pareto(directory: Path, points: Sequence[Point], title: str) -> None:
@@ -73,8 +73,8 @@ def _line(directory: Path, point: Point) -> dict[str, Any]:
     return {
         "trial": point.trial,
         "variant": row.name,
-        "validation_accuracy": float(f"{row.validation_accuracy:.6g}"),
-        "test_accuracy": float(f"{row.test_accuracy:.6g}"),
+        "validation_accuracy": float(f"{row.accuracy_on('validation'):.6g}"),
+        "test_accuracy": float(f"{row.accuracy_on('test'):.6g}"),
         "bytes": row.bytes,
         "file": (point.directory / row.file).relative_to(directory).as_posix() if row.file else "",
         "overrides": shlex.join(point.overrides),
@@ -91,16 +91,16 @@ def _draw(path: Path, points: Sequence[Point], front: Sequence[Point], title: st
     axes.margins(x=0.15, y=0.2)
     name_axes(axes, title, "kB", "validation accuracy, %")
     axes.legend(loc="lower right", fontsize=8, framealpha=0.9)
-    _label(axes, front)
+    _label(figure, axes, front)
     write_atomically(path, lambda temporary: figure.savefig(temporary))
 
 
-def _label(axes: Axes, front: Sequence[Point]) -> None:
+def _label(figure: Figure, axes: Axes, front: Sequence[Point]) -> None:
     """Names the points above and to the left of the front, where nothing else is; close ones above each other."""
-    axes.figure.draw_without_rendering()  # only then it is known where on the paper they lie
+    figure.draw_without_rendering()  # only then it is known where on the paper they lie
     before, height = -math.inf, -math.inf
     for point, x, y in zip(front, *_places(front), strict=True):
-        right, up = axes.transData.transform((x, y)) * 72 / axes.figure.dpi
+        right, up = axes.transData.transform((x, y)) * 72 / figure.dpi
         height = max(up + 4, height + LINE) if right - before < WIDTH else up + 4
         before = right
         axes.annotate(
@@ -116,4 +116,4 @@ def _label(axes: Axes, front: Sequence[Point]) -> None:
 
 
 def _places(points: Sequence[Point]) -> tuple[list[float], list[float]]:
-    return [p.row.bytes / 1e3 for p in points], [100 * p.row.validation_accuracy for p in points]
+    return [p.row.bytes / 1e3 for p in points], [100 * p.row.accuracy_on("validation") for p in points]

@@ -252,7 +252,9 @@ def _work(space: Space, directory: Path, limit: int) -> None:
             try:
                 [job] = checked_jobs(overrides, data_sets=data_sets)
                 run_directory.mkdir(parents=True, exist_ok=True)
-                row = chosen(execute(job, run_directory, data_sets).rows)
+                result = execute(job, run_directory, data_sets)
+                assert result is not None  # `check_space` has refused several machines
+                row = chosen(result.rows)
             except UserError as mistake:
                 raise_if_stopped()
                 console.print(f"trial {run_directory.name}: {mistake}", markup=False)

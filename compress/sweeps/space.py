@@ -29,7 +29,7 @@ from compress.errors import UserError
 from compress.paths import option_file, options
 
 Share = Annotated[float, Field(ge=0, le=1)]
-SAMPLERS = {
+SAMPLERS: dict[str, dict[str, Any]] = {
     "tpe": {"n_startup_trials": Annotated[int, Field(ge=0)], "n_ei_candidates": Count, "constant_liar": bool},
     "nsga2": {
         "population_size": Annotated[int, Field(ge=2)],
@@ -233,7 +233,10 @@ def check_space(space: Space) -> None:
         overrides = tuple(space.overrides_of(values))
         if overrides not in problems:
             try:
-                checked_jobs(overrides, data_sets=data_sets)
+                [job] = checked_jobs(overrides, data_sets=data_sets)
+                machines = job.config.trainer.get("num_nodes", 1)
+                if machines > 1:
+                    raise UserError(f"trainer.num_nodes: found {machines} for a search; accepted: 1")
                 problems[overrides] = None
             except UserError as failure:
                 problems[overrides] = str(failure)
@@ -263,7 +266,7 @@ def _attempts(space: Space, key: str, value: str) -> Iterator[dict[str, str]]:
 
 def _with_conditions(space: Space, values: dict[str, str]) -> dict[str, str]:
     """`values` and what has to be chosen for their keys to be there at all."""
-    for key in reversed(space.dimensions):
+    for key in reversed([*space.dimensions]):
         if key in values:
             values = {other: wanted[0] for other, wanted in space.dimensions[key].when.items()} | values
     return values

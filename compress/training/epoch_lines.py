@@ -12,7 +12,7 @@ from compress.progress import bar, console
 
 def is_validated(trainer: pl.Trainer) -> bool:
     """Whether the epoch of `trainer` is one that ends with a validation."""
-    return (trainer.current_epoch + 1) % trainer.check_val_every_n_epoch == 0
+    return (trainer.current_epoch + 1) % (trainer.check_val_every_n_epoch or 1) == 0
 
 
 class EpochLines(Checkpoint):

@@ -150,8 +150,11 @@ class Checkpoint(ModelCheckpoint):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Lightning forgets the best score when the directory was moved; the files have moved with it."""
 
+        assert self.dirpath is not None  # the constructor gives one
+        directory = Path(self.dirpath)
+
         def here(path: str) -> str:
-            return str(Path(self.dirpath, Path(path).name))
+            return str(directory / Path(path).name)
 
         moved: dict[str, Any] = {key: here(state_dict[key]) for key in ("best_model_path", "kth_best_model_path")}
         moved["best_k_models"] = {here(path): score for path, score in state_dict["best_k_models"].items()}

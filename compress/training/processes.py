@@ -9,9 +9,9 @@ import pytorch_lightning as pl
 import torch
 from lightning_fabric.plugins.environments.lightning import LightningEnvironment
 from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
-from lightning_utilities.core.rank_zero import rank_zero_only
 from omegaconf import DictConfig
 from pytorch_lightning.strategies import DDPStrategy
+from pytorch_lightning.utilities import rank_zero_only
 from torch import nn
 
 from compress.errors import UserError
@@ -57,7 +57,7 @@ def node_rank(trainer: Mapping[str, Any]) -> int:
 
 def act_alone() -> None:
     """This process logs and writes, whatever number a launcher such as srun has given it."""
-    rank_zero_only.rank = 0  # type: ignore[attr-defined]
+    rank_zero_only.rank = 0  # type: ignore[attr-defined]  # Lightning keeps it there
 
 
 def lightning_options(trainer: Mapping[str, Any], networks: Iterable[nn.Module], input_shape: Any) -> dict[str, Any]:

@@ -42,7 +42,7 @@ class Pruning(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_index: int
     ) -> None:
-        self._prune(trainer, trainer.current_epoch * trainer.num_training_batches + batch_index + 1)
+        self._prune(trainer, batch_index + 1)
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -54,7 +54,11 @@ class Pruning(pl.Callback):
         }
 
     def _prune(self, trainer: pl.Trainer, batches: int) -> None:
-        share = self.recipe and self.recipe.share(batches, trainer.num_training_batches, trainer.max_epochs)
+        """Prunes to what the recipe says after so many `batches` of the current epoch."""
+        if self.recipe is None or trainer.max_epochs is None:
+            return
+        per_epoch = int(trainer.num_training_batches)
+        share = self.recipe.share(trainer.current_epoch * per_epoch + batches, per_epoch, trainer.max_epochs)
         if share is not None:
             for network in self.networks.values():
                 self.recipe.prune(network, share)

@@ -6,9 +6,13 @@ import pytest
 import torch
 from PIL import Image
 
+from compress.data.digits import Digits
 from compress.data.folder import Folder
 from compress.data.unlabelled import Unlabelled, has_labels
 from compress.errors import UserError
+from compress.models import build
+from compress.pipeline.check import checked_jobs
+from compress.pipeline.variants import Variants
 
 NAMES = ["zebra", "ant", "cow"]
 
@@ -57,6 +61,29 @@ def test_a_network_can_give_the_labels(tmp_path):
     red = data.splits["test"].images[:, 0, 0, 0].float() / 255
     assert labels.tolist() == (red > data.mean[0]).long().tolist()
     assert 0 < labels.sum() < len(labels)
+
+
+def test_images_of_another_class_without_labels_are_labelled_too(tmp_path):
+    class OfTheUser(Digits):
+        labelled = False
+
+        def label(self, network):
+            self.labelled_by = network
+
+    data = OfTheUser(image_size=8, limit=100)
+    data.setup()
+    student = build("resnet8", 10)
+    variants = Variants(data, tmp_path, {"stem": "resnet8", "options": {}, "num_classes": 10}, exporters=[])
+    variants.add_float(student)
+    assert data.labelled_by is student
+    assert [(row.validation_accuracy, row.test_accuracy) for row in variants.rows] == [(None, None)]
+
+
+def test_nothing_is_trained_on_them(tmp_path):
+    write_pictures(tmp_path)
+    data = ["data=folder", "data._target_=compress.data.unlabelled.Unlabelled", f"data.root={tmp_path}"]
+    with pytest.raises(UserError, match=r"^data\._target_: found Unlabelled, without labels; accepted: data"):
+        checked_jobs([*data, f"data.class_names=[{','.join(NAMES)}]", "method=supervised", "student=resnet8"])
 
 
 @pytest.mark.parametrize("content", ["zebra\nant\ncow\n", json.dumps(NAMES), "\ufeffzebra\r\nant\r\ncow"])

@@ -345,6 +345,7 @@ CONTENT = [
     ({"standard_deviation": [0.5, 0.5]}, {}, "standard_deviation: found"),
     ({"mean": ["0.5"]}, {}, "mean: found"),
     ({"mean": []}, {}, "mean: found"),
+    ({"mean": [10**400]}, {}, r"mean: found .*; accepted: finite numbers, one or one for each channel"),
     ({"input_shape": [3, 8]}, {}, "input_shape: found"),
     ({}, {"fc.bias": float("nan")}, "fc.bias: found values that are no numbers; accepted: finite weights"),
     ({}, {"fc.weight": float("inf")}, "fc.weight: found values that are no numbers"),

@@ -6,11 +6,14 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 
+from compress.benchmarks.synthetic import write_runs
+from compress.errors import UserError
 from compress.paths import PACKAGE
+from compress.results.record import Record
 from compress.results.tradeoff import COLUMNS, Row
 
 FIELD = """\
@@ -125,6 +128,16 @@ def test_a_new_column_reaches_the_loggers(used):
     table = json.loads(path.read_text())
     place = table["columns"].index("points_per_kb")
     assert [line[place] for line in table["data"]] == pytest.approx(expected(folder))
+
+
+def test_without_labels_there_is_no_accuracy_to_compute_with(tmp_path):
+    [directory] = write_runs(tmp_path, 1, epochs=1, layers=3)
+    row = Record.read(directory / "result.json").rows[0]
+    assert (row.accuracy_on("validation"), row.accuracy_on("test")) == (row.validation_accuracy, row.test_accuracy)
+    without = replace(row, validation_accuracy=None, test_accuracy=None)
+    for split in ("validation", "test"):
+        with pytest.raises(UserError, match=r"^fp32: found no accuracy, because the images had no labels$"):
+            without.accuracy_on(split)
 
 
 def test_every_field_of_a_row_says_what_it_means():

@@ -300,6 +300,10 @@ MISTAKES = {
     "value": ("space: {optimizer.lr: [0.1, -1]}", ["space.optimizer.lr:", "-1", "greater than 0"]),
     "end of a range": ("space: {pruning: [magnitude], pruning.sparsity: {low: 0.5, high: 1.5}}", ["1.5", "less than"]),
     "no whole number": ("space: {trainer.warmup: {low: 1, high: 2}}", ["space.trainer.warmup:", "unknown key"]),
+    "several machines": (
+        "overrides: [trainer=ddp_cpu, trainer.devices=1, trainer.num_nodes=2]\nspace: {optimizer.lr: [0.1]}",
+        ["trainer.num_nodes: found 2 for a search; accepted: 1"],
+    ),
     "whole numbers": ("space: {data.batch_size: {low: 8, high: 64}}", ["space.data.batch_size:", "has type: int"]),
 }
 

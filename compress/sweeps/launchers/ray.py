@@ -1,5 +1,6 @@
 """Jobs on the cores and GPUs of this machine, or on a Ray cluster."""
 
+import logging
 import os
 import signal
 import socket
@@ -66,7 +67,7 @@ class RayLauncher(SeparateLauncher):
         handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             try:
-                ray.init(**where, include_dashboard=None, log_to_driver=False, logging_level="error")
+                ray.init(**where, include_dashboard=None, log_to_driver=False, logging_level=logging.ERROR)
             finally:
                 for number, handler in handlers.items():
                     signal.signal(number, handler)
