@@ -63,6 +63,8 @@ class HuggingFace(FileModule):
             raise UserError(
                 "data: found huggingface, but datasets is not installed; pip install 'compress[huggingface]'"
             ) from None
+        # What it logs of a file that it cannot read is said by the exception, too.
+        datasets.logging.set_verbosity(datasets.logging.CRITICAL)
         if self.root is not None and not self.root.is_dir():
             raise UserError(f"data.root: found no folder {self.root.resolve()}; accepted: one that datasets reads")
         try:

@@ -9,7 +9,7 @@ from torch import nn
 
 from compress import paths, yaml_file
 from compress.arguments import check_arguments
-from compress.errors import UserError
+from compress.errors import UserError, first_line
 from compress.models.own_class import STEM, adapted, own_network
 
 # The option that says which network it is, by the stems that stand for any of many.
@@ -57,8 +57,11 @@ def described(stem: str, where: str) -> dict[str, Any]:
         raise UserError(f"{where}: found {stem!r}; accepted: {', '.join(available())}{paths.of_the_user()}")
     yaml_file.check_file(file)
     keys: Any = OmegaConf.to_container(OmegaConf.load(file))
-    if "_target_" not in keys or "defaults" in keys:
-        raise UserError(f"{file}: found {', '.join(keys)}; accepted: _target_ and its arguments")
+    if not isinstance(keys, dict) or not isinstance(keys.get("_target_"), str) or "defaults" in keys:
+        found = ", ".join(map(str, keys)) if isinstance(keys, dict) else f"{keys!r}"
+        raise UserError(
+            f"{file}: found {found}; accepted: _target_, the name of a class or function, and its arguments"
+        )
     return {**keys, "stem": stem}
 
 
@@ -66,8 +69,15 @@ def _description(
     stem: str, options: Mapping[str, Any], where_stem: str, where_options: str
 ) -> tuple[Callable[..., nn.Module], dict[str, Any]]:
     keys = described(stem, where_stem)
-    module, _, name = keys.pop("_target_").rpartition(".")
-    target = getattr(import_module(module), name)
+    target_name = keys.pop("_target_")
+    module, _, name = target_name.rpartition(".")
+    try:
+        target = getattr(import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as failure:
+        raise UserError(
+            f"{where_stem}: found {stem!r}, whose _target_ {target_name!r} cannot be imported ({first_line(failure)}); "
+            "accepted: a class or function that is installed or lies in the working directory"
+        ) from failure
     keys.pop("stem")
     options = {name: value for name, value in options.items() if name != "_target_"}
     return target, check_arguments(target, keys | options, where_options, accepted=tuple(keys))
