@@ -12,6 +12,7 @@ from faults import performed
 from processes import PROCESSES
 
 DIRECTORY = Path("outputs/runs/one")
+PARTS = 8  # of the operations, so that processes of tests can share them
 RUN = [
     *("method=kd", "student=resnet8", "teacher=resnet8", "teacher.training.epochs=1", "trainer.max_epochs=2"),
     *("data.limit=100", "quantizer.bits=[4]", "quantizer.calibration_images=16", "export=onnx", "logger=csv"),
@@ -71,8 +72,9 @@ def test_a_run_disturbed_at_an_operation_goes_on_to_the_same_result(tmp_path, un
 
 
 @pytest.mark.soak
+@pytest.mark.parametrize("part", range(PARTS))
 @pytest.mark.parametrize("kill", [True, False], ids=["killed", "disk full"])
-def test_a_run_disturbed_at_any_operation_goes_on_to_the_same_result(tmp_path, undisturbed, kill):
+def test_a_run_disturbed_at_any_operation_goes_on_to_the_same_result(tmp_path, undisturbed, kill, part):
     expected, operations = undisturbed
-    for moment in range(1, operations + 1):
+    for moment in range(1 + part, operations + 1, PARTS):
         disturbed(tmp_path / str(moment), moment, kill, expected)
