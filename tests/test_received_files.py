@@ -313,7 +313,7 @@ def test_what_a_sweep_tells_hydra_is_left_out_even_where_the_sweep_is_refused(fo
 
 def test_a_run_that_slurm_starts_again_is_one_of_somebody_too(folder, monkeypatch, capsys):
     left("outputs/runs/one", put(begun("outputs/runs/one"), "loss", TARGET))
-    started = {"overrides": SHORT, "started": "", "slurm_job": "7"}
+    started = {"overrides": SHORT, "started": "2026-07-01T09:00:00+02:00", "slurm_job": "7"}
     Path("outputs/runs/one/started.json").write_text(json.dumps(started))
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")

@@ -138,12 +138,12 @@ def check_launcher(overrides: Sequence[str], multirun: bool = True) -> None:
         if is_for_hydra(override) and parse(override).is_sweep_override():
             raise UserError(f"{key}: found several values; accepted: one for the whole sweep")
     with _composed([override for override in overrides if is_for_hydra(override)]) as (config, _):
-        launcher = _our_launcher(config.hydra.launcher)
+        launcher, name = _our_launcher(config.hydra.launcher), config.hydra.runtime.choices["hydra/launcher"]
     if launcher is None:
         return
     if find_spec(launcher.library) is None:
         raise UserError(
-            f"hydra/launcher: found one that needs {launcher.library}, which is not installed; "
+            f"hydra/launcher: found {name}, which needs {launcher.library}, and that is not installed; "
             f"pip install 'compress[{launcher.library}]'"
         )
     launcher.check()

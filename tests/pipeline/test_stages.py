@@ -99,13 +99,13 @@ def test_an_interrupted_one_goes_on_at_its_stage(whole, tmp_path, monkeypatch, c
     for path in (copy / "3-distill").iterdir():
         if path.name != "config.yaml":
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    (copy / "started.json").write_text(json.dumps({"overrides": ["typed"], "started": "before"}))
+    (copy / "started.json").write_text(json.dumps({"overrides": ["typed"], "started": "2026-07-01T09:00:00+02:00"}))
     kept = {path: path.stat().st_mtime_ns for name in ("1-prune", "2-quantize") for path in (copy / name).rglob("*")}
     assert main([f"resume={copy}", "trainer.log_every=2"]) == 0
     assert [trainer_of(copy / name).log_every for name in ("1-prune", "2-quantize", "3-distill")] == [0, 0, 2]
     assert all(path.stat().st_mtime_ns == time for path, time in kept.items() if path.is_file())
     record = json.loads((copy / "result.json").read_text())
-    assert (record["overrides"], record["started"]) == (["typed"], "before")
+    assert (record["overrides"], record["started"]) == (["typed"], "2026-07-01T09:00:00+02:00")
     timed = {"latency_ms", "latency_32_ms"}
     plain = [{key: value for key, value in row.items() if key not in timed} for row in record["tradeoff"]]
     assert plain == [

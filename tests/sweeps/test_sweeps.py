@@ -8,6 +8,7 @@ import shlex
 import signal
 import sys
 import textwrap
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -369,6 +370,7 @@ def test_a_resumed_sweep_keeps_its_configuration(typed, parts, tmp_path, capsys)
 )
 def test_a_launcher_that_is_not_installed_is_named_with_its_extra(launcher, extra, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    import_module("compress.data.digits")  # whose scikit-learn needs joblib, too
     monkeypatch.setitem(sys.modules, extra, None)
     assert main(["-m", *ALONE, f"hydra/launcher={launcher}"]) == 2
     [line] = capsys.readouterr().err.splitlines()
