@@ -154,3 +154,18 @@ def test_a_model_file_of_the_users_network_is_quantized_again_and_classifies(fol
             runpy.run_path(str(SCRIPTS / f"{script}.py"), run_name="__main__")
         assert ended.value.code == 0, capsys.readouterr().err
     assert len(list(Path("outputs/quantized").glob("*/models/student-rtn-4bit.safetensors"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("_target_: null\nwidth: 6\n", "found _target_, width"),
+        ("_target_: tiny_network.tin\n", "whose _target_ 'tiny_network.tin' cannot be imported"),
+        ("_target_: tiny\n", "whose _target_ 'tiny' cannot be imported"),
+    ],
+)
+def test_a_model_of_the_users_that_names_no_class_is_one_line(folder, text, found, capsys):
+    Path("mine/model/tiny.yaml").write_text(text)
+    assert main(["--config-dir", "mine", "student=tiny", "--dry-run", *SHORT]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert found in line

@@ -15,6 +15,7 @@ from compress.errors import UserError
 from compress.export.weights import load_weights
 from compress.methods.classifier import Classifier
 from compress.models import build
+from compress.pipeline.resume import STARTED, started
 from compress.training.fit import read_checkpoint
 
 STUDENT = ["student=resnet8", "data.limit=100", "data.batch_size=32", "quantizer.calibration_images=32"]
@@ -146,6 +147,30 @@ def test_120_checkpoints_and_60_teachers_with_a_changed_bit_are_refused_or_hold_
             refused += 1
         path.write_bytes(content)
     assert refused > 55
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["state_dict", "optimizer_states", "lr_schedulers", "loops"])
+def test_a_checkpoint_whose_content_fits_no_training_is_damaged(interrupted, part, capsys, monkeypatch):
+    folder, _ = interrupted
+    monkeypatch.chdir(folder)
+    shutil.rmtree("outputs", ignore_errors=True)
+    shutil.copytree("begun", "outputs")
+    path = DIRECTORY / "checkpoints" / "last.ckpt"
+    content = torch.load(path, weights_only=True)
+    torch.save({**content, part: {"another": torch.ones(2)}}, path)
+    assert main([f"resume={DIRECTORY}"]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: resume: found {path}, which is damaged; accepted: ")
+
+
+@pytest.mark.parametrize("changed", [{"overrides": [1]}, {"overrides": 1}, {"started": ""}, {"started": None}])
+def test_a_start_that_no_run_has_written_is_none(changed, tmp_path):
+    content = {"overrides": ["seed=1"], "started": "2026-07-01T09:00:00+02:00"}
+    (tmp_path / STARTED).write_text(json.dumps(content))
+    assert started(tmp_path) == content
+    (tmp_path / STARTED).write_text(json.dumps(content | changed))
+    assert started(tmp_path) is None
 
 
 @pytest.mark.slow

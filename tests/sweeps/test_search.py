@@ -21,7 +21,7 @@ from waiting import wait_for
 from compress.errors import UserError
 from compress.pipeline.check import checked_jobs
 from compress.report.collect import collect
-from compress.sweeps.search import TRIES, _Search, search
+from compress.sweeps.search import TRIES, _open, _Search, search
 from compress.sweeps.space import check_space, read_space
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "search.py"
@@ -336,6 +336,12 @@ def test_a_foreign_directory_and_no_trials_are_refused(tmp_path):
     (tmp_path / "search" / "search.json").write_text("{")
     with pytest.raises(UserError, match=r"search\.json: cannot be read"):
         search(space, tmp_path / "search", 2)
+    shutil.rmtree(tmp_path / "search")
+    assert _open(space, tmp_path / "search") is None
+    for content in ('{"op_code": 0}\n', "[1]\n", "x\n", "\n", "\xff\n"):
+        (tmp_path / "search" / "journal.log").write_bytes(content.encode("latin-1"))
+        with pytest.raises(UserError, match=r"journal\.log: cannot be read \(.*\); accepted: a journal as Optuna"):
+            search(space, tmp_path / "search", 2)
 
 
 @pytest.mark.slow
