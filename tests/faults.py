@@ -5,11 +5,15 @@ import math
 import os
 import signal
 import sys
+from contextlib import contextmanager
 
+import pytest
 import torch
 from processes import PROCESSES
 
 from compress.cli import main
+from compress.errors import UserError
+from compress.methods.classifier import Classifier
 
 OPERATIONS = ("os.rename", "os.remove", "os.mkdir", "os.chmod")
 
@@ -49,3 +53,18 @@ def performed(arguments, folder, *options):
     process.start()
     process.join()
     return process.exitcode, (folder / "stderr").read_text()
+
+
+@contextmanager
+def stopped_in_the_second_epoch():
+    """Within it, trainings in this process, but for those of teachers, end when their second epoch begins."""
+    begin = Classifier.on_train_epoch_start
+
+    def stop(module):
+        if module.trainer.current_epoch == 1 and "teachers" not in str(module.trainer.default_root_dir):
+            raise UserError("stopped")
+        begin(module)
+
+    with pytest.MonkeyPatch.context() as stopping:
+        stopping.setattr(Classifier, "on_train_epoch_start", stop)
+        yield

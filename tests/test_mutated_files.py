@@ -14,14 +14,13 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from faults import stopped_in_the_second_epoch
 from mutations import mutate
 from PIL import Image
 from processes import PROCESSES
 
 import compress
 from compress.cli import main
-from compress.errors import UserError
-from compress.methods.classifier import Classifier
 from compress.models import build
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
@@ -116,17 +115,9 @@ def run(words, folder):
 def files(tmp_path_factory):
     """A folder with every file that a reader of READERS takes."""
     folder = tmp_path_factory.mktemp("files")
-    begin = Classifier.on_train_epoch_start
-
-    def stop(module):
-        if module.trainer.current_epoch == 1 and "teachers" not in str(module.trainer.default_root_dir):
-            raise UserError("stopped")
-        begin(module)
-
     with pytest.MonkeyPatch.context() as patched:
         patched.chdir(folder)
-        with patched.context() as stopping:
-            stopping.setattr(Classifier, "on_train_epoch_start", stop)
+        with stopped_in_the_second_epoch():
             assert main([*RUN, "logger=csv", f"hydra.run.dir={BEGUN}"]) == 2
         assert main([*SHORT, "method=supervised", "logger=csv", "export=[packed,onnx]", f"hydra.run.dir={DONE}"]) == 0
         sweep = ["-m", *TRAINED, "method=supervised", "quantizer=none", "seed=1,2"]

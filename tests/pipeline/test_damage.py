@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from faults import stopped_in_the_second_epoch
 
 import compress
 from compress.checksums import json_with_checksum
 from compress.cli import main
 from compress.errors import UserError
 from compress.export.weights import load_weights
-from compress.methods.classifier import Classifier
 from compress.models import build
 from compress.pipeline.resume import STARTED, started
 from compress.training.fit import read_checkpoint
@@ -70,17 +70,9 @@ def outcome(directory):
 def interrupted(tmp_path_factory):
     """A folder with a run that was stopped in its second epoch, and what becomes of it when it goes on."""
     folder = tmp_path_factory.mktemp("interrupted")
-    begin = Classifier.on_train_epoch_start
-
-    def stop(module):
-        if module.trainer.current_epoch == 1 and "teachers" not in str(module.trainer.default_root_dir):
-            raise UserError("stopped")
-        begin(module)
-
     with pytest.MonkeyPatch.context() as patched:
         patched.chdir(folder)
-        with patched.context() as stopping:
-            stopping.setattr(Classifier, "on_train_epoch_start", stop)
+        with stopped_in_the_second_epoch():
             assert main([*RUN, f"hydra.run.dir={DIRECTORY}"]) == 2
         shutil.copytree(folder / "outputs", folder / "begun")
         assert main([f"resume={DIRECTORY}"]) == 0
