@@ -156,18 +156,24 @@ def compose_job(overrides: Sequence[str]) -> Job:
         accepted = ", ".join(failure.options or options(group))
         raise UserError(f"{group}: found {name!r}; accepted: {accepted}{of_the_user()}") from None
     except ConfigCompositionException as failure:
-        raise UserError(_unknown_key(failure, list(overrides))) from None
+        reason = _unknown_key(failure, list(overrides))
+        # Where Hydra's own words are all there is, they need not name what was typed.
+        raise UserError(_with_key(reason, _at_fault(overrides)) if reason == first_line(failure) else reason) from None
     except YAMLError as failure:
         mark = getattr(failure, "problem_mark", None)
         place = f"{mark.name}, line {mark.line + 1}" if mark else "an option"
         raise UserError(f"{place}: found what cannot be read as YAML; accepted: a YAML file") from None
     except (HydraException, OmegaConfBaseException, ValueError) as failure:
-        key, reason = getattr(failure, "full_key", None) or _at_fault(overrides), first_line(failure)
-        raise UserError(reason if key in reason else f"{key}: {reason}") from None
+        key = getattr(failure, "full_key", None) or _at_fault(overrides)
+        raise UserError(_with_key(first_line(failure), key)) from None
     if missing:
         raise UserError(f"{min(missing)}: found no value; accepted: {min(missing)}=VALUE")
     typed = tuple(override for override in overrides if not is_for_hydra(override))
     return Job(typed, config, composed)
+
+
+def _with_key(reason: str, key: str) -> str:
+    return reason if key in reason else f"{key}: {reason}"
 
 
 def _at_fault(overrides: Sequence[str]) -> str:

@@ -76,6 +76,11 @@ def failures(count, seed):
     return found
 
 
+@pytest.mark.parametrize("group", ["student", "peer", "data", "teacher", "loss"])
+def test_a_group_that_refers_to_nothing_is_named(group):
+    assert refusal(["method=kd"], f"{group}='${{x}}'").startswith(f"{group}: Error resolving interpolation '${{x}}'")
+
+
 @pytest.mark.slow
 def test_sixty_wrong_overrides_are_refused_by_their_key_or_taken():
     assert failures(60, seed=0) == []
