@@ -61,7 +61,7 @@ def _verify(arguments: list[str]) -> int:
     from compress.pipeline.verify import verify
 
     parser = ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.error = _refuse  # type: ignore[method-assign,assignment]
+    parser.error = _refuse  # type: ignore[method-assign,assignment]  # argparse prints a page and exits
     parser.add_argument("--verify", type=Path)
     parser.add_argument("--config-dir")
     parsed, others = parser.parse_known_args(arguments)

@@ -22,16 +22,16 @@ def load(text: str) -> Any:
 
 def read(path: Path) -> Any:
     """The content of a YAML file. Raises UserError as `check_file` does."""
-    check_file(path)
-    return yaml.load(path.read_text(encoding="utf-8"), LOADER)
+    return yaml.load(check_file(path), LOADER)
 
 
-def check_file(path: Path) -> None:
-    """The same for a file that something else reads. Raises UserError, which names it, also where it is no YAML."""
+def check_file(path: Path) -> str:
+    """The text of a YAML file. Raises UserError, which names it, where `check` refuses it or it is no YAML."""
     text = ""
     try:
         text = path.read_text(encoding="utf-8")
         check(text)
+        return text
     except (yaml.YAMLError, UnicodeDecodeError) as failure:
         mark = getattr(failure, "problem_mark", None)
         # libyaml takes the end of the text for another line.

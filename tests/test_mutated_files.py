@@ -18,6 +18,7 @@ from faults import stopped_in_the_second_epoch
 from mutations import mutate
 from PIL import Image
 from processes import PROCESSES
+from safetensors.torch import save_file
 
 import compress
 from compress.cli import main
@@ -35,7 +36,7 @@ QUANTIZE = ("quantize.py", "model=resnet8", "quantizer.bits=[4]", "quantizer.cal
 DRY = ("run.py", "--dry-run", *SHORT, "method=supervised")
 SMALL = ("data.limit=null", "data.image_size=8", "data.validation_fraction=0.25")
 
-# What reads files, and which ones: (files to change, command, its exit code where nothing was changed).
+# What reads files: (the files to change, the command).
 READERS = {
     "resumed run": (f"{BEGUN}/*.*", ("run.py", f"resume={BEGUN}")),
     "resumed checkpoint": (f"{BEGUN}/checkpoints/*", ("run.py", f"resume={BEGUN}")),
@@ -155,8 +156,6 @@ def write_pictures():
 def write_others():
     network = build("resnet8", 10)
     torch.save({"state_dict": network.state_dict(), "epoch": 3, "name": "mine"}, "foreign.pth")
-    from safetensors.torch import save_file
-
     save_file(network.state_dict(), "foreign.safetensors")
     Path("names.txt").write_text("\n".join(NAMES) + "\n")
     Path("classes.json").write_text("{" + ", ".join(f'"{i}": {i}' for i in range(10)) + "}\n")

@@ -50,10 +50,7 @@ class Packed(Exporter):
         description: NetworkDescription,
         calibration_batches: Iterable[Tensor] = (),
     ) -> None:
-        if isinstance(network, QuantizedModel):
-            write_packed(path, network, description)
-        else:
-            write_float(path, network, description)
+        _write(path, network, description)
 
     def read(self, path: Path, threads: int = 1, network: OwnNetwork | None = None) -> tuple[nn.Module, dict[str, Any]]:
         return read_model(path, network)
@@ -100,10 +97,13 @@ def write_float(path: Path, model: nn.Module, description: NetworkDescription) -
 def file_bytes(network: QuantizedModel | nn.Module, description: NetworkDescription, **options: Any) -> int:
     """The size of the file that `write_packed`, or `write_float`, would write; it is written and thrown away."""
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model.safetensors"
-        if isinstance(network, QuantizedModel):
-            return write_packed(path, network, description, **options)
-        return write_float(path, network, description, **options)
+        return _write(Path(folder) / "model.safetensors", network, description, **options)
+
+
+def _write(path: Path, network: QuantizedModel | nn.Module, description: NetworkDescription, **options: Any) -> int:
+    if isinstance(network, QuantizedModel):
+        return write_packed(path, network, description, **options)
+    return write_float(path, network, description, **options)
 
 
 def read_model(path: str | Path, network: OwnNetwork | None = None) -> tuple[nn.Module, dict[str, Any]]:
