@@ -7,9 +7,11 @@ import re
 import zipfile
 
 import torch
+from safetensors.torch import load
 
 from compress.checksums import COLUMN, LINE, digest, rows_with_checksums
 from compress.export import container
+from compress.export.packed import PACKED
 
 WORDS = (
     *(b"null", b"nan", b"-1", b"0", b"1e30", b"100000000000000000000000", b"true", b"", b"x", b"[]", b"[1]", b"{}"),
@@ -109,7 +111,7 @@ def repair(path, content, change, draw):
 def changed_model(path, draw):
     """A model file whose description, or one of whose tensors, is another one."""
     kind, description, tensors = container.read(path)
-    if draw.random() < 0.75:
+    if draw.random() < 0.5:
         text = changed_words(json.dumps(description).encode(), draw).decode(errors="replace")
         try:
             description = json.loads(text)
@@ -117,7 +119,7 @@ def changed_model(path, draw):
             description = {}
     else:
         name = draw.choice([*tensors])
-        other = draw.choice(("gone", "shape", "type", "values"))
+        other = draw.choice(("gone", "shape", "type", "values", "bytes", "bytes"))
         value = tensors.pop(name)
         if other == "shape":
             tensors[name] = value.reshape(-1)[: draw.randrange(value.numel() + 1)].clone()
@@ -125,8 +127,28 @@ def changed_model(path, draw):
             tensors[name] = value.to(draw.choice((torch.float64, torch.int64, torch.int8, torch.float16, torch.bool)))
         elif other == "values":
             tensors[name] = torch.full_like(value, draw.choice((0, 1, 127)))
+        elif other == "bytes" and value.numel():
+            # A stream of a packed file may also be longer or shorter by any number of bytes.
+            content = changed_bytes(value.reshape(-1).view(torch.uint8).numpy().tobytes(), draw)
+            width = value.element_size()
+            content = content[: len(content) // width * width]
+            tensors[name] = torch.frombuffer(bytearray(content or bytes(width)), dtype=value.dtype)
     written = path.with_name("changed.safetensors")
-    container.write(written, kind, description if isinstance(description, dict) else {}, tensors)
+    description = description if isinstance(description, dict) else {}
+    container.write(written, kind, description, tensors, deflated=kind == PACKED)
     content = written.read_bytes()
     written.unlink()
-    return content
+    return changed_deflated(content, draw) if kind == PACKED and draw.random() < 0.15 else content
+
+
+def changed_deflated(content, draw):
+    """A packed file whose compressed description is another stream of bytes of the same length."""
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
+    metadata, place = header["__metadata__"], header["description"]["data_offsets"]
+    begin, end = (start + offset for offset in place)
+    changed = (changed_bytes(content[begin:end], draw) + bytes(end - begin))[: end - begin]
+    content = content[:begin] + changed + content[end:]
+    tensors = load(content)
+    signed = container._checksum({"format": metadata["format"]}, tensors)
+    return content.replace(metadata["sha256"].encode(), signed.encode(), 1)

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from compress.errors import UserError
+from compress.export.deflated import deflate, inflate
 from compress.files import write_atomically
 
 NAMES = {
@@ -31,6 +32,8 @@ NAMES = {
 }
 
 
+DESCRIPTION = "description"
+
 # The entry of a description that names, for each tensor that is another one under a second name, that one.
 ALIASES = "aliases"
 
@@ -39,20 +42,27 @@ class NoDescriptionError(UserError):
     """A safetensors file of another origin."""
 
 
-def write(path: Path, kind: str, description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> int:
+def write(
+    path: Path, kind: str, description: Mapping[str, Any], tensors: Mapping[str, Tensor], deflated: bool = False
+) -> int:
     """Write `tensors` and a JSON-able `description` under the format name `kind`; returns the size in bytes.
 
-    The file gets its name only when it is complete.
+    deflated: keep the description as a tensor of compressed bytes, called DESCRIPTION, instead of in the header. The
+    file gets its name only when it is complete. Raises ValueError for a description too long to be read again.
     """
-    aliases = _aliases(tensors)
+    aliases = aliases_of(tensors)
     description = {**description, ALIASES: aliases} if aliases else description
     tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items() if name not in aliases}
+    text = to_json(description)
+    metadata = {"format": kind}
+    if deflated:
+        tensors[DESCRIPTION] = torch.frombuffer(bytearray(deflate(text)), dtype=torch.uint8)
+    else:
+        metadata[DESCRIPTION] = text
     # Wide elements first, so that every tensor starts at a multiple of its element's size.
     order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    text = to_json(description)
-    header: dict[str, Any] = {
-        "__metadata__": {"format": kind, "description": text, "sha256": _checksum(kind, text, tensors)}
-    }
+    metadata["sha256"] = _checksum(metadata, tensors)
+    header: dict[str, Any] = {"__metadata__": metadata}
     offset = 0
     for name in order:
         value = tensors[name]
@@ -88,13 +98,14 @@ def read(path: Path) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - the handle is no mapping
     except (SafetensorError, OSError, ValueError, RuntimeError):
         raise UserError(f"{path}: found a truncated file or none of the safetensors format; {accepted}") from None
-    if not {"format", "description", "sha256"} <= metadata.keys():
+    if not {"format", "sha256"} <= metadata.keys() or DESCRIPTION not in metadata | tensors:
         raise NoDescriptionError(f"{path}: found a safetensors file without a description of its model; {accepted}")
-    if _checksum(metadata["format"], metadata["description"], tensors) != metadata["sha256"]:
+    if _checksum(metadata, tensors) != metadata["sha256"]:
         raise UserError(f"{path}: found content that does not match its checksum, so it was altered; {accepted}")
     try:
-        description = json.loads(metadata["description"])
-    except ValueError:
+        text = metadata[DESCRIPTION] if DESCRIPTION in metadata else inflate(bytes(_bytes(tensors.pop(DESCRIPTION))))
+        description = json.loads(text)
+    except (ValueError, RecursionError):
         description = None
     if not isinstance(description, dict):
         raise UserError(f"{path}: found a description that is not a JSON object; {accepted}")
@@ -111,7 +122,7 @@ def to_json(content: Any) -> str:
     return json.dumps(content, separators=(",", ":"), sort_keys=True, allow_nan=False)
 
 
-def _aliases(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+def aliases_of(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """For each tensor that lies in the same memory as one before it, in the same way, the name of that one."""
     first: dict[tuple[Any, ...], str] = {}
     aliases = {}
@@ -126,11 +137,11 @@ def _bytes(value: Tensor) -> memoryview:
     return value.contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
-def _checksum(kind: str, text: str, tensors: Mapping[str, Tensor]) -> str:
+def _checksum(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 over the format name, the description, and each tensor's name, type, shape and bytes, by name."""
     digest = hashlib.sha256()
     layout = [[name, str(tensors[name].dtype), list(tensors[name].shape)] for name in sorted(tensors)]
-    digest.update(to_json([kind, text, layout]).encode())
+    digest.update(to_json([metadata["format"], metadata.get(DESCRIPTION), layout]).encode())
     for name in sorted(tensors):
         digest.update(_bytes(tensors[name]))
     return digest.hexdigest()

@@ -1,14 +1,12 @@
-"""Model files: `compress-packed-1` with codes of as many bits as their grid needs, `compress-float-1` with float32.
+"""Model files: `compress-packed-2` with a quantized network in few bytes, `compress-float-1` with float32 weights.
 
 Both are safetensors files that say how to build the network, so a reader needs nothing else and runs no code from them.
-In a packed file the layer `name` is `name.weight.codes` (a stream of bits, see `compress.export.encodings`), `.scale`
-(N,) and `.zero_point` (N,): weight = scale * (code - zero_point). Where its input is quantized too, there are one
-`name.input_quantizer.scale` and `.zero_point`. All other tensors stand under their state dict's names.
+A float32 file has the tensors of the state dict under their names, a packed one has what `compress.export.packing`
+says; there, weight = scale * (code - zero_point).
 """
 
-import math
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,18 +19,18 @@ from compress import models
 from compress.data.memory import free_bytes
 from compress.errors import UserError, first_line
 from compress.export import container
-from compress.export.description import NetworkDescription, check_description, check_float32, grids_as_json
-from compress.export.encodings import decode, encode, encoding
+from compress.export.description import NetworkDescription, check_description, check_float32
+from compress.export.encodings import ENCODINGS, Encoding
+from compress.export.entropy import MOST_PER_BYTE
 from compress.export.exporter import Exporter
+from compress.export.packing import CODES, pack_network, unpack_network
 from compress.models import masks
-from compress.models.canonical import LAYERS, canonical
-from compress.models.folding import fold_pairs
+from compress.models.canonical import canonical
 from compress.models.own_class import OwnNetwork
-from compress.quantization.activations import InputQuantizer, attach_input_quantizer, input_quantizers
-from compress.quantization.grid import Grid
+from compress.quantization.activations import input_quantizers
 from compress.quantization.quantized import QuantizedModel
 
-PACKED, FLOAT = "compress-packed-1", "compress-float-1"
+PACKED, FLOAT = "compress-packed-2", "compress-float-1"
 COUNTER = "num_batches_tracked"
 PROBED = 3  # images that `canonical` runs the network on
 
@@ -56,26 +54,17 @@ class Packed(Exporter):
         return read_model(path, network)
 
 
-def write_packed(path: Path, quantized: QuantizedModel, description: NetworkDescription, bitmaps: bool = True) -> int:
+def write_packed(
+    path: Path, quantized: QuantizedModel, description: NetworkDescription, encodings: Sequence[Encoding] = ENCODINGS
+) -> int:
     """Write `quantized`; returns the size of the file in bytes. The same content gives the same bytes.
 
-    bitmaps: keep a layer as a bitmap where that is smaller; without, the size does not depend on the codes.
+    encodings: those that each layer has the smallest of; with "dense" alone the size does not depend on the codes.
     Raises UserError for a network that is not in float32.
     """
     check_float32(path, quantized)
-    tensors: dict[str, Tensor] = {}
-    encodings = {name: encoding(layer) if bitmaps else "dense" for name, layer in quantized.layers.items()}
-    for name, layer in quantized.layers.items():
-        small = layer.grid.levels <= 256
-        tensors[f"{name}.weight.codes"] = torch.from_numpy(encode(layer, encodings[name]))
-        tensors[f"{name}.weight.scale"] = layer.grid.scale
-        tensors[f"{name}.weight.zero_point"] = layer.grid.zero_point.to(torch.uint8 if small else torch.int32)
-    tensors.update(quantized.float_state)
-    content = description.as_json() | grids_as_json(quantized)
-    for layer in content["layers"]:
-        if encodings[layer["name"]] != "dense":
-            layer["encoding"] = encodings[layer["name"]]
-    return container.write(path, PACKED, content, tensors)
+    content, tensors = pack_network(quantized, encodings)
+    return container.write(path, PACKED, description.as_json() | content, tensors, deflated=True)
 
 
 def write_float(path: Path, model: nn.Module, description: NetworkDescription) -> int:
@@ -122,11 +111,11 @@ def read_model(path: str | Path, network: OwnNetwork | None = None) -> tuple[nn.
         # Fresh weights are drawn and thrown away; reading a file must not move anyone's random numbers.
         with torch.random.fork_rng(devices=[]):
             if network is None:  # whose cost is its owner's
-                _check_cost(description, tensors)
+                _check_cost(kind, description, tensors)
             model = models.rebuild(description["architecture"], network).eval()
         if kind == PACKED:
             model = canonical(model, description["input_shape"])
-            _apply_quantization(model, description, tensors)
+            tensors, description = unpack_network(model, description, tensors)
         _load(model, tensors)
         for quantizer in input_quantizers(model).values():
             quantizer.check()
@@ -174,17 +163,18 @@ def read_float_description(path: Path) -> dict[str, Any] | None:
     return description
 
 
-def _check_cost(description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+def _check_cost(kind: str, description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     """Raises UserError where the network that is described is more than the tensors of its file could fill.
 
-    It is built without memory for that. A weight takes a bit at least; what its images become has to fit into the
-    memory, for reading a packed file runs its network once.
+    It is built without memory for that. A weight takes a bit at least, and in the codes of a packed file a share of a
+    byte; it and what its images become have to fit into the memory, for reading a packed file runs its network once.
     """
     with torch.device("meta"), torch.no_grad():
         empty = models.rebuild(description["architecture"]).eval()
         weights = models.count_parameters(empty)
         stored = {value.data_ptr(): value.numel() * value.element_size() for value in tensors.values()}
-        most = 8 * sum(stored.values())
+        codes = tensors[CODES].numel() if kind == PACKED else 0
+        most = 8 * (sum(stored.values()) - codes) + MOST_PER_BYTE * codes
         if weights > most:
             raise UserError(f"found a network of {weights:,} weights; accepted: at most {most:,}, as its tensors hold")
         values = 0
@@ -197,47 +187,12 @@ def _check_cost(description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -
             module.register_forward_hook(count)
         with suppress(RuntimeError, NotImplementedError):  # of a forward that needs values, which meta tensors lack
             empty(torch.empty(1, *description["input_shape"]))
-    needed, free = 4 * PROBED * values, free_bytes(torch.device("cpu")) // 2
+    needed, free = 4 * (PROBED * values + weights), free_bytes(torch.device("cpu")) // 2
     if needed > free:
         raise UserError(
-            f"input_shape: found {description['input_shape']}, for which the network takes {needed / 1e9:,.1f} GB; "
-            f"accepted: images for which it takes at most {free / 1e9:,.1f}"
+            f"input_shape: found {description['input_shape']}, for which the network of {weights:,} weights takes "
+            f"{needed / 1e9:,.1f} GB; accepted: one that takes at most {free / 1e9:,.1f}"
         )
-
-
-def _apply_quantization(model: nn.Module, description: Mapping[str, Any], tensors: dict[str, Tensor]) -> None:
-    """Give `model` the modules of the quantized network, and `tensors` the weights in place of the codes."""
-    fold_pairs(model, [(layer, norm) for layer, norm in description["folded"]])
-    for layer in description["layers"]:
-        known = {key: layer[key] for key in ("name", "shape", "levels")}
-        _unpack_layer(tensors, **known, encoding=layer.get("encoding", "dense"))
-    for name, holder in description["tied"].items():
-        tensors[f"{name}.weight"] = tensors[f"{holder}.weight"]
-    _add_biases(model, tensors)
-    for layer in description["inputs"]:
-        attach_input_quantizer(model.get_submodule(layer["name"]), InputQuantizer(1.0, 0, layer["levels"]))
-
-
-def _unpack_layer(tensors: dict[str, Tensor], name: str, shape: list[int], levels: int, encoding: str) -> None:
-    """Replace the three tensors of a layer by its weight."""
-    stream, scale, zero_point = (tensors.pop(f"{name}.weight.{part}") for part in ("codes", "scale", "zero_point"))
-    if stream.dtype != torch.uint8 or scale.dtype != torch.float32 or scale.shape != (shape[0],):
-        raise ValueError(f"{name}: codes are uint8 and scales {shape[0]} float32")
-    if math.prod(shape) > 8 * stream.numel():
-        raise ValueError(f"{name}: {math.prod(shape):,} weights in {stream.numel():,} bytes")
-    grid = Grid(scale, zero_point.to(torch.int32), levels)
-    zeros = grid.zero_point.reshape(-1, 1).expand(shape[0], math.prod(shape[1:])).reshape(-1).numpy()
-    codes = decode(stream.numpy(), grid.bits, zeros, encoding)
-    if codes.size and int(codes.max()) >= levels:
-        raise ValueError(f"{name}: code {int(codes.max())} on a grid of {levels} levels")
-    tensors[f"{name}.weight"] = grid.dequantize(torch.from_numpy(codes).reshape(shape))
-
-
-def _add_biases(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Bias correction gives a bias to layers that were built without one."""
-    for name, module in model.named_modules():
-        if type(module) in LAYERS and module.bias is None and f"{name}.bias" in tensors:
-            module.bias = nn.Parameter(torch.empty(module.weight.shape[0]))
 
 
 def _load(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:

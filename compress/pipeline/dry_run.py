@@ -14,6 +14,7 @@ from torch import nn
 from compress import models
 from compress.config.compose import Job
 from compress.data.shared import DataSets
+from compress.export.encodings import ENCODINGS
 from compress.export.packed import file_bytes
 from compress.pipeline.check import limited
 from compress.pipeline.parts import Parts
@@ -80,12 +81,13 @@ def _sizes(parts: Parts, student: nn.Module) -> dict[str, int]:
     description = parts.description(student)
     sizes = {}
     if parts.fake_quantization is not None:
-        # Steps and codes of an untrained network take as many bytes, but its zeros are none that training would leave.
+        # Steps of an untrained network take as many bytes, but its codes are none that training would leave: every code
+        # takes the bits of its grid, unless pruning says how many are zero.
         input_shape = parts.data.input_shape
         baked = parts.fake_quantization.bake(parts.fake_quantization.prepare(student, input_shape), input_shape)
-        sizes["lsq"] = file_bytes(baked, description, bitmaps=parts.recipe is not None)
+        sizes["lsq"] = file_bytes(baked, description, encodings=ENCODINGS if parts.recipe else ("dense",))
     if parts.quantizer is not None:
-        # The size depends on the zeros alone, so a few images will do, and whatever the options do for the accuracy.
+        # The size depends on how the codes are spread, so a few images will do, and no options for the accuracy.
         quantizer = replace(parts.quantizer, refinement=Refinement())
         batches = parts.data.calibration_batches(parts.data.num_classes)
         for bits in quantizer.bits:

@@ -14,7 +14,8 @@ from compress.errors import UserError
 from compress.export import container
 from compress.export.bits import packed_length
 from compress.export.description import NetworkDescription
-from compress.export.packed import read_model, write_float, write_packed
+from compress.export.encodings import ENCODINGS, coded_bits, layer_bytes
+from compress.export.packed import file_bytes, read_model, write_float, write_packed
 from compress.export.weights import load_weights
 from compress.pruning.magnitude import Magnitude
 from compress.quantization import quantize
@@ -67,7 +68,7 @@ def test_the_model_read_back_has_exactly_the_logits_that_were_evaluated(small, b
     assert not model.training
     with torch.no_grad():
         assert torch.equal(model(IMAGES), quantized.model(IMAGES))
-    assert description["format"] == "compress-packed-1"
+    assert description["format"] == "compress-packed-2"
     assert description["architecture"] == {"stem": "resnet8", "options": {}, "num_classes": 10}
     assert (description["mean"], description["input_shape"], description["extra"]) == ([0.5], [3, 8, 8], {"seed": 3})
     assert description["skipped"] == quantized.skipped
@@ -82,27 +83,64 @@ def test_the_model_read_back_has_exactly_the_logits_that_were_evaluated(small, b
         ({"architecture": {"stem": "resnet8", "options": {"widths": [9999999] * 4}, "num_classes": 10}}, "weights"),
         ({"architecture": {"stem": "resnet8", "options": {}, "num_classes": 10**7}}, "class_names"),
         ({"input_shape": [3, 20000, 20000]}, "input_shape"),
-        ({"layers": [{"name": "conv1", "shape": [16, 10**9], "levels": 4, "bits": 2}]}, "conv1"),
+        ({"architecture": {"stem": "resnet18", "options": {}, "num_classes": 10**8}}, "class_names"),
+        ({"words": 10**12}, "words"),
     ],
 )
 def test_a_description_that_costs_more_than_its_tensors_could_hold_is_refused(small, changed, named, tmp_path):
     path = tmp_path / "model.safetensors"
     write_packed(path, quantize(small, [IMAGES], 2), describe("resnet8"))
     kind, description, tensors = container.read(path)
-    container.write(path, kind, description | changed, tensors)  # with a checksum that fits
+    container.write(path, kind, description | changed, tensors, deflated=True)  # with a checksum that fits
     with pytest.raises(UserError, match=named):
         read_model(path)
 
 
-def test_five_levels_take_three_bits_and_no_step_counter_is_kept(small, tmp_path):
-    quantized = quantize(small, [IMAGES], 2, grid={"alphabet": "published"}, first_last_bits=None)
-    path = tmp_path / "model.safetensors"
-    write_packed(path, quantized, describe("resnet8"))
-    tensors = load_file(path)
-    for name, layer in quantized.layers.items():
-        assert tensors[f"{name}.weight.codes"].numel() == packed_length(layer.codes.numel(), 3)
-        assert torch.equal(tensors[f"{name}.weight.scale"], layer.grid.scale)
-    assert not any("num_batches_tracked" in name for name in tensors)
+def streams(path):
+    """(bytes of each tensor in a file, the bytes of everything else)."""
+    sizes = {name: value.numel() * value.element_size() for name, value in load_file(path).items()}
+    return sizes, path.stat().st_size - sum(sizes.values())
+
+
+def test_the_file_has_the_codes_and_two_bytes_for_each_scale_and_bias_and_less_than_1500_more(tmp_path):
+    origin = {"configuration": "5" * 32 + "ab" * 16, "seed": 0, "versions": {"commit": "0" * 40, "torch": "2.14.1"}}
+    quantized = quantize(make("resnet20"), [IMAGES], 3)
+    halves = replace(
+        quantized,
+        layers={
+            name: replace(layer, grid=replace(layer.grid, scale=layer.grid.scale.half().float()))
+            for name, layer in quantized.layers.items()
+        },
+        float_state={name: value.half().float() for name, value in quantized.float_state.items()},
+    )
+    scales = sum(len(layer.grid.scale) for layer in quantized.layers.values())
+    numbers = scales + sum(value.numel() for value in quantized.float_state.values())
+    for each, kept_in, width in ((quantized, "float32", 4), (halves, "float16", 2)):
+        size = write_packed(tmp_path / "model.safetensors", each, replace(describe("resnet20"), extra=origin))
+        sizes, header = streams(tmp_path / "model.safetensors")
+        assert sizes.keys() == {"codes", "description", kept_in}
+        assert 8 * sizes["codes"] == coded_bits(each)
+        assert sizes[kept_in] == width * numbers
+        assert sizes["description"] + header < 1000
+        assert size == file_bytes(each, replace(describe("resnet20"), extra=origin))
+
+
+def test_equal_scales_are_one_number_and_counters_and_equal_zero_points_are_none(small, tmp_path):
+    quantized = quantize(small, [IMAGES], 4, grid={"granularity": "layer", "zero_point": "symmetric"})
+    write_packed(tmp_path / "model.safetensors", quantized, describe("resnet8"))
+    sizes, _ = streams(tmp_path / "model.safetensors")
+    numbers = len(quantized.layers) + sum(value.numel() for value in quantized.float_state.values())
+    assert sizes["float32"] == 4 * numbers
+
+
+def test_the_bytes_of_a_layer_are_those_by_which_the_file_grows(small, tmp_path):
+    quantized = quantize(small, [IMAGES], 4)
+    codes = sum(map(layer_bytes, quantized.layers.values()))
+    zeros = sum(len(layer.grid.zero_point) for layer in quantized.layers.values())
+    assert 0 <= coded_bits(quantized) / 8 - codes < 8 + zeros / 4
+    write_packed(tmp_path / "model.safetensors", quantized, describe("resnet8"), encodings=["dense"])
+    dense = sum(packed_length(layer.codes.numel(), layer.grid.bits) for layer in quantized.layers.values())
+    assert dense < streams(tmp_path / "model.safetensors")[0]["codes"] < dense + 8 + zeros / 4
 
 
 @pytest.mark.slow
@@ -159,8 +197,8 @@ def test_a_float_file_is_the_whole_state_dict_and_a_checkpoint_too(small, tmp_pa
 
 
 def test_a_file_of_a_later_format_is_refused(tmp_path):
-    container.write(tmp_path / "model.safetensors", "compress-packed-2", {}, {})
-    with pytest.raises(UserError, match=r"found the format compress-packed-2; accepted: compress-packed-1, compress-f"):
+    container.write(tmp_path / "model.safetensors", "compress-packed-3", {}, {})
+    with pytest.raises(UserError, match=r"found the format compress-packed-3; accepted: compress-packed-2, compress-f"):
         read_model(tmp_path / "model.safetensors")
 
 
@@ -173,14 +211,22 @@ def test_reading_draws_no_random_numbers(small, tmp_path):
     assert torch.equal(torch.rand(3), expected)
 
 
-@pytest.fixture(scope="module", params=[0.0, 0.9], ids=["dense", "bitmaps"])
-def intact(request, small, tmp_path_factory):
-    path = tmp_path_factory.mktemp("intact") / "model.safetensors"
-    network = Magnitude(sparsity=request.param).pruned(copy.deepcopy(small), (3, 8, 8))
-    write_packed(path, quantize(network, [IMAGES], 2), describe("resnet8"))
-    _, description, _ = container.read(path)
-    assert any("encoding" in layer for layer in description["layers"]) == bool(request.param)
-    return path.read_bytes()
+@pytest.fixture(scope="module")
+def files(small, tmp_path_factory):
+    """By encoding, the bytes of a file whose layers all have it."""
+    folder = tmp_path_factory.mktemp("intact")
+    network = Magnitude(sparsity=0.9).pruned(copy.deepcopy(small), (3, 8, 8))
+    quantized = quantize(network, [IMAGES], 2)
+    for name in ENCODINGS:
+        write_packed(folder / name, quantized, describe("resnet8"), [name])
+        _, description, _ = container.read(folder / name)
+        assert {layer["encoding"] for layer in description["layers"]} == {name}
+    return {name: (folder / name).read_bytes() for name in ENCODINGS}
+
+
+@pytest.fixture(params=ENCODINGS)
+def intact(request, files):
+    return files[request.param]
 
 
 def refused(content, path):
@@ -207,9 +253,10 @@ def test_an_altered_byte_is_refused(intact, share, tmp_path):
     assert "altered" in refused(bytes(changed), tmp_path / "model.safetensors")
 
 
-def test_an_altered_description_is_refused(intact, tmp_path):
-    assert b"resnet8" in intact
-    assert "altered" in refused(intact.replace(b"[0.5]", b"[0.7]", 1), tmp_path / "model.safetensors")
+def test_an_altered_header_is_refused(intact, tmp_path):
+    for name, other in ((b"packed-2", b"packed-3"), (b"float32", b"float64"), (b"sha256", b"sha255")):
+        assert name in intact
+        refused(intact.replace(name, other, 1), tmp_path / "model.safetensors")
 
 
 def test_appended_bytes_and_foreign_files_are_refused(intact, tmp_path):
@@ -230,43 +277,142 @@ def forge(intact, path, change):
     path.write_bytes(intact)
     kind, description, tensors = container.read(path)
     change(description, tensors)
-    container.write(path, kind, description, tensors)
+    container.write(path, kind, description, tensors, deflated=True)
     return path.read_bytes()
 
 
-def lose_tensor(description, tensors):
-    del tensors["fc.bias"]
+def lose_stream(description, tensors):
+    del tensors["float32"]
 
 
-def add_tensor(description, tensors):
+def add_stream(description, tensors):
+    tensors["int8"] = torch.zeros(1, dtype=torch.int8)
+
+
+def foreign_stream(description, tensors):
     tensors["other"] = torch.zeros(1)
 
 
 def shorten_codes(description, tensors):
-    tensors["conv1.weight.codes"] = tensors["conv1.weight.codes"][:-1].clone()
+    tensors["codes"] = tensors["codes"][:-1].clone()
+
+
+def append_to_codes(description, tensors):
+    tensors["codes"] = torch.cat([tensors["codes"], tensors["codes"][-1:]])
+
+
+def empty_codes(description, tensors):
+    tensors["codes"] = tensors["codes"][:0].clone()
+
+
+def codes_of_another_type(description, tensors):
+    tensors["codes"] = tensors["codes"].to(torch.int32)
+
+
+def fewer_words(description, tensors):
+    description["words"] -= 1
 
 
 def code_out_of_range(description, tensors):
     layer = next(layer for layer in description["layers"] if layer["levels"] == 4)
     layer["levels"] = 3
-    tensors[f"{layer['name']}.weight.codes"][0] = 0xFF
+    tensors["codes"][-100:] = 0xFF
 
 
 def negative_scale(description, tensors):
-    tensors["conv1.weight.scale"][0] = -1
+    tensors["float32"][0] = -1
+
+
+def infinite_bias(description, tensors):
+    tensors["float32"][-1] = float("inf")
+
+
+def shorten_numbers(description, tensors):
+    tensors["float32"] = tensors["float32"][:-1].clone()
+
+
+def append_to_numbers(description, tensors):
+    tensors["float32"] = torch.cat([tensors["float32"], torch.zeros(1)])
+
+
+def numbers_in_two_dimensions(description, tensors):
+    tensors["float32"] = tensors["float32"][None]
+
+
+def halves_for_floats(description, tensors):
+    tensors["float32"] = tensors["float32"].half()
 
 
 def zero_point_off_the_grid(description, tensors):
-    description["layers"][1]["levels"] = 2
-    tensors[f"{description['layers'][1]['name']}.weight.zero_point"][:] = 3
+    description["layers"][1]["zero_point"] = [7, 7]
 
 
-def wrong_shape(description, tensors):
-    tensors["fc.bias"] = torch.zeros(11)
+def zero_points_of_no_end(description, tensors):
+    description["layers"][1]["zero_point"] = [0, 10**12]
+
+
+def levels_of_no_end(description, tensors):
+    description["layers"][1]["levels"] = 10**12
+
+
+def levels_of_16_bits(description, tensors):
+    description["layers"][1]["levels"] = 2**16
+
+
+def more_scales(description, tensors):
+    description["layers"][1]["scale"][1] += 1
+
+
+def one_scale(description, tensors):
+    description["layers"][1]["scale"][1] = 1
+
+
+def scale_of_another_type(description, tensors):
+    description["layers"][1]["scale"][0] = "float64"
+
+
+def no_bias(description, tensors):
+    del description["layers"][0]["bias"]
+
+
+def inputs_of_three_levels(description, tensors):
+    description["layers"][0]["inputs"] = 3
+
+
+def one_layer_less(description, tensors):
+    del description["layers"][-1]
+
+
+def a_layer_without_codes(description, tensors):
+    description["layers"][-1] = {"bias": True}
+
+
+def layers_that_are_none(description, tensors):
+    description["layers"] = [3] * len(description["layers"])
+
+
+def other_structure(description, tensors):
+    description["structure"] ^= 1
+
+
+def other_state(description, tensors):
+    description["state"] = description["state"][:-1]
+
+
+def tied_to_nothing(description, tensors):
+    description["tied"] = {"fc": "conv1"}
+
+
+def shared_with_nothing(description, tensors):
+    description["shared"] = {"fc.bias": "nothing"}
 
 
 def unknown_architecture(description, tensors):
     description["architecture"]["stem"] = "resnet9999"
+
+
+def another_network(description, tensors):
+    description["architecture"]["options"] = {"widths": [16, 16, 32, 48]}
 
 
 def unknown_option(description, tensors):
@@ -278,45 +424,40 @@ def code_by_name(description, tensors):
     description["architecture"]["stem"] = "../../etc"
 
 
-def unknown_layer(description, tensors):
-    description["folded"] = [["nothing", "conv1"]]
-
-
 def unknown_encoding(description, tensors):
     description["layers"][1]["encoding"] = "zip"
 
 
 def other_encoding(description, tensors):
-    layer = next(layer for layer in description["layers"] if layer["name"] == "layer3.0.conv2")
-    layer["encoding"] = "dense" if "encoding" in layer else "bitmap"
+    layer = description["layers"][0]
+    layer["encoding"] = "dense" if layer["encoding"] != "dense" else "bitmap"
 
 
 def no_layers(description, tensors):
     del description["layers"]
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        lose_tensor,
-        add_tensor,
-        shorten_codes,
-        code_out_of_range,
-        negative_scale,
-        zero_point_off_the_grid,
-        wrong_shape,
-        unknown_architecture,
-        unknown_option,
-        code_by_name,
-        unknown_layer,
-        unknown_encoding,
-        other_encoding,
-        no_layers,
-    ],
-)
-def test_content_that_does_not_fit_is_refused_though_its_checksum_is_right(intact, change, tmp_path):
+OF_CODES = [shorten_codes, append_to_codes, empty_codes, fewer_words, code_out_of_range, other_encoding]
+OTHERS = [
+    *(lose_stream, add_stream, foreign_stream, codes_of_another_type, negative_scale, infinite_bias, shorten_numbers),
+    *(append_to_numbers, numbers_in_two_dimensions, halves_for_floats, zero_point_off_the_grid, zero_points_of_no_end),
+    *(levels_of_no_end, levels_of_16_bits, more_scales, one_scale, scale_of_another_type, no_bias, no_layers),
+    *(inputs_of_three_levels, one_layer_less, a_layer_without_codes, layers_that_are_none, other_structure),
+    *(other_state, tied_to_nothing, shared_with_nothing, unknown_architecture, another_network, unknown_option),
+    *(code_by_name, unknown_encoding),
+]
+
+
+@pytest.mark.parametrize("change", OF_CODES)
+def test_codes_that_do_not_fit_are_refused_though_their_checksum_is_right(intact, change, tmp_path):
     path = tmp_path / "model.safetensors"
     refused(forge(intact, path, change), path)
+
+
+@pytest.mark.parametrize("change", OTHERS)
+def test_content_that_does_not_fit_is_refused_though_its_checksum_is_right(files, change, tmp_path):
+    path = tmp_path / "model.safetensors"
+    refused(forge(files["entropy"], path, change), path)
 
 
 def test_a_forged_file_without_a_change_is_accepted(intact, tmp_path):

@@ -217,7 +217,7 @@ def test_tensors_without_values_are_refused(weights, model, tmp_path):
 
 def test_a_packed_model_is_no_checkpoint(weights, model, tmp_path):
     path = tmp_path / "packed.safetensors"
-    container.write(path, "compress-packed-1", {}, weights)
+    container.write(path, "compress-packed-2", {}, weights)
     assert "packed model and no checkpoint" in refusal(model, path)
 
 

@@ -52,7 +52,7 @@ def test_what_is_loaded_is_bit_for_bit_what_was_saved(network, tmp_path):
         assert torch.equal(loaded(images(8, 2)), quantized.network(images(8, 2)))
         assert difference(loaded(images(8, 2)), logits(model(images(8, 2)))) < 0.05
     assert (about["class_names"], about["mean"], about["standard_deviation"]) == (NAMES, [0.5], [0.2])
-    assert about["format"] == "compress-packed-1"
+    assert about["format"] == "compress-packed-2"
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(torch.equal(value, kept[name]) for name, value in fresh.state_dict().items())
     lines = [line.split() for line in quantized.table().splitlines()]
