@@ -14,7 +14,6 @@ from torch import nn
 from compress import models
 from compress.config.compose import Job
 from compress.data.shared import DataSets
-from compress.export.encodings import ENCODINGS
 from compress.export.packed import file_bytes
 from compress.pipeline.check import limited
 from compress.pipeline.parts import Parts
@@ -41,7 +40,9 @@ def show(job: Job, data_sets: DataSets) -> None:
     minutes["student"] = epochs * batches * step / 60
     sizes = _sizes(parts, student)
     if sizes:
-        console.print("packed files: " + ", ".join(f"{name} {size / 1000:,.1f} kB" for name, size in sizes.items()))
+        console.print(
+            "packed files, about: " + ", ".join(f"{name} {size / 1000:,.1f} kB" for name, size in sizes.items())
+        )
     total = sum(minutes.values())
     unit, length = ("minutes", 1) if total >= 1 else ("seconds", 60)
     shares = ", ".join(f"{part} {length * value:.1f}" for part, value in minutes.items())
@@ -77,17 +78,18 @@ def _batch(parts: Parts, batch_size: int) -> int:
 
 
 def _sizes(parts: Parts, student: nn.Module) -> dict[str, int]:
-    """Bytes of the packed files, by variant."""
+    """About how many bytes the packed files will have, by variant.
+
+    They depend on how the codes are spread, which training changes little.
+    """
     description = parts.description(student)
     sizes = {}
     if parts.fake_quantization is not None:
-        # Steps of an untrained network take as many bytes, but its codes are none that training would leave: every code
-        # takes the bits of its grid, unless pruning says how many are zero.
         input_shape = parts.data.input_shape
         baked = parts.fake_quantization.bake(parts.fake_quantization.prepare(student, input_shape), input_shape)
-        sizes["lsq"] = file_bytes(baked, description, encodings=ENCODINGS if parts.recipe else ("dense",))
+        sizes["lsq"] = file_bytes(baked, description)
     if parts.quantizer is not None:
-        # The size depends on how the codes are spread, so a few images will do, and no options for the accuracy.
+        # A few images will do, and whatever the options do for the accuracy.
         quantizer = replace(parts.quantizer, refinement=Refinement())
         batches = parts.data.calibration_batches(parts.data.num_classes)
         for bits in quantizer.bits:

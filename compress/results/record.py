@@ -97,7 +97,7 @@ class Layer(Part):
     bits: int  # width of the codes
     levels: int | None = None  # values that a weight can take
     error: float | None = None  # relative error of its outputs; null: not measured
-    encoding: str = "dense"  # or bitmap
+    encoding: str = "dense"  # or bitmap, or entropy
 
 
 class FileLayers(Part):

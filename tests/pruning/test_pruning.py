@@ -91,7 +91,7 @@ def test_the_mask_has_exactly_its_zeros_after_training_and_the_files_have_them(t
         assert row.sparsity >= 0.9 - 1e-5
         assert row.macs == result.record.student.macs
     file = result.rows[1].file.removeprefix("models/")
-    assert {layer.encoding for layer in result.record.layers[file].quantized.values()} >= {"bitmap"}
+    assert {layer.encoding for layer in result.record.layers[file].quantized.values()} >= {"entropy"}
 
 
 @pytest.mark.slow
