@@ -2,7 +2,11 @@
 
 import copy
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +23,10 @@ from compress.export.packed import file_bytes, read_model, write_float, write_pa
 from compress.export.weights import load_weights
 from compress.pruning.magnitude import Magnitude
 from compress.quantization import quantize
+from compress.quantization.activations import input_quantizers
+from compress.quantization.grid import Grid
+from compress.quantization.quantized import QuantizedLayer, set_weight
+from tests.models import odd_networks
 
 
 def describe(stem, **options):
@@ -73,6 +81,98 @@ def test_the_model_read_back_has_exactly_the_logits_that_were_evaluated(small, b
     assert (description["mean"], description["input_shape"], description["extra"]) == ([0.5], [3, 8, 8], {"seed": 3})
     assert description["skipped"] == quantized.skipped
     assert [layer["name"] for layer in description["layers"]] == list(quantized.layers)
+
+
+def round_trip(quantized, description, path, network=None):
+    """The description in the file of `quantized`, whose network has to come back bit for bit."""
+    write_packed(path, quantized, description)
+    model, found = read_model(path, network)
+    expected = {name: value for name, value in quantized.model.state_dict().items() if "num_batches" not in name}
+    state = {name: value for name, value in model.state_dict().items() if "num_batches" not in name}
+    assert state.keys() == expected.keys()
+    assert all(torch.equal(state[name], expected[name]) for name in state)
+    images = torch.randn(4, *description.input_shape, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        assert torch.equal(model(images), quantized.model(images))
+    return found
+
+
+@pytest.mark.parametrize("skip", [[], ["left"], ["head"]])
+@pytest.mark.parametrize("network", odd_networks.EVERY)
+def test_a_network_that_uses_its_weights_in_an_unusual_way_comes_back(network, skip, tmp_path):
+    model = odd_networks.make(network)
+    names = {name for name, _ in model.named_modules()}
+    images = torch.randn(32, *odd_networks.SHAPE, generator=torch.Generator().manual_seed(0))
+    quantized = quantize(model, [images], 4, skip=[name for name in skip if name in names], activation_bits=8)
+    about = replace(describe("module"), input_shape=odd_networks.SHAPE, class_names=["a", "b", "c", "d"])
+    about = replace(about, architecture={"stem": "module", "options": {}, "num_classes": odd_networks.CLASSES})
+    found = round_trip(quantized, about, tmp_path / "model.safetensors", model)
+    assert found["tied"] == quantized.tied
+    assert found["skipped"] == quantized.skipped
+    assert {each["name"] for each in found["inputs"]} == set(input_quantizers(quantized.model))
+
+
+def test_a_float_weight_that_two_layers_share_is_kept_once(tmp_path):
+    model = odd_networks.make(odd_networks.TiedWeights)
+    quantized = quantize(model, [torch.randn(8, *odd_networks.SHAPE)], 4, skip=["left"])
+    about = replace(describe("module"), input_shape=odd_networks.SHAPE, class_names=["a", "b", "c", "d"])
+    about = replace(about, architecture={"stem": "module", "options": {}, "num_classes": odd_networks.CLASSES})
+    round_trip(quantized, about, tmp_path / "model.safetensors", model)
+    sizes, _ = streams(tmp_path / "model.safetensors")
+    assert "right.weight" in quantized.float_state
+    assert sizes["float32"] < 4 * sum(value.numel() for value in quantized.float_state.values())
+
+
+@pytest.mark.parametrize("stem", ["mobilenetv2", "shufflenetv2", "vgg8"])
+def test_depthwise_convolutions_and_layers_with_and_without_a_bias_come_back(stem, tmp_path):
+    quantized = quantize(make(stem), [IMAGES], 4)
+    round_trip(quantized, describe(stem), tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize("step", [0.002, 0.02, 0.1, 0.5, 100.0])
+def test_layers_with_one_step_and_codes_without_bounds_come_back(small, step, tmp_path):
+    quantized = quantize(small, [IMAGES], 8)
+    layers = {}
+    for name, layer in quantized.layers.items():
+        steps = (layer.grid.dequantize(layer.codes) / step).round().to(torch.int32)
+        lowest, levels = int(steps.min()), max(2, int(steps.max() - steps.min()) + 1)
+        rows = len(steps)
+        grid = Grid(torch.full((rows,), step), torch.full((rows,), -lowest, dtype=torch.int32), levels)
+        layers[name] = QuantizedLayer(steps - lowest, grid, grid.bits, None)
+        set_weight(quantized.model.get_submodule(name), layers[name].codes, grid, None)
+    found = round_trip(replace(quantized, layers=layers), describe("resnet8"), tmp_path / "model.safetensors")
+    assert [each["levels"] for each in found["layers"]] == [layer.grid.levels for layer in layers.values()]
+    sizes, _ = streams(tmp_path / "model.safetensors")
+    weights = sum(layer.codes.numel() for layer in layers.values())
+    assert sizes["codes"] < (120 * len(layers) + weights / 700 if step == 100 else 1.5 * weights)
+
+
+READING = """
+import sys, torch
+from compress.export.packed import read_model
+model, _ = read_model(sys.argv[1])
+print(*(int(value.contiguous().view(torch.int32).sum()) for value in model.state_dict().values() if value.dim()))
+"""
+
+
+@pytest.mark.slow
+def test_every_kind_of_processor_reads_the_same_weights(small, tmp_path):
+    path = tmp_path / "model.safetensors"
+    write_packed(path, quantize(small, [IMAGES], 3), describe("resnet8"))
+    read = [
+        subprocess.run(
+            [sys.executable, "-c", READING, str(path)],
+            env={**os.environ, "ATEN_CPU_CAPABILITY": capability, "PYTHONPATH": str(Path(__file__).parents[2])},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for capability in ("default", "avx2")
+    ]
+    model, _ = read_model(path)
+    state = [value for value in model.state_dict().values() if value.dim()]
+    expected = " ".join(str(int(value.contiguous().view(torch.int32).sum())) for value in state)
+    assert read == [f"{expected}\n"] * 2
 
 
 @pytest.mark.parametrize(
