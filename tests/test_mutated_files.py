@@ -8,6 +8,7 @@ import runpy
 import shutil
 import struct
 import sys
+import time
 from pathlib import Path
 
 import datasets
@@ -22,6 +23,8 @@ from safetensors.torch import save_file
 
 import compress
 from compress.cli import main
+from compress.errors import UserError
+from compress.export.packed import read_model
 from compress.models import build
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
@@ -211,3 +214,25 @@ def test_25_changed_files_are_refused_in_a_line_or_read(files, tmp_path, name):
     refused = sum(code != 0 for code, _, _ in costs)
     most = [max(values) for values in zip(*costs, strict=True)][1:]
     print(f"{name}: {refused} of 25 refused; at most {most[0] / 1e9:.2f} GB and {most[1]:.1f} s")
+
+
+@pytest.mark.soak
+def test_300_changed_packed_files_are_refused_in_a_line_or_read(files, tmp_path):
+    intact = (files / MODEL).read_bytes()
+    path, draw = tmp_path / "model.safetensors", random.Random(0)
+    refusals, costs = [], []
+    for _ in range(300):
+        path.write_bytes(intact)
+        how = mutate(path, draw)
+        started = time.process_time()
+        try:
+            read_model(path)
+        except UserError as error:
+            refusals.append((how, str(error)))
+        costs.append(time.process_time() - started)
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 2e6, (how, refusals[-1:])
+    print(f"{len(refusals)} of 300 refused; at most {max(costs):.1f} s")
+    assert all(error.startswith(f"{path}: ") and "\n" not in error for _, error in refusals), refusals
+    # What has no checksum that fits is refused, whatever it is.
+    assert len({how for how, _ in refusals}) == 2
+    assert max(costs) < 100
