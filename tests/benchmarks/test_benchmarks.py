@@ -57,6 +57,17 @@ def test_half_of_the_channels_are_compared_with_all(run_benchmark):
 
 
 @pytest.mark.slow
+def test_a_packed_file_is_smaller_than_its_codes_in_one_width(run_benchmark):
+    code, output, _ = run_benchmark("files", "--models", "resnet8", "--bits", 4, 8, "--rounds", 1)
+    assert code == 0
+    _, *lines = output.splitlines()
+    assert [line.partition(":")[0] for line in lines] == ["resnet8, 4", "resnet8, 8"]
+    for line in lines:
+        total, dense, _, entropy = (int(number.replace(",", "")) for number in re.findall(r"\d+,\d+", line))
+        assert entropy < total < dense + 5000
+
+
+@pytest.mark.slow
 def test_steps_of_shampoo_and_sgd_are_compared(run_benchmark):
     sizes = ["--batch-size", 8, "--image-size", 8, "--pairs", 2, "--root-interval", 4, "--statistics-interval", 2]
     code, output, _ = run_benchmark("optimizers", "--models", "resnet8", *sizes)
