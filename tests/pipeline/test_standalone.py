@@ -109,8 +109,12 @@ def test_a_checkpoint_of_a_run_and_a_plain_state_dict_are_quantized_too(run, tmp
     foreign = tmp_path / "weights.pt"
     torch.save(network.state_dict(), foreign)
     second = quantize_checkpoint([f"checkpoint={foreign}", "model=resnet8", "data.limit=400", *options])
-    same = [{key: row[key] for key in ("test_accuracy", "bytes", "agreement")} for row in rows_of(first)]
-    assert same == [{key: row[key] for key in ("test_accuracy", "bytes", "agreement")} for row in rows_of(second)]
+    for one, other in zip(rows_of(first), rows_of(second), strict=True):
+        assert [one[key] for key in ("test_accuracy", "agreement")] == [
+            other[key] for key in ("test_accuracy", "agreement")
+        ]
+        # The checksums of two configurations are compressed to a few bytes more or less.
+        assert int(one["bytes"]) == pytest.approx(int(other["bytes"]), abs=20)
 
 
 def test_verify_reads_a_quantized_checkpoint_again(run, capsys):
@@ -155,8 +159,8 @@ def test_networks_without_some_channels_or_weights_are_quantized_as_they_are(run
     )
     # Less than a network of as many layers takes that was not pruned.
     file = masked.directory / masked.rows[0].file
-    _, packed = rows_of(quantize_checkpoint([f"checkpoint={file}", "quantizer.bits=[2,4]", "quantizer.budget=24kB"]))
-    assert int(packed["bytes"]) <= 24_000
+    _, packed = rows_of(quantize_checkpoint([f"checkpoint={file}", "quantizer.bits=[2,4]", "quantizer.budget=15kB"]))
+    assert int(packed["bytes"]) <= 15_000
     assert float(packed["sparsity"]) >= 0.89
 
 
