@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from compress.errors import UserError
-from compress.export.deflated import deflate, inflate
+from compress.export.deflated import LONGEST, deflate, inflate
 from compress.files import write_atomically
 
 NAMES = {
@@ -48,7 +48,7 @@ def write(
     """Write `tensors` and a JSON-able `description` under the format name `kind`; returns the size in bytes.
 
     deflated: keep the description as a tensor of compressed bytes, called DESCRIPTION, instead of in the header. The
-    file gets its name only when it is complete. Raises ValueError for a description too long to be read again.
+    file gets its name only when it is complete. Raises UserError for a description too long to be read again.
     """
     aliases = aliases_of(tensors)
     description = {**description, ALIASES: aliases} if aliases else description
@@ -56,6 +56,8 @@ def write(
     text = to_json(description)
     metadata = {"format": kind}
     if deflated:
+        if len(text) > LONGEST:
+            raise UserError(f"{path}: found a description of {len(text):,} characters; accepted: at most {LONGEST:,}")
         tensors[DESCRIPTION] = torch.frombuffer(bytearray(deflate(text)), dtype=torch.uint8)
     else:
         metadata[DESCRIPTION] = text

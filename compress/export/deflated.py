@@ -18,12 +18,9 @@ RAW = -15  # zlib's word for a stream without header and checksum
 
 
 def deflate(text: str) -> bytes:
-    """Raises ValueError for a text that `inflate` would not take."""
-    content = text.encode()
-    if len(content) > LONGEST:
-        raise ValueError(f"a description of {len(content):,} bytes; at most {LONGEST:,} are read again")
+    """The compressed bytes of a text in ASCII of at most LONGEST characters, which `inflate` takes."""
     compressor = zlib.compressobj(9, zlib.DEFLATED, RAW, 9, zdict=VOCABULARY)
-    return compressor.compress(content) + compressor.flush()
+    return compressor.compress(text.encode()) + compressor.flush()
 
 
 def inflate(content: bytes) -> str:

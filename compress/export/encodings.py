@@ -129,10 +129,12 @@ def _span(grid: Grid) -> int:
 
 
 def _offsets(layer: QuantizedLayer) -> np.ndarray:
-    """int64 (n,): each code less the zero point of its row, plus the highest of all zero points."""
-    _, highest = zero_points(layer.grid)
-    zeros = per_channel(layer.grid.zero_point.cpu().long(), layer.codes)
-    offsets: np.ndarray = (layer.codes.cpu().long() - zeros + highest).flatten().numpy()
+    """Integers (n,): each code less the zero point of its row, plus the highest of all zero points."""
+    codes = layer.codes.cpu()
+    lowest, highest = zero_points(layer.grid)
+    if lowest != highest:
+        codes = codes.int() - (per_channel(layer.grid.zero_point.cpu().int(), codes) - highest)
+    offsets: np.ndarray = codes.flatten().numpy()
     return offsets
 
 

@@ -7,14 +7,9 @@ import pytest
 from compress.export.deflated import LONGEST, RAW, VOCABULARY, deflate, inflate
 
 
-@pytest.mark.parametrize("text", ["", "{}", '{"layers":[]}', "ü" * 1000, "x" * LONGEST])
+@pytest.mark.parametrize("text", ["", "{}", '{"layers":[]}', "x" * LONGEST])
 def test_a_text_comes_back(text):
     assert inflate(deflate(text)) == text
-
-
-def test_a_text_that_is_too_long_is_not_written():
-    with pytest.raises(ValueError, match=r"a description of 4,194,305 bytes; at most 4,194,304 are read again"):
-        deflate("x" * (LONGEST + 1))
 
 
 def test_a_bomb_is_not_unpacked():

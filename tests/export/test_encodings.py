@@ -71,7 +71,9 @@ def back(layers, encodings):
 @pytest.mark.parametrize("name", LAYERS)
 def test_a_layer_comes_back_from_every_encoding_in_the_bytes_that_are_foretold(name, chosen):
     each = LAYERS[name]
+    before = each.codes.clone()
     size, [codes] = back([each], [chosen])
+    assert torch.equal(each.codes, before)
     assert codes.dtype == np.int32
     assert np.array_equal(codes, each.codes.numpy())
     zeros = 0 if each.grid.zero_point.unique().numel() == 1 else each.grid.zero_point.numel()

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from compress import models
 from compress.errors import UserError
 from compress.export import container
 from compress.export.bits import packed_length
+from compress.export.deflated import RAW
 from compress.export.description import NetworkDescription
 from compress.export.encodings import ENCODINGS, coded_bits, layer_bytes
 from compress.export.packed import file_bytes, read_model, write_float, write_packed
@@ -571,6 +573,26 @@ def test_a_float64_network_is_not_written_with_float32_scales(small, tmp_path):
     with pytest.raises(UserError, match=r"found torch.float64 weights in conv1; accepted: torch.float32"):
         write_packed(tmp_path / "model.safetensors", quantized, describe("resnet8"))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_description_that_would_not_be_read_again_is_not_written(small, tmp_path):
+    about = replace(describe("resnet8"), extra={"note": "x" * (1 << 22)})
+    with pytest.raises(UserError, match=r"found a description of 4,[0-9,]+ characters; accepted: at most 4,194,304"):
+        write_packed(tmp_path / "model.safetensors", quantize(small, [IMAGES], 4), about)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_description_of_gigabytes_in_a_small_file_is_refused(files, tmp_path):
+    compressor = zlib.compressobj(9, zlib.DEFLATED, RAW, 9)
+    bomb = b"".join(compressor.compress(bytes(1 << 24)) for _ in range(64)) + compressor.flush()
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(files["entropy"])
+    kind, description, tensors = container.read(path)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(container, "deflate", lambda text: bomb)
+        container.write(path, kind, description, tensors, deflated=True)
+    assert path.stat().st_size < 1_200_000
+    assert "a description that is not a JSON object" in refused(path.read_bytes(), path)
 
 
 def test_a_path_may_be_text_as_in_the_readme(tmp_path):
