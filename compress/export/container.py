@@ -113,7 +113,7 @@ def read(path: Path) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
         raise UserError(f"{path}: found a description that is not a JSON object; {accepted}")
     aliases = description.pop(ALIASES, {})
     if not isinstance(aliases, dict) or any(
-        name in tensors or tensors.get(one) is None for name, one in aliases.items()
+        name in tensors or not isinstance(one, str) or one not in tensors for name, one in aliases.items()
     ):
         raise UserError(f"{path}: found {ALIASES} that its tensors do not fit; {accepted}")
     return metadata["format"], description, tensors | {name: tensors[one] for name, one in aliases.items()}

@@ -626,3 +626,12 @@ def test_a_signed_file_is_refused_where_it_says_what_no_network_is(small, change
     container.write(path, kind, description | changes, tensors)
     with pytest.raises(UserError, match=f"^{path}: {message}"):
         read_model(path)
+
+
+@pytest.mark.parametrize("aliases", [{"x": []}, {"x": "nothing"}, {"fc.bias": "fc.weight"}, ["x"], 3])
+def test_other_names_of_tensors_that_are_none_are_refused(small, aliases, tmp_path):
+    path = tmp_path / "model.safetensors"
+    write_float(path, small, describe("resnet8"))
+    kind, description, tensors = container.read(path)
+    container.write(path, kind, description | {"aliases": aliases}, tensors)
+    assert "found aliases that its tensors do not fit" in refused(path.read_bytes(), path)
