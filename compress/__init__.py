@@ -52,11 +52,11 @@ def run(
 
 
 def quantize(
-    network: "nn.Module", images: Any, bits: int | Sequence[int] = 4, quantizer: str = "gpfq", **keys: Any
+    network: "nn.Module", images: Any, bits: int | None = None, quantizer: str = "gpfq", **keys: Any
 ) -> "QuantizedNetwork":
     """Quantizes any `network` on some `images`, without training; see `compress.pipeline.own_module.quantize`.
 
-    `quantize(network, images, bits=3, quantizer="gptq").save("net.safetensors")`; images are normalised as the network
+    `quantize(network, images, rates=2).save("net.safetensors")`, or `bits=3`; images are normalised as the network
     takes them. Raises `compress.errors.UserError` for a mistake.
     """
     from compress.pipeline import own_module

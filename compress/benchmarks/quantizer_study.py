@@ -25,7 +25,9 @@ MAIN = {
     "gpfq": ["quantizer=gpfq", *TUNED, ALL],
     "gpfq, all layers": ["quantizer=gpfq", *TUNED, "quantizer.bits=[2]", "quantizer.first_last_bits=null"],
     "gpfq, inputs 8 bit": ["quantizer=gpfq", *TUNED, "quantizer.bits=[8]", "quantizer.activation_bits=8"],
-    "gpfq, mixed": ["quantizer=gpfq", *TUNED, "quantizer.bits=[2,3,4,5,6]"],
+    "gpfq, rates": ["quantizer=gpfq", *TUNED, "quantizer.bits=[]", "quantizer.rates=[3,2,1.5,1.25,1,0.75]"],
+    # Within the size of 3 bit.
+    "gpfq, budget": ["quantizer=gpfq", *TUNED],
 }
 COMPARED = {
     "gpfq, without search and sweeps": ["quantizer=gpfq", *PLAIN, LOW],
@@ -60,7 +62,7 @@ def measure(
         for name, overrides in options.items():
             if name in known:
                 continue
-            if name == "gpfq, mixed":
+            if name == "gpfq, budget":
                 size = next(row["bytes"] for row in known["gpfq"]["rows"] if row["bits"] == 3)
                 overrides = [*overrides, f"quantizer.budget={size}"]
             typed = [*overrides, "quantizer.calibration_images=512"]

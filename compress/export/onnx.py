@@ -27,7 +27,7 @@ from compress.quantization import QuantizedModel, Quantizer
 from compress.quantization.activations import detach_input_quantizer, input_quantizers
 
 OPSET = 18  # the oldest that torch's exporter writes, and so the one that most runtimes read
-LEVELS = 256  # the most that an integer type of ONNX weights has
+LEVELS = 2**16  # the most that an integer type of ONNX weights has
 
 
 @dataclass(frozen=True)
@@ -41,12 +41,14 @@ class Onnx(Exporter):
         super().check(quantizer)
         if quantizer is None:
             return
-        widths = [*quantizer.bits, *([quantizer.first_last_bits] if quantizer.first_last_bits else [])]
-        levels, bits = max((quantizer.grid.levels(bits), bits) for bits in widths)
+        widths = [] if quantizer.searches else [*quantizer.bits]
+        if widths and quantizer.first_last_bits:
+            widths.append(quantizer.first_last_bits)
+        levels, bits = max([(quantizer.grid.levels(bits), bits) for bits in widths], default=(0, 0))
         if levels > LEVELS:
             raise UserError(
-                f"export: found onnx with {levels} levels at {bits} bits; accepted: up to {LEVELS} levels, which is 8 "
-                "bits, or export=packed"
+                f"export: found onnx with {levels} levels at {bits} bits; accepted: up to {LEVELS} levels, which is "
+                "16 bits, or export=packed"
             )
 
     def write(

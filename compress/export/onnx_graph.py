@@ -22,17 +22,22 @@ from compress.quantization.activations import InputQuantizer, input_quantizers
 from compress.quantization.quantized import QuantizedLayer, QuantizedModel
 
 # Weights of at most so many levels: type of the initializer, and the first opset whose DequantizeLinear reads it.
-STORAGE = ((4, TensorProto.INT2, 25), (16, TensorProto.INT4, 21), (256, TensorProto.INT8, 18))
+STORAGE = (
+    (4, TensorProto.INT2, 25),
+    (16, TensorProto.INT4, 21),
+    (256, TensorProto.INT8, 18),
+    (2**16, TensorProto.INT16, 21),
+)
 LARGEST = 2**31 - 1
 SCOPES = "pkg.torch.onnx.name_scopes"  # where torch's exporter notes which module a node comes from
 
 
 def storage(levels: int) -> tuple[int, int]:
-    """(type of the initializer, opset) for weights on `levels` levels. Raises UserError for more than 256."""
+    """(type of the initializer, opset) for weights on `levels` levels. Raises UserError for more than 2^16."""
     for largest, kind, opset in STORAGE:
         if levels <= largest:
             return kind, opset
-    raise UserError(f"levels: found a weight on {levels}; accepted in an ONNX file: at most 256, or 8 bits")
+    raise UserError(f"levels: found a weight on {levels}; accepted in an ONNX file: at most 65536, or 16 bits")
 
 
 def quantize_graph(model: ModelProto, quantized: QuantizedModel) -> None:
@@ -181,7 +186,7 @@ def _quantize_weight(
     stored = codes.T if turned else codes
     owner = holder if codes is unchanged and editor.holds(f"{holder}.weight.codes", stored) else name
     source = editor.constant(f"{owner}.weight.codes", stored, kind)
-    if quantizer is not None and kind != TensorProto.INT8:
+    if quantizer is not None and kind in (TensorProto.INT2, TensorProto.INT4):
         # The integer kernels take 8 bits; a runtime widens the constant once, when it loads the file.
         kind = TensorProto.INT8
         source = editor.add("Cast", [source], f"{name}.weight.wide", to=kind)

@@ -116,7 +116,7 @@ def _grid_entry(layer: QuantizedLayer, numbers: NumberWriter) -> dict[str, Any]:
     scale, (lowest, highest) = layer.grid.scale, zero_points(layer.grid)
     scale = scale[:1] if bool((scale == scale[0]).all()) else scale
     return {
-        "bits": layer.bits,
+        "bits": round(layer.bits, 2),  # of a network at a rate they are a mean
         "levels": layer.grid.levels,
         "scale": [numbers.add(scale), len(scale)],
         "zero_point": [lowest, highest],

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 
 import torch
@@ -19,7 +18,8 @@ from compress.pipeline.check import limited
 from compress.pipeline.parts import Parts
 from compress.pipeline.teachers import cache_path
 from compress.progress import console
-from compress.quantization import Refinement
+from compress.quantization import Measures
+from compress.quantization.options import silent
 
 
 def show(job: Job, data_sets: DataSets) -> None:
@@ -90,11 +90,18 @@ def _sizes(parts: Parts, student: nn.Module) -> dict[str, int]:
         sizes["lsq"] = file_bytes(baked, description)
     if parts.quantizer is not None:
         # A few images will do, and whatever the options do for the accuracy.
-        quantizer = replace(parts.quantizer, refinement=Refinement())
+        quantizer = parts.quantizer.roughly()
         batches = parts.data.calibration_batches(parts.data.num_classes)
-        for bits in quantizer.bits:
-            sizes[f"{bits} bit"] = file_bytes(quantizer(student, batches, bits), description)
+        size = partial(file_bytes, description=description)
+        measures = Measures(size, _unknown_accuracy, size(student))
+        # What a drop allows is not known before the training.
+        for variant in [] if quantizer.max_drop else quantizer.variants(student, batches, measures, silent):
+            sizes[variant.label] = size(variant.model)
     return sizes
+
+
+def _unknown_accuracy(model: nn.Module) -> float:
+    raise NotImplementedError("an untrained network has no accuracy")
 
 
 def _add(printed: Table, role: str, stem: str, network: nn.Module, input_shape: tuple[int, int, int]) -> None:

@@ -51,7 +51,7 @@ class QuantizedNetwork:
         rows = [("layer", "bits", "error", "bytes")]
         for name, layer in self.quantized.layers.items():
             error = "" if layer.error is None else f"{layer.error:.4f}"
-            rows.append((name, str(layer.bits), error, f"{layer_bytes(layer):,}"))
+            rows.append((name, f"{layer.bits:.3g}", error, f"{layer_bytes(layer):,}"))
         rows.append(("file", "", "", f"{file_bytes(self.quantized, self.description):,}"))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = [
@@ -94,18 +94,22 @@ class QuantizedNetwork:
 
 
 def quantize(
-    network: nn.Module, images: Any, bits: int | Sequence[int] = 4, quantizer: str = "gpfq", **keys: Any
+    network: nn.Module, images: Any, bits: int | None = None, quantizer: str = "gpfq", **keys: Any
 ) -> QuantizedNetwork:
-    """`network`, which stays as it is, quantized to `bits` on the first `calibration_images` of `images`.
+    """`network`, which stays as it is, quantized on the first `calibration_images` of `images`.
+
+    It gets `bits` bits, or else the `rates=` bits a weight or the `budget=` bytes among the keys, or else 4 bits.
 
     images: a tensor (N, C, H, W), an iterable of such batches, or of sequences that begin with one, as a DataLoader is;
     normalised as the network takes them. quantizer: an option of `conf/quantizer`. keys: the keys of its file, nested
-    ones as mappings, `grid={"scale": "max_abs"}`, or with dots, `**{"grid.scale": "max_abs"}`. With `budget` several
-    `bits` are the widths that a layer may have. Raises UserError for whatever cannot be done, and where folding its
-    BatchNorm or rounding to 16 bits already changes what the network computes.
+    ones as mappings, `grid={"scale": "max_abs"}`, or with dots, `**{"grid.scale": "max_abs"}`. Raises UserError for
+    whatever cannot be done, and where folding its BatchNorm or rounding to 16 bits already changes what the network
+    computes.
     """
     if not isinstance(network, nn.Module):
         raise UserError(f"network: found a {type(network).__name__}; accepted: a torch.nn.Module")
+    if bits is None:
+        bits = [] if "rates" in keys else 4
     built = _quantizer(quantizer, {**keys, "bits": bits})
     calibration = _first(images, built.calibration_images)
     described = _about(network, calibration)
@@ -116,7 +120,7 @@ def quantize(
         extra={"configuration": digest(repr(built)), "versions": versions_in_files()},
     )
     float_bytes = file_bytes(network, description) if built.budget is not None else 0
-    measures = Measures(partial(file_bytes, description=description), layer_bytes, _no_accuracy, float_bytes)
+    measures = Measures(partial(file_bytes, description=description), _no_accuracy, float_bytes)
     [variant] = built.variants(network, [calibration], measures, silent)
     return QuantizedNetwork(variant.model, built, calibration, description)
 
@@ -143,8 +147,10 @@ def _quantizer(stem: str, keys: Mapping[str, Any]) -> Quantizer:
     built: Quantizer = build(node, "quantizer", Quantizer)
     if built.max_drop is not None:
         raise UserError("quantizer.max_drop: found it without labelled images to measure it on; accepted: budget")
-    if built.budget is None and len(built.bits) > 1:
-        raise UserError(f"bits: found {built.bits} without a budget; accepted: one width, or budget=SIZE beside them")
+    if built.budget is None and len(built.bits) + len(built.rates) != 1:
+        raise UserError(
+            f"bits: found {built.bits} and the rates {built.rates}; accepted: one width, one of rates, or budget=SIZE"
+        )
     return built
 
 

@@ -33,6 +33,7 @@ CHEAP: dict[str, Any] = {
     "refinement": Refinement(),
     "correction": Correction(bias=False),
     "grid": GridOptions(scale="max_abs"),
+    "rates": [],
     "budget": None,
     "max_drop": None,
 }
@@ -96,10 +97,14 @@ def _quantize(parts: Parts, quantizer: Quantizer, student: nn.Module, images: Te
     prepared = prepare(student, [images], quantizer.skip)
     smallest = min(prepared.order, key=lambda name: weight_of(prepared.analog.get_submodule(name)).numel())
     others = [name for name in prepared.order if name != smallest]
-    bits = min(quantizer.bits)
+    alone = replace(quantizer, skip=[*quantizer.skip, *others])
     with _said(parts, "quantizer", f"{quantizer.name}, which fails for {smallest}"):
-        replace(quantizer, skip=[*quantizer.skip, *others])(student, [images], bits)
-    return [replace(quantizer, **CHEAP)(student, [images], bits)]
+        if quantizer.bits and not quantizer.searches:
+            alone(student, [images], min(quantizer.bits))
+        if quantizer.rates or quantizer.searches:
+            alone.at_rates(student, [images])(1.0)
+    coarsest = min(quantizer.bits, default=8)
+    return [replace(quantizer, **CHEAP, bits=[coarsest])(student, [images], coarsest)]
 
 
 def _export(parts: Parts, variants: list[nn.Module | QuantizedModel], student: nn.Module, images: Tensor) -> None:

@@ -14,7 +14,7 @@ from compress.data.module import DataModule
 from compress.errors import UserError
 from compress.evaluation import Evaluation, evaluate, paired_latency_ms
 from compress.export.description import describe
-from compress.export.encodings import encoding, layer_bytes
+from compress.export.encodings import encoding
 from compress.export.exporter import Exporter
 from compress.export.formats import REFERENCE, read_back, with_reference
 from compress.export.packed import file_bytes
@@ -82,6 +82,7 @@ class Variants:
                     "error": layer.error,
                     "encoding": encoding(layer),
                 }
+                | ({} if layer.sensitivity is None else {"sensitivity": layer.sensitivity})
                 for layer_name, layer in quantized.layers.items()
             },
             "skipped": dict(quantized.skipped),
@@ -100,7 +101,7 @@ class Variants:
             def show(done: int, total: int, what: str) -> None:
                 progress.update(task, completed=done, total=total, description=what)
 
-            measures = Measures(self._bytes, layer_bytes, self._validation_accuracy, self.rows[0].bytes)
+            measures = Measures(self._bytes, self._validation_accuracy, self.rows[0].bytes)
             self.comparisons |= compare(student, batches, quantizer.skip)
             for variant in quantizer.variants(student, batches, measures, show):
                 quantized = variant.model
@@ -117,7 +118,7 @@ class Variants:
                 )
                 inputs = f"-a{quantizer.activation_bits}" if quantizer.activation_bits else ""
                 self.add(
-                    f"student-{quantizer.name}-{variant.label.replace(' ', '')}{inputs}",
+                    f"student-{quantizer.name}-{variant.word}{inputs}",
                     quantized,
                     batches,
                     quantizer=quantizer.name,

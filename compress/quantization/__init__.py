@@ -2,13 +2,13 @@
 
 from compress.quantization.activations import Activations
 from compress.quantization.grid import Grid
-from compress.quantization.mixed_precision import Measures
 from compress.quantization.moments import GramOptions
 from compress.quantization.options import Correction, Options
 from compress.quantization.post_training import quantize
 from compress.quantization.problem import Problem, Solver
 from compress.quantization.quantized import QuantizedLayer, QuantizedModel
 from compress.quantization.quantizer import Quantizer
+from compress.quantization.rate_search import Measures
 from compress.quantization.refinement import Refinement
 from compress.quantization.scales import GridOptions
 

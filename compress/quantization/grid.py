@@ -69,3 +69,16 @@ class Grid:
         steps = torch.round(values / per_channel(self.scale.to(values.dtype), values))
         codes = steps.add_(per_channel(self.zero_point.to(values.dtype), values)).clamp_(0, self.levels - 1)
         return codes.to(code_dtype(self.levels))
+
+
+def spanning(steps: Tensor, scale: float, dtype: torch.dtype) -> tuple[Grid, Tensor]:
+    """The smallest grid that has all of the whole numbers `steps` (N, ...), and their codes on it.
+
+    `scale`, in `dtype`, is that of all N channels. Zero is in the middle, levels // 2, so that the signed integers of
+    any runtime hold the steps themselves.
+    """
+    below, above = -int(steps.min()), int(steps.max())
+    levels = max(2, 2 * below if below > above else 2 * above + 1)
+    scales = torch.full((len(steps),), scale, dtype=dtype, device=steps.device)
+    zero_points = torch.full((len(steps),), levels // 2, dtype=torch.int32, device=steps.device)
+    return Grid(scales, zero_points, levels), (steps + levels // 2).to(code_dtype(levels))

@@ -8,10 +8,11 @@ from torch import Tensor
 
 from compress.errors import UserError
 from compress.models.canonical import Layer
-from compress.quantization.grid import Grid
+from compress.quantization.grid import Grid, spanning
 from compress.quantization.moments import Moments
 from compress.quantization.options import Options
 from compress.quantization.problem import Problem
+from compress.quantization.rate_distortion import Part, entropy, solve_for_price
 
 # Elements of the Grams of all rows up to which groups are solved at once. A group of few rows, as in a depthwise
 # convolution, costs as many steps as a whole layer of its columns.
@@ -44,11 +45,7 @@ def solve_layer(
     if moments is None:
         grid = options.grid.choose(weight, levels)
         return options.solver(Problem(weight, unread, unread, grid)).reshape(layer.weight.shape), grid, layer.bias
-    gram, _, _, mean_analog = moments.finished
-    diagonal = gram.diagonal(dim1=1, dim2=2)
-    if not bool(torch.isfinite(diagonal).all() and torch.isfinite(mean_analog).all()):
-        raise UserError(f"{name}: found inputs that are not finite on the calibration images")
-    grid = options.grid.choose(weight, levels, _importance(weight, moments, diagonal))
+    grid = options.grid.choose(weight, levels, _importance(weight, moments, _diagonal(moments, name)))
     if options.solver.reads_inputs:
         codes, grid = _solve_groups(weight, moments, grid, options)
     else:
@@ -58,11 +55,47 @@ def solve_layer(
 
 
 @torch.no_grad()
+def solve_layer_for_price(
+    layer: Layer, moments: Moments, price: float, options: Options, name: str
+) -> tuple[Tensor, Grid, Tensor | None, float]:
+    """As `solve_layer`, with one step for the whole layer and coded bits of that `price`; and the bits of all codes.
+
+    See `compress.quantization.rate_distortion`.
+    """
+    _diagonal(moments, name)
+    weight = layer.weight.detach().flatten(1)
+    live = slice(None) if moments.live is None else moments.live
+    mask = weight != 0
+    pruned = not bool(mask.all())
+    slices, parts = [], []
+    for gram, cross, rows in _parts(weight, moments, apart=True):
+        part = Part(weight[rows, live], gram, cross, mask[rows, live] if pruned else None)
+        slices.append(rows)
+        parts.append(part)
+    answers, step = solve_for_price(parts, price, options.refinement.sweeps)
+    codes = torch.zeros(weight.shape, dtype=torch.int32, device=weight.device)
+    for rows, answer in zip(slices, answers, strict=True):
+        codes[rows, live] = answer.to(torch.int32)
+    grid, codes = spanning(codes, step, weight.dtype)
+    bias = corrected_bias(layer, grid.dequantize(codes), moments) if options.correction.bias else layer.bias
+    return codes.reshape(layer.weight.shape), grid, bias, entropy([codes.float()])
+
+
+@torch.no_grad()
 def corrected_bias(layer: Layer, quantized: Tensor, moments: Moments) -> Tensor:
     """The bias (N,) of a float `layer` plus W mu - Q mu~, for the values `quantized` (N, ...) of its weight."""
     weight = layer.weight.detach().flatten(1)
     change = _mean_error(weight, quantized.flatten(1), moments).to(weight.dtype)
     return change if layer.bias is None else change + layer.bias
+
+
+def _diagonal(moments: Moments, name: str) -> Tensor:
+    """The mean squares (groups, d) of the inputs. Raises UserError where one is not finite."""
+    gram, _, _, mean_analog = moments.finished
+    diagonal = gram.diagonal(dim1=1, dim2=2)
+    if not bool(torch.isfinite(diagonal).all() and torch.isfinite(mean_analog).all()):
+        raise UserError(f"{name}: found inputs that are not finite on the calibration images")
+    return diagonal
 
 
 def _importance(weight: Tensor, moments: Moments, diagonal: Tensor) -> Tensor:
@@ -76,17 +109,10 @@ def _importance(weight: Tensor, moments: Moments, diagonal: Tensor) -> Tensor:
 
 def _solve_groups(weight: Tensor, moments: Moments, grid: Grid, options: Options) -> tuple[Tensor, Grid]:
     """Codes (N, d) and their grid; the groups of a convolution are problems of their own."""
-    gram, cross, _, _ = moments.finished
-    groups, depth = gram.shape[:2]
     shared, refinement = options.grid.granularity == "layer", options.refinement
     live = slice(None) if moments.live is None else moments.live
-    parts = list(zip(gram, cross, _rows(weight, groups), strict=True))
-    if groups > 1 and options.solver.rows_apart and weight.shape[0] * depth**2 <= APART:
-        size = weight.shape[0] // groups
-        gram = gram.repeat_interleave(size, 0)
-        cross = gram if moments.finished[1] is moments.finished[0] else cross.repeat_interleave(size, 0)
-        parts = [(gram, cross, slice(None))]
-    elif shared and groups > 1:
+    parts = _parts(weight, moments, options.solver.rows_apart)
+    if shared and len(parts) > 1:
         # Each group would choose a scale of its own.
         refinement = replace(refinement, scale_candidates=1, refit=False)
     # Columns that only ever meet padding take zero, whatever the solver.
@@ -99,6 +125,17 @@ def _solve_groups(weight: Tensor, moments: Moments, grid: Grid, options: Options
         solved, chosen = refinement(options.solver, problem, shared)
         codes[rows, live], scales[rows] = solved, chosen.scale
     return codes, Grid(scales, grid.zero_point, grid.levels)
+
+
+def _parts(weight: Tensor, moments: Moments, apart: bool) -> list[tuple[Tensor, Tensor, slice]]:
+    """(gram, cross, rows) of each group; with `apart`, all in one where a Gram for each row takes little memory."""
+    gram, cross, _, _ = moments.finished
+    groups, depth = gram.shape[:2]
+    if groups == 1 or not apart or weight.shape[0] * depth**2 > APART:
+        return list(zip(gram, cross, _rows(weight, groups), strict=True))
+    size = weight.shape[0] // groups
+    each = gram.repeat_interleave(size, 0)
+    return [(each, each if cross is gram else cross.repeat_interleave(size, 0), slice(None))]
 
 
 def _mean_error(weight: Tensor, quantized: Tensor, moments: Moments) -> Tensor:

@@ -1,8 +1,8 @@
 """Post-training quantization of the weights of a trained network: one call, no training, a few hundred images."""
 
 import copy
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -51,24 +51,80 @@ def quantize_with(
 ) -> QuantizedModel:
     """`quantize` with `options` that exist."""
     prepared = prepare(model, calibration_batches, options.skip)
-    bits_of = prepared.widths(bits, options.first_last_bits)
-    layers = _Layers(prepared, bits_of, options, progress)
+    widths = prepared.widths(bits, options.first_last_bits)
+
+    def answer(name: str, layer: Layer, quantized: list[Tensor], analog: list[Tensor]) -> Answer:
+        moments = layer_moments(layer, quantized, analog, options, name)
+        return Answer(*solve_layer(layer, moments, widths[name], options, name), widths[name])
+
+    return quantize_prepared(prepared, options, answer, progress)
+
+
+# Of the error that the codes make; errors add up as squares, so that this is a few thousandths.
+FELT = 0.05
+
+
+class Answer(NamedTuple):
+    """What is found for one layer; `bits`: see `QuantizedLayer`."""
+
+    codes: Tensor
+    grid: Grid
+    bias: Tensor | None
+    bits: float
+    sensitivity: float | None = None
+
+
+# Called as answer(name, float layer, its inputs in the quantized network, and in the float one), in execution order.
+AnswerLayer = Callable[[str, Layer, list[Tensor], list[Tensor]], Answer]
+
+
+def quantize_prepared(
+    prepared: Prepared, options: Options, answer: AnswerLayer, progress: Progress = silent
+) -> QuantizedModel:
+    """The prepared network with every layer as `answer` has it, and inputs quantized if `options` say so."""
+    layers = _Layers(prepared, options, answer, progress)
     norms = prepared.norms() if options.correction.batch_norm else []
     order = [*prepared.order, *prepared.choice.tied, *norms]
     errors = walk(prepared.analog, layers.quantized, prepared.graph, prepared.images, order, layers.solve)
     solved = {
-        name: QuantizedLayer(codes, grid, bits_of[name], errors[name]) for name, (codes, grid) in layers.solved.items()
+        name: QuantizedLayer(one.codes, one.grid, one.bits, errors[name], one.sensitivity)
+        for name, one in layers.solved.items()
     }
     tied = prepared.choice.tied
     state = float_state(layers.quantized, [*solved, *tied])
     return QuantizedModel(layers.quantized, solved, state, prepared.folded, prepared.choice.skipped, tied)
 
 
+def _shortened(found: Answer, target: Layer, layer: Layer, quantized: Tensor, analog: Tensor) -> Answer:
+    """`found` with its scales and its bias rounded to float16, which a file keeps in 2 bytes, unless it is felt.
+
+    target: the layer that becomes the quantized one, layer: the float one, each with a batch of its inputs.
+    """
+    rounded = _in_half(found)
+    if rounded is None:
+        return found
+    outputs = []
+    for answer in (found, rounded):
+        set_weight(target, answer.codes, answer.grid, answer.bias)
+        outputs.append(target(quantized))
+    error, added = (float((output - outputs[0]).norm()) for output in (layer(analog), outputs[1]))
+    return rounded if added <= FELT * error else found
+
+
+def _in_half(found: Answer) -> Answer | None:
+    """The answer with scales and bias of float16; None: not all of them are in its range."""
+    scale, bias = found.grid.scale.half().to(found.grid.scale.dtype), found.bias
+    half = None if bias is None else bias.half().to(bias.dtype)
+    if not bool(scale.isfinite().all() and (scale > 0).all() and (half is None or half.isfinite().all())):
+        return None
+    return found._replace(grid=Grid(scale, found.grid.zero_point, found.grid.levels), bias=half)
+
+
 class _Layers:
     """Solves the layers of one network as the walk reaches them; `quantized` is the network so far."""
 
-    def __init__(self, prepared: Prepared, bits: dict[str, int], options: Options, progress: Progress) -> None:
-        self.prepared, self.bits, self.options, self.progress = prepared, bits, options, progress
+    def __init__(self, prepared: Prepared, options: Options, answer: AnswerLayer, progress: Progress) -> None:
+        self.prepared, self.options, self.answer, self.progress = prepared, options, answer, progress
         self.input_bits: dict[str, int] = {}
         if options.activation_bits is not None:
             first_last_bits = options.first_last_bits and min(options.first_last_bits, 8)
@@ -76,7 +132,7 @@ class _Layers:
         self.folded = {name for name, _ in prepared.folded}
         self.quantized = copy.deepcopy(prepared.analog)
         self.repeated = prepared.repeated()
-        self.solved: dict[str, tuple[Tensor, Grid]] = {}
+        self.solved: dict[str, Answer] = {}
 
     def solve(self, name: str, quantized_inputs: list[Tensor], analog_inputs: list[Tensor]) -> None:
         norm = self.quantized.get_submodule(name)
@@ -93,15 +149,16 @@ class _Layers:
         again = self.repeated.get(name, [])
         # What is one tensor in both lists counts as an input that nothing before has changed.
         changed = again if quantized_inputs is analog_inputs else [batch[:] for batch in again]
-        moments = layer_moments(layer, quantized_inputs + changed, analog_inputs + again, self.options, name)
-        codes, grid, bias = solve_layer(layer, moments, self.bits[name], self.options, name)
-        set_weight(target, codes, grid, bias)
+        found = self.answer(name, layer, quantized_inputs + changed, analog_inputs + again)
+        set_weight(target, found.codes, found.grid, found.bias)
         if self.options.correction.batch_norm and name in self.folded:
             outputs = [layer(batch) for batch in analog_inputs]
-            grid, bias = match_output_statistics(target, grid, [target(batch) for batch in quantized_inputs], outputs)
-            set_weight(target, codes, grid, bias)
-        self.solved[name] = codes, grid
-        self.progress(len(self.solved), len(self.prepared.order), f"{self.bits[name]} bit  {name}")
+            changes = [target(batch) for batch in quantized_inputs]
+            grid, bias = match_output_statistics(target, found.grid, changes, outputs)
+            found = found._replace(grid=grid, bias=bias)
+        self.solved[name] = found = _shortened(found, target, layer, quantized_inputs[0], analog_inputs[0])
+        set_weight(target, found.codes, found.grid, found.bias)
+        self.progress(len(self.solved), len(self.prepared.order), f"{found.bits:.3g} bit  {name}")
 
     def _share(self, name: str, holder: str, quantized: list[Tensor], analog: list[Tensor]) -> None:
         """Gives the layer `name` the weight of `holder`, which is solved, and a bias for its own inputs."""

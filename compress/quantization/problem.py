@@ -5,6 +5,7 @@ weights is |X w - X~ q|^2 = q G q^T - 2 q C w^T + |X w|^2, where G = X~^T X~ and
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -16,6 +17,9 @@ from compress.quantization.grid import Grid
 
 # Columns of a symmetric product that are made at once.
 STRIPE = 512
+# Turns the best values of a column (M,), in units of the scales, to codes in place, given 1 / G[t, t] of that column:
+# (1,), or (N,) where rows have Grams of their own.
+Decide = Callable[[Tensor, Tensor], None]
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,8 @@ class Solver(ABC):
 
     `name` stands in tables and file names. A solver whose `reads_inputs` is False needs no Grams, and the walk over the
     network saves itself their cost where nothing else reads them. One whose `rows_apart` is True takes problems with
-    Grams (N, d, d), and is given all groups of a depthwise convolution at once, otherwise each by itself.
+    Grams (N, d, d), and is given all groups of a depthwise convolution at once, otherwise each by itself. One whose
+    `has_price` is True stands for `compress.quantization.rate_distortion` where networks have rates.
     """
 
     reads_inputs: ClassVar[bool] = True
@@ -68,6 +73,10 @@ class Solver(ABC):
     @property
     def name(self) -> str:
         return type(self).__name__.lower()
+
+    @property
+    def has_price(self) -> bool:
+        return False
 
     @abstractmethod
     def __call__(self, problem: Problem) -> Tensor:

@@ -13,16 +13,19 @@ from compress.quantization.grid import Grid
 
 @dataclass(frozen=True)
 class QuantizedLayer:
-    """One layer's weight: integer `codes` (N, ...) in the weight's shape on `grid`, asked for at `bits` bits.
+    """One layer's weight: integer `codes` (N, ...) in the weight's shape on `grid`.
 
-    `error` is |Y~ - Y| / |Y - b|, of the layer's outputs on the calibration images, errors of earlier layers included;
-    None where the network was trained on its grids.
+    `bits` is the width that was asked for or, of a network at a rate, what a code takes in the mean at the frequencies
+    of the layer's codes. `error` is |Y~ - Y| / |Y - b|, of the layer's outputs on the calibration images, errors of
+    earlier layers included; None where the network was trained on its grids. `sensitivity`, of a network at a rate: the
+    divergence of its predictions, in nats an image, for an `error` of 1 here alone, if it grew with its square so far.
     """
 
     codes: Tensor
     grid: Grid
-    bits: int
+    bits: float
     error: float | None
+    sensitivity: float | None = None
 
 
 @dataclass(frozen=True)
@@ -50,9 +53,11 @@ class QuantizedModel:
         quantized = sum(layer.codes.numel() for layer in self.layers.values())
         return 1 - quantized / sum(parameters.values())
 
-    def widths(self) -> dict[str, int]:
-        """Bits of each quantized layer."""
-        return {name: layer.bits for name, layer in self.layers.items()}
+    @property
+    def rate(self) -> float:
+        """Bits of a quantized weight in the mean."""
+        bits = sum(layer.bits * layer.codes.numel() for layer in self.layers.values())
+        return bits / sum(layer.codes.numel() for layer in self.layers.values())
 
 
 def set_weight(layer: Layer, codes: Tensor, grid: Grid, bias: Tensor | None) -> None:

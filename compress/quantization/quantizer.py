@@ -1,7 +1,7 @@
 """The quantizer that a YAML file describes: the options of `quantize`, its widths, and what it makes of a network."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, Field
@@ -9,31 +9,44 @@ from torch import Tensor, nn
 
 from compress.errors import UserError
 from compress.quantization.calibration import CalibrationBatches
-from compress.quantization.mixed_precision import Measures, WidthSearch, budget_bytes, check_budget
-from compress.quantization.options import Bits, Correction, Options, Progress, silent
+from compress.quantization.options import Bits, Options, Progress, silent
 from compress.quantization.post_training import quantize_with
 from compress.quantization.preparation import check_layers
 from compress.quantization.quantized import QuantizedModel
+from compress.quantization.rate_search import (
+    HIGHEST,
+    LOWEST,
+    Measures,
+    budget_bytes,
+    check_budget,
+    smallest_within_drop,
+    within_budget,
+)
+from compress.quantization.rates import RateQuantization
 from compress.quantization.refinement import Refinement
-from compress.quantization.sensitivity import Sensitivities, measure_sensitivities
-from compress.quantization.solvers import RTN
+
+Rate = Annotated[float, Field(ge=LOWEST, le=HIGHEST)]
 
 
 def _as_list(value: Any) -> Any:
-    return [value] if isinstance(value, int) else value
+    return [value] if isinstance(value, int | float) else value
 
 
-def _check_unique(widths: list[int]) -> list[int]:
-    if len(set(widths)) < len(widths):
-        raise ValueError("every width once")
-    return widths
+def _check_unique(values: list[Any]) -> list[Any]:
+    if len(set(values)) < len(values):
+        raise ValueError("every value once")
+    return values
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One quantized network; `bits` is its mean width without the first and the last layer's, weights counted."""
+    """One quantized network, and what its rows say of it.
+
+    bits: the width of its inner layers or, where there are no `levels`, its coded bits a weight. word: for its file.
+    """
 
     label: str
+    word: str
     model: QuantizedModel
     bits: float
     levels: int | None
@@ -41,18 +54,18 @@ class Variant:
 
 @dataclass(frozen=True, kw_only=True)
 class Quantizer(Options):
-    """`quantize` with its options bound, and the widths to quantize to.
+    """`quantize` with its options bound, and what to quantize to: one model for each of `bits` and `rates`.
 
-    bits: one model for each; with a `budget` ("0.5MB", or "8x" smaller than float32) or a `max_drop` (points of
-    validation accuracy) the widths that a layer may have, in one model of mixed precision: the most accurate within the
-    budget, or the smallest within the drop. sensitivity_images: those of the calibration images that a layer's width is
-    judged by. calibration_images: how many training images the caller should pass.
+    bits: widths, the same in all layers but perhaps the first and the last. rates: coded bits of a weight in the mean
+    of all layers, see `compress.quantization.rates`. With a `budget` ("0.5MB", or "8x" smaller than float32) or a
+    `max_drop` (points of validation accuracy) there is one model instead: at the rate of the file of that size, or of
+    the smallest file within the drop. calibration_images: how many training images the caller should pass.
     """
 
-    bits: Annotated[list[Bits], BeforeValidator(_as_list), Field(min_length=1), AfterValidator(_check_unique)]
+    bits: Annotated[list[Bits], BeforeValidator(_as_list), AfterValidator(_check_unique)]
+    rates: Annotated[list[Rate], BeforeValidator(_as_list), AfterValidator(_check_unique)] = field(default_factory=list)
     budget: str | float | None = None
     max_drop: Annotated[float, Field(ge=0, le=100)] | None = None
-    sensitivity_images: Annotated[int, Field(ge=1)] = 128
     calibration_images: Annotated[int, Field(ge=1)] = 256
 
     def __post_init__(self) -> None:
@@ -61,11 +74,24 @@ class Quantizer(Options):
             budget_bytes(self.budget, float_bytes=0)  # only to refuse what is no budget
             if self.max_drop is not None:
                 raise UserError("max_drop: found it beside budget; accepted: one of the two")
+        keys = [key for key in ("rates", "budget", "max_drop") if getattr(self, key) not in (None, [])]
+        if keys and not self.solver.has_price:
+            raise UserError(
+                f"{keys[0]}: found {getattr(self, keys[0])} for {self.solver.name}, which has no rates; "
+                "accepted: gpfq without thresholds"
+            )
+        if not keys and not self.bits:
+            raise UserError("bits: found none, and no rates; accepted: one at least")
 
     @property
     def name(self) -> str:
         """The solver's name."""
         return self.solver.name
+
+    @property
+    def searches(self) -> bool:
+        """Whether one rate is searched for."""
+        return self.budget is not None or self.max_drop is not None
 
     def check(self, student: nn.Module, input_shape: Sequence[int]) -> None:
         """Raises UserError for what does not fit `student` and images (C, H, W), such as a `skip` without a layer."""
@@ -78,23 +104,17 @@ class Quantizer(Options):
         file_bytes: Callable[[QuantizedModel], int],
         float_bytes: int,
     ) -> None:
-        """Raises UserError, naming the smallest possible file, for a budget that no widths of `student` can meet.
+        """Raises UserError, naming the smallest possible file, for a budget that no rate of `student` can meet.
 
-        A width takes about as many bytes whatever the weights and images are, so that fresh and few ones will do.
+        A rate takes about as many bytes whatever the weights and images are, so that fresh and few ones will do.
         """
-        if self.budget is None:
-            return
-        rounded = replace(
-            self,
-            bits=[min(self.bits)],
-            solver=RTN(),
-            refinement=Refinement(),
-            correction=Correction(),
-            sensitivity_images=1,
-        )
-        sensitivities = rounded.sensitivities(student, batches)
-        smallest = file_bytes(sensitivities.model(sensitivities.smallest()))
-        check_budget(budget_bytes(self.budget, float_bytes), smallest)
+        if self.budget is not None:
+            smallest = self.roughly().at_rates(student, batches)(LOWEST)
+            check_budget(budget_bytes(self.budget, float_bytes), file_bytes(smallest))
+
+    def roughly(self) -> "Quantizer":
+        """As good for the size of a file, and quicker."""
+        return replace(self, refinement=Refinement())
 
     def __call__(
         self,
@@ -106,36 +126,30 @@ class Quantizer(Options):
         """`model` quantized to `bits` bits; see `compress.quantization.quantize`."""
         return quantize_with(self, model, calibration_batches, bits, progress)
 
+    def at_rates(self, model: nn.Module, calibration_batches: CalibrationBatches) -> RateQuantization:
+        """`model` at any rate; see there."""
+        return RateQuantization(self, model, calibration_batches)
+
     def variants(
         self, model: nn.Module, batches: Sequence[Tensor], measures: Measures, progress: Progress
     ) -> Iterator[Variant]:
-        """What becomes of `model` under these options: one variant for each width, or one of mixed precision."""
-
-        def quantize(bits: int | Mapping[str, int]) -> QuantizedModel:
-            return self(model, batches, bits, progress)
-
-        if self.budget is None and self.max_drop is None:
+        """What becomes of `model` under these options: one variant for each width and rate, or the one searched for."""
+        if not self.searches:
             for bits in self.bits:
-                yield Variant(f"{bits} bit", quantize(bits), bits, self.grid.levels(bits))
+                quantized = self(model, batches, bits, progress)
+                yield Variant(f"{bits} bit", f"{bits}bit", quantized, bits, self.grid.levels(bits))
+        if not self.searches and not self.rates:
             return
-        sensitivities = self.sensitivities(model, batches, progress)
-        search = WidthSearch(sensitivities, measures, quantize)
+        at_rate = self.at_rates(model, batches)
+        for rate in [] if self.searches else self.rates:
+            yield Variant(f"{rate} bits/weight", f"{rate}bpw", at_rate(rate, progress), rate, None)
         if self.budget is not None:
-            quantized = search.within_budget(budget_bytes(self.budget, measures.float_bytes))
-        else:
-            assert self.max_drop is not None
-            quantized = search.smallest_within_drop(model, self.max_drop)
-        yield Variant("mixed", quantized, _mean_width(sensitivities, quantized), None)
-
-    def sensitivities(
-        self, model: nn.Module, batches: CalibrationBatches, progress: Progress = silent
-    ) -> Sensitivities:
-        """Every layer of `model` at every width of `bits`."""
-        return measure_sensitivities(model, batches, self.bits, self, images=self.sensitivity_images, progress=progress)
+            budget = budget_bytes(self.budget, measures.float_bytes)
+            yield _found("budget", within_budget(at_rate, budget, measures, progress))
+        elif self.max_drop is not None:
+            yield _found("drop", smallest_within_drop(at_rate, model, self.max_drop, measures, progress))
 
 
-def _mean_width(sensitivities: Sensitivities, quantized: QuantizedModel) -> float:
-    """Bits of a weight in the mean over the layers whose width was chosen, or over all where none was."""
-    chosen = [layer for name, layer in quantized.layers.items() if len(sensitivities.answers[name]) > 1]
-    counted = chosen or list(quantized.layers.values())
-    return sum(layer.bits * layer.codes.numel() for layer in counted) / sum(layer.codes.numel() for layer in counted)
+def _found(word: str, quantized: QuantizedModel) -> Variant:
+    rate = round(quantized.rate, 3)
+    return Variant(f"{rate} bits/weight", word, quantized, rate, None)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from compress.arguments import check_fields
 from compress.quantization.grid import Grid
-from compress.quantization.problem import Problem, Solver, product, reciprocal, rows_last
+from compress.quantization.problem import Decide, Problem, Solver, product, reciprocal, rows_last
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,11 @@ def coordinate_descent(
     """
     grid, gram = problem.grid, problem.gram
     zero_point = grid.zero_point.to(gram.dtype)
+    lowest, highest = -zero_point, grid.levels - 1 - zero_point
+
+    def decide(values: Tensor, inverse: Tensor) -> None:
+        values.round_().clamp_(lowest, highest)
+
     # Columns along dimension 0, in units of each row's scale: (d, N). The products with the Grams outlive a change of
     # the scales, and a change of the codes is added to them.
     solved = (codes.T.to(gram.dtype) - zero_point).contiguous()
@@ -84,7 +89,8 @@ def coordinate_descent(
     if gram.dim() == 3:
         block_size = gram.shape[1]
     for sweep in range(sweeps):
-        changed = _sweep(replace(problem, grid=grid), solved, target, moments, block_size)
+        scaled = target / grid.scale.to(gram.dtype)
+        changed = sweep_once(scaled, gram, problem.mask, solved, moments, block_size, decide)
         if not changed and (sweep or not refit):
             break
         if refit:
@@ -92,20 +98,29 @@ def coordinate_descent(
     return (solved + zero_point).T.to(codes.dtype).contiguous(), grid
 
 
-def _sweep(problem: Problem, solved: Tensor, target: Tensor, moments: Tensor, block_size: int) -> bool:
-    """One pass over the columns; changes `solved` (d, N) and `moments` = G solved; whether any code has changed."""
-    grid, gram, mask = problem.grid, problem.gram, problem.mask
-    zero_point, scale = grid.zero_point.to(gram.dtype), grid.scale.to(gram.dtype)
-    lowest, highest = -zero_point, grid.levels - 1 - zero_point
+def sweep_once(
+    target: Tensor,
+    gram: Tensor,
+    mask: Tensor | None,
+    solved: Tensor,
+    moments: Tensor,
+    block_size: int,
+    decide: Decide,
+) -> bool:
+    """One pass over the columns of `solved` (d, N), in units of the scales, as `target`; whether a code has changed.
+
+    It changes `solved` and `moments` = G solved, both (d, N). `decide` turns what would be best of a column into codes.
+    """
     inverse, rows = reciprocal(rows_last(gram).diagonal().T), solved.unbind(0)  # (d, 1) or (d, N)
     changed = False
     for start in range(0, len(rows), block_size):
         stop = min(start + block_size, len(rows))
         before = solved[start:stop].clone()
-        gradient = (target[start:stop] / scale).sub_(moments[start:stop])
+        gradient = target[start:stop] - moments[start:stop]
         inner = rows_last(gram[..., start:stop, start:stop])
         for step, (z, downhill) in enumerate(zip(rows[start:stop], gradient.unbind(0), strict=True)):
-            best = torch.addcmul(z, downhill, inverse[start + step]).round_().clamp_(lowest, highest)
+            best = torch.addcmul(z, downhill, inverse[start + step])
+            decide(best, inverse[start + step])
             if mask is not None:
                 best = torch.where(mask[:, start + step], best, z)
             gradient.addcmul_(inner[step], best - z, value=-1)

@@ -124,8 +124,8 @@ def _variants(runs: Sequence[Run]) -> tuple[Variant, ...]:
     rows: dict[Any, list[Row]] = defaultdict(list)
     for run in runs:
         for row in run.rows:
-            # The mean width of mixed precision differs a little from seed to seed.
-            width = row.bits if row.levels is not None or row.bits == 32 else "mixed"
+            # The rate of a budget differs a little from seed to seed.
+            width = row.bits if row.levels is not None or row.bits == 32 else "coded"
             rows[row.file, row.quantizer, width, row.activation_bits, row.runtime].append(row)
     return tuple(Variant(tuple(members)) for members in rows.values())
 

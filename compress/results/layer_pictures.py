@@ -21,14 +21,26 @@ NAME_SIZE, LABEL_SIZE = 7, 8  # points
 
 
 def draw_layers(path: Path, files: Mapping[str, FileLayers], title: str) -> None:
-    """Relative output error and bits of each layer, a line for each packed file, given by name."""
+    """Relative output error and bits of each layer, a line for each packed file, given by name.
+
+    Where networks have rates, the sensitivity of the layers, by which their bits were shared out, is below.
+    """
     names = list(dict.fromkeys(name for layers in files.values() for name in layers.quantized))
     positions = {name: index for index, name in enumerate(names)}
     labels = [file.removesuffix(".safetensors").removeprefix("student-") for file in files]
     below, beside = 0.2 + _inches(names, NAME_SIZE), 0.7 + _inches(labels, LABEL_SIZE)
-    figure = Figure(figsize=(0.75 + max(6.0, 0.3 * len(names)) + beside, 5.0 + below), dpi=150)
+    # Measured once for all rates.
+    sensitivities = {
+        name: layer.sensitivity
+        for layers in files.values()
+        for name, layer in layers.quantized.items()
+        if layer.sensitivity is not None
+    }
+    ratios = (3, 2, 1.4) if sensitivities else (3, 2)
+    figure = Figure(figsize=(0.75 + max(6.0, 0.3 * len(names)) + beside, sum(ratios) + below), dpi=150)
     set_margins(figure, left=0.75, right=beside, bottom=below, top=0.4)
-    errors, widths = figure.subplots(2, sharex=True, height_ratios=(3, 2), gridspec_kw={"hspace": 0.06})
+    every = figure.subplots(len(ratios), sharex=True, height_ratios=ratios, gridspec_kw={"hspace": 0.06})
+    errors, widths = every[:2]
     for index, (label, layers) in enumerate(zip(labels, files.values(), strict=True)):
         colour = f"C{index}"
         # Of a network that was trained on its grids no layer has an error, and an error of 0 has no logarithm.
@@ -45,8 +57,13 @@ def draw_layers(path: Path, files: Mapping[str, FileLayers], title: str) -> None
     widths.set_ylabel("bits")
     widths.set_ylim(bottom=0)
     widths.yaxis.set_major_locator(MaxNLocator(integer=True))
-    widths.set_xticks(range(len(names)), names, rotation=90, fontsize=NAME_SIZE)
-    for axes in (errors, widths):
+    if sensitivities:
+        places = [positions[name] for name in sensitivities]
+        every[-1].plot(places, list(sensitivities.values()), marker="o", markersize=3, linewidth=1, color="0.3")
+        every[-1].set_yscale("log")
+        every[-1].set_ylabel("sensitivity, nats")
+    every[-1].set_xticks(range(len(names)), names, rotation=90, fontsize=NAME_SIZE)
+    for axes in every:
         axes.grid(alpha=0.25)
     widths.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=LABEL_SIZE)
     write_atomically(path, figure.savefig)

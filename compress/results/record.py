@@ -94,9 +94,10 @@ class Stage(Part):
 
 
 class Layer(Part):
-    bits: int  # width of the codes
+    bits: float  # width of the codes, or their mean number of bits at a rate
     levels: int | None = None  # values that a weight can take
     error: float | None = None  # relative error of its outputs; null: not measured
+    sensitivity: float | None = None  # of a network at a rate: nats an image for an error of 1 in this layer alone
     encoding: str = "dense"  # or bitmap, or entropy
 
 

@@ -66,8 +66,10 @@ class Row:
     """
 
     quantizer: Annotated[str, Column("`none`: the float32 student; `lsq`: trained on its grids; otherwise the solver")]
-    bits: Annotated[int | float, Positive, Column("width, or mean width, of inner layers' codes in bits; 32: floats")]
-    levels: Annotated[int | None, Column("values that a weight there can take; empty: floats or mixed precision")]
+    bits: Annotated[
+        int | float, Positive, Column("width of inner layers' codes, or coded bits of a weight; 32: floats")
+    ]
+    levels: Annotated[int | None, Column("values that a weight there can take; empty: floats or coded bits")]
     first_last_bits: Annotated[int | None, Column("width of the codes of the first and the last layer in bits")]
     activation_bits: Annotated[int, Column("width of the layers' inputs in bits; 32: floats", loggers="wandb")]
     runtime: Annotated[str, Column("what ran the file: torch or onnxruntime")]
@@ -111,15 +113,17 @@ class Row:
 
     @property
     def width(self) -> str:
-        return "fp32" if self.quantizer == "none" else f"{self.bits:.3g} bit"
+        if self.quantizer == "none":
+            return "fp32"
+        # lsq with inputs on grids alone has 32 bits and no levels.
+        return f"{self.bits:.3g} bit" if self.levels is not None or self.bits == 32 else f"{self.bits:.3} bits/weight"
 
     @property
     def name(self) -> str:
         name = self.width
         if self.quantizer != "none":
-            mixed = "mixed " if self.levels is None and self.bits < 32 else ""
             inputs = f" a{self.activation_bits}" if self.activation_bits < 32 else ""
-            name = f"{self.quantizer} {mixed}{self.width}{inputs}"
+            name = f"{self.quantizer} {self.width}{inputs}"
         return name if self.runtime == "torch" else f"{name} {self.runtime}"
 
 

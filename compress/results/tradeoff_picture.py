@@ -32,7 +32,7 @@ def draw_tradeoff(path: Path, rows: Sequence[Row], title: str, teacher_accuracy:
     axes.plot(reference.bytes / 1e6, percent(reference), marker="s", color="0.35", linestyle="none")
     for row in rows:
         axes.annotate(
-            row.width,
+            row.width.removesuffix(" bits/weight"),
             (row.bytes / 1e6, percent(row)),
             textcoords="offset points",
             # The packed file of the same network is just as accurate and about as large.
@@ -67,5 +67,7 @@ def name_axes(axes: Axes, title: str, unit: str, accuracy: str) -> None:
 def _family(row: Row) -> str:
     """What the rows of one line of the picture have in common."""
     name = "fp32" if row.quantizer == "none" else row.quantizer
+    if row.width.endswith(" bits/weight"):
+        name += ", coded bits/weight"
     inputs = f", inputs {row.activation_bits} bit" if row.activation_bits < 32 else ""
     return f"{name}{inputs}" + ("" if row.runtime == "torch" else f", {row.runtime}")

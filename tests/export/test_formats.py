@@ -121,9 +121,9 @@ def test_a_format_that_cannot_work_is_refused_before_any_work(program, tmp_path,
     assert not (tmp_path / "outputs" / "runs").exists()
 
 
-def test_onnx_refuses_codes_of_more_than_8_bits_before_any_work():
-    with pytest.raises(UserError, match=r"export: found onnx with 512 levels at 9 bits; accepted: up to 256 levels"):
-        checked_jobs([*SMALL, "export=onnx", "quantizer.bits=[9]"])
+def test_onnx_refuses_codes_of_more_than_16_bits_before_any_work():
+    with pytest.raises(UserError, match=r"export: found onnx with 65537 levels at 16 bits; accepted: up to 65536"):
+        checked_jobs([*SMALL, "export=onnx", "quantizer.bits=[16]", "quantizer.grid.alphabet=published"])
 
 
 @pytest.mark.slow

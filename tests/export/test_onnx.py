@@ -22,10 +22,12 @@ from compress.errors import UserError
 from compress.evaluation import paired_latency_ms
 from compress.export.description import NetworkDescription
 from compress.export.onnx import Onnx, OnnxModel
+from compress.export.onnx_graph import storage
 from compress.export.onnx_runtime import start
-from compress.quantization import Grid, quantize
+from compress.quantization import Grid, GridOptions, Options, quantize
 from compress.quantization.activations import InputQuantizer, attach_input_quantizer
 from compress.quantization.quantized import QuantizedLayer, QuantizedModel, float_state
+from compress.quantization.rates import RateQuantization
 from compress.quantization.solvers import RTN
 
 IMAGES = torch.randn(32, 3, 8, 8, generator=torch.Generator().manual_seed(1))
@@ -362,6 +364,22 @@ Onnx().write(Path(sys.argv[1]), quantized, describe("resnet8"), calibration_batc
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("activation_bits", [None, 8])
+def test_a_network_of_a_rate_has_the_same_codes_in_the_narrowest_integers(small, tmp_path, activation_bits):
+    options = Options(activation_bits=activation_bits)
+    quantized = RateQuantization(options, small, [IMAGES])(5.0)
+    path = tmp_path / "model.onnx"
+    Onnx().write(path, quantized, describe("resnet8"), calibration_batches=[IMAGES])
+    kinds = {tensor.name: tensor.data_type for tensor in onnx.load(path).graph.initializer}
+    of_layers = {name: kinds[f"{name}.weight.codes"] for name in quantized.layers}
+    assert of_layers == {name: storage(layer.grid.levels)[0] for name, layer in quantized.layers.items()}
+    assert len(set(of_layers.values())) > 1
+    computed, _ = Onnx().read(path)
+    expected = logits(quantized.model)
+    assert (computed(IMAGES) - expected).norm() < (1e-4 if activation_bits is None else 0.1) * expected.norm()
+
+
+@pytest.mark.slow
 def test_writing_leaves_the_network_with_its_quantized_inputs(small, tmp_path):
     quantized = with_inputs(quantize(small, [IMAGES], 4))
     before = logits(quantized.model)
@@ -369,10 +387,9 @@ def test_writing_leaves_the_network_with_its_quantized_inputs(small, tmp_path):
     assert torch.equal(logits(quantized.model), before)
 
 
-@pytest.mark.parametrize(("bits", "options"), [(9, {}), (8, {"grid": {"alphabet": "published"}})])
-def test_more_than_256_levels_are_refused(small, bits, options, tmp_path):
-    quantized = quantize(small, [IMAGES[:4]], bits, **options)
-    with pytest.raises(UserError, match=r"found a weight on \d+; accepted in an ONNX file: at most 256"):
+def test_more_than_65536_levels_are_refused(small, tmp_path):
+    quantized = quantize(small, [IMAGES[:4]], 16, grid=GridOptions(alphabet="published"))
+    with pytest.raises(UserError, match=r"found a weight on \d+; accepted in an ONNX file: at most 65536"):
         Onnx().write(tmp_path / "model.onnx", quantized, describe("resnet8"))
     assert not list(tmp_path.iterdir())
 

@@ -160,18 +160,13 @@ def test_keys_of_the_quantizer_are_given_by_name_nested_or_with_dots():
     assert (rounded.quantizer.name, "head" in rounded.quantized.layers) == ("rtn", False)
 
 
-def test_a_budget_chooses_among_several_widths(tmp_path):
+def test_a_rate_and_a_budget_are_kept(tmp_path):
     model = make(CalledAgain)
-    small, large = (
-        compress.quantize(model, images(), bits=[2, 8], budget=budget, first_last_bits=None)
-        for budget in (
-            compress.quantize(model, images(), bits=2, first_last_bits=None).save(tmp_path / "a.safetensors"),
-            "1MB",
-        )
-    )
-    assert small.save(tmp_path / "b.safetensors") <= (tmp_path / "a.safetensors").stat().st_size
-    assert {layer.bits for layer in small.quantized.layers.values()} == {2}
-    assert {layer.bits for layer in large.quantized.layers.values()} == {8}
+    at_rate = compress.quantize(model, images(), rates=3)
+    assert at_rate.quantized.rate == pytest.approx(3, rel=0.1)
+    size = at_rate.save(tmp_path / "a.safetensors")
+    within = compress.quantize(model, images(), budget=size)
+    assert within.save(tmp_path / "b.safetensors") <= size
 
 
 def test_the_table_has_a_line_for_each_layer_and_the_share_that_stayed_float():
@@ -212,7 +207,8 @@ MISTAKES = [
     ({"refinement": {"sweep": 3}}, "quantizer.refinement.sweep: found an unknown key; accepted: "),
     ({"refinement.sweeps": -1}, "quantizer.refinement.sweeps: found -1; accepted: "),
     ({"bits": 1}, "quantizer.bits: found "),
-    ({"bits": [2, 4]}, "bits: found [2, 4] without a budget"),
+    ({"bits": [2, 4]}, "bits: found [2, 4] and the rates []; accepted: one width, one of rates, or budget=SIZE"),
+    ({"bits": 2, "rates": 2}, "bits: found [2] and the rates [2.0]; accepted: one width"),
     ({"max_drop": 1.0}, "quantizer.max_drop: found it without labelled images"),
     ({"skip": ["body"]}, "skip: found 'body', which matches no layer"),
     ({"images": images()[0]}, "images: found torch.float32 (3, 12, 12); accepted: images (N, C, H, W)"),

@@ -45,7 +45,7 @@ def test_a_folded_layer_gets_the_mean_and_deviation_of_its_channels_back(batches
     for layer, norm in (("0", "1"), ("3", "4")):
         mean, deviation = channel_statistics(model, norm, batches)
         new_mean, new_deviation = channel_statistics(matched.model, layer, batches)
-        torch.testing.assert_close(new_mean, mean, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(new_mean, mean, rtol=2e-3, atol=1e-3)
         torch.testing.assert_close(new_deviation, deviation, rtol=1e-3, atol=1e-4)
         _, lost = channel_statistics(plain.model, layer, batches)
         assert (lost / deviation - 1).abs().max() > 0.01

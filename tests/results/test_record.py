@@ -27,7 +27,7 @@ def test_widths_stay_whole_numbers_where_they_are(tmp_path):
     [directory] = write_runs(tmp_path, 1, epochs=1, layers=3)
     row = json.loads((directory / "result.json").read_text())["tradeoff"][1]
     assert [str(read(row | {"bits": bits}).bits) for bits in (8, 2.75)] == ["8", "2.75"]
-    assert read(row | {"bits": 2.75, "levels": None}).name == "gpfq mixed 2.75 bit"
+    assert read(row | {"bits": 2.75, "levels": None}).name == "gpfq 2.75 bits/weight"
 
 
 @pytest.mark.parametrize("directory", [".", "..", "1-prune/..", "/tmp", "1-"])

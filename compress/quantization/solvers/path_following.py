@@ -14,12 +14,12 @@ from pydantic import Field
 from torch import Tensor
 
 from compress.quantization.grid import code_dtype
-from compress.quantization.problem import STRIPE, Problem, Solver, product, reciprocal, rows_last
+from compress.quantization.problem import STRIPE, Decide, Problem, Solver, product, reciprocal, rows_last
 
 Threshold = Annotated[float, Field(ge=0)]
 BlockSize = Annotated[int, Field(ge=1)]
-# Turns the values of one step (N,), in units of the scales, to integers in place.
-Decide = Callable[[Tensor], Tensor]
+# Turns the values of one step (M,), in units of the scales, to integers in place.
+Round = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,10 @@ class GPFQ(Solver):
     soft_threshold: Threshold = 0.0
     hard_threshold: Threshold = 0.0
     block_size: BlockSize = 128
+
+    @property
+    def has_price(self) -> bool:
+        return not self.soft_threshold and not self.hard_threshold
 
     def __call__(self, problem: Problem) -> Tensor:
         if not self.soft_threshold and not self.hard_threshold:
@@ -72,8 +76,8 @@ class SPFQ(Solver):
 
 
 @torch.no_grad()
-def follow_path(problem: Problem, block_size: int, decide: Decide) -> Tensor:
-    """Codes (N, d) by path following; `decide` rounds the values of a step."""
+def follow_path(problem: Problem, block_size: int, rounded: Round) -> Tensor:
+    """Codes (N, d) by path following; `rounded` rounds the values of a step."""
     grid, dtype = problem.grid, problem.gram.dtype
     codes = grid.zero_point.to(code_dtype(grid.levels))[:, None].repeat(1, problem.weight.shape[1])
     gram, keep, index = problem.gram, None, None
@@ -89,13 +93,18 @@ def follow_path(problem: Problem, block_size: int, decide: Decide) -> Tensor:
     # Work in units of each row's scale, so that rounding needs no division: z = q / scale = code - zero_point.
     scale, zero_point = grid.scale.to(dtype), grid.zero_point.to(dtype)
     if gram.dim() == 2:
-        target = _numerators(problem.weight.to(dtype), problem.cross, index, block_size)
+        target = numerators(problem.weight.to(dtype), problem.cross, index, block_size)
     else:
         # One block, as these have few columns; a dead one has a numerator of 0 and takes zero.
         target, block_size = product(problem.cross.tril(), problem.weight.to(dtype).T), gram.shape[1]
     target = target.repeat(1, scale.shape[0] // problem.weight.shape[0]) / scale
-    bounds = -zero_point, grid.levels - 1 - zero_point
-    solved = _follow(target, gram, keep, bounds, block_size, decide)
+    lowest, highest = -zero_point, grid.levels - 1 - zero_point
+
+    def decide(values: Tensor, inverse: Tensor) -> None:
+        rounded(values)
+        torch.clamp(values, lowest, highest, out=values)
+
+    solved = follow(target, gram, keep, block_size, decide)
     answer = solved.T.add_(zero_point[:, None]).to(codes.dtype)
     if index is None:
         return answer.contiguous()
@@ -103,9 +112,7 @@ def follow_path(problem: Problem, block_size: int, decide: Decide) -> Tensor:
     return codes
 
 
-def _follow(
-    target: Tensor, gram: Tensor, keep: Tensor | None, bounds: tuple[Tensor, Tensor], block_size: int, decide: Decide
-) -> Tensor:
+def follow(target: Tensor, gram: Tensor, keep: Tensor | None, block_size: int, decide: Decide) -> Tensor:
     """Steps (d, M) from the numerators `target` (d, M), which are overwritten; `keep` (d, M) is 0 where pruned.
 
     Columns lie along dimension 0, which keeps the row of one step contiguous.
@@ -125,8 +132,7 @@ def _follow(
         for step in range(stop - start):
             z = solved[start + step]
             torch.mul(block[step].view(apart), inverse[start + step], out=z.view(apart))
-            decide(z)
-            torch.clamp(z, *bounds, out=z)
+            decide(z, inverse[start + step])
             if keep is not None:
                 z.mul_(keep[start + step])
             if step + 1 < stop - start:
@@ -134,7 +140,7 @@ def _follow(
     return solved
 
 
-def _numerators(weight: Tensor, cross: Tensor, live: Tensor | None, block_size: int) -> Tensor:
+def numerators(weight: Tensor, cross: Tensor, live: Tensor | None, block_size: int) -> Tensor:
     """tril(cross) @ weight^T, (d, N), only the rows `live` (None: all), without a triangular copy of all of `cross`."""
     weight = weight.T.contiguous()
     index = torch.arange(cross.shape[0], device=cross.device) if live is None else live

@@ -15,7 +15,7 @@
     const names = line.runs.map((number) => runs[number].name);
     const text = [line.data, line.method, line.student, line.teacher, line.settings, line.variant, ...names];
     line.words = `${text.join(" ").toLowerCase()} ${line.bits}-bit-wide`;
-    line.width = line.bits === 32 ? "float" : Number.isInteger(line.bits) ? `${line.bits} bit` : "mixed";
+    line.width = line.bits === 32 ? "float" : Number.isInteger(line.bits) ? `${line.bits} bit` : "coded";
     return line;
   });
   const lines = {means: read(content.means), single: read(content.single)};

@@ -1,0 +1,152 @@
+"""How much an error of each layer's output changes the logits, from one backward pass over the calibration images.
+
+The divergence KL(p || p~) between the predictions of two networks is, for a small change D of a layer's weight,
+tr(D F D^T) / 2 with the Fisher information F, the mean of squared gradients of log p(y) for classes y drawn from p.
+Here F is taken as a multiple of the Gram of the layer's inputs, which makes the divergence a multiple of the output
+error: its `curvature`. That is measured for errors of weights that are independent of each other, by gradients of the
+weight, one for each image, in which the errors at all positions add up as they will.
+
+Logits are divided by TEMPERATURE first: a network is certain of most images that it was trained on, and where it is,
+no small change of a logit shows.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from compress.errors import UserError, first_line
+from compress.models.canonical import Layer, layer_of
+from compress.quantization.moments import CHUNK
+from compress.quantization.patches import live_columns, patches, with_rows
+from compress.quantization.preparation import Prepared
+
+TEMPERATURE = 4.0
+# Few images say little about a layer that they hardly need: none counts less than this share of the mean.
+LEAST = 1e-3
+TINY = torch.finfo(torch.float32).tiny
+
+
+@dataclass(frozen=True)
+class LayerSensitivity:
+    """What `measure` finds of one layer, in sums over all images.
+
+    curvature: nats for a unit of squared output error. input_energy: the squares of an input, less the mean, summed
+    over all positions, in the mean over the `live` ones of a row's d inputs (None: all of them, see `live_columns`).
+    output_energy: the same of the outputs, summed over the N rows.
+    """
+
+    curvature: float
+    input_energy: float
+    output_energy: float
+    live: Tensor | None
+
+    @property
+    def divergence(self) -> float:
+        """Nats for errors of the output as large as the outputs vary."""
+        return self.curvature * self.output_energy
+
+
+def measure(prepared: Prepared, seed: int = 0) -> dict[str, LayerSensitivity]:
+    """The sensitivity of each quantized layer of a prepared network.
+
+    Raises UserError for a network that has no gradients, or not finite ones.
+    """
+    network, tied = prepared.analog, prepared.choice.tied
+    sums = {name: _Sums() for name in prepared.order}
+    holders = {name: sums[tied.get(name, name)] for name in [*prepared.order, *tied]}
+    generator = torch.Generator().manual_seed(seed)
+    with _frozen(network), torch.enable_grad(), _recording(network, holders):
+        for batch in prepared.images:
+            try:
+                logits = network(batch.detach().requires_grad_().clone()) / TEMPERATURE
+                drawn = torch.multinomial(logits.detach().softmax(1).cpu(), 1, generator=generator).to(logits.device)
+                logits.log_softmax(1).gather(1, drawn).sum().backward()
+            except RuntimeError as failure:
+                raise UserError(
+                    f"{network._get_name()}: found a network without gradients on the calibration images "
+                    f"({first_line(failure)}); accepted: finite logits with gradients, or only quantizer.bits"
+                ) from failure
+    for name, one in sums.items():
+        if not math.isfinite(one.curvature):
+            raise UserError(f"{name}: found inputs or gradients that are not finite on the calibration images")
+    least = max(LEAST * sum(one.curvature for one in sums.values()) / len(sums), TINY)
+    return {
+        name: LayerSensitivity(max(one.curvature, least), one.input_energy, one.output_energy, one.live)
+        for name, one in sums.items()
+    }
+
+
+class _Sums:
+    """What is summed of one layer, over its calls and those of the layers that share its weight."""
+
+    def __init__(self) -> None:
+        self.squared_gradients = self.power = self.input_energy = self.output_energy = 0.0
+        self.live: Tensor | None = None
+
+    @property
+    def curvature(self) -> float:
+        return self.squared_gradients / (2 * self.power) if self.power > 0 else 0.0
+
+    @torch.no_grad()
+    def add(self, layer: Layer, inputs: Tensor, outputs: Tensor, gradient: Tensor) -> None:
+        """One call: inputs as the layer takes them, its outputs and the gradient of these."""
+        if isinstance(layer, nn.Conv1d):
+            layer, inputs = with_rows(layer), inputs.unsqueeze(2)
+        if isinstance(layer, nn.Linear):
+            outputs, gradient = (x.reshape(len(x), -1, x.shape[-1]).transpose(1, 2) for x in (outputs, gradient))
+        outputs, gradient = outputs.flatten(2), gradient.flatten(2)  # (B, N, places)
+        self.live = live_columns(layer, inputs)
+        self.output_energy += float((outputs - outputs.mean((0, 2), keepdim=True)).square().sum())
+        _, rows, places = gradient.shape
+        together = max(1, CHUNK // (math.prod(layer.weight.shape[1:]) * max(rows, places)))
+        for some, their in zip(inputs.split(together), gradient.split(together), strict=True):
+            columns = patches(layer, some)  # (groups, d, B * places)
+            if self.live is not None:
+                columns = columns[:, self.live]
+            groups, depth, _ = columns.shape
+            columns = (columns - columns.mean(2, keepdim=True)).unflatten(2, (len(some), places))
+            slopes = their.unflatten(1, (groups, rows // groups))
+            # The gradient of the weight for each image: (groups, B, n, d).
+            of_weight = torch.einsum("bgnp,gdbp->gbnd", slopes, columns)
+            power = float(columns.square().sum())
+            self.squared_gradients += float(of_weight.square().sum())
+            self.power += power * rows / groups
+            self.input_energy += power / (groups * depth)
+
+
+@contextmanager
+def _frozen(network: nn.Module) -> Iterator[None]:
+    """Without gradients of the parameters, which nothing reads."""
+    learned = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    for parameter in learned:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in learned:
+            parameter.requires_grad_(True)
+
+
+@contextmanager
+def _recording(network: nn.Module, sums: Mapping[str, _Sums]) -> Iterator[None]:
+    """While it lasts, the sums of each named layer are added to whenever a gradient reaches an output of it."""
+
+    def record(one: _Sums) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def of_call(layer: nn.Module, arguments: tuple[Tensor, ...], outputs: Tensor) -> None:
+            # Copies, because an operation in place may follow.
+            inputs, values = arguments[0].detach().clone(), outputs.detach().clone()
+            outputs.register_hook(lambda gradient: one.add(cast(Layer, layer), inputs, values, gradient))
+
+        return of_call
+
+    handles = [layer_of(network, name).register_forward_hook(record(one)) for name, one in sums.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

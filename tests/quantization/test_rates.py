@@ -1,0 +1,268 @@
+"""Networks of a rate: the bits are those asked for, a budget holds for the file, a drop for the validation accuracy."""
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from torch import nn
+from torch.nn import functional as F
+
+from compress import models
+from compress.arguments import build
+from compress.errors import UserError
+from compress.export.description import NetworkDescription
+from compress.export.encodings import coded_bits
+from compress.export.packed import file_bytes, read_model, write_packed
+from compress.paths import CONF
+from compress.quantization import Measures
+from compress.quantization.activations import input_quantizers
+from compress.quantization.logit_sensitivity import TEMPERATURE, measure
+from compress.quantization.preparation import prepare
+from compress.quantization.rate_search import ENOUGH, budget_bytes
+
+FLOAT_BYTES = 319_288
+DESCRIPTION = NetworkDescription(
+    architecture={"stem": "resnet8", "options": {}, "num_classes": 10},
+    class_names=list("0123456789"),
+    mean=[0.5] * 3,
+    standard_deviation=[0.25] * 3,
+    input_shape=[3, 8, 8],
+)
+
+
+@pytest.fixture(scope="module")
+def network():
+    torch.manual_seed(0)
+    return models.build("resnet8", 10).eval()
+
+
+@pytest.fixture(scope="module")
+def images():
+    return [torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(1))]
+
+
+def quantizer(stem="gpfq", **options):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        node = compose(f"quantizer/{stem}").quantizer
+    node.update({"bits": []} | options)
+    return build(node, "quantizer")
+
+
+def measures(accuracy=lambda model: 1.0):
+    return Measures(lambda each: file_bytes(each, DESCRIPTION), accuracy, FLOAT_BYTES)
+
+
+def variants(quantizer, network, images, measured=None):
+    return list(quantizer.variants(network, images, measured or measures(), lambda *done: None))
+
+
+def distance(model, network, images):
+    with torch.no_grad():
+        pair = [each(images[0]).log_softmax(1) for each in (model, network)]
+    return F.kl_div(*pair, reduction="batchmean", log_target=True).item()
+
+
+@pytest.mark.parametrize("name", ["conv1", "layer1.0.conv2", "layer3.0.conv1", "fc"])
+def test_the_divergence_of_a_small_error_is_the_one_that_was_measured(network, images, name):
+    prepared = prepare(network, images)
+    sensitivity = measure(prepared)[name]
+    layer = prepared.analog.get_submodule(name)
+    outputs = []
+    layer.register_forward_hook(lambda module, arguments, output: outputs.append(output))
+    weight, bias = layer.weight.detach().clone(), layer.bias.detach().clone()
+    with torch.no_grad():
+        reference = (prepared.analog(images[0]) / TEMPERATURE).double().log_softmax(1)
+        expected = found = 0.0
+        for seed in range(8):
+            noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed))
+            layer.weight, layer.bias = nn.Parameter(weight + 0.05 * weight.std() * noise), nn.Parameter(bias)
+            prepared.analog(images[0])
+            # What moves all outputs of a channel alike is corrected in the bias, as quantization does.
+            moved = (outputs[-1] - outputs[0]).movedim(1, 0).flatten(1).mean(1)
+            layer.bias = nn.Parameter(bias - moved)
+            changed = (prepared.analog(images[0]) / TEMPERATURE).double().log_softmax(1)
+            found += F.kl_div(changed, reference, reduction="sum", log_target=True).item()
+            expected += sensitivity.curvature * float((outputs[-1] - outputs[0]).square().sum())
+    # Drawn classes and few images: a factor, not digits.
+    assert expected == pytest.approx(found, rel=0.5)
+
+
+def test_rates_are_met_and_the_step_is_one(network, images):
+    found = variants(quantizer(rates=[3, 1.5]), network, images)
+    assert [variant.label for variant in found] == ["3.0 bits/weight", "1.5 bits/weight"]
+    assert [variant.word for variant in found] == ["3.0bpw", "1.5bpw"]
+    for variant in found:
+        weights = sum(layer.codes.numel() for layer in variant.model.layers.values())
+        assert variant.model.rate == pytest.approx(variant.bits, rel=0.02)
+        assert coded_bits(variant.model) / weights == pytest.approx(variant.bits, rel=0.05)
+        for layer in variant.model.layers.values():
+            assert len(layer.grid.scale.unique()) == 1
+            assert layer.grid.zero_point.unique().tolist() == [layer.grid.levels // 2]
+            assert layer.sensitivity > 0
+    near, far = (distance(variant.model.model, network, images) for variant in found)
+    assert near < far
+
+
+def test_widths_come_before_rates(network, images):
+    found = variants(quantizer(bits=[4], rates=[2.5]), network, images)
+    assert [(variant.label, variant.levels) for variant in found] == [("4 bit", 16), ("2.5 bits/weight", None)]
+
+
+@pytest.mark.slow
+def test_a_rate_is_closer_to_the_float_network_than_a_width_of_as_many_bytes(network, images):
+    [uniform] = variants(quantizer(bits=[3]), network, images)
+    size = file_bytes(uniform.model, DESCRIPTION)
+    [coded] = variants(quantizer(budget=size), network, images)
+    assert file_bytes(coded.model, DESCRIPTION) <= size
+    assert distance(coded.model.model, network, images) < distance(uniform.model.model, network, images)
+
+
+class Odd(nn.Module):
+    """Groups, a depthwise convolution, a layer that is called twice, two that share a weight, one that is left out."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3, padding=1)
+        self.norm = nn.BatchNorm2d(8)
+        self.groups = nn.Conv2d(8, 8, 3, padding=1, groups=2)
+        self.depthwise = nn.Conv2d(8, 8, 3, padding=1, groups=8, bias=False)
+        self.again = nn.Conv2d(8, 8, 1)
+        self.line = nn.Conv1d(8, 8, 3)
+        self.one, self.other = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.other.weight = self.one.weight
+        self.unread, self.left_out = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.last = nn.Linear(8, 10)
+
+    def forward(self, images):
+        x = F.relu(self.norm(self.first(images)), inplace=True)
+        x = F.relu(self.groups(x)) + self.depthwise(x)
+        x = self.again(F.relu(self.again(x)))
+        x = self.line(x.flatten(2)).mean(2)
+        self.unread(x)
+        return self.last(F.relu(self.left_out(F.relu(self.other(self.one(x))))))
+
+
+@pytest.mark.parametrize("activation_bits", [None, 8])
+def test_whatever_layers_a_network_has(images, activation_bits):
+    torch.manual_seed(0)
+    odd = Odd().eval()
+    with torch.no_grad():
+        odd.groups.weight[:, 0] = 0  # pruned
+    options = quantizer(rates=[4.0], skip=["left_out"], activation_bits=activation_bits)
+    [found] = variants(options, odd, images)
+    layers = found.model.layers
+    assert layers.keys() == {"first", "groups", "depthwise", "again", "line", "one", "last"} | (
+        {"unread"} if "unread" in layers else set()
+    )
+    assert not layers["groups"].grid.dequantize(layers["groups"].codes)[:, 0].any()
+    assert found.model.tied == {"other": "one"}
+    assert bool(input_quantizers(found.model.model)) == (activation_bits is not None)
+    assert found.model.rate == pytest.approx(4.0, rel=0.05)
+    with torch.no_grad():
+        expected, computed = odd(images[0]), found.model.model(images[0])
+    assert (computed - expected).norm() < 0.2 * expected.norm()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("budget", [15_000, 24_000, 40_001, "8.5x"])
+def test_the_written_file_is_within_the_budget_and_close_to_it(network, images, tmp_path, budget):
+    [variant] = variants(quantizer(budget=budget), network, images)
+    path = tmp_path / "budget.safetensors"
+    write_packed(path, variant.model, DESCRIPTION)
+    allowed = budget_bytes(budget, FLOAT_BYTES)
+    assert ENOUGH * allowed <= path.stat().st_size <= allowed
+    assert (variant.word, variant.levels) == ("budget", None)
+    assert variant.bits == pytest.approx(variant.model.rate, abs=1e-3)
+    model, about = read_model(path)
+    assert [layer["bits"] for layer in about["layers"]] == pytest.approx(
+        [layer.bits for layer in variant.model.layers.values()], abs=0.006
+    )
+    with torch.no_grad():
+        assert torch.equal(model(images[0]), variant.model.model(images[0]))
+
+
+def test_a_budget_that_nothing_meets_names_the_smallest_file(network, images):
+    with pytest.raises(UserError, match=r"quantizer.budget: found 2,000 bytes, .* has \d,\d\d\d; accepted") as refusal:
+        variants(quantizer(budget="2kB"), network, images)
+    smallest = int(str(refusal.value).split(" has ")[1].split(";")[0].replace(",", ""))
+    assert 2_000 < smallest < 5_000
+    with pytest.raises(UserError, match=r"quantizer.budget: found 2,000 bytes"):
+        quantizer(budget=2000).check_budget(network, images, measures().file_bytes, FLOAT_BYTES)
+
+
+@pytest.mark.slow
+def test_the_highest_rate_answers_a_budget_without_bounds(network, images):
+    [variant] = variants(quantizer(budget="10MB"), network, images)
+    assert variant.bits == pytest.approx(8, rel=0.1)
+
+
+@pytest.mark.slow
+def test_the_smallest_file_within_the_drop_is_found(network, images):
+    tried = []
+
+    def accuracy(model: nn.Module) -> float:
+        # Falls with the distance from the float network, so that more bytes are better.
+        with torch.no_grad():
+            logits = network(images[0])
+            tried.append(1 - ((model(images[0]) - logits).norm() / logits.norm()).item())
+        return tried[-1]
+
+    [strict] = variants(quantizer(max_drop=2), network, images, measures(accuracy))
+    assert strict.word == "drop"
+    assert accuracy(strict.model.model) >= 0.98
+    # One of a few hundredths fewer bits was tried and lost more.
+    assert max(value for value in tried if value < 0.98) > 0.97
+    [loose] = variants(quantizer(max_drop=10), network, images, measures(accuracy))
+    assert loose.bits < strict.bits
+    with pytest.raises(UserError, match=r"max_drop: found 0.0, but 8 bits a weight lose \d+\.\d\d points"):
+        variants(quantizer(max_drop=0.0), network, images, measures(accuracy))
+
+
+@pytest.mark.parametrize(
+    ("stem", "options", "message"),
+    [
+        ("rtn", {"rates": [2]}, r"rates: found \[2.0\] for rtn, which has no rates; accepted: gpfq without thresholds"),
+        ("gptq", {"budget": "8x"}, r"budget: found 8x for gptq, which has no rates"),
+        ("gpfq", {"rates": [0.01]}, r"rates"),
+        ("gpfq", {"rates": [9]}, r"rates"),
+        ("gpfq", {"rates": [2, 2]}, r"rates.*every value once"),
+        ("gpfq", {}, r"bits: found none, and no rates; accepted: one at least"),
+        ("gpfq", {"budget": "8x", "max_drop": 1}, r"^quantizer[.]max_drop: found it beside budget; accepted"),
+    ],
+)
+def test_what_does_not_fit_is_refused(stem, options, message):
+    with pytest.raises(UserError, match=message):
+        quantizer(stem, **options)
+
+
+def test_thresholds_have_no_rates():
+    solver = {"_target_": "compress.quantization.solvers.GPFQ", "soft_threshold": 0.1}
+    with pytest.raises(UserError, match=r"rates: found .*; accepted: gpfq without thresholds"):
+        quantizer(rates=[2], solver=solver)
+
+
+class WithoutGradients(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.last = nn.Conv2d(3, 4, 3), nn.Linear(4, 10)
+
+    def forward(self, images):
+        return self.last(self.conv(images).mean((2, 3)).detach()).detach()
+
+
+def test_a_network_without_gradients_is_refused(images):
+    with pytest.raises(UserError, match=r"found a network without gradients .*; accepted: .* only quantizer.bits"):
+        variants(quantizer(rates=[2]), WithoutGradients().eval(), images)
+
+
+@pytest.mark.parametrize(
+    ("text", "bytes_"),
+    [("500000", 500_000), (1200, 1200), ("500kB", 500_000), (".5MB", 500_000), ("1 KiB", 1024), ("8x", 12_500)],
+)
+def test_budgets_are_read(text, bytes_):
+    assert budget_bytes(text, 100_000) == bytes_
+
+
+@pytest.mark.parametrize("text", ["", "half", "-3", "0", "0.5x", "3 qB", "1e6", "0.1B"])
+def test_what_is_no_budget_is_said(text):
+    with pytest.raises(UserError, match=r"^budget: found .*; accepted: a size such as"):
+        budget_bytes(text, 100_000)
