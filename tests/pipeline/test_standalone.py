@@ -254,7 +254,7 @@ def test_the_study_measures_the_networks_of_runs_and_goes_on_where_it_was(run, t
     ("typed", "words"),
     [
         (["trainer.accelerator=gpu"], "trainer.accelerator: found 'gpu' but no usable GPU"),
-        (["export=onnx", "quantizer.grid.alphabet=published"], "export: found"),
+        (["export=onnx", "quantizer.grid.alphabet=published", "quantizer.bits=[16]"], "export: found"),
     ],
 )
 def test_what_could_fail_late_is_refused_before_anything_is_written(run, tmp_path, monkeypatch, typed, words):

@@ -92,7 +92,6 @@ def test_levels_are_those_of_the_alphabet():
         ({"bits": [0]}, "quantizer.bits: found [0]; accepted: a list, each element a whole number from 2 to 16"),
         ({"bits": [33]}, "quantizer.bits: found [33]; accepted: a list, each element a whole number from 2 to 16"),
         ({"bits": 1}, "quantizer.bits: found 1; accepted"),
-        ({"bits": []}, "quantizer.bits: found []; accepted"),
         ({"first_last_bits": 40}, "quantizer.first_last_bits: found 40; accepted"),
         ({"grid": {"scale": "best"}}, "quantizer.grid.scale: found 'best'; accepted: mse, max_abs, percentile"),
         ({"grid": {"alphabet": "odd"}}, "quantizer.grid.alphabet: found 'odd'; accepted: exact, published, narrow"),
