@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -166,6 +167,9 @@ def _worker_command(directory: Path) -> list[str]:
 def finished(directory: Path) -> Result:
     """The result of a run that was finished before, which is printed again."""
     record = Record.read(directory / "result.json")
+    # Which is left where it was killed just before; a finished run may well be read-only.
+    with suppress(OSError):
+        (directory / resume.STARTED).unlink(missing_ok=True)
     show(directory, record.rows, f"{record.student.model}: this run was finished before")
     return Result(directory, record)
 

@@ -135,6 +135,14 @@ def test_the_trade_off_reaches_the_logger_too(finished):
     assert float(logged[-1]["tradeoff/gpfq_2_bit/bytes"]) == result.rows[2].bytes
 
 
+def test_what_a_kill_at_the_very_end_left_is_removed_by_resuming(finished):
+    folder, result = finished
+    left = folder / result.directory / "started.json"
+    left.write_text("{}")
+    assert compress.run([f"resume={result.directory}"]).rows == result.rows
+    assert not left.exists()
+
+
 def test_a_second_run_finds_the_teacher_and_gives_the_same_files(finished):
     folder, result = finished
     again = compress.run(SMALL)
