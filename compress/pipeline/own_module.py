@@ -108,9 +108,8 @@ def quantize(
     """
     if not isinstance(network, nn.Module):
         raise UserError(f"network: found a {type(network).__name__}; accepted: a torch.nn.Module")
-    if bits is None:
-        bits = [] if "rates" in keys else 4
-    built = _quantizer(quantizer, {**keys, "bits": bits})
+    default = [] if "rates" in keys else [4]
+    built = _quantizer(quantizer, {**keys, "bits": default if bits is None else bits})
     calibration = _first(images, built.calibration_images)
     described = _about(network, calibration)
     network = _returning_one_width(network, calibration[:2])

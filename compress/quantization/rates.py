@@ -31,7 +31,6 @@ SAMPLE, OCTAVES = 1 << 16, np.arange(-5.0, 6.0, 0.25)
 CARRIED, MOST_CARRIED = 0.2, 0.8
 # Prices that are told apart, by the octaves of the step that they give.
 PRICES = np.arange(-40.0, 40.0, 0.02)
-
 # The price of a layer is at most so many times that of the first one, or that less.
 DRIFT = 1.25
 # How near a rate is near enough, and how many walks it is worth.
@@ -86,10 +85,10 @@ def _curve(weight: Tensor, sensitivity: LayerSensitivity) -> np.ndarray:
     if deviation == 0 or sensitivity.input_energy == 0:
         return np.zeros(len(PRICES))
     sample = values[:: -(-len(values) // SAMPLE)].contiguous()
-    noise = torch.randn(len(sample), generator=torch.Generator().manual_seed(0)).to(sample)
+    noise = torch.randn(len(sample), generator=torch.Generator().manual_seed(0)).to(sample) * (sample != 0)
     bits = []
     for octave in OCTAVES:
-        carried = min(CARRIED, MOST_CARRIED * 2.0**-octave) * noise
+        carried = min(CARRIED, MOST_CARRIED * 2.0**-octave) * noise  # a pruned weight stays zero
         bits.append(entropy([(sample / (deviation * 2.0**octave) + carried).round()]) / len(sample))
     step = step_of(1.0 / sensitivity.curvature, sensitivity.input_energy)  # at a price of 1, and 4^x times that: 2^x
     octaves = PRICES + math.log2(step / deviation)
