@@ -125,7 +125,7 @@ def _variants(runs: Sequence[Run]) -> tuple[Variant, ...]:
     for run in runs:
         for row in run.rows:
             # The rate of a budget differs a little from seed to seed.
-            width = row.bits if row.levels is not None or row.bits == 32 else "coded"
+            width = "coded" if row.coded else row.bits
             rows[row.file, row.quantizer, width, row.activation_bits, row.runtime].append(row)
     return tuple(Variant(tuple(members)) for members in rows.values())
 

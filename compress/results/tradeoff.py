@@ -115,8 +115,12 @@ class Row:
     def width(self) -> str:
         if self.quantizer == "none":
             return "fp32"
-        # lsq with inputs on grids alone has 32 bits and no levels.
-        return f"{self.bits:.3g} bit" if self.levels is not None or self.bits == 32 else f"{self.bits:.3} bits/weight"
+        return f"{float(self.bits):.3} bits/weight" if self.coded else f"{self.bits:.3g} bit"
+
+    @property
+    def coded(self) -> bool:
+        """Whether it has a rate, and no width. What was trained with only its inputs on grids has 32 bits."""
+        return self.levels is None and self.bits < 32
 
     @property
     def name(self) -> str:

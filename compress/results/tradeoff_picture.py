@@ -67,7 +67,7 @@ def name_axes(axes: Axes, title: str, unit: str, accuracy: str) -> None:
 def _family(row: Row) -> str:
     """What the rows of one line of the picture have in common."""
     name = "fp32" if row.quantizer == "none" else row.quantizer
-    if row.width.endswith(" bits/weight"):
+    if row.coded:
         name += ", coded bits/weight"
     inputs = f", inputs {row.activation_bits} bit" if row.activation_bits < 32 else ""
     return f"{name}{inputs}" + ("" if row.runtime == "torch" else f", {row.runtime}")

@@ -27,7 +27,15 @@ def test_widths_stay_whole_numbers_where_they_are(tmp_path):
     [directory] = write_runs(tmp_path, 1, epochs=1, layers=3)
     row = json.loads((directory / "result.json").read_text())["tradeoff"][1]
     assert [str(read(row | {"bits": bits}).bits) for bits in (8, 2.75)] == ["8", "2.75"]
-    assert read(row | {"bits": 2.75, "levels": None}).name == "gpfq 2.75 bits/weight"
+    coded = [read(row | {"bits": bits, "levels": None}) for bits in (2, 2.0, 2.75)]
+    assert [row.name.removeprefix("gpfq ") for row in coded] == [
+        "2.0 bits/weight",
+        "2.0 bits/weight",
+        "2.75 bits/weight",
+    ]
+    assert all(row.coded for row in coded)
+    assert not read(row).coded
+    assert not read(row | {"bits": 32, "levels": None}).coded
 
 
 @pytest.mark.parametrize("directory", [".", "..", "1-prune/..", "/tmp", "1-"])

@@ -14,8 +14,9 @@
     }
     const names = line.runs.map((number) => runs[number].name);
     const text = [line.data, line.method, line.student, line.teacher, line.settings, line.variant, ...names];
-    line.words = `${text.join(" ").toLowerCase()} ${line.bits}-bit-wide`;
-    line.width = line.bits === 32 ? "float" : Number.isInteger(line.bits) ? `${line.bits} bit` : "coded";
+    const coded = line.variant.includes("bits/weight");
+    line.words = text.join(" ").toLowerCase() + (coded ? "" : ` ${line.bits}-bit-wide`);
+    line.width = line.bits === 32 ? "float" : coded ? "coded" : `${line.bits} bit`;
     return line;
   });
   const lines = {means: read(content.means), single: read(content.single)};
