@@ -4,7 +4,7 @@ As its users run it: the whole state dict by dependent (trellis-coded) quantizat
 (Wiedemann et al. 2020), without any data. The package is no dependency of the project, and runs beside numpy 2, though
 it asks for an older one:
 
-    pip install --no-deps nncodec==2.1.3 h5py opencv-python-headless && pip install pandas
+    pip install h5py opencv-python-headless pandas && pip install --no-deps nncodec==2.1.3
 """
 
 import tempfile
