@@ -7,8 +7,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
+from compress.benchmarks import nncodec
+from compress.benchmarks.bytes_at_drop import CODEC, drop_table
 from compress.config.compose import compose_jobs
 from compress.config.recorded import read_config
+from compress.data.module import DataModule
+from compress.evaluation import evaluate
 from compress.export.packed import read_model
 from compress.pipeline.parts import Parts
 from compress.pipeline.variants import Variants
@@ -25,7 +31,7 @@ MAIN = {
     "gpfq": ["quantizer=gpfq", *TUNED, ALL],
     "gpfq, all layers": ["quantizer=gpfq", *TUNED, "quantizer.bits=[2]", "quantizer.first_last_bits=null"],
     "gpfq, inputs 8 bit": ["quantizer=gpfq", *TUNED, "quantizer.bits=[8]", "quantizer.activation_bits=8"],
-    "gpfq, rates": ["quantizer=gpfq", *TUNED, "quantizer.bits=[]", "quantizer.rates=[3,2,1.5,1.25,1,0.75]"],
+    "gpfq, rates": ["quantizer=gpfq", *TUNED, "quantizer.bits=[]", "quantizer.rates=[3,2,1.5,1.25,1,0.75,0.6,0.5]"],
     # Within the size of 3 bit.
     "gpfq, budget": ["quantizer=gpfq", *TUNED],
 }
@@ -41,6 +47,8 @@ COMPARED = {
         "quantizer.correction.bias=false",
     ],
 }
+# Names in the table, and quantization parameters: 150 to 40 kB for a ResNet-20, closest where its accuracy falls.
+CODED = {f"{CODEC}, qp {qp}": qp for qp in (-30, -28, *range(-26, -16), -14)}
 
 
 def measure(
@@ -49,10 +57,12 @@ def measure(
     known: dict[str, Any],
     save: Callable[[], None],
     allowed: Collection[str] = (),
+    coded: Mapping[str, int] | None = None,
 ) -> None:
     """Adds to `known` the rows and mean layer errors of every one of `options` for the network of `run`.
 
-    What is known already is not measured again; `save` is called after each one that is. `allowed` as in `read_config`.
+    coded: quantization parameters of NNCodec, as in `CODED`, which are measured too. What is known already is not
+    measured again; `save` is called after each one that is. `allowed` as in `read_config`.
     """
     data = Parts(read_config(run, allowed)).data
     student, about = read_model(run / "models" / "student-fp32.safetensors")
@@ -76,6 +86,21 @@ def measure(
             errors = [_error(layers["quantized"]) for layers in variants.layers.values()]
             known[name] = {"float": asdict(variants.rows[0]), "rows": rows, "errors": errors}
             save()
+        for name, qp in (coded or {}).items():
+            if name not in known:
+                row = _coded_row(student, qp, data)
+                known[name] = {"float": asdict(variants.rows[0]), "rows": [row], "errors": [None]}
+                save()
+
+
+def _coded_row(student: nn.Module, qp: int, data: DataModule) -> dict[str, Any]:
+    """What `Row` has of a file, for `student` through NNCodec; the size is that of the bitstream."""
+    decoded, size = nncodec.coded(student, qp)
+    decoded = decoded.to(data.device)
+    validation = evaluate(decoded, data.val_dataloader(), data.num_classes).accuracy
+    test = evaluate(decoded, data.test_dataloader(), data.num_classes).accuracy
+    accuracies = {"validation_accuracy": validation, "test_accuracy": test}
+    return {"quantizer": CODEC, "bits": None, "levels": None, "bytes": size, **accuracies}
 
 
 def _error(layers: Mapping[str, Any]) -> float:
@@ -85,11 +110,13 @@ def _error(layers: Mapping[str, Any]) -> float:
 
 
 def tables(results: Mapping[str, Mapping[str, Measured]]) -> str:
-    """A table per network; `results[stem][seed][name]` has `float`, `rows` and, for each row, `errors`.
+    """Two tables per network, its rows and `drop_table`; `results[stem][seed][name]` has `float`, `rows`, `errors`.
 
-    A cell is the mean over the seeds and, from two seeds on, the sample standard deviation.
+    A cell of the rows is the mean over the seeds and, from two seeds on, the sample standard deviation. There is an
+    error for each row, None for one of NNCodec.
     """
-    return "\n".join(_table(stem, list(seeds.values())) for stem, seeds in results.items())
+    networks = {stem: list(seeds.values()) for stem, seeds in results.items()}
+    return "\n".join(f"{_table(stem, seeds)}\n{drop_table(stem, seeds)}" for stem, seeds in networks.items())
 
 
 def _table(stem: str, seeds: Sequence[Measured]) -> str:
@@ -101,15 +128,20 @@ def _table(stem: str, seeds: Sequence[Measured]) -> str:
             rows = [measured["rows"][index] for measured in known]
             cells = [
                 name,
-                f"{statistics.mean(row['bits'] for row in rows):.3g}",
+                _mean([row["bits"] for row in rows], ".3g"),
                 f"{_change(known, index, 'validation_accuracy'):+.2f}",
                 f"{_change(known, index, 'test_accuracy'):+.2f}",
-                f"{statistics.mean(measured['errors'][index] for measured in known):.3f}",
+                _mean([measured["errors"][index] for measured in known], ".3f"),
                 f"{statistics.mean(row['bytes'] for row in rows) / 1000:,.1f}",
             ]
             lines.append(cells)
     title = f"{stem}, {len(seeds)} seeds, fp32 {statistic(reference)} % on the test set"
     return f"{title}\n\n{markdown_table(HEAD, lines)}\n"
+
+
+def _mean(values: Sequence[float | None], form: str) -> str:
+    known = statistic(values)
+    return "" if known is None else f"{known.mean:{form}}"
 
 
 def _change(seeds: Sequence[Mapping[str, Any]], index: int, column: str) -> Statistic:

@@ -3,8 +3,10 @@
 import csv
 import json
 import os
+import re
 import runpy
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,8 @@ from safetensors.torch import save_file
 
 import compress
 from compress import models
+from compress.benchmarks import nncodec
+from compress.benchmarks.quantizer_study import measure
 from compress.cli import main
 from compress.errors import UserError
 from compress.export.onnx import OnnxModel
@@ -226,7 +230,10 @@ def test_the_study_measures_the_networks_of_runs_and_goes_on_where_it_was(run, t
             runpy.run_path(str(SCRIPT.with_name("quantizer_study.py")), run_name="__main__")
         return ended.value.code, *capsys.readouterr()
 
-    assert study(run.directory)[0] == 0
+    monkeypatch.setitem(sys.modules, "nncodec", None)  # cannot be imported
+    code, _, said = study(run.directory)
+    assert code == 0
+    assert re.fullmatch(r"nncodec: not measured, because it cannot be imported \(.*nncodec.*\)\n", said)
     path = tmp_path / "study" / "quantizers.json"
     measured = json.loads(path.read_text())
     del measured["sha256"]
@@ -246,8 +253,30 @@ def test_the_study_measures_the_networks_of_runs_and_goes_on_where_it_was(run, t
     change = 100 * (uniform["test_accuracy"] - run.rows[0].test_accuracy) / 2
     [line] = [line for line in output.splitlines() if line.startswith("| gpfq | 3 |")]
     assert f"| {change:+.2f} ± {abs(change) * 2**0.5:.2f} |" in line
+    assert "| drop, points | fixed widths, kB | rates, kB |\n" in output
     code, _, said = study(tmp_path)
     assert (code, said) == (2, f"error: {tmp_path}: found no finished run; accepted: directories with a result.json\n")
+
+
+# The package is no dependency of the project.
+if find_spec("nncodec"):
+
+    def test_the_iso_codec_gives_a_smaller_network_that_classifies_alike(run):
+        known, saved = {}, []
+        measure(run.directory, {}, known, lambda: saved.append(list(known)), coded={"fine": -38, "coarse": 0})
+        assert saved == [["fine"], ["fine", "coarse"]]
+        [fine], [coarse] = known["fine"]["rows"], known["coarse"]["rows"]
+        whole = run.rows[0]
+        assert coarse["bytes"] < fine["bytes"] < whole.bytes
+        assert abs(fine["test_accuracy"] - whole.test_accuracy) < 0.02
+        assert coarse["test_accuracy"] < whole.test_accuracy - 0.1
+        network, _ = read_model(run.directory / "models" / "student-fp32.safetensors")
+        decoded, size = nncodec.coded(network, -38)
+        assert size == fine["bytes"]
+        for name, value in network.state_dict().items():
+            # The step of weights is 6 / 2^12, the others' is finer, and fewer bits are worth a step or two.
+            assert (decoded.state_dict()[name] - value).abs().max() <= 3 * 6 / 2**12
+        assert not torch.equal(decoded.state_dict()["conv1.weight"], network.state_dict()["conv1.weight"])
 
 
 @pytest.mark.parametrize(
