@@ -28,6 +28,8 @@ from compress.quantization.preparation import Prepared
 TEMPERATURE = 4.0
 # Few images say little about a layer that they hardly need: none counts less than this share of the mean.
 LEAST = 1e-3
+# Positions, at least, over which the mean of an input is taken.
+CENTRED = 64
 TINY = torch.finfo(torch.float32).tiny
 
 
@@ -103,7 +105,9 @@ class _Sums:
         self.live = live_columns(layer, inputs)
         self.output_energy += float((outputs - outputs.mean((0, 2), keepdim=True)).square().sum())
         _, rows, places = gradient.shape
-        together = max(1, CHUNK // (math.prod(layer.weight.shape[1:]) * max(rows, places)))
+        depth = math.prod(layer.weight.shape[1:])
+        # Inputs are centred by the mean over as many images as are taken together.
+        together = max(-(-CENTRED // places), CHUNK // (depth * places + min(rows * depth, places**2)))
         for some, their in zip(inputs.split(together), gradient.split(together), strict=True):
             columns = patches(layer, some)  # (groups, d, B * places)
             if self.live is not None:
@@ -111,12 +115,23 @@ class _Sums:
             groups, depth, _ = columns.shape
             columns = (columns - columns.mean(2, keepdim=True)).unflatten(2, (len(some), places))
             slopes = their.unflatten(1, (groups, rows // groups))
-            # The gradient of the weight for each image: (groups, B, n, d).
-            of_weight = torch.einsum("bgnp,gdbp->gbnd", slopes, columns)
             power = float(columns.square().sum())
-            self.squared_gradients += float(of_weight.square().sum())
+            self.squared_gradients += _squared_gradients(slopes, columns)
             self.power += power * rows / groups
             self.input_energy += power / (groups * depth)
+
+
+def _squared_gradients(slopes: Tensor, columns: Tensor) -> float:
+    """Squares of the gradients of a weight, one for each image and group, summed.
+
+    slopes (B, groups, n, places): the gradients of outputs; columns (groups, d, B, places): the inputs. With few places
+    their products with each other are fewer than the n d of a weight.
+    """
+    _, _, rows, places = slopes.shape
+    if places * (rows + columns.shape[1]) < rows * columns.shape[1]:
+        of_slopes = torch.einsum("bgnp,bgnq->bgpq", slopes, slopes)
+        return float((of_slopes * torch.einsum("gdbp,gdbq->bgpq", columns, columns)).sum())
+    return float(torch.einsum("bgnp,gdbp->gbnd", slopes, columns).square().sum())
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from compress.export.packed import file_bytes, read_model, write_packed
 from compress.paths import CONF
 from compress.quantization import Measures
 from compress.quantization.activations import input_quantizers
-from compress.quantization.logit_sensitivity import TEMPERATURE, measure
+from compress.quantization.logit_sensitivity import TEMPERATURE, _squared_gradients, measure
 from compress.quantization.preparation import prepare
 from compress.quantization.rate_search import ENOUGH, budget_bytes
 
@@ -84,6 +84,19 @@ def test_the_divergence_of_a_small_error_is_the_one_that_was_measured(network, i
             expected += sensitivity.curvature * float((outputs[-1] - outputs[0]).square().sum())
     # Drawn classes and few images: a factor, not digits.
     assert expected == pytest.approx(found, rel=0.5)
+
+
+@pytest.mark.parametrize(("rows", "columns", "places"), [(40, 30, 2), (40, 30, 1), (3, 4, 50)])
+def test_squared_gradients_are_those_of_each_images_weight(rows, columns, places):
+    draws = torch.Generator().manual_seed(0)
+    slopes = torch.randn(5, 2, rows, places, generator=draws, dtype=torch.float64)
+    inputs = torch.randn(2, columns, 5, places, generator=draws, dtype=torch.float64)
+    expected = sum(
+        float((slopes[image, group] @ inputs[group, :, image].T).square().sum())
+        for image in range(5)
+        for group in range(2)
+    )
+    assert _squared_gradients(slopes, inputs) == pytest.approx(expected, rel=1e-9)
 
 
 def test_rates_are_met_and_the_step_is_one(network, images):
