@@ -25,6 +25,8 @@ from compress.quantization.rate_search import (
 from compress.quantization.rates import RateQuantization
 from compress.quantization.refinement import Refinement
 
+# A rate that was missed by more than this share is called by what it is.
+MISSED = 0.05
 Rate = Annotated[float, Field(ge=LOWEST, le=HIGHEST)]
 
 
@@ -142,7 +144,9 @@ class Quantizer(Options):
             return
         at_rate = self.at_rates(model, batches)
         for rate in [] if self.searches else self.rates:
-            yield Variant(f"{rate} bits/weight", f"{rate}bpw", at_rate(rate, progress), rate, None)
+            found = at_rate(rate, progress)
+            bits = rate if abs(found.rate - rate) <= MISSED * rate else round(found.rate, 2)
+            yield Variant(f"{bits} bits/weight", f"{rate}bpw", found, bits, None)
         if self.budget is not None:
             budget = budget_bytes(self.budget, measures.float_bytes)
             yield _found("budget", within_budget(at_rate, budget, measures, progress))

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from compress.errors import UserError
 from compress.models.canonical import Layer, layer_of
 from compress.models.inference import full_float32
 from compress.quantization.calibration import CalibrationBatches
@@ -34,7 +35,7 @@ PRICES = np.arange(-40.0, 40.0, 0.02)
 # The price of a layer is at most so many times that of the first one, or that less.
 DRIFT = 1.25
 # How near a rate is near enough, and how many walks it is worth.
-NEAR, WALKS = 0.02, 3
+NEAR, WALKS = 0.02, 4
 # What a walk tells about predictions holds for one to at most so many times its bits, or that fewer.
 ALIKE = 1.1
 
@@ -42,25 +43,27 @@ ALIKE = 1.1
 class RateControl:
     """The price for each layer, in units of divergence per bit, so that all of them take a number of bits together.
 
-    Bits of a layer at a price are predicted by the entropy of its rounded weights, times the share that the layer took
-    of what was predicted in the walk before, if that was for about as many bits.
+    Bits of a layer at a price are predicted by the entropy of its rounded weights: at that price or, after a walk for
+    about as many bits, at the price at which they were what the layer took then, so many octaves of the step away.
     """
 
     def __init__(self, weights: Mapping[str, Tensor], sensitivities: Mapping[str, LayerSensitivity]) -> None:
         self.predicted = {name: _curve(weight, sensitivities[name]) for name, weight in weights.items()}
-        self.factors: dict[str, float] = {}
+        self.shifts: dict[str, float] = {}
         self.target = 0.0
 
     def start(self, bits: float) -> None:
         """From here on the layers are solved again, to take `bits` in all."""
         if not 1 / ALIKE < bits / (self.target or bits) < ALIKE:
-            self.factors = {}
+            self.shifts = {}
         self.target, self.left, self.remaining = bits, bits, dict.fromkeys(self.predicted)
         self.price = self.first = 0.0
 
     def price_of(self, name: str) -> float:
         """The price at which the layer `name`, the next, and all after it are predicted to take the bits left."""
-        curves = [self.factors.get(other, 1.0) * self.predicted[other] for other in self.remaining]
+        curves = [
+            np.interp(PRICES + self.shifts.get(other, 0.0), PRICES, self.predicted[other]) for other in self.remaining
+        ]
         # From dear to cheap, along which bits grow, as np.interp wants it.
         price = float(4.0 ** np.interp(self.left, np.sum(curves, 0)[::-1], PRICES[::-1]))
         self.first = self.first or price
@@ -72,9 +75,11 @@ class RateControl:
         """The layer `name` took so many."""
         del self.remaining[name]
         self.left -= bits
-        predicted = float(np.interp(math.log(self.price, 4), PRICES, self.predicted[name]))
-        if predicted > 0:
-            self.factors[name] = bits / predicted
+        curve = self.predicted[name]
+        if curve[-1] < bits < curve[0]:
+            shift = float(np.interp(bits, curve[::-1], PRICES[::-1])) - math.log(self.price, 4)
+            # Where bits fall twice as fast as predicted, the whole shift would lead to and fro.
+            self.shifts[name] = (shift + self.shifts.get(name, shift)) / 2
 
 
 def _curve(weight: Tensor, sensitivity: LayerSensitivity) -> np.ndarray:
@@ -104,20 +109,25 @@ class RateQuantization:
         self.options = options
         with full_float32():
             self.prepared = prepare(model, calibration_batches, options.skip)
+            self.images = sum(map(len, self.prepared.images))
+            if self.images < 2:
+                raise UserError("calibration images: found 1; accepted for rates: at least 2, as one does not vary")
             self.sensitivities = measure(self.prepared)
         weights = {name: layer_of(self.prepared.analog, name).weight for name in self.prepared.order}
         self.count = sum(weight.numel() for weight in weights.values())
-        self.images = sum(map(len, self.prepared.images))
         self.control = RateControl(weights, self.sensitivities)
 
     def __call__(self, rate: float, progress: Progress = silent) -> QuantizedModel:
-        """The network at `rate` bits a weight, give or take the share NEAR of them."""
-        found = self.walk(rate, progress)
+        """The network at `rate` bits a weight, give or take the share NEAR of them.
+
+        With few images for many inputs the bits can leap as the price changes; then it is the nearest of WALKS.
+        """
+        best = self.walk(rate, progress)
         for _ in range(WALKS - 1):
-            if abs(found.rate - rate) <= NEAR * rate:
+            if abs(best.rate - rate) <= NEAR * rate:
                 break
-            found = self.walk(rate, progress)
-        return found
+            best = min(best, self.walk(rate, progress), key=lambda found: abs(found.rate - rate))
+        return best
 
     @full_float32()
     def walk(self, rate: float, progress: Progress = silent) -> QuantizedModel:
