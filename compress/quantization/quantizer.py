@@ -137,9 +137,9 @@ class Quantizer(Options):
     ) -> Iterator[Variant]:
         """What becomes of `model` under these options: one variant for each width and rate, or the one searched for."""
         if not self.searches:
-            for bits in self.bits:
-                quantized = self(model, batches, bits, progress)
-                yield Variant(f"{bits} bit", f"{bits}bit", quantized, bits, self.grid.levels(bits))
+            for width in self.bits:
+                quantized = self(model, batches, width, progress)
+                yield Variant(f"{width} bit", f"{width}bit", quantized, width, self.grid.levels(width))
         if not self.searches and not self.rates:
             return
         at_rate = self.at_rates(model, batches)
