@@ -80,7 +80,8 @@ def check_arguments(
     `**kwargs`), or a mapping from name to annotation. `accepted` names the keys that may occur; left out, they are
     the parameters with an annotation that a YAML value can meet, so networks and callables are not among them.
     An accepted key without such an annotation is passed on as it is. A parameter whose annotation is a dataclass takes
-    a mapping of that dataclass's fields, from which it is built (see `build`), or an instance. Parameters that
+    a mapping of that dataclass's fields, from which it is built (see `build`), or an instance, and null where that is
+    the default. Parameters that
     `arguments` does not name are not looked at (the caller may supply them), and keys that are no arguments
     (`_target_`, `stem` and the like) are left out of the answer. `where` is the key of the node, such as "optimizer".
 
@@ -94,10 +95,7 @@ def check_arguments(
         parameters = {name: (annotation, UNKNOWN) for name, annotation in target.items()}
     else:
         parameters = _parameters(target)
-    kinds = {
-        name: annotation if _is_dataclass(annotation) else _yaml_type(annotation)
-        for name, (annotation, _) in parameters.items()
-    }
+    kinds = {name: _dataclass_of(annotation) or _yaml_type(annotation) for name, (annotation, _) in parameters.items()}
     if accepted is None:
         accepted = [name for name, kind in kinds.items() if kind is not UNKNOWN]
 
@@ -113,8 +111,8 @@ def check_arguments(
         kind = kinds.get(name, UNKNOWN)
         # `lr: float = None` is how many libraries write an optional argument.
         unset = value is None and name in parameters and parameters[name][1] is None
-        if _is_dataclass(kind):
-            values[name] = value if isinstance(value, kind) else build(value, key, kind)
+        if inspect.isclass(kind) and dataclasses.is_dataclass(kind):
+            values[name] = value if unset or isinstance(value, kind) else build(value, key, kind)
         else:
             values[name] = value if kind is UNKNOWN or unset else _checked(kind, value, key)
     return values
@@ -240,8 +238,11 @@ def _parameters(target: Callable[..., Any]) -> dict[str, tuple[Any, Any]]:
     return named
 
 
-def _is_dataclass(annotation: Any) -> bool:
-    return inspect.isclass(annotation) and dataclasses.is_dataclass(annotation)
+def _dataclass_of(annotation: Any) -> Any:
+    """The dataclass that `annotation` is, or is beside None; None where it is no such thing."""
+    members = typing.get_args(annotation) if typing.get_origin(annotation) in (Union, types.UnionType) else [annotation]
+    named = [member for member in members if member is not types.NoneType]
+    return named[0] if len(named) == 1 and inspect.isclass(named[0]) and dataclasses.is_dataclass(named[0]) else None
 
 
 def _yaml_type(annotation: Any) -> Any:
