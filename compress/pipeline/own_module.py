@@ -98,7 +98,8 @@ def quantize(
 ) -> QuantizedNetwork:
     """`network`, which stays as it is, quantized on the first `calibration_images` of `images`.
 
-    It gets `bits` bits, or else the `rates=` bits a weight or the `budget=` bytes among the keys, or else 4 bits.
+    It gets `bits` bits, or else the `rates=` bits a weight or the `budget=` bytes among the keys, or else 4 bits. With
+    `tune={"images": 4096}` among the keys it is then tuned on so many.
 
     images: a tensor (N, C, H, W), an iterable of such batches, or of sequences that begin with one, as a DataLoader is;
     normalised as the network takes them. quantizer: an option of `conf/quantizer`. keys: the keys of its file, nested
@@ -110,7 +111,8 @@ def quantize(
         raise UserError(f"network: found a {type(network).__name__}; accepted: a torch.nn.Module")
     default = [] if "rates" in keys else [4]
     built = _quantizer(quantizer, {**keys, "bits": default if bits is None else bits})
-    calibration = _first(images, built.calibration_images)
+    tuning = _first(images, max(built.calibration_images, built.tune.images if built.tune else 0))
+    calibration = tuning[: built.calibration_images]
     described = _about(network, calibration)
     network = _returning_one_width(network, calibration[:2])
     compare(network, [calibration], built.skip)
@@ -120,7 +122,7 @@ def quantize(
     )
     float_bytes = file_bytes(network, description) if built.budget is not None else 0
     measures = Measures(partial(file_bytes, description=description), _no_accuracy, float_bytes)
-    [variant] = built.variants(network, [calibration], measures, silent)
+    [variant] = built.variants(network, [calibration], measures, silent, [tuning])
     return QuantizedNetwork(variant.model, built, calibration, description)
 
 

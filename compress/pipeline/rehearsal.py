@@ -1,6 +1,7 @@
 """Everything that a run does later, done once on two images and the run's own device, before any training.
 
-A training step with its loss and gradients, a checkpoint written and read, folding, quantization, and each exporter.
+A training step with its loss and gradients, a checkpoint written and read, folding, quantization, tuning, and each
+exporter.
 """
 
 import io
@@ -26,6 +27,7 @@ from compress.quantization import Correction, GridOptions, QuantizedModel, Quant
 from compress.quantization.comparisons import compare
 from compress.quantization.preparation import prepare
 from compress.quantization.solvers import RTN
+from compress.quantization.tuning import Tuner
 
 # Options under which quantizing costs next to nothing.
 CHEAP: dict[str, Any] = {
@@ -104,7 +106,10 @@ def _quantize(parts: Parts, quantizer: Quantizer, student: nn.Module, images: Te
         if quantizer.rates or quantizer.searches:
             alone.at_rates(student, [images])(1.0)
     coarsest = min(quantizer.bits, default=8)
-    return [replace(quantizer, **CHEAP, bits=[coarsest])(student, [images], coarsest)]
+    coarse = replace(quantizer, **CHEAP, bits=[coarsest])(student, [images], coarsest)
+    if quantizer.tune is not None:
+        Tuner(replace(quantizer.tune, epochs=1), prepared, [images])(coarse)
+    return [coarse]
 
 
 def _export(parts: Parts, variants: list[nn.Module | QuantizedModel], student: nn.Module, images: Tensor) -> None:

@@ -94,6 +94,7 @@ class Variants:
         """Every variant that `quantizer` makes of `student`."""
         batches = self.data.calibration_batches(quantizer.calibration_images)
         count = sum(len(batch) for batch in batches)
+        tuning = self.data.calibration_batches(quantizer.tune.images) if quantizer.tune else []
         started = time.perf_counter()
         with bar() as progress:
             task = progress.add_task("", total=None)
@@ -103,7 +104,7 @@ class Variants:
 
             measures = Measures(self._bytes, self._validation_accuracy, self.rows[0].bytes)
             self.comparisons |= compare(student, batches, quantizer.skip)
-            for variant in quantizer.variants(student, batches, measures, show):
+            for variant in quantizer.variants(student, batches, measures, show, tuning):
                 quantized = variant.model
                 seconds = time.perf_counter() - started
                 share = quantized.float_share
@@ -114,7 +115,7 @@ class Variants:
                 )
                 console.print(
                     f"  {quantizer.name} {variant.label}: {len(quantized.layers)} layers on {count} images, "
-                    f"{seconds:.1f} s{left}"
+                    f"{f'tuned on {sum(map(len, tuning))}, ' if tuning else ''}{seconds:.1f} s{left}"
                 )
                 inputs = f"-a{quantizer.activation_bits}" if quantizer.activation_bits else ""
                 self.add(

@@ -11,6 +11,7 @@ from compress.quantization.quantizer import Quantizer
 from compress.quantization.rate_search import Measures
 from compress.quantization.refinement import Refinement
 from compress.quantization.scales import GridOptions
+from compress.quantization.tuning import Tuning
 
 __all__ = [
     "Activations",
@@ -26,5 +27,6 @@ __all__ = [
     "Quantizer",
     "Refinement",
     "Solver",
+    "Tuning",
     "quantize",
 ]

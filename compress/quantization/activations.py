@@ -45,9 +45,13 @@ class InputQuantizer(nn.Module):
         if int(self.zero_point) >= self.levels:
             raise ValueError(f"zero_point: {int(self.zero_point)}; with {self.levels} levels it is below that")
 
-    def forward(self, x: Tensor) -> Tensor:
+    def steps(self, x: Tensor) -> Tensor:
+        """`x` in steps of the grid, within it and not rounded."""
         zero_point = self.zero_point.to(x.dtype)
-        return (x / self.scale).clamp(-zero_point, self.levels - 1 - zero_point).round() * self.scale
+        return (x / self.scale).clamp(-zero_point, self.levels - 1 - zero_point)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.steps(x).round() * self.scale
 
 
 # Values that a quantile is taken of and that an error is measured on, at most, spread over the calibration images.

@@ -11,7 +11,7 @@ from compress.errors import UserError
 from compress.quantization.calibration import CalibrationBatches
 from compress.quantization.options import Bits, Options, Progress, silent
 from compress.quantization.post_training import quantize_with
-from compress.quantization.preparation import check_layers
+from compress.quantization.preparation import check_layers, prepare
 from compress.quantization.quantized import QuantizedModel
 from compress.quantization.rate_search import (
     HIGHEST,
@@ -24,6 +24,7 @@ from compress.quantization.rate_search import (
 )
 from compress.quantization.rates import RateQuantization
 from compress.quantization.refinement import Refinement
+from compress.quantization.tuning import Tuner, Tuning
 
 # A rate that was missed by more than this share is called by what it is.
 MISSED = 0.05
@@ -61,7 +62,8 @@ class Quantizer(Options):
     bits: widths, the same in all layers but perhaps the first and the last. rates: coded bits of a weight in the mean
     of all layers, see `compress.quantization.rates`. With a `budget` ("0.5MB", or "8x" smaller than float32) or a
     `max_drop` (points of validation accuracy) there is one model instead: at the rate of the file of that size, or of
-    the smallest file within the drop. calibration_images: how many training images the caller should pass.
+    the smallest file within the drop. calibration_images: how many training images the caller should pass. tune: what
+    becomes of each model afterwards, see `compress.quantization.tuning`; None: nothing.
     """
 
     bits: Annotated[list[Bits], BeforeValidator(_as_list), AfterValidator(_check_unique)]
@@ -69,6 +71,7 @@ class Quantizer(Options):
     budget: str | float | None = None
     max_drop: Annotated[float, Field(ge=0, le=100)] | None = None
     calibration_images: Annotated[int, Field(ge=1)] = 256
+    tune: Tuning | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -116,7 +119,7 @@ class Quantizer(Options):
 
     def roughly(self) -> "Quantizer":
         """As good for the size of a file, and quicker."""
-        return replace(self, refinement=Refinement())
+        return replace(self, refinement=Refinement(), tune=None)
 
     def __call__(
         self,
@@ -125,7 +128,7 @@ class Quantizer(Options):
         bits: int | Mapping[str, int],
         progress: Progress = silent,
     ) -> QuantizedModel:
-        """`model` quantized to `bits` bits; see `compress.quantization.quantize`."""
+        """`model` quantized to `bits` bits and not tuned; see `compress.quantization.quantize`."""
         return quantize_with(self, model, calibration_batches, bits, progress)
 
     def at_rates(self, model: nn.Module, calibration_batches: CalibrationBatches) -> RateQuantization:
@@ -133,25 +136,46 @@ class Quantizer(Options):
         return RateQuantization(self, model, calibration_batches)
 
     def variants(
-        self, model: nn.Module, batches: Sequence[Tensor], measures: Measures, progress: Progress
+        self,
+        model: nn.Module,
+        batches: Sequence[Tensor],
+        measures: Measures,
+        progress: Progress,
+        tuning_batches: Sequence[Tensor] = (),
     ) -> Iterator[Variant]:
-        """What becomes of `model` under these options: one variant for each width and rate, or the one searched for."""
+        """What becomes of `model` under these options: one variant for each width and rate, or the one searched for.
+
+        batches: images for quantization, tuning_batches: those for `tune`; left out, the same.
+        """
+        tuned = self._tuner(model, batches, tuning_batches or batches)
         if not self.searches:
             for width in self.bits:
-                quantized = self(model, batches, width, progress)
+                quantized = tuned(self(model, batches, width, progress), progress)
                 yield Variant(f"{width} bit", f"{width}bit", quantized, width, self.grid.levels(width))
         if not self.searches and not self.rates:
             return
         at_rate = self.at_rates(model, batches)
         for rate in [] if self.searches else self.rates:
-            found = at_rate(rate, progress)
+            found = tuned(at_rate(rate, progress), progress)
             bits = rate if abs(found.rate - rate) <= MISSED * rate else round(found.rate, 2)
             yield Variant(f"{bits} bits/weight", f"{rate}bpw", found, bits, None)
         if self.budget is not None:
             budget = budget_bytes(self.budget, measures.float_bytes)
-            yield _found("budget", within_budget(at_rate, budget, measures, progress))
+            # Tuning leaves a file as large as it is.
+            yield _found("budget", tuned(within_budget(at_rate, budget, measures, progress), progress))
         elif self.max_drop is not None:
-            yield _found("drop", smallest_within_drop(at_rate, model, self.max_drop, measures, progress))
+
+            def walk(rate: float) -> QuantizedModel:
+                return tuned(at_rate.walk(rate, progress), progress)
+
+            yield _found("drop", smallest_within_drop(walk, model, self.max_drop, measures))
+
+    def _tuner(
+        self, model: nn.Module, batches: Sequence[Tensor], images: Sequence[Tensor]
+    ) -> Callable[[QuantizedModel, Progress], QuantizedModel]:
+        if self.tune is None:
+            return lambda quantized, progress: quantized
+        return Tuner(self.tune, prepare(model, batches, self.skip), images)
 
 
 def _found(word: str, quantized: QuantizedModel) -> Variant:

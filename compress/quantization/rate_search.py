@@ -56,7 +56,7 @@ def within_budget(quantize: RateQuantization, budget: int, measures: Measures, p
 
 
 def smallest_within_drop(
-    quantize: RateQuantization, model: nn.Module, max_drop: float, measures: Measures, progress: Progress
+    quantize: Callable[[float], QuantizedModel], model: nn.Module, max_drop: float, measures: Measures
 ) -> QuantizedModel:
     """The network of the lowest rate whose validation accuracy is at most `max_drop` points below that of `model`.
 
@@ -66,7 +66,7 @@ def smallest_within_drop(
     """
     target = measures.accuracy(model) - max_drop / 100
     rate = HIGHEST
-    answer = quantize.walk(rate, progress)
+    answer = quantize(rate)
     if (accuracy := measures.accuracy(answer.model)) < target:
         lost = 100 * (target - accuracy) + max_drop
         raise UserError(
@@ -76,7 +76,7 @@ def smallest_within_drop(
     failed = 0.0
     while rate > LOWEST and (failed == 0 or rate > NEAR * failed):
         tried = (rate * failed) ** 0.5 if failed else max(RUNG * rate, LOWEST)
-        candidate = quantize.walk(tried, progress)
+        candidate = quantize(tried)
         if measures.accuracy(candidate.model) < target:
             failed = tried
         else:

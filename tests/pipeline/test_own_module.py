@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import compress
 from compress.errors import UserError
 from compress.export.formats import exporter_of
+from compress.export.packed import file_bytes
 from compress.models.canonical import difference
 from compress.models.outputs import logits
 from tests.models.odd_networks import (
@@ -148,6 +149,23 @@ def test_images_come_as_a_tensor_in_batches_or_from_a_loader():
     assert all(torch.equal(one, found[0]) for one in found)
     fewer = compress.quantize(model, pictures, bits=3, calibration_images=8).network(images(4, 2))
     assert not torch.equal(fewer, found[0])
+
+
+def test_tuning_sees_the_first_images_and_the_walk_fewer():
+    model, pictures = make(CalledAgain), images(48)
+    keys = {"rates": 2, "calibration_images": 16}
+    plain = compress.quantize(model, pictures, **keys)
+    tuned, again = (
+        compress.quantize(model, few.split(10), **keys, tune={"images": 32, "batch_size": 8})
+        for few in (pictures, pictures[:32])
+    )
+    assert torch.equal(tuned.images, plain.images)
+    size, before = (file_bytes(each.quantized, plain.description) for each in (tuned, plain))
+    assert size == before
+    for name, layer in tuned.quantized.layers.items():
+        assert torch.equal(layer.codes, plain.quantized.layers[name].codes)
+    assert torch.equal(tuned.network(images(4)), again.network(images(4)))
+    assert not torch.equal(tuned.network(images(4)), plain.network(images(4)))
 
 
 def test_keys_of_the_quantizer_are_given_by_name_nested_or_with_dots():
