@@ -45,19 +45,21 @@ def walk(
     batches: list[Tensor],
     layers: list[str],
     solve: Callable[[str, list[Tensor], list[Tensor]], None],
+    apart: bool = False,
 ) -> dict[str, float]:
     """Relative output error of each of `layers`, having called `solve` for each in execution order.
 
     A layer that is neither a convolution nor linear has no error. `graph` is that of the canonical network `analog` and
     of its copy `quantized`. `solve(name, quantized_inputs, analog_inputs)` gives the layer of `quantized` its
     new weight and bias; the inputs are lists of one tensor per batch, and the same list while nothing has been
-    quantized. The error is |Y~ - Y| / |Y - b| over all outputs of the layer. The walk ends after the last layer. Raises
-    UserError, naming the operation, where one fails.
+    quantized, unless the networks are `apart`: different before the first of the layers, too. The error is
+    |Y~ - Y| / |Y - b| over all outputs of the layer. The walk ends after the last layer. Raises UserError, naming the
+    operation, where one fails.
     """
     last_reader = _last_readers(graph)
     remaining = set(layers)
     analog_values: dict[Node, list[Any]] = {}
-    quantized_values = analog_values
+    quantized_values: dict[Node, list[Any]] = {} if apart else analog_values
     errors = {}
     with torch.no_grad():
         for node in graph.nodes:
@@ -152,7 +154,7 @@ def _evaluate(node: Node, model: nn.Module, values: dict[Node, list[Any]], batch
 
 def _evaluate_batch(node: Node, model: nn.Module, values: dict[Node, list[Any]], index: int, batch: Tensor) -> Any:
     if node.op == "placeholder":
-        return batch
+        return batch.clone()  # an operation in place must not reach the next walk, or the other network
     if node.op == "get_attr":
         return attrgetter(str(node.target))(model)
     args, kwargs = map_arg((node.args, node.kwargs), lambda source: values[source][index])

@@ -107,9 +107,12 @@ class Tuner:
         return divergence
 
     def _measured(self, tuned: QuantizedModel) -> QuantizedModel:
-        prepared = self.prepared
-        names = [*tuned.layers, *tuned.tied]
-        errors = walk(prepared.analog, tuned.model, prepared.graph, prepared.images, names, lambda *inputs: None)
+        prepared, names = self.prepared, [*tuned.layers, *tuned.tied]
+
+        def keep(name: str, quantized: list[Tensor], analog: list[Tensor]) -> None:
+            """Leaves the layer as it is."""
+
+        errors = walk(prepared.analog, tuned.model, prepared.graph, prepared.images, names, keep, apart=True)
         return replace(tuned, layers={name: replace(one, error=errors[name]) for name, one in tuned.layers.items()})
 
 

@@ -16,7 +16,7 @@ from processes import Script
 from safetensors.torch import save_file
 
 import compress
-from compress import models
+from compress import models, yaml_file
 from compress.benchmarks import nncodec
 from compress.benchmarks.quantizer_study import measure
 from compress.cli import main
@@ -101,6 +101,25 @@ def test_a_model_file_of_a_run_is_quantized_as_the_run_itself_did(run, capsys):
         with Image.open(directory / name) as picture:
             assert min(picture.size) > 300
     assert "gpfq 2 bit a8" in capsys.readouterr().out
+
+
+def test_a_tuned_network_has_the_codes_of_the_one_that_is_not_and_other_numbers(run):
+    path = run.directory / "models" / "student-fp32.safetensors"
+    options = ["quantizer.bits=[2]", "quantizer.activation_bits=8", "quantizer.calibration_images=64"]
+    tune = {"images": 128, "epochs": 2, "learning_rate": 1e-3, "batch_size": 32, "seed": 0}
+    typed = "quantizer.tune={images: 128, epochs: 2, learning_rate: 1e-3, batch_size: 32}"
+    directory = quantize_checkpoint([f"checkpoint={path}", *options, typed, "export=[packed,onnx]"])
+    mine, its = (
+        read_model(folder / "models" / "student-gpfq-2bit-a8.safetensors")[0].state_dict()
+        for folder in (directory, run.directory)
+    )
+    assert not torch.equal(mine["fc.bias"], its["fc.bias"])
+    assert torch.equal(mine["fc.weight"].sign(), its["fc.weight"].sign())
+    assert not torch.equal(mine["fc.weight"], its["fc.weight"])
+    rows = rows_of(directory)
+    assert [row["runtime"] for row in rows] == ["torch", "onnxruntime"] * 2
+    assert float(rows[-1]["runtime_agreement"]) >= 0.95
+    assert yaml_file.read(directory / "config.yaml")["quantizer"]["tune"] == tune
 
 
 def test_a_checkpoint_of_a_run_and_a_plain_state_dict_are_quantized_too(run, tmp_path):

@@ -43,6 +43,19 @@ class Norms(nn.Module):
         return self.head(self.line(hidden.mean((2, 3))))
 
 
+class Early(nn.Module):
+    """A norm and a layer that stays float before the first that is quantized, and images that are changed in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.stem = nn.BatchNorm2d(3), nn.Conv2d(3, 6, 3)
+        self.conv, self.head = nn.Conv2d(6, 6, 3), nn.Linear(6, CLASSES)
+
+    def forward(self, images):
+        hidden = F.relu(self.stem(self.norm(images.sub_(1.0))))
+        return self.head(F.relu(self.conv(hidden)).mean((2, 3)))
+
+
 def images(count=96, seed=1):
     return torch.randn(count, *SHAPE, generator=torch.Generator().manual_seed(seed))
 
@@ -60,7 +73,8 @@ def at_rate(model, rate=1.5):
 
 
 def tuned(model, quantized, tuning=TUNING, batches=None):
-    return Tuner(tuning, prepare(model, [images()]), batches or [images()])(quantized)
+    skip = [name for name in ("stem",) if name in quantized.skipped]
+    return Tuner(tuning, prepare(model, [images()], skip), batches or [images()])(quantized)
 
 
 def divergence(quantized, model, seed=1):
@@ -74,11 +88,12 @@ def description(model):
     return NetworkDescription(architecture, list("abcd"), [0.0], [1.0], SHAPE)
 
 
-@pytest.fixture(scope="module", params=["2 bit", "1.5 bits/weight", "2 bit, inputs 4 bit", "tied"])
+@pytest.fixture(scope="module", params=["2 bit", "1.5 bits/weight", "2 bit, inputs 4 bit", "tied", "early"])
 def pair(request):
     """(float network, quantized network, tuned network)."""
-    model = network(TiedWeights if request.param == "tied" else Norms)
+    model = network({"tied": TiedWeights, "early": Early}.get(request.param, Norms))
     options = {"activation_bits": 4} if "inputs" in request.param else {}
+    options |= {"skip": ["stem"]} if request.param == "early" else {}
     if "weight" in request.param or request.param == "tied":
         quantized = at_rate(model)
     else:
