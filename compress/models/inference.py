@@ -15,11 +15,15 @@ from compress.models.outputs import logits
 
 
 @contextlib.contextmanager
-def full_float32() -> Iterator[None]:
-    """Within it, or in a function that it decorates, GPUs do not round the operands of convolutions to TF32."""
+def full_float32(repeatable: bool = False) -> Iterator[None]:
+    """Within it, or in a function that it decorates, GPUs do not round the operands of convolutions to TF32.
+
+    repeatable: and convolutions and their gradients have the same bits in every call.
+    """
     cudnn = torch.backends.cudnn
+    benchmark, deterministic = cudnn.benchmark and not repeatable, cudnn.deterministic or repeatable
     # What is not named here would be set to a default of its own; that of `enabled` is off.
-    with cudnn.flags(cudnn.enabled, cudnn.benchmark, deterministic=cudnn.deterministic, allow_tf32=False):
+    with cudnn.flags(cudnn.enabled, benchmark, deterministic=deterministic, allow_tf32=False):
         yield
 
 

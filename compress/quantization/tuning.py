@@ -38,8 +38,8 @@ class Tuning:
     """
 
     images: Count = 4096
-    epochs: Count = 1
-    learning_rate: Positive = 1e-3
+    epochs: Count = 3
+    learning_rate: Positive = 3e-3
     batch_size: Count = 128
     seed: Seed = 0
 
@@ -63,7 +63,7 @@ class Tuner:
         logits = [prepared.analog(part.clone()) for part in self.images.split(BATCH)]
         self.expected = torch.cat(logits).log_softmax(1)
 
-    @full_float32()
+    @full_float32(repeatable=True)
     def __call__(self, quantized: QuantizedModel, progress: Progress = silent) -> QuantizedModel:
         """A tuned copy of `quantized`, with the errors of its layers measured anew on the calibration images.
 

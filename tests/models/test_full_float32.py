@@ -15,3 +15,12 @@ def test_only_tf32_is_switched_off_and_everything_comes_back(enabled):
         outside = cudnn.enabled, cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32
     assert inside == (enabled, True, True, False)
     assert outside == (enabled, True, True, True)
+
+
+def test_what_is_repeatable_chooses_no_algorithm_by_its_time():
+    cudnn = torch.backends.cudnn
+    with cudnn.flags(enabled=True, benchmark=True, deterministic=False):
+        with full_float32(repeatable=True):
+            inside = cudnn.benchmark, cudnn.deterministic
+        outside = cudnn.benchmark, cudnn.deterministic
+    assert (inside, outside) == ((False, True), (True, False))

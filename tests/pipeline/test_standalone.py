@@ -106,8 +106,8 @@ def test_a_model_file_of_a_run_is_quantized_as_the_run_itself_did(run, capsys):
 def test_a_tuned_network_has_the_codes_of_the_one_that_is_not_and_other_numbers(run):
     path = run.directory / "models" / "student-fp32.safetensors"
     options = ["quantizer.bits=[2]", "quantizer.activation_bits=8", "quantizer.calibration_images=64"]
-    tune = {"images": 128, "epochs": 2, "learning_rate": 1e-3, "batch_size": 32, "seed": 0}
-    typed = "quantizer.tune={images: 128, epochs: 2, learning_rate: 1e-3, batch_size: 32}"
+    tune = {"images": 128, "epochs": 3, "learning_rate": 3e-3, "batch_size": 32, "seed": 0}
+    typed = "quantizer.tune={images: 128, batch_size: 32}"
     directory = quantize_checkpoint([f"checkpoint={path}", *options, typed, "export=[packed,onnx]"])
     mine, its = (
         read_model(folder / "models" / "student-gpfq-2bit-a8.safetensors")[0].state_dict()

@@ -278,7 +278,7 @@ def test_a_loss_that_is_not_finite_is_refused_in_one_line():
     quantized = quantize(model, [images()], 2)
     for batch_size in (16, 96):  # 96: seen only after the last step
         with pytest.raises(UserError, match=DIVERGED):
-            tuned(model, quantized, Tuning(images=96, learning_rate=1e6, batch_size=batch_size))
+            tuned(model, quantized, Tuning(images=96, epochs=1, learning_rate=1e6, batch_size=batch_size))
 
 
 class WithoutGradients(nn.Module):
