@@ -86,7 +86,7 @@ class Quantizer(Options):
                 "accepted: gpfq without thresholds"
             )
         if not keys and not self.bits:
-            raise UserError("bits: found none, and no rates; accepted: one at least")
+            raise UserError("bits: found [] and no rates; accepted: one of either at least")
 
     @property
     def name(self) -> str:

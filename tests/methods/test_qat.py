@@ -48,7 +48,7 @@ def test_it_starts_from_a_checkpoint_and_its_row_is_that_of_what_was_trained(run
         best = max(float(row["val/accuracy"]) for row in csv.DictReader(stream) if row["val/accuracy"])
     assert own.validation_accuracy == pytest.approx(best, abs=1e-6)
     layers = trained.record.layers["student-lsq-w2a4.safetensors"]
-    assert layers.quantized["layer2.0.conv1"] == Layer(bits=2, levels=4, error=None, encoding="dense")
+    assert layers.quantized["layer2.0.conv1"] == Layer(bits=2, levels=4, error=None, encoding="entropy")
     assert layers.input_bits["conv1"] == layers.input_bits["fc"] == 8
     assert set(layers.input_bits.values()) == {4, 8}
     json.loads((folder / trained.directory / "result.json").read_text())

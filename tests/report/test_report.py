@@ -266,7 +266,7 @@ def capstone(folder, method, seed, accuracies, *typed, quantizer="gpfq", data="C
     record["tradeoff"] = [
         row
         | {"quantizer": "none" if bits == 32 else quantizer, "bits": bits, "test_accuracy": value / 100}
-        | {"file": f"models/{bits}.safetensors"}
+        | {"levels": None if bits == 32 else 2**bits, "file": f"models/{bits}.safetensors"}
         for bits, value in accuracies.items()
     ]
     (directory / "result.json").write_text(json.dumps(record))

@@ -114,7 +114,7 @@ def test_a_sweep_under_joblib_gives_what_one_after_the_other_gives_and_shares_no
     assert one == two
     assert len(list((folder / "outputs" / "teachers").glob("*.safetensors"))) == 1
     for text, directory in ((said, directories[0]), (other, directories[1])):
-        if str(directory.name) not in text:  # which of them came first is not known
+        if f"/{directory.name}\n" not in text:  # which of them came first is not known
             directory = directories[1 - directories.index(directory)]
         table = text[text.index(f"sweep outputs/sweeps/{directory.name}\n") :]
         assert table.count(" finished ") == 2
