@@ -81,9 +81,9 @@ def check_arguments(
     the parameters with an annotation that a YAML value can meet, so networks and callables are not among them.
     An accepted key without such an annotation is passed on as it is. A parameter whose annotation is a dataclass takes
     a mapping of that dataclass's fields, from which it is built (see `build`), or an instance, and null where that is
-    the default. Parameters that
-    `arguments` does not name are not looked at (the caller may supply them), and keys that are no arguments
-    (`_target_`, `stem` and the like) are left out of the answer. `where` is the key of the node, such as "optimizer".
+    the default. Parameters that `arguments` does not name are not looked at (the caller may supply them), and keys that
+    are no arguments (`_target_`, `stem` and the like) are left out of the answer. `where` is the key of the node, such
+    as "optimizer".
 
     Raises UserError for an unknown key and for the first value that does not meet its annotation.
     """

@@ -93,15 +93,11 @@ def _sizes(parts: Parts, student: nn.Module) -> dict[str, int]:
         quantizer = parts.quantizer.roughly()
         batches = parts.data.calibration_batches(parts.data.num_classes)
         size = partial(file_bytes, description=description)
-        measures = Measures(size, _unknown_accuracy, size(student))
+        measures = Measures(size, size(student))
         # What a drop allows is not known before the training.
-        for variant in [] if quantizer.max_drop else quantizer.variants(student, batches, measures, silent):
+        for variant in [] if quantizer.max_drop is not None else quantizer.variants(student, batches, measures, silent):
             sizes[variant.label] = size(variant.model)
     return sizes
-
-
-def _unknown_accuracy(model: nn.Module) -> float:
-    raise NotImplementedError("an untrained network has no accuracy")
 
 
 def _add(printed: Table, role: str, stem: str, network: nn.Module, input_shape: tuple[int, int, int]) -> None:

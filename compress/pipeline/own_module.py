@@ -121,7 +121,7 @@ def quantize(
         extra={"configuration": digest(repr(built)), "versions": versions_in_files()},
     )
     float_bytes = file_bytes(network, description) if built.budget is not None else 0
-    measures = Measures(partial(file_bytes, description=description), _no_accuracy, float_bytes)
+    measures = Measures(partial(file_bytes, description=description), float_bytes)
     [variant] = built.variants(network, [calibration], measures, silent, [tuning])
     return QuantizedNetwork(variant.model, built, calibration, description)
 
@@ -228,7 +228,3 @@ def _described(
             raise UserError(f"{key}: found {values}; accepted: numbers greater than 0")
     names = about.class_names if class_names is None else list(class_names)
     return replace(about, class_names=names, **statistics)
-
-
-def _no_accuracy(model: nn.Module) -> float:
-    raise NotImplementedError("widths are chosen by a budget here, not by an accuracy")

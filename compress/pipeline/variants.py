@@ -102,7 +102,7 @@ class Variants:
             def show(done: int, total: int, what: str) -> None:
                 progress.update(task, completed=done, total=total, description=what)
 
-            measures = Measures(self._bytes, self._validation_accuracy, self.rows[0].bytes)
+            measures = Measures(self._bytes, self.rows[0].bytes, self._validation_accuracy)
             self.comparisons |= compare(student, batches, quantizer.skip)
             for variant in quantizer.variants(student, batches, measures, show, tuning):
                 quantized = variant.model

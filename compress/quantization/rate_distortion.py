@@ -8,6 +8,7 @@ per weight is step^2 / 12 of its input's energy and falls by a factor 4 for a bi
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -50,14 +51,17 @@ class CodeLengths:
     @classmethod
     def of(cls, codes: Sequence[Tensor]) -> "CodeLengths":
         """By how often each whole number occurs in `codes`, floats of any shape; MARGIN more on either side."""
-        lowest = min(int(part.min()) for part in codes)
-        highest = max(int(part.max()) for part in codes)
-        first = max(lowest - MARGIN, -LARGEST)
-        size = min(highest + MARGIN, LARGEST) - first + 1
-        counts = sum(torch.bincount((part - first).long().flatten(), minlength=size) for part in codes)
-        assert isinstance(counts, Tensor)
+        first, counts = _histogram(codes, MARGIN)
         seen = counts + UNSEEN
         return cls(first, (seen / seen.sum()).log2().neg().to(codes[0].dtype))
+
+    @cached_property
+    def _midpoints(self) -> Tensor:
+        return torch.arange(1, len(self.bits)).to(self.bits) + (self.first - 0.5)
+
+    @cached_property
+    def _half_differences(self) -> Tensor:
+        return self.bits.diff() / 2
 
     def nearest(self, values: Tensor, price: Tensor) -> Tensor:
         """For each of `values` v (M,) the code z of least (z - v)^2 + price * bits; price (M,) or (1,).
@@ -65,8 +69,7 @@ class CodeLengths:
         Neighbours are separated at their midpoint, moved towards the rarer one by half of the price of the difference
         of their lengths. Where that would make a code's interval empty, it is not used.
         """
-        borders = torch.arange(1, len(self.bits), dtype=values.dtype, device=values.device) + (self.first - 0.5)
-        borders = torch.cummax(borders + price[:, None] * (self.bits.diff() / 2), 1).values
+        borders = torch.cummax(self._midpoints + price[:, None] * self._half_differences, 1).values
         # searchsorted wants as many rows of borders as of values, or a single row of either.
         index = torch.searchsorted(borders, values.view(len(price), -1), right=True)
         return index.flatten().to(values.dtype) + self.first
@@ -82,11 +85,20 @@ def step_of(price: float, energy: float) -> float:
 
 def entropy(codes: Sequence[Tensor]) -> float:
     """The bits that all `codes`, floats of whole numbers, take at their own frequencies."""
-    lowest = min(int(part.min()) for part in codes)
-    size = max(int(part.max()) for part in codes) - lowest + 1
-    counts = torch.stack([torch.bincount((part - lowest).long().flatten(), minlength=size) for part in codes]).sum(0)
+    _, counts = _histogram(codes)
     counts = counts[counts > 0].double()
     return float(-(counts * (counts / counts.sum()).log2()).sum())
+
+
+def _histogram(codes: Sequence[Tensor], margin: int = 0) -> tuple[int, Tensor]:
+    """(the lowest code, how often it and each of the next occur), with `margin` more on either side up to LARGEST."""
+    lowest, highest = min(int(part.min()) for part in codes), max(int(part.max()) for part in codes)
+    if margin:
+        lowest, highest = max(lowest - margin, -LARGEST), min(highest + margin, LARGEST)
+    size = highest - lowest + 1
+    return lowest, torch.stack(
+        [torch.bincount((part - lowest).long().flatten(), minlength=size) for part in codes]
+    ).sum(0)
 
 
 @torch.no_grad()
@@ -125,12 +137,8 @@ class _Rows:
 
     def __init__(self, part: Part, block_size: int) -> None:
         gram, weight = part.gram, part.weight.to(part.gram.dtype)
-        self.part, self.weight = part, weight
-        self.block_size = block_size if gram.dim() == 2 else gram.shape[1]
-        if gram.dim() == 2:
-            self.causal = numerators(weight, part.cross, None, block_size)
-        else:
-            self.causal = product(part.cross.tril(), weight.T)
+        self.part, self.weight, self.block_size = part, weight, block_size
+        self.causal = numerators(weight, part.cross, None, block_size)
         self.target = product(part.cross, weight.T)
         self.energy = float(rows_last(gram).diagonal().expand(len(weight), -1).sum())
 

@@ -24,12 +24,13 @@ UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**
 class Measures:
     """What a search for a rate asks of whoever writes and evaluates networks.
 
-    file_bytes: of a written network; accuracy: on validation images, 0..1; float_bytes: of the float32 network's file.
+    file_bytes: of a written network; float_bytes: of the float32 network's file; accuracy: on validation images, 0..1,
+    None where nothing has to keep one.
     """
 
     file_bytes: Callable[[QuantizedModel], int]
-    accuracy: Callable[[nn.Module], float]
     float_bytes: int
+    accuracy: Callable[[nn.Module], float] | None = None
 
 
 def within_budget(quantize: RateQuantization, budget: int, measures: Measures, progress: Progress) -> QuantizedModel:
@@ -51,7 +52,10 @@ def within_budget(quantize: RateQuantization, budget: int, measures: Measures, p
             check_budget(budget, size)
         rate = _share(found.rate * quantize.count + 8 * (AIM * budget - size), quantize.count)
     if best is None:
-        raise RuntimeError(f"no file of {budget:,} bytes was found in {WALKS} attempts")
+        raise UserError(
+            f"quantizer.budget: found {budget:,} bytes, which no file kept in {WALKS} attempts; accepted: another, or "
+            "more quantizer.calibration_images"
+        )
     return best
 
 
@@ -64,6 +68,7 @@ def smallest_within_drop(
     and the one before are halved until they are NEAR. Accuracy need not fall with the rate: what is known of the answer
     is that it keeps the drop, and that one of a NEAR lower rate does not. Raises UserError where HIGHEST loses more.
     """
+    assert measures.accuracy is not None  # whoever allows a drop measures it
     target = measures.accuracy(model) - max_drop / 100
     rate = HIGHEST
     answer = quantize(rate)

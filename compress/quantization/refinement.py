@@ -86,8 +86,6 @@ def coordinate_descent(
     solved = (codes.T.to(gram.dtype) - zero_point).contiguous()
     target = product(problem.cross, problem.weight.T.to(gram.dtype))
     moments = product(gram, solved)
-    if gram.dim() == 3:
-        block_size = gram.shape[1]
     for sweep in range(sweeps):
         scaled = target / grid.scale.to(gram.dtype)
         changed = sweep_once(scaled, gram, problem.mask, solved, moments, block_size, decide)
@@ -113,6 +111,8 @@ def sweep_once(
     """
     inverse, rows = reciprocal(rows_last(gram).diagonal().T), solved.unbind(0)  # (d, 1) or (d, N)
     changed = False
+    if gram.dim() == 3:  # of few columns
+        block_size = len(rows)
     for start in range(0, len(rows), block_size):
         stop = min(start + block_size, len(rows))
         before = solved[start:stop].clone()

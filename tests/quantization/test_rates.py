@@ -48,7 +48,7 @@ def quantizer(stem="gpfq", **options):
 
 
 def measures(accuracy=lambda model: 1.0):
-    return Measures(lambda each: file_bytes(each, DESCRIPTION), accuracy, FLOAT_BYTES)
+    return Measures(lambda each: file_bytes(each, DESCRIPTION), FLOAT_BYTES, accuracy)
 
 
 def variants(quantizer, network, images, measured=None):

@@ -221,7 +221,7 @@ def test_no_more_images_are_seen_than_asked_for():
 
 
 def variants(quantizer, model, accuracy=lambda each: 1.0, *tuning_batches):
-    measures = Measures(lambda each: file_bytes(each, description(model)), accuracy, 10_000)
+    measures = Measures(lambda each: file_bytes(each, description(model)), 10_000, accuracy)
     return list(quantizer.variants(model, [images()], measures, lambda *done: None, *tuning_batches))
 
 

@@ -92,11 +92,8 @@ def follow_path(problem: Problem, block_size: int, rounded: Round) -> Tensor:
         gram, keep, index = gram[live][:, live], None if keep is None else keep[live], live.nonzero()[:, 0]
     # Work in units of each row's scale, so that rounding needs no division: z = q / scale = code - zero_point.
     scale, zero_point = grid.scale.to(dtype), grid.zero_point.to(dtype)
-    if gram.dim() == 2:
-        target = numerators(problem.weight.to(dtype), problem.cross, index, block_size)
-    else:
-        # One block, as these have few columns; a dead one has a numerator of 0 and takes zero.
-        target, block_size = product(problem.cross.tril(), problem.weight.to(dtype).T), gram.shape[1]
+    # Where rows have Grams of their own, a dead column has a numerator of 0 and takes zero.
+    target = numerators(problem.weight.to(dtype), problem.cross, index, block_size)
     target = target.repeat(1, scale.shape[0] // problem.weight.shape[0]) / scale
     lowest, highest = -zero_point, grid.levels - 1 - zero_point
 
@@ -119,6 +116,8 @@ def follow(target: Tensor, gram: Tensor, keep: Tensor | None, block_size: int, d
     """
     inverse = reciprocal(rows_last(gram).diagonal().T)  # (d, 1) or (d, N)
     count, rows = inverse.shape
+    if gram.dim() == 3:  # of few columns
+        block_size = count
     solved = torch.empty_like(target)
     # Where rows have Grams of their own, these are shared by the candidates, which lie along a dimension in between.
     apart = (-1, rows)
@@ -141,7 +140,12 @@ def follow(target: Tensor, gram: Tensor, keep: Tensor | None, block_size: int, d
 
 
 def numerators(weight: Tensor, cross: Tensor, live: Tensor | None, block_size: int) -> Tensor:
-    """tril(cross) @ weight^T, (d, N), only the rows `live` (None: all), without a triangular copy of all of `cross`."""
+    """tril(cross) @ weight^T, (d, N), only the rows `live` (None: all), without a triangular copy of all of `cross`.
+
+    Where rows have a `cross` of their own, (N, d, d), there is such a copy, and `live` is not read.
+    """
+    if cross.dim() == 3:
+        return product(cross.tril(), weight.T)
     weight = weight.T.contiguous()
     index = torch.arange(cross.shape[0], device=cross.device) if live is None else live
     parts = []
