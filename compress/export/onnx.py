@@ -41,7 +41,7 @@ class Onnx(Exporter):
         super().check(quantizer)
         if quantizer is None:
             return
-        widths = [] if quantizer.searches else [*quantizer.bits]
+        widths = [*quantizer.widths]
         if widths and quantizer.first_last_bits:
             widths.append(quantizer.first_last_bits)
         levels, bits = max([(quantizer.grid.levels(bits), bits) for bits in widths], default=(0, 0))

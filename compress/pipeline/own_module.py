@@ -148,9 +148,10 @@ def _quantizer(stem: str, keys: Mapping[str, Any]) -> Quantizer:
     built: Quantizer = build(node, "quantizer", Quantizer)
     if built.max_drop is not None:
         raise UserError("quantizer.max_drop: found it without labelled images to measure it on; accepted: budget")
-    if built.budget is None and len(built.bits) + len(built.rates) != 1:
+    if built.budget is None and len(built.widths) + len(built.coded_rates) != 1:
         raise UserError(
-            f"bits: found {built.bits} and the rates {built.rates}; accepted: one width, one of rates, or budget=SIZE"
+            f"bits: found {[*built.widths]} and the rates {[*built.coded_rates]}; "
+            "accepted: one width, one of rates, or budget=SIZE"
         )
     return built
 

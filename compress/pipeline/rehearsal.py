@@ -101,11 +101,11 @@ def _quantize(parts: Parts, quantizer: Quantizer, student: nn.Module, images: Te
     others = [name for name in prepared.order if name != smallest]
     alone = replace(quantizer, skip=[*quantizer.skip, *others])
     with _said(parts, "quantizer", f"{quantizer.name}, which fails for {smallest}"):
-        if quantizer.bits and not quantizer.searches:
-            alone(student, [images], min(quantizer.bits))
-        if quantizer.rates or quantizer.searches:
+        if quantizer.widths:
+            alone(student, [images], min(quantizer.widths))
+        if quantizer.coded_rates or quantizer.searches:
             alone.at_rates(student, [images])(1.0)
-    coarsest = min(quantizer.bits, default=8)
+    coarsest = min(quantizer.widths, default=8)
     coarse = replace(quantizer, **CHEAP, bits=[coarsest])(student, [images], coarsest)
     if quantizer.tune is not None:
         Tuner(replace(quantizer.tune, epochs=1), prepared, [images])(coarse)

@@ -1,7 +1,7 @@
 """The quantizer that a YAML file describes: the options of `quantize`, its widths, and what it makes of a network."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, Field
@@ -26,6 +26,7 @@ from compress.quantization.rates import RateQuantization
 from compress.quantization.refinement import Refinement
 from compress.quantization.tuning import Tuner, Tuning
 
+WIDTHS, RATES = (8, 4, 3, 2), (2, 1)  # where neither is given
 # A rate that was missed by more than this share is called by what it is.
 MISSED = 0.05
 Rate = Annotated[float, Field(ge=LOWEST, le=HIGHEST)]
@@ -35,8 +36,8 @@ def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, int | float) else value
 
 
-def _check_unique(values: list[Any]) -> list[Any]:
-    if len(set(values)) < len(values):
+def _check_unique(values: list[Any] | None) -> list[Any] | None:
+    if values is not None and len(set(values)) < len(values):
         raise ValueError("every value once")
     return values
 
@@ -59,15 +60,16 @@ class Variant:
 class Quantizer(Options):
     """`quantize` with its options bound, and what to quantize to: one model for each of `bits` and `rates`.
 
-    bits: widths, the same in all layers but perhaps the first and the last. rates: coded bits of a weight in the mean
-    of all layers, see `compress.quantization.rates`. With a `budget` ("0.5MB", or "8x" smaller than float32) or a
+    bits: widths, the same in all layers but perhaps the first and the last; None: `WIDTHS`. rates: coded bits of a
+    weight in the mean of all layers, see `compress.quantization.rates`; None: `RATES` beside the widths that None
+    stands for, where the solver has any, else none. With a `budget` ("0.5MB", or "8x" smaller than float32) or a
     `max_drop` (points of validation accuracy) there is one model instead: at the rate of the file of that size, or of
     the smallest file within the drop. calibration_images: how many training images the caller should pass. tune: what
     becomes of each model afterwards, see `compress.quantization.tuning`; None: nothing.
     """
 
-    bits: Annotated[list[Bits], BeforeValidator(_as_list), AfterValidator(_check_unique)]
-    rates: Annotated[list[Rate], BeforeValidator(_as_list), AfterValidator(_check_unique)] = field(default_factory=list)
+    bits: Annotated[list[Bits] | None, BeforeValidator(_as_list), AfterValidator(_check_unique)] = None
+    rates: Annotated[list[Rate] | None, BeforeValidator(_as_list), AfterValidator(_check_unique)] = None
     budget: str | float | None = None
     max_drop: Annotated[float, Field(ge=0, le=100)] | None = None
     calibration_images: Annotated[int, Field(ge=1)] = 256
@@ -85,13 +87,27 @@ class Quantizer(Options):
                 f"{keys[0]}: found {getattr(self, keys[0])} for {self.solver.name}, which has no rates; "
                 "accepted: gpfq without thresholds"
             )
-        if not keys and not self.bits:
+        if not keys and not self.widths:
             raise UserError("bits: found [] and no rates; accepted: one of either at least")
 
     @property
     def name(self) -> str:
         """The solver's name."""
         return self.solver.name
+
+    @property
+    def widths(self) -> Sequence[int]:
+        """The widths that `bits` stands for; none where one rate is searched for."""
+        return () if self.searches else WIDTHS if self.bits is None else self.bits
+
+    @property
+    def coded_rates(self) -> Sequence[float]:
+        """The rates that `rates` stands for; none where one is searched for."""
+        if self.searches:
+            return ()
+        if self.rates is not None:
+            return self.rates
+        return RATES if self.bits is None and self.solver.has_price else ()
 
     @property
     def searches(self) -> bool:
@@ -148,14 +164,13 @@ class Quantizer(Options):
         batches: images for quantization, tuning_batches: those for `tune`; left out, the same.
         """
         tuned = self._tuner(model, batches, tuning_batches or batches)
-        if not self.searches:
-            for width in self.bits:
-                quantized = tuned(self(model, batches, width, progress), progress)
-                yield Variant(f"{width} bit", f"{width}bit", quantized, width, self.grid.levels(width))
-        if not self.searches and not self.rates:
+        for width in self.widths:
+            quantized = tuned(self(model, batches, width, progress), progress)
+            yield Variant(f"{width} bit", f"{width}bit", quantized, width, self.grid.levels(width))
+        if not self.searches and not self.coded_rates:
             return
         at_rate = self.at_rates(model, batches)
-        for rate in [] if self.searches else self.rates:
+        for rate in self.coded_rates:
             found = tuned(at_rate(rate, progress), progress)
             bits = rate if abs(found.rate - rate) <= MISSED * rate else round(found.rate, 2)
             yield Variant(f"{bits} bits/weight", f"{rate}bpw", found, bits, None)

@@ -108,19 +108,19 @@ def test_every_experiment_composes(name, capsys):
     assert composed.quantizer or composed.method._target_.endswith("QAT")
 
 
-def row(quantizer, bits, accuracy):
-    values = dict.fromkeys(Row.__dataclass_fields__, 0) | {"quantizer": quantizer, "bits": bits}
+def row(quantizer, bits, accuracy, levels=0):
+    values = dict.fromkeys(Row.__dataclass_fields__, 0) | {"quantizer": quantizer, "bits": bits, "levels": levels}
     return Row(**values | {"test_accuracy": accuracy})
 
 
 def test_the_study_table_has_mean_and_deviation_over_the_seeds():
     float_rows = [[row("none", 32, accuracy)] for accuracy in (0.90, 0.92, 0.94)]
-    trained = [[row("lsq", 4, 0.5), row("lsq", 2, 0.25)]]
+    trained = [[row("lsq", 4, 0.5), row("lsq", 2, 0.25), row("gpfq", 2.0, 0.75, levels=None)]]
     assert study_table({"kd": float_rows, "qat": trained}).splitlines() == [
-        "| method | fp32 | 4 bit | 2 bit |",
-        "|---|---|---|---|",
-        "| `kd` | 92.00 ± 2.00 |  |  |",
-        "| `qat` |  | 50.00 | 25.00 |",
+        "| method | fp32 | 4 bit | 2 bit | 2.0 bits/weight |",
+        "|---|---|---|---|---|",
+        "| `kd` | 92.00 ± 2.00 |  |  |  |",
+        "| `qat` |  | 50.00 | 25.00 | 75.00 |",
     ]
 
 
@@ -145,11 +145,11 @@ def test_the_study_runs_on_a_slice_and_goes_on_where_it_was(methods, tmp_path, m
     table = (tmp_path / "study" / "study.md").read_text()
     assert table in first
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
-    assert lines[0] == ["method", "fp32", "8 bit", "4 bit", "3 bit", "2 bit"]
+    assert lines[0] == ["method", "fp32", "8 bit", "4 bit", "3 bit", "2 bit", "2.0 bits/weight", "1.0 bits/weight"]
     assert [line[0].strip("`") for line in lines[2:]] == methods
     for line in lines[2:]:
         accuracies = [float(cell) for cell in line[1:] if cell]
-        assert len(accuracies) == (4 if "qat" in line[0] else 5)
+        assert len(accuracies) == (4 if "qat" in line[0] else 7)
         assert max(accuracies) > 15  # chance is 10
     assert "epoch" not in study()
     assert (tmp_path / "study" / "study.md").read_text() == table

@@ -51,7 +51,7 @@ def test_a_yaml_file_builds_the_quantizer_of_its_name(name):
     check_arguments(Quantizer, node, "quantizer")
     quantizer = build(node, "quantizer")
     assert quantizer.name == name
-    assert quantizer.bits == [8, 4, 3, 2]
+    assert (*quantizer.widths, *quantizer.coded_rates) == (8, 4, 3, 2, *((2, 1) if name == "gpfq" else ()))
     assert quantizer.first_last_bits == 8
     assert quantizer.calibration_images >= 128
 
@@ -79,6 +79,25 @@ def test_a_call_is_quantize_with_the_options_of_the_file(name, options):
     for key, layer in direct.layers.items():
         assert torch.equal(layer.codes, mine.layers[key].codes)
     assert mine.skipped == direct.skipped == {"5": "skip: 5"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "widths", "rates"),
+    [
+        ({}, [8, 4, 3, 2], [2, 1]),
+        ({"bits": 4}, [4], []),
+        ({"bits": [4], "rates": [1.5]}, [4], [1.5]),
+        ({"rates": 1.5}, [8, 4, 3, 2], [1.5]),
+        ({"rates": []}, [8, 4, 3, 2], []),
+        ({"bits": [], "rates": [1.5]}, [], [1.5]),
+        ({"solver": {"hard_threshold": 0.1}}, [8, 4, 3, 2], []),
+        ({"budget": "10kB"}, [], []),
+        ({"bits": [4], "rates": [1.5], "max_drop": 1}, [], []),
+    ],
+)
+def test_rates_are_made_by_default_and_widths_that_are_given_stay_alone(changes, widths, rates):
+    quantizer = build(load("gpfq", **changes), "quantizer")
+    assert ([*quantizer.widths], [*quantizer.coded_rates]) == (widths, rates)
 
 
 def test_levels_are_those_of_the_alphabet():
