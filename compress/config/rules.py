@@ -55,6 +55,7 @@ def check_rules(config: DictConfig, overrides: Sequence[str] = ()) -> None:
     _check_teacher(config)
     _check_loss(config)
     _check_mixup(config)
+    _check_teacher_cache(config)
     if uses_peers(config):
         for key, neutral in (("gradient_clip_val", None), ("accumulate_grad_batches", 1)):
             if (value := config.trainer.get(key, neutral)) != neutral:
@@ -135,6 +136,19 @@ def _check_mixup(config: DictConfig) -> None:
         raise UserError(
             "mixup: found one that blends logits, but this method compares features; accepted: none, images"
         )
+
+
+def _check_teacher_cache(config: DictConfig) -> None:
+    views = config.method.get("teacher_cache")
+    if not isinstance(views, int):
+        return
+    problems = {
+        "without a teacher": not uses_teacher(config),
+        "for a teacher that learns": method_of(config).updates_teacher(config.method),
+        "for a teacher that sees blended images": config.mixup and config.mixup.get("teacher_sees") != "clean",
+    }
+    for problem in (problem for problem, present in problems.items() if present):
+        raise UserError(f"method.teacher_cache: found {views} {problem}; accepted: auto, null")
 
 
 def _check_training(config: DictConfig) -> None:

@@ -58,6 +58,12 @@ class Augmentation:
     random_resized_crop: Sequence[float] | None = None
     colour_jitter: Sequence[float] | None = None
 
+    @property
+    def is_random(self) -> bool:
+        """Whether an image looks different from epoch to epoch."""
+        options = (self.crop_padding, self.horizontal_flip, self.cutout, self.randaugment)
+        return any(options) or self.random_resized_crop is not None or self.colour_jitter is not None
+
     def draw(self, count: int, image_size: int, seed: int, epoch: int, stored_size: int | None = None) -> Draws:
         """The choices for images 0..count-1 in one epoch, a pure function of the arguments.
 

@@ -14,7 +14,7 @@ from compress.data.normalisation import Normalisation
 from compress.data.source import resized_rgb
 from compress.data.undecoded import OnDisk
 
-Batch = tuple[Tensor, Tensor]
+Batch = tuple[Tensor, ...]
 T = TypeVar("T")
 
 
@@ -24,7 +24,8 @@ class ImageBatches(Dataset[Batch]):
     `images`: uint8 `(n, 3, S, S)`, channels last, or on disk; `labels`: int64 `(n,)`; batches come out on the device of
     the labels, in the size that the normalisation takes. Without an augmentation the images are only normalised. The
     random choices of an epoch are tables over all its images, drawn by `set_epoch` from (seed, epoch), so what happens
-    to an image depends on (seed, epoch, index) and not on its batch.
+    to an image depends on (seed, epoch, index) and not on its batch. With a number of `views` they are those of the
+    epoch `epoch % views`, and a batch has a third part, the index of each image.
     """
 
     def __init__(
@@ -34,6 +35,7 @@ class ImageBatches(Dataset[Batch]):
         normalisation: Normalisation,
         augmentation: Augmentation | None = None,
         seed: int = 0,
+        views: int | None = None,
     ) -> None:
         self.images = images
         self.labels = labels
@@ -41,10 +43,12 @@ class ImageBatches(Dataset[Batch]):
         self._normalisation = normalisation
         self._augmentation = augmentation
         self._seed = seed
+        self._views = views
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
         if self._augmentation is not None:
+            epoch %= self._views or epoch + 1
             stored_size = self.images.size if isinstance(self.images, OnDisk) else self.images.shape[-1]
             size = self._normalisation.width
             self._choices = self._augmentation.draw(len(self), size, self._seed, epoch, stored_size)
@@ -53,7 +57,7 @@ class ImageBatches(Dataset[Batch]):
         return len(self.labels)
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
-        """Images float32 `(B, 3, H, W)`, channels last, and labels int64 `(B,)`."""
+        """Images float32 `(B, 3, H, W)`, channels last, and labels int64 `(B,)`; with views, `indices` too."""
         index = torch.as_tensor(indices, dtype=torch.int64)
         if isinstance(self.images, OnDisk):
             images = self.images.select(indices).to(self.device)
@@ -69,7 +73,9 @@ class ImageBatches(Dataset[Batch]):
             images = self._normalisation(resized_rgb(images, self._normalisation.width))
         else:
             images = self._augmentation(images, self._choices[index], self._normalisation)
-        return images, self.labels.index_select(0, index.to(self.device))
+        index = index.to(self.device)
+        labels = self.labels.index_select(0, index)
+        return (images, labels) if self._views is None else (images, labels, index)
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Data sets of Hugging Face's library `datasets`: parquet files, folders of images with metadata, names on the hub."""
 
+import hashlib
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -178,6 +179,10 @@ class Rows(Undecoded):
         content = cell["bytes"]
         where = Path(cell["path"]) if content is None else Path(f"{self._where}, row {row}")
         return read_square(where, size, None if content is None else io.BytesIO(content), self._max_pixels)
+
+    def identity(self) -> str:
+        """Of the library's fingerprint and the rows."""
+        return hashlib.sha256(f"{self._rows._fingerprint} ".encode() + self._index.tobytes()).hexdigest()
 
 
 def _numbers_first(value: Any) -> tuple[bool, Any]:

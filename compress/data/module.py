@@ -1,7 +1,8 @@
 """The Lightning DataModule that all data sets share."""
 
+import hashlib
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, TypeVar
 
 import pytorch_lightning as pl
@@ -90,6 +91,7 @@ class DataModule(pl.LightningDataModule):
         self.seed = seed
         self.device = torch.device(device)
         self.splits: dict[str, Split] = {}
+        self.views: int | None = None
 
     labelled: ClassVar[bool] = True
     workers: int | None = 0  # that decode images which stay on disk, see `DiskLoader`
@@ -162,8 +164,34 @@ class DataModule(pl.LightningDataModule):
         self.mean = _three(self.given["mean"] or images.mean)
         self.standard_deviation = _three(self.given["standard_deviation"] or images.standard_deviation)
 
-    def train_dataloader(self) -> DataLoader[Batch]:
+    def replay(self, views: int) -> None:
+        """From now on epoch e augments as epoch `e % views`, and training batches have the index of each image."""
+        self.views = views
+
+    def training_view(self, view: int, batches: Sequence[Sequence[int]]) -> Iterator[Tensor]:
+        """The images of each of `batches`, lists of indices of training images, as the epoch `view` shows them."""
         images = self._images("train", self.augmentation, self.seed)
+        images.set_epoch(view)
+        # A generator of its own, as for the loader of training batches.
+        for batch in self._loader(images, batch_sampler=batches, generator=torch.Generator()):
+            yield batch[0]
+
+    def training_identity(self) -> str:
+        """A hash of all that the images of `training_view` follow from but `view`."""
+        images = self.splits["train"].images
+        if isinstance(images, OnDisk):
+            content = f"{images.size} {images.images.identity()}"
+        else:
+            # As they lie in memory.
+            pixels = images.cpu().permute(0, 2, 3, 1).contiguous().numpy()
+            content = hashlib.sha256(pixels.data).hexdigest()
+        shown = [repr(self.augmentation), *self.mean, *self.standard_deviation, self.image_size]
+        if self.augmentation.is_random:
+            shown.append(self.seed)
+        return f"{content} {shown}"
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        images = self._images("train", self.augmentation, self.seed, self.views)
         rank, world_size = self._place()
         # A last batch of one image would break BatchNorm; the order of another epoch has its images earlier.
         return self._loader(
@@ -236,9 +264,12 @@ class DataModule(pl.LightningDataModule):
                     "which leaves a class without one; accepted: one that leaves each class an image on either side"
                 )
 
-    def _images(self, split: str, augmentation: Augmentation | None = None, seed: int = 0) -> ImageBatches:
+    def _images(
+        self, split: str, augmentation: Augmentation | None = None, seed: int = 0, views: int | None = None
+    ) -> ImageBatches:
         normalisation = Normalisation(self.mean, self.standard_deviation, self.image_size).to(self.device)
-        return ImageBatches(self.splits[split].images, self.splits[split].labels, normalisation, augmentation, seed)
+        held = self.splits[split]
+        return ImageBatches(held.images, held.labels, normalisation, augmentation, seed, views)
 
 
 def _three(values: Sequence[float]) -> tuple[float, float, float]:

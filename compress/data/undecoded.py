@@ -1,5 +1,6 @@
 """Images that are still encoded, as files on disk, and are decoded one by one when they are needed."""
 
+import hashlib
 import os
 from abc import ABC, abstractmethod
 from collections import deque
@@ -28,6 +29,10 @@ class Undecoded(ABC):
     @abstractmethod
     def read(self, index: int, size: int) -> Tensor:
         """Image `index` as uint8 `(3, size, size)`, see `read_square`."""
+
+    @abstractmethod
+    def identity(self) -> str:
+        """A hash that changes when the images do, as far as that shows without reading them."""
 
     def decoded(self, indices: Sequence[int], size: int, threads: int = 1) -> Tensor:
         """The images at `indices` as uint8 `(k, 3, size, size)`, channels last in memory."""
@@ -61,6 +66,14 @@ class ImageFiles(Undecoded):
 
     def read(self, index: int, size: int) -> Tensor:
         return read_square(Path(os.fsdecode(self._paths[index])), size, max_pixels=self._max_pixels)
+
+    def identity(self) -> str:
+        """Of their paths, sizes and times of change."""
+        content = hashlib.sha256()
+        for path in self._paths:
+            status = Path(os.fsdecode(path)).stat()
+            content.update(b"%s %d %d\n" % (path, status.st_size, status.st_mtime_ns))
+        return content.hexdigest()
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from compress.arguments import Supplied
 from compress.collective import mean_of_processes
 from compress.export.state_dicts import BEST_NETWORK
+from compress.methods.cached_teacher import CachedTeacher
 from compress.methods.frozen_teacher import FrozenEnsemble, FrozenTeacher
 from compress.methods.learning_teacher import LearningTeacher
 from compress.methods.mixup import Blend, CutMix, Mixup
@@ -24,7 +25,7 @@ from compress.quantization.lsq import FakeQuantization
 OptimizerFactory = Callable[..., Optimizer]
 Loss = Callable[..., dict[str, Tensor]]
 Shape = tuple[int, int, int]  # (C, H, W) of an image
-Teacher = FrozenTeacher | FrozenEnsemble | LearningTeacher
+Teacher = FrozenTeacher | FrozenEnsemble | CachedTeacher | LearningTeacher
 
 
 class Classifier(pl.LightningModule, ABC):
@@ -76,6 +77,8 @@ class Classifier(pl.LightningModule, ABC):
         self.validation_loss: list[list[Tensor]] = [[] for _ in self.networks]
         self.train_terms: dict[str, list[Tensor]] = {}
         self.teacher = teacher
+        # Of the images of the batch, int64 (B,), where batches have them.
+        self.index: Tensor | None = None
         for network in self.learning_networks:
             lay_out(network, input_shape)
 
@@ -114,6 +117,14 @@ class Classifier(pl.LightningModule, ABC):
         `blend`, if there is one, is to be applied to the images and handed to `loss_terms`.
         """
 
+    def teacher_logits(self, images: Tensor, seen: Tensor, blend: Blend | None) -> Tensor:
+        """The teacher's logits `(B, C)` for a training batch; `seen` are its `images` with `blend` applied."""
+        assert self.teacher is not None  # of a method that compares with one
+        clean = blend is None or (self.mixup is not None and self.mixup.teacher_sees == "clean")
+        shown = images if clean else seen
+        logits = self.teacher.at(self.index, shown) if isinstance(self.teacher, CachedTeacher) else self.teacher(shown)
+        return blend(logits) if blend and clean else logits
+
     def loss_terms(
         self, logits: Tensor, target: Tensor, reference: Any = None, blend: Blend | None = None
     ) -> dict[str, Tensor]:
@@ -133,12 +144,15 @@ class Classifier(pl.LightningModule, ABC):
             self.teacher.to(self.device)
 
     def on_train_epoch_start(self) -> None:
+        if isinstance(self.teacher, CachedTeacher):
+            self.teacher.begin_epoch(self.current_epoch)
         # Dropout draws from the global generator: seeding it by epoch makes a resumed run draw the same masks.
         # Processes that train together draw different masks.
         torch.manual_seed(1_000_003 * self.seed + self.current_epoch + 7_368_787 * self.global_rank)
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor | None:
-        images, target = batch
+    def training_step(self, batch: tuple[Tensor, ...], batch_index: int) -> Tensor | None:
+        images, target = batch[:2]
+        self.index = batch[2] if len(batch) > 2 else None
         logits, terms = self.losses(images, target, self.blend(images, batch_index))
         return self.total_loss(logits, target, terms)
 

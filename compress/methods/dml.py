@@ -44,8 +44,8 @@ class DML(Classifier):
     def configure_optimizers(self) -> Any:
         return [self.optimized(network) for network in self.networks.values()]
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
-        images, target = batch
+    def training_step(self, batch: tuple[Tensor, ...], batch_index: int) -> None:
+        images, target = batch[:2]
         blend = self.blend(images, batch_index)
         seen = blend(images) if blend else images
         taken_first = self._logits(seen) if self.update == "simultaneous" else None

@@ -1,5 +1,6 @@
 """Teachers that cannot learn: in eval mode, without gradients, and no part of the module that uses them."""
 
+import hashlib
 from collections.abc import Sequence
 
 import torch
@@ -39,6 +40,14 @@ class FrozenTeacher:
             factor, offset = self.renormalise
             self.renormalise = factor.to(device), offset.to(device)
 
+    def digest(self) -> str:
+        """The SHA-256, in hexadecimal, of what it computes with but the precision: modules, tensors, normalisation."""
+        content = hashlib.sha256(repr(self.network).encode())
+        for name, tensor in [*self.network.state_dict().items(), *enumerate(self.renormalise or ())]:
+            content.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            content.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        return content.hexdigest()
+
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
         images = images.float()
@@ -69,6 +78,10 @@ class FrozenEnsemble:
         """Moves every member, see `FrozenTeacher.to_float32`."""
         for member in self.members:
             member.to_float32(device)
+
+    def digest(self) -> str:
+        """See `FrozenTeacher.digest`."""
+        return hashlib.sha256("".join(member.digest() for member in self.members).encode()).hexdigest()
 
     def __call__(self, images: Tensor) -> Tensor:
         return torch.stack([member(images) for member in self.members]).mean(dim=0)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
+from compress.methods.cached_teacher import Views
 from compress.methods.classifier import Classifier, Teacher
 from compress.methods.learning_teacher import LearningTeacher
 from compress.methods.mixup import Blend
@@ -17,14 +18,16 @@ class KD(Classifier):
 
     With `update_teacher` the teacher learns too, from the labels and the student: it minimises the same loss with the
     roles exchanged, logged as `train/teacher_loss`. It is then a part of this module, but the student alone is
-    quantized and written.
+    quantized and written. teacher_cache: how many views of each image are replayed, so that the logits of a frozen
+    teacher are computed once for each, see `compress.methods.cached_teacher`; auto: one where images are not augmented
+    at random, else the logits are computed in every step, as with None.
     """
 
     needs = frozenset({"teacher"})
     loss_compares_with = frozenset({"teacher"})
     teacher: Teacher
 
-    def __init__(self, update_teacher: bool = False, **supplied: Any) -> None:
+    def __init__(self, update_teacher: bool = False, teacher_cache: Views = "auto", **supplied: Any) -> None:
         super().__init__(**supplied)
         if update_teacher != isinstance(self.teacher, LearningTeacher):
             raise ValueError(f"a {type(self.teacher).__name__} was given for update_teacher={update_teacher}")
@@ -38,10 +41,7 @@ class KD(Classifier):
 
     def losses(self, images: Tensor, target: Tensor, blend: Blend | None) -> tuple[Tensor, dict[str, Tensor]]:
         seen = blend(images) if blend else images
-        if blend and self.mixup and self.mixup.teacher_sees == "clean":
-            teacher_logits = blend(self.teacher(images))
-        else:
-            teacher_logits = self.teacher(seen)
+        teacher_logits = self.teacher_logits(images, seen, blend)
         logits = self.model(seen)
         terms = self.loss_terms(logits, target, teacher_logits.detach(), blend)
         if teacher_logits.requires_grad:

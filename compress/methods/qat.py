@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from compress.arguments import Supplied
 from compress.errors import UserError
+from compress.methods.cached_teacher import Views
 from compress.methods.classifier import Classifier, Shape
 from compress.methods.kd import KD
 from compress.methods.mixup import Blend
@@ -38,6 +39,7 @@ class QAT(Classifier):
         first_last_bits: Width | None = 8,
         skip: Sequence[str] = (),
         freeze_bn_epoch: Annotated[int, Field(ge=0)] | None = None,
+        teacher_cache: Views = "auto",
         *,
         input_shape: Supplied[tuple[int, int, int]],
         **supplied: Any,

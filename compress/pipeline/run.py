@@ -16,9 +16,13 @@ from compress.config.compose import Job
 from compress.config.received import allowing
 from compress.config.recorded import write_config
 from compress.data.shared import DataSets
+from compress.methods.cached_teacher import CachedTeacher
+from compress.methods.frozen_teacher import FrozenEnsemble, FrozenTeacher
+from compress.methods.learning_teacher import LearningTeacher
 from compress.pipeline import resume, teachers
 from compress.pipeline.measure import Measured, PostTrainingQuantization, measure_best
 from compress.pipeline.parts import Parts
+from compress.pipeline.teacher_cache import with_cache
 from compress.pipeline.teachers import Teacher
 from compress.progress import console
 from compress.results.loggers import open_loggers
@@ -118,7 +122,7 @@ def _train(
     clock.lap("teacher")
     # The teacher's training may have drawn random numbers; the student's first weights depend on the seed alone.
     pl.seed_everything(seed, verbose=False)
-    module = parts.learner(teacher and (teacher.learning if parts.updates_teacher else teacher.frozen))
+    module = parts.learner(teacher and _teaching(teacher, parts))
     if not processes.is_wanted(parts.plain["trainer"]):
         epochs = parts.plain["trainer"]["max_epochs"]
         console.print(f"student {parts.label('student')}: training for {epochs} epochs", style="bold")
@@ -142,7 +146,18 @@ def _train(
             callbacks=[pruning, processes.Worker() if processes.is_worker() else quantization],
             first_best=parts.first_best_epoch,
         )
+    if teacher and isinstance(module.teacher, CachedTeacher):
+        teacher.record["cache"] = module.teacher.record()
     return Trained(teacher, trainer, threads, quantization.measured)
+
+
+def _teaching(
+    teacher: Teacher, parts: Parts
+) -> LearningTeacher | FrozenTeacher | FrozenEnsemble | CachedTeacher | None:
+    """The form of `teacher` that the method calls."""
+    if parts.updates_teacher:
+        return teacher.learning
+    return with_cache(teacher.frozen, parts, teacher.record["model"])
 
 
 def _train_in_processes(config: DictConfig, directory: Path, data_sets: DataSets) -> None:

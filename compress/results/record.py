@@ -52,6 +52,17 @@ class Network(Part):
     test_accuracy_per_class: dict[str, float] = {}  # by class name, 0..1
 
 
+class TeacherCache(Part):
+    """Logits of the teacher for training images, computed once for each view of an image."""
+
+    views: int = 1
+    files: list[str] = []
+    bytes: int = 0  # of these
+    computed: int = 0  # logits by this run; those of the other images were there
+    read: int = 0  # logits in all steps of the training
+    seconds: float = 0.0  # to find or compute them
+
+
 class Teacher(Network):
     """The teacher as it was found or trained, before it learns on."""
 
@@ -59,6 +70,7 @@ class Teacher(Network):
     trained_in_this_run: bool = False
     seconds: float | None = None  # to find or train it
     validation_accuracy_after: Share | None = None  # of a teacher that learned on beside the student
+    cache: TeacherCache | None = None
     members: list["Teacher"] = []  # of an ensemble, without accuracies on the test set
 
 
