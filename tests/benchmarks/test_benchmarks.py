@@ -198,3 +198,17 @@ def test_a_network_of_timm_is_quantized_and_exported():
     assert row["error"] < 0.05
     assert (row["weights"], row["why"]) == (1.0, "")
     assert row["onnx"] < 1e-3
+
+
+@pytest.mark.slow
+def test_steps_are_timed_in_every_way(run_benchmark, tmp_path):
+    networks = ["--teacher", "resnet8", "--student", "resnet8", "--batch-size", 32]
+    code, output, _ = run_benchmark("step", *networks, "--images", 128, "--repeats", 1, "--json", "step.json")
+    assert code == 0
+    figures = json.loads((tmp_path / "step.json").read_text())
+    ways = ["peer", "live", "bare live", "cached", "student", "bare student"]
+    assert list(figures["images_per_second"]) == ways
+    assert all(f"  {way}: {speed:,.0f} images/s" in output for way, speed in figures["images_per_second"].items())
+    assert all(len(times) == 1 and times[0] > 0 for times in figures["seconds"].values())
+    assert figures["ratios"]["cached / peer"] == figures["seconds"]["peer"][0] / figures["seconds"]["cached"][0]
+    assert {"hardware", "versions", "options"} < set(figures)

@@ -1,0 +1,233 @@
+"""Distilling through the Trainer, in a bare loop and as mdistiller does it: `python scripts/benchmark.py step`.
+
+Every way trains the same student for an epoch of the same pictures, cropped and mirrored at random, on one thread, and
+in turn: a repeat has one epoch of each, the first warms up, and ratios are those of one repeat. The peer's way is that
+of mdistiller's trainer: PIL images one by one, float32, channels first, the teacher with its BatchNorm unfolded, and
+the top-1 and top-5 accuracy after every step.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from compress import models
+from compress.benchmarks import spread
+from compress.benchmarks.data import DEVIATION, MEAN, PerSample
+from compress.data.module import DataModule
+from compress.data.source import Source
+from compress.files import write_json
+from compress.losses import kd
+from compress.losses.cross_entropy import CrossEntropy
+from compress.methods.cached_teacher import CachedTeacher
+from compress.methods.frozen_teacher import FrozenTeacher
+from compress.methods.kd import KD
+from compress.methods.logit_file import LogitFile
+from compress.methods.supervised import Supervised
+from compress.models.memory_format import lay_out
+from compress.optim.schedules import Cosine
+from compress.results.surroundings import surroundings
+from compress.training.fit import fit
+
+SIZE, CLASSES = 32, 10
+CPU = torch.device("cpu")
+# The ways whose ratio is printed: how many times as fast the second is as the first.
+COMPARED = (
+    ("peer", "live"),
+    ("peer", "cached"),
+    ("peer", "student"),
+    ("student", "cached"),
+    ("bare live", "live"),
+    ("bare student", "student"),
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--teacher", default="resnet56", help="a stem of conf/model")
+    parser.add_argument("--student", default="resnet20", help="a stem of conf/model")
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--images", type=int, default=1280, help="in an epoch")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--precision", default="32-true", help="of the student in our ways, as trainer.precision")
+    parser.add_argument("--json", type=Path, help="a file for the figures, and what they were measured on")
+
+
+class Pictures(DataModule):
+    """Random pictures of 32x32 pixels, augmented as CIFAR's are."""
+
+    def __init__(self, count: int, batch_size: int) -> None:
+        # A tenth more, which are validated on once an epoch, outside of what is measured.
+        self.count = round(count / 0.9)
+        super().__init__(image_size=SIZE, batch_size=batch_size, crop_padding=4, horizontal_flip=True)
+
+    def read(self) -> Source:
+        images = torch.randint(256, (self.count, 3, SIZE, SIZE), generator=torch.Generator().manual_seed(0))
+        labels = torch.arange(self.count) % CLASSES
+        names = tuple(map(str, range(CLASSES)))
+        few = slice(0, CLASSES)
+        return Source(images.byte(), labels, images[few].byte(), labels[few], names, MEAN, DEVIATION)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Prints images a second of CPU time for each way, and the ratios; writes them to `--json` if it is given."""
+    torch.set_num_threads(1)
+    data = Pictures(arguments.images, arguments.batch_size)
+    data.setup()
+    with tempfile.TemporaryDirectory() as folder:
+        ways = _ways(data, arguments, Path(folder))
+        times: dict[str, list[float]] = {name: [] for name in ways}
+        for repeat in range(arguments.repeats + 1):
+            for name, way in ways.items():
+                elapsed = way()
+                if repeat:
+                    times[name].append(elapsed)
+    steps = len(data.splits["train"]) // arguments.batch_size
+    speeds = {name: steps * arguments.batch_size / statistics.median(some) for name, some in times.items()}
+    print(f"{arguments.teacher} -> {arguments.student}, batch {arguments.batch_size}, one thread, CPU seconds")
+    for name, speed in speeds.items():
+        print(f"  {name}: {speed:,.0f} images/s")
+    ratios = {f"{fast} / {slow}": _ratios(times[slow], times[fast]) for slow, fast in COMPARED}
+    for name, pairs in ratios.items():
+        print(f"  {name}: {spread(pairs)}")
+    overhead = (
+        1000 / steps * statistics.median(map(_difference, zip(times["student"], times["bare student"], strict=True)))
+    )
+    print(f"  the Trainer takes {overhead:.2f} ms a step more than a bare loop of the student")
+    if arguments.json is not None:
+        options = {name: value for name, value in vars(arguments).items() if isinstance(value, int | str)}
+        medians = {name: statistics.median(pairs) for name, pairs in ratios.items()}
+        figures = {"images_per_second": speeds, "ratios": medians, "overhead_ms": overhead, "seconds": times}
+        write_json(arguments.json, {"options": options, **figures, **surroundings()})
+
+
+def _ratios(slow: Sequence[float], fast: Sequence[float]) -> list[float]:
+    return [one / other for one, other in zip(slow, fast, strict=True)]
+
+
+def _difference(pair: tuple[float, float]) -> float:
+    return pair[0] - pair[1]
+
+
+def _ways(data: Pictures, arguments: argparse.Namespace, folder: Path) -> dict[str, Callable[[], float]]:
+    """Each trains a fresh student for an epoch and gives the CPU seconds of its steps."""
+
+    def network(stem: str) -> nn.Module:
+        torch.manual_seed(0)
+        return models.build(stem, CLASSES)
+
+    student, original = partial(network, arguments.student), network(arguments.teacher).eval()
+    teacher = FrozenTeacher(original, data.input_shape)
+    teacher.to(CPU)
+    replayed = Pictures(arguments.images, arguments.batch_size)
+    replayed.setup()
+    replayed.replay(1)
+
+    def opened(view: int | None) -> LogitFile:
+        return LogitFile(folder / f"{view}.logits", len(replayed.splits["train"]), CLASSES, {})
+
+    def trainer(data: Pictures, method: type[Any], **supplied: Any) -> float:
+        module = method(
+            student=student(),
+            optimizer=_sgd,
+            scheduler=Cosine(),
+            num_classes=CLASSES,
+            input_shape=data.input_shape,
+            **supplied,
+        )
+        with tempfile.TemporaryDirectory(dir=folder) as run_folder:
+            options = {"max_epochs": 1, "accelerator": "cpu", "devices": 1, "precision": arguments.precision}
+            clock = _Clock()
+            fit(
+                module,
+                data,
+                {**options, "early_stopping": None, "log_every": 0},
+                Path(run_folder),
+                label="student",
+                callbacks=[clock],
+            )
+            return clock.elapsed
+
+    def cached() -> float:
+        through = CachedTeacher(teacher, 1, opened, replayed.training_view, CPU)
+        through.begin_epoch(0)
+        return trainer(replayed, KD, loss=kd.KD(), teacher=through)
+
+    low_precision = torch.bfloat16 if arguments.precision.startswith("bf16") else None
+
+    def bare(teacher: FrozenTeacher | None) -> float:
+        model = student().train()
+        lay_out(model, data.input_shape)
+        return _epoch(model, data.train_dataloader(), _loss(teacher), low_precision)
+
+    images = data.splits["train"].images
+    pixels = cast(Tensor, images).permute(0, 2, 3, 1).contiguous().numpy()
+    per_sample = DataLoader(PerSample(pixels), arguments.batch_size, shuffle=True, drop_last=True)
+    return {
+        "peer": lambda: _epoch(student().train(), per_sample, _loss(original), metrics=True),
+        "live": partial(trainer, data, KD, loss=kd.KD(), teacher=teacher),
+        "bare live": partial(bare, teacher),
+        "cached": cached,
+        "student": partial(trainer, data, Supervised, loss=CrossEntropy()),
+        "bare student": partial(bare, None),
+    }
+
+
+class _Clock(pl.Callback):
+    """CPU seconds from the first step of the epoch to its last."""
+
+    elapsed = 0.0
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.elapsed = -time.process_time()
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.elapsed += time.process_time()
+
+
+def _sgd(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=0.05, momentum=0.9, weight_decay=5e-4, fused=True)
+
+
+def _loss(teacher: Callable[[Tensor], Tensor] | None) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    def loss(images: Tensor, logits: Tensor, target: Tensor) -> Tensor:
+        cross_entropy = nn.functional.cross_entropy(logits, target)
+        if teacher is None:
+            return cross_entropy
+        with torch.no_grad():
+            expected = teacher(images)
+        return 0.1 * cross_entropy + 0.9 * kd.kd_loss(logits, expected, 4.0)
+
+    return loss
+
+
+def _epoch(
+    model: nn.Module,
+    batches: DataLoader[Any],
+    loss: Callable[[Tensor, Tensor, Tensor], Tensor],
+    low_precision: torch.dtype | None = None,
+    metrics: bool = False,
+) -> float:
+    """CPU seconds of a loop without a Trainer; with `metrics` both accuracies are read after every step."""
+    optimizer = _sgd(model.parameters())
+    started = time.process_time()
+    for images, target in batches:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=low_precision is not None):
+            logits = model(images)
+        value = loss(images, logits.float(), target)
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+        if metrics:
+            value.item()
+            found = logits.topk(5, 1).indices == target[:, None]
+            [found[:, :count].any(1).float().mean().item() for count in (1, 5)]
+    return time.process_time() - started
