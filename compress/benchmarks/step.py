@@ -1,9 +1,10 @@
 """Distilling through the Trainer, in a bare loop and as mdistiller does it: `python scripts/benchmark.py step`.
 
-Every way trains the same student for an epoch of the same pictures, cropped and mirrored at random, on one thread, and
-in turn: a repeat has one epoch of each, the first warms up, and ratios are those of one repeat. The peer's way is that
-of mdistiller's trainer: PIL images one by one, float32, channels first, the teacher with its BatchNorm unfolded, and
-the top-1 and top-5 accuracy after every step.
+Every way trains the same student for an epoch of the same pictures, cropped and mirrored at random, in turn: a repeat
+has one epoch of each, the first warms up, and ratios are those of one repeat. On the CPU one thread computes, and its
+own seconds count; on a GPU those of the clock. The peer's way is that of mdistiller's trainer: PIL images one by one,
+float32, channels first, the teacher with its BatchNorm unfolded, both accuracies after every step; on a GPU with
+workers that make its batches.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from compress.benchmarks import spread
 from compress.benchmarks.data import DEVIATION, MEAN, PerSample
 from compress.data.module import DataModule
 from compress.data.source import Source
+from compress.errors import UserError
 from compress.files import write_json
 from compress.losses import kd
 from compress.losses.cross_entropy import CrossEntropy
@@ -36,10 +38,11 @@ from compress.methods.supervised import Supervised
 from compress.models.memory_format import lay_out
 from compress.optim.schedules import Cosine
 from compress.results.surroundings import surroundings
+from compress.training.fit import device as device_of
 from compress.training.fit import fit
 
 SIZE, CLASSES = 32, 10
-CPU = torch.device("cpu")
+WORKERS = 8  # of the peer, on a GPU
 # The ways whose ratio is printed: how many times as fast the second is as the first.
 COMPARED = (
     ("peer", "live"),
@@ -58,16 +61,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--images", type=int, default=1280, help="in an epoch")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--precision", default="32-true", help="of the student in our ways, as trainer.precision")
+    parser.add_argument("--accelerator", choices=("cpu", "gpu"), default="cpu")
     parser.add_argument("--json", type=Path, help="a file for the figures, and what they were measured on")
 
 
 class Pictures(DataModule):
     """Random pictures of 32x32 pixels, augmented as CIFAR's are."""
 
-    def __init__(self, count: int, batch_size: int) -> None:
+    def __init__(self, count: int, batch_size: int, device: torch.device) -> None:
         # A tenth more, which are validated on once an epoch, outside of what is measured.
         self.count = round(count / 0.9)
-        super().__init__(image_size=SIZE, batch_size=batch_size, crop_padding=4, horizontal_flip=True)
+        options: dict[str, Any] = {"crop_padding": 4, "horizontal_flip": True, "device": device}
+        super().__init__(image_size=SIZE, batch_size=batch_size, **options)
 
     def read(self) -> Source:
         images = torch.randint(256, (self.count, 3, SIZE, SIZE), generator=torch.Generator().manual_seed(0))
@@ -78,9 +83,21 @@ class Pictures(DataModule):
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Prints images a second of CPU time for each way, and the ratios; writes them to `--json` if it is given."""
-    torch.set_num_threads(1)
-    data = Pictures(arguments.images, arguments.batch_size)
+    """Prints images a second for each way, and the ratios; writes them to `--json` if it is given."""
+    figures = measured(arguments)
+    if arguments.json is not None:
+        options = {name: value for name, value in vars(arguments).items() if isinstance(value, int | str)}
+        write_json(arguments.json, {"options": options, **figures, **surroundings()})
+
+
+def measured(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What `run` prints, as figures. Raises UserError where there is no such accelerator."""
+    device = device_of(arguments.accelerator)
+    if arguments.accelerator == "gpu" and device.type == "cpu":
+        raise UserError("--accelerator: found gpu but no usable GPU; accepted here: cpu")
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    data = Pictures(arguments.images, arguments.batch_size, device)
     data.setup()
     with tempfile.TemporaryDirectory() as folder:
         ways = _ways(data, arguments, Path(folder))
@@ -92,7 +109,8 @@ def run(arguments: argparse.Namespace) -> None:
                     times[name].append(elapsed)
     steps = len(data.splits["train"]) // arguments.batch_size
     speeds = {name: steps * arguments.batch_size / statistics.median(some) for name, some in times.items()}
-    print(f"{arguments.teacher} -> {arguments.student}, batch {arguments.batch_size}, one thread, CPU seconds")
+    what = "one thread, CPU seconds" if device.type == "cpu" else torch.cuda.get_device_name(device)
+    print(f"{arguments.teacher} -> {arguments.student}, batch {arguments.batch_size}, {what}")
     for name, speed in speeds.items():
         print(f"  {name}: {speed:,.0f} images/s")
     ratios = {f"{fast} / {slow}": _ratios(times[slow], times[fast]) for slow, fast in COMPARED}
@@ -102,11 +120,8 @@ def run(arguments: argparse.Namespace) -> None:
         1000 / steps * statistics.median(map(_difference, zip(times["student"], times["bare student"], strict=True)))
     )
     print(f"  the Trainer takes {overhead:.2f} ms a step more than a bare loop of the student")
-    if arguments.json is not None:
-        options = {name: value for name, value in vars(arguments).items() if isinstance(value, int | str)}
-        medians = {name: statistics.median(pairs) for name, pairs in ratios.items()}
-        figures = {"images_per_second": speeds, "ratios": medians, "overhead_ms": overhead, "seconds": times}
-        write_json(arguments.json, {"options": options, **figures, **surroundings()})
+    medians = {name: statistics.median(pairs) for name, pairs in ratios.items()}
+    return {"images_per_second": speeds, "ratios": medians, "overhead_ms": overhead, "seconds": times}
 
 
 def _ratios(slow: Sequence[float], fast: Sequence[float]) -> list[float]:
@@ -118,16 +133,17 @@ def _difference(pair: tuple[float, float]) -> float:
 
 
 def _ways(data: Pictures, arguments: argparse.Namespace, folder: Path) -> dict[str, Callable[[], float]]:
-    """Each trains a fresh student for an epoch and gives the CPU seconds of its steps."""
+    """Each trains a fresh student for an epoch and gives the seconds of its steps."""
+    device = data.device
 
     def network(stem: str) -> nn.Module:
         torch.manual_seed(0)
         return models.build(stem, CLASSES)
 
-    student, original = partial(network, arguments.student), network(arguments.teacher).eval()
+    student, original = partial(network, arguments.student), network(arguments.teacher).eval().to(device)
     teacher = FrozenTeacher(original, data.input_shape)
-    teacher.to(CPU)
-    replayed = Pictures(arguments.images, arguments.batch_size)
+    teacher.to(device)
+    replayed = Pictures(arguments.images, arguments.batch_size, device)
     replayed.setup()
     replayed.replay(1)
 
@@ -144,8 +160,13 @@ def _ways(data: Pictures, arguments: argparse.Namespace, folder: Path) -> dict[s
             **supplied,
         )
         with tempfile.TemporaryDirectory(dir=folder) as run_folder:
-            options = {"max_epochs": 1, "accelerator": "cpu", "devices": 1, "precision": arguments.precision}
-            clock = _Clock()
+            options = {
+                "max_epochs": 1,
+                "accelerator": arguments.accelerator,
+                "devices": 1,
+                "precision": arguments.precision,
+            }
+            clock = _Clock(device)
             fit(
                 module,
                 data,
@@ -157,22 +178,27 @@ def _ways(data: Pictures, arguments: argparse.Namespace, folder: Path) -> dict[s
             return clock.elapsed
 
     def cached() -> float:
-        through = CachedTeacher(teacher, 1, opened, replayed.training_view, CPU)
+        through = CachedTeacher(teacher, 1, opened, replayed.training_view, device)
         through.begin_epoch(0)
         return trainer(replayed, KD, loss=kd.KD(), teacher=through)
 
     low_precision = torch.bfloat16 if arguments.precision.startswith("bf16") else None
 
     def bare(teacher: FrozenTeacher | None) -> float:
-        model = student().train()
+        model = student().train().to(device)
         lay_out(model, data.input_shape)
-        return _epoch(model, data.train_dataloader(), _loss(teacher), low_precision)
+        return _epoch(model, data.train_dataloader(), _loss(teacher), device, low_precision)
 
     images = data.splits["train"].images
-    pixels = cast(Tensor, images).permute(0, 2, 3, 1).contiguous().numpy()
-    per_sample = DataLoader(PerSample(pixels), arguments.batch_size, shuffle=True, drop_last=True)
+    pixels = cast(Tensor, images).cpu().permute(0, 2, 3, 1).contiguous().numpy()
+    workers: dict[str, Any] = (
+        {} if device.type == "cpu" else {"num_workers": WORKERS, "persistent_workers": True, "pin_memory": True}
+    )
+    per_sample: DataLoader[Any] = DataLoader(
+        PerSample(pixels), arguments.batch_size, shuffle=True, drop_last=True, **workers
+    )
     return {
-        "peer": lambda: _epoch(student().train(), per_sample, _loss(original), metrics=True),
+        "peer": lambda: _epoch(student().train().to(device), per_sample, _loss(original), device, metrics=True),
         "live": partial(trainer, data, KD, loss=kd.KD(), teacher=teacher),
         "bare live": partial(bare, teacher),
         "cached": cached,
@@ -182,15 +208,24 @@ def _ways(data: Pictures, arguments: argparse.Namespace, folder: Path) -> dict[s
 
 
 class _Clock(pl.Callback):
-    """CPU seconds from the first step of the epoch to its last."""
+    """Seconds from the first step of the epoch to its last."""
 
-    elapsed = 0.0
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.elapsed = device, 0.0
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.elapsed = -time.process_time()
+        self.elapsed = -_now(self.device)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.elapsed += time.process_time()
+        self.elapsed += _now(self.device)
+
+
+def _now(device: torch.device) -> float:
+    """Seconds of this process on the CPU, or of the clock when the GPU has done all that it was given."""
+    if device.type == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def _sgd(parameters: Any) -> torch.optim.Optimizer:
@@ -213,14 +248,16 @@ def _epoch(
     model: nn.Module,
     batches: DataLoader[Any],
     loss: Callable[[Tensor, Tensor, Tensor], Tensor],
+    device: torch.device,
     low_precision: torch.dtype | None = None,
     metrics: bool = False,
 ) -> float:
-    """CPU seconds of a loop without a Trainer; with `metrics` both accuracies are read after every step."""
+    """Seconds of a loop without a Trainer; with `metrics` both accuracies are read after every step."""
     optimizer = _sgd(model.parameters())
-    started = time.process_time()
-    for images, target in batches:
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=low_precision is not None):
+    started = _now(device)
+    for batch in batches:
+        images, target = (part.to(device, non_blocking=True) for part in batch)
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=low_precision is not None):
             logits = model(images)
         value = loss(images, logits.float(), target)
         optimizer.zero_grad()
@@ -230,4 +267,4 @@ def _epoch(
             value.item()
             found = logits.topk(5, 1).indices == target[:, None]
             [found[:, :count].any(1).float().mean().item() for count in (1, 5)]
-    return time.process_time() - started
+    return _now(device) - started
