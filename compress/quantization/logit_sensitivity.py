@@ -26,11 +26,13 @@ from compress.quantization.patches import live_columns, patches, with_rows
 from compress.quantization.preparation import Prepared
 
 TEMPERATURE = 4.0
-# Few images say little about a layer that they hardly need: none counts less than this share of the mean.
-LEAST = 1e-3
+# Few images say little about a layer that they hardly need: for an error as large as its outputs vary, none counts less
+# than this share of the mean. Of a network that is certain of every image the mean is this many nats.
+LEAST, FAINT = 1e-3, 1e-6
 # Positions, at least, over which the mean of an input is taken.
 CENTRED = 64
-TINY = torch.finfo(torch.float32).tiny
+# The share of their mean by which inputs differ that are all the same.
+ROUNDING = 64 * torch.finfo(torch.float32).eps
 
 
 @dataclass(frozen=True)
@@ -76,11 +78,9 @@ def measure(prepared: Prepared, seed: int = 0) -> dict[str, LayerSensitivity]:
     for name, one in sums.items():
         if not math.isfinite(one.curvature):
             raise UserError(f"{name}: found inputs or gradients that are not finite on the calibration images")
-    least = max(LEAST * sum(one.curvature for one in sums.values()) / len(sums), TINY)
-    return {
-        name: LayerSensitivity(max(one.curvature, least), one.input_energy, one.output_energy, one.live)
-        for name, one in sums.items()
-    }
+    mean = sum(one.curvature * one.output_energy for one in sums.values()) / len(sums)
+    least = LEAST * max(mean, FAINT)
+    return {name: one.finished(layer_of(network, name), least) for name, one in sums.items()}
 
 
 class _Sums:
@@ -93,6 +93,15 @@ class _Sums:
     @property
     def curvature(self) -> float:
         return self.squared_gradients / (2 * self.power) if self.power > 0 else 0.0
+
+    def finished(self, layer: Layer, least: float) -> LayerSensitivity:
+        """What was summed, with a `divergence` of at least `least`."""
+        if self.input_energy > 0 and self.output_energy > 0:
+            curvature = max(self.curvature, least / self.output_energy)
+            return LayerSensitivity(curvature, self.input_energy, self.output_energy, self.live)
+        # Where no input varies, `compress.quantization.moments` has a Gram of ones on the diagonal.
+        energy = float(layer.weight.detach().square().sum()) or 1.0
+        return LayerSensitivity(least / energy, 1.0, energy, self.live)
 
     @torch.no_grad()
     def add(self, layer: Layer, inputs: Tensor, outputs: Tensor, gradient: Tensor) -> None:
@@ -113,9 +122,13 @@ class _Sums:
             if self.live is not None:
                 columns = columns[:, self.live]
             groups, depth, _ = columns.shape
-            columns = (columns - columns.mean(2, keepdim=True)).unflatten(2, (len(some), places))
-            slopes = their.unflatten(1, (groups, rows // groups))
+            mean = columns.mean(2, keepdim=True)
+            columns = columns - mean
             power = float(columns.square().sum())
+            if power <= ROUNDING**2 * columns.shape[2] * float(mean.square().sum()):
+                continue  # they do not vary
+            columns = columns.unflatten(2, (len(some), places))
+            slopes = their.unflatten(1, (groups, rows // groups))
             self.squared_gradients += _squared_gradients(slopes, columns)
             self.power += power * rows / groups
             self.input_energy += power / (groups * depth)

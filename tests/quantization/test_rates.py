@@ -1,5 +1,7 @@
 """Networks of a rate: the bits are those asked for, a budget holds for the file, a drop for the validation accuracy."""
 
+import copy
+
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
@@ -97,6 +99,60 @@ def test_squared_gradients_are_those_of_each_images_weight(rows, columns, places
         for group in range(2)
     )
     assert _squared_gradients(slopes, inputs) == pytest.approx(expected, rel=1e-9)
+
+
+def test_sensitivities_do_not_depend_on_the_unit_of_outputs(images):
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 10)).eval()
+    scaled = copy.deepcopy(plain)
+    with torch.no_grad():
+        for parameter in scaled[0].parameters():
+            parameter.mul_(1024)
+        scaled[3].weight.div_(1024)
+    found = [measure(prepare(each, images)) for each in (plain, scaled)]
+    for name in found[0]:
+        assert found[0][name].divergence == pytest.approx(found[1][name].divergence, rel=1e-6)
+    assert found[0]["0"].curvature == pytest.approx(1024**2 * found[1]["0"].curvature, rel=1e-6)
+
+
+def test_a_network_that_is_certain_of_every_image_has_rates(network, images):
+    certain = copy.deepcopy(network)
+    with torch.no_grad():
+        certain.fc.weight.mul_(1e4)
+        certain.fc.bias.mul_(1e4)
+    [found] = variants(quantizer(rates=[3]), certain, images)
+    assert found.model.rate == pytest.approx(3, rel=0.02)
+    with torch.no_grad():
+        expected, computed = certain(images[0]), found.model.model(images[0])
+    assert (computed - expected).norm() < 0.1 * expected.norm()
+
+
+class Dead(nn.Module):
+    """A layer whose inputs are all the same, zero or not, or whose weights are zero, in a network of small numbers."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind, self.first = kind, nn.Conv2d(3, 16, 3)
+        self.dead, self.last = nn.Conv2d(16, 16, 3, padding=1, padding_mode="replicate"), nn.Linear(16, 10)
+        if kind == "weights":
+            nn.init.zeros_(self.dead.weight)
+
+    def forward(self, images):
+        x = F.relu(self.first(1e-3 * images))
+        constant = x if self.kind == "weights" else 0 * x if self.kind == "zero" else 0 * x + 0.7
+        return self.last((x + self.dead(constant)).mean((2, 3)))
+
+
+@pytest.mark.parametrize(("kind", "rate"), [("zero", 2.0), ("constant", 2.0), ("weights", 0.5)])
+def test_a_layer_that_has_nothing_to_say_spends_little(images, kind, rate):
+    torch.manual_seed(0)
+    dead = Dead(kind).eval()
+    [found] = variants(quantizer(rates=[rate]), dead, images)
+    assert found.model.rate == pytest.approx(rate, rel=0.05)
+    assert found.model.layers["dead"].bits < found.model.layers["first"].bits
+    with torch.no_grad():
+        expected, computed = dead(images[0]), found.model.model(images[0])
+    assert (computed - expected).norm() < 1e-3 * expected.norm()
 
 
 def test_rates_are_met_and_the_step_is_one(network, images):
