@@ -125,7 +125,7 @@ class Variants:
                     quantizer=quantizer.name,
                     bits=variant.bits,
                     levels=variant.levels,
-                    first_last_bits=quantizer.first_last_bits,
+                    first_last_bits=None if variant.levels is None else quantizer.first_last_bits,
                     activation_bits=quantizer.activation_bits or 32,
                 )
                 started = time.perf_counter()
