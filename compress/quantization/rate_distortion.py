@@ -87,7 +87,7 @@ def entropy(codes: Sequence[Tensor]) -> float:
     """The bits that all `codes`, floats of whole numbers, take at their own frequencies."""
     _, counts = _histogram(codes)
     counts = counts[counts > 0].double()
-    return float(-(counts * (counts / counts.sum()).log2()).sum())
+    return 0.0 - float((counts * (counts / counts.sum()).log2()).sum())  # not -0.0 for a single code
 
 
 def _histogram(codes: Sequence[Tensor], margin: int = 0) -> tuple[int, Tensor]:

@@ -27,6 +27,7 @@ def test_lengths_are_those_of_an_ideal_coder_but_for_codes_that_do_not_occur():
     assert at[-2] == pytest.approx(math.log2(5), abs=0.02)
     assert at[-1] == at[3] > 10
     assert entropy([codes]) == pytest.approx(1000 * -sum(p * math.log2(p) for p in (0.5, 0.3, 0.2)))
+    assert str(entropy([torch.zeros(5)])) == "0.0"
 
 
 @pytest.mark.parametrize("price", [0.0, 0.02, 0.2])
