@@ -26,7 +26,7 @@ from compress.quantization.rates import RateQuantization
 from compress.quantization.refinement import Refinement
 from compress.quantization.tuning import Tuner, Tuning
 
-WIDTHS, RATES = (8, 4, 3, 2), (2, 1)  # where neither is given
+WIDTHS, RATES = (8, 4, 3, 2), (2.0, 1.0)  # where neither is given
 # A rate that was missed by more than this share is called by what it is.
 MISSED = 0.05
 Rate = Annotated[float, Field(ge=LOWEST, le=HIGHEST)]
@@ -89,6 +89,8 @@ class Quantizer(Options):
             )
         if not keys and not self.widths:
             raise UserError("bits: found [] and no rates; accepted: one of either at least")
+        if self.calibration_images < 2 and (self.coded_rates or self.searches):
+            raise UserError("calibration_images: found 1; accepted for rates: at least 2, as one does not vary")
 
     @property
     def name(self) -> str:

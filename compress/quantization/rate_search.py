@@ -17,6 +17,8 @@ LOWEST, HIGHEST = 0.1, 8.0
 ENOUGH, AIM, WALKS = 0.99, 0.996, 8
 # From one rate to the next lower one that is tried for a drop, and from where on two rates are not told apart.
 RUNG, NEAR = 0.75, 1.03
+# Points of accuracy that rounding alone may cost.
+ROUNDING = 1e-9
 UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20}
 
 
@@ -34,7 +36,7 @@ class Measures:
 
 
 def within_budget(quantize: RateQuantization, budget: int, measures: Measures, progress: Progress) -> QuantizedModel:
-    """The network whose file has from ENOUGH of `budget` bytes to all of them.
+    """The network whose file has from ENOUGH of `budget` bytes to all of them, or the largest within it of WALKS.
 
     Raises UserError, which says the smallest file, where the one of LOWEST bits a weight has more. A network of HIGHEST
     bits a weight is the answer to every larger budget.
@@ -69,7 +71,7 @@ def smallest_within_drop(
     is that it keeps the drop, and that one of a NEAR lower rate does not. Raises UserError where HIGHEST loses more.
     """
     assert measures.accuracy is not None  # whoever allows a drop measures it
-    target = measures.accuracy(model) - max_drop / 100
+    target = measures.accuracy(model) - (max_drop + ROUNDING) / 100
     rate = HIGHEST
     answer = quantize(rate)
     if (accuracy := measures.accuracy(answer.model)) < target:

@@ -1,6 +1,7 @@
 """Networks of a rate: the bits are those asked for, a budget holds for the file, a drop for the validation accuracy."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,11 +16,11 @@ from compress.export.description import NetworkDescription
 from compress.export.encodings import coded_bits
 from compress.export.packed import file_bytes, read_model, write_packed
 from compress.paths import CONF
-from compress.quantization import Measures
+from compress.quantization import Measures, Quantizer
 from compress.quantization.activations import input_quantizers
 from compress.quantization.logit_sensitivity import TEMPERATURE, _squared_gradients, measure
 from compress.quantization.preparation import prepare
-from compress.quantization.rate_search import ENOUGH, budget_bytes
+from compress.quantization.rate_search import ENOUGH, budget_bytes, smallest_within_drop
 
 FLOAT_BYTES = 319_288
 DESCRIPTION = NetworkDescription(
@@ -294,6 +295,8 @@ def test_the_smallest_file_within_the_drop_is_found(network, images):
         ("gpfq", {"rates": [0.01]}, r"rates"),
         ("gpfq", {"rates": [9]}, r"rates"),
         ("gpfq", {"rates": [2, 2]}, r"rates.*every value once"),
+        ("gpfq", {"rates": [2], "calibration_images": 1}, r"calibration_images: found 1; accepted for rates"),
+        ("gpfq", {"max_drop": 1, "calibration_images": 1}, r"calibration_images: found 1; accepted for rates"),
         ("gpfq", {}, r"bits: found \[\] and no rates; accepted: one of either at least"),
         ("gpfq", {"budget": "8x", "max_drop": 1}, r"^quantizer[.]max_drop: found it beside budget; accepted"),
     ],
@@ -301,6 +304,17 @@ def test_the_smallest_file_within_the_drop_is_found(network, images):
 def test_what_does_not_fit_is_refused(stem, options, message):
     with pytest.raises(UserError, match=message):
         quantizer(stem, **options)
+
+
+def test_rates_have_the_same_names_whether_typed_or_not():
+    assert list(map(str, Quantizer().coded_rates)) == list(map(str, Quantizer(rates=[2, 1]).coded_rates))
+
+
+def test_a_drop_may_be_met_exactly():
+    quantized = SimpleNamespace(model="quantized")
+    for right in range(1800, 1900):
+        accuracy = {"float": right / 2000, "quantized": (right - 5) / 2000}.__getitem__
+        assert smallest_within_drop(lambda rate: quantized, "float", 0.25, measures(accuracy)) is quantized
 
 
 def test_thresholds_have_no_rates():
