@@ -94,15 +94,16 @@ class CodeReader:
 
     def codes(self, grid: Grid, shape: Sequence[int], encoding: str) -> np.ndarray:
         """int32 of that shape: the codes of a layer on `grid`."""
-        count = math.prod(shape)
-        zeros = grid.zero_point.numpy().repeat(math.prod(shape[1:])).astype(np.int32)
+        count, zeros = math.prod(shape), grid.zero_point.numpy().astype(np.int32)
         if encoding == "entropy":
-            codes = self._stack.pop(count, _span(grid)) - zero_points(grid)[1] + zeros
+            codes = self._stack.pop(count, _span(grid))
+            by_row = codes.reshape(len(zeros), -1)
+            by_row += (zeros - zero_points(grid)[1])[:, None]
         elif encoding == "dense":
             codes = self._unpacked(grid.bits, count)
         elif encoding == "bitmap":
             nonzero = self._unpacked(1, count).astype(bool)
-            codes = zeros
+            codes = zeros.repeat(math.prod(shape[1:]))
             codes[nonzero] = self._unpacked(grid.bits, int(nonzero.sum()))
         else:
             raise ValueError(f"the encoding {encoding}")

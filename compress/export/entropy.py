@@ -64,7 +64,7 @@ class Stack:
             if int(differences.max()) > 255 or not present.size:
                 raise ValueError("a table of frequencies that is none")
             places = self._coder.decode(_model(_shares(_frequencies(table, size)[present])), size)
-            numbers = np.append(present, count)[places]
+            numbers = np.append(present, np.int32(count))[places]
         if int(numbers.max(initial=0)) >= count:
             raise ValueError("codes that their table does not have")
         return numbers.astype(np.int32, copy=False)

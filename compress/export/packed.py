@@ -33,6 +33,8 @@ from compress.quantization.quantized import QuantizedModel
 PACKED, FLOAT = "compress-packed-2", "compress-float-1"
 COUNTER = "num_batches_tracked"
 PROBED = 3  # images that `canonical` runs the network on
+# Numbers of 4 bytes that reading holds of a weight at most: itself, its tensor and its codes on their way.
+HELD = {PACKED: 5, FLOAT: 3}
 
 
 @dataclass(frozen=True)
@@ -167,7 +169,8 @@ def _check_cost(kind: str, description: Mapping[str, Any], tensors: Mapping[str,
     """Raises UserError where the network that is described is more than the tensors of its file could fill.
 
     It is built without memory for that. A weight takes a bit at least, and in the codes of a packed file a share of a
-    byte; it and what its images become have to fit into the memory, for reading a packed file runs its network once.
+    byte; it, what is held while it is read, and what its images become have to fit into the memory, for reading a
+    packed file runs its network once.
     """
     with torch.device("meta"), torch.no_grad():
         empty = models.rebuild(description["architecture"]).eval()
@@ -187,7 +190,7 @@ def _check_cost(kind: str, description: Mapping[str, Any], tensors: Mapping[str,
             module.register_forward_hook(count)
         with suppress(RuntimeError, NotImplementedError):  # of a forward that needs values, which meta tensors lack
             empty(torch.empty(1, *description["input_shape"]))
-    needed, free = 4 * (PROBED * values + weights), free_bytes(torch.device("cpu")) // 2
+    needed, free = 4 * (PROBED * values + HELD[kind] * weights), free_bytes(torch.device("cpu")) // 2
     if needed > free:
         raise UserError(
             f"input_shape: found {description['input_shape']}, for which the network of {weights:,} weights takes "

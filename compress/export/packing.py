@@ -20,7 +20,7 @@ from compress.export.numbers import NumberReader, NumberWriter
 from compress.models.canonical import Layer, layers
 from compress.models.folding import find_foldable, fold_pairs
 from compress.quantization.activations import InputQuantizer, attach_input_quantizer, input_quantizers
-from compress.quantization.grid import Grid
+from compress.quantization.grid import Grid, code_dtype
 from compress.quantization.quantized import QuantizedLayer, QuantizedModel, float_state
 
 CODES = "codes"
@@ -144,7 +144,8 @@ def _read_layer(
     lowest, highest = entry["zero_point"]
     zero_point = torch.from_numpy(codes.zero_points(rows, lowest, highest))
     grid = Grid(scale, zero_point, entry["levels"])
-    return QuantizedLayer(torch.from_numpy(codes.codes(grid, shape, entry["encoding"])), grid, entry["bits"], None)
+    found = torch.from_numpy(codes.codes(grid, shape, entry["encoding"])).to(code_dtype(grid.levels))
+    return QuantizedLayer(found, grid, entry["bits"], None)
 
 
 def _shared(quantized: QuantizedModel) -> dict[str, str]:

@@ -16,7 +16,7 @@ from torch import nn
 
 from compress import models
 from compress.errors import UserError
-from compress.export import container
+from compress.export import container, packed
 from compress.export.bits import packed_length
 from compress.export.deflated import RAW
 from compress.export.description import NetworkDescription
@@ -196,6 +196,18 @@ def test_a_description_that_costs_more_than_its_tensors_could_hold_is_refused(sm
     container.write(path, kind, description | changed, tensors, deflated=True)  # with a checksum that fits
     with pytest.raises(UserError, match=named):
         read_model(path)
+
+
+@pytest.mark.parametrize("write", [write_packed, write_float])
+def test_a_network_that_would_take_more_than_half_of_the_memory_is_refused(small, write, tmp_path, monkeypatch):
+    path = tmp_path / "model.safetensors"
+    write(path, quantize(small, [IMAGES], 2) if write is write_packed else small, describe("resnet8"))
+    weights = models.count_parameters(small)
+    monkeypatch.setattr(packed, "free_bytes", lambda device: 2 * 8 * weights)
+    with pytest.raises(UserError, match=r"input_shape: found .*, for which the network of 78,042 weights takes"):
+        read_model(path)
+    monkeypatch.setattr(packed, "free_bytes", lambda device: 2 * 40 * weights)
+    read_model(path)
 
 
 def streams(path):
