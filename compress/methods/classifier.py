@@ -70,7 +70,6 @@ class Classifier(pl.LightningModule, ABC):
         self.mixup = mixup
         self.networks = {"model": self.model} | {f"others.{index}": other for index, other in enumerate(self.others)}
         self.best_network = "model"
-        self.train_accuracy = MulticlassAccuracy(num_classes, average="micro")
         accuracies = (MulticlassAccuracy(num_classes, average="micro") for _ in self.networks)
         # A ModuleList does not say of what.
         self.validation_accuracy: Sequence[MulticlassAccuracy] = nn.ModuleList(accuracies)  # type: ignore[assignment]
@@ -164,16 +163,16 @@ class Classifier(pl.LightningModule, ABC):
         return self.mixup.draw(len(images), self.seed, self.current_epoch, place, images.shape[-2:])
 
     def total_loss(self, logits: Tensor, target: Tensor, terms: dict[str, Tensor]) -> Tensor:
-        """The sum of the terms; all of them are recorded for the end of the epoch."""
+        """The sum of the terms; all of them, and the accuracy, are recorded for the end of the epoch."""
         total = torch.stack(list(terms.values())).sum()
-        self.train_accuracy.update(logits.detach(), target)
-        for name, value in (terms | {"loss": total}).items():
+        accuracy = (logits.detach().argmax(1) == target).float().mean()
+        for name, value in (terms | {"loss": total, "accuracy": accuracy}).items():
             self.train_terms.setdefault(name, []).append(value.detach())
         return total
 
     def on_train_epoch_end(self) -> None:
+        # All batches have the same number of images.
         metrics: dict[str, Any] = {name: torch.stack(values).mean() for name, values in self.train_terms.items()}
-        metrics["accuracy"] = self.train_accuracy
         metrics["learning_rate"] = self.trainer.optimizers[0].param_groups[0]["lr"]
         for name, value in metrics.items():
             self.log(f"train/{name}", value, logger=False, sync_dist=name in self.train_terms)
