@@ -10,7 +10,7 @@ demo: .venv/installed
 
 # The linters, and what needs neither a training nor a process nor seconds.
 check: .venv/installed-dev lint
-	$(BIN)/python -m pytest -n auto --dist worksteal -m 'not slow and not soak'
+	$(BIN)/python -m pytest -n auto --dist worksteal -m 'not slow and not soak and not gpu'
 
 # A process of tests per core, which takes tests over from the other when it has no more.
 test: .venv/installed-dev lint

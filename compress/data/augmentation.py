@@ -16,6 +16,7 @@ from compress.data.draws import Stream, draw_integers
 from compress.data.normalisation import Normalisation
 from compress.data.randaugment import OPERATIONS, rand_augment
 from compress.data.resized_crop import draw_boxes, resized_crops
+from compress.data.transfer import moved
 
 
 @dataclass(frozen=True)
@@ -130,13 +131,13 @@ def crop_and_mirror(
         inner.copy_(pixels)
     else:
         straight, turned = (~mirrored).nonzero()[:, 0], mirrored.nonzero()[:, 0]
-        inner[: len(straight)] = pixels.index_select(0, straight.to(images.device))
-        inner[len(straight) :] = pixels.index_select(0, turned.to(images.device)).flip(2)
+        inner[: len(straight)] = pixels.index_select(0, moved(straight, images.device))
+        inner[len(straight) :] = pixels.index_select(0, moved(turned, images.device)).flip(2)
         place = torch.empty(batch, dtype=torch.int64).index_copy_(0, torch.cat([straight, turned]), place)
         left = torch.where(mirrored, 2 * padding - left, left)
 
     run, stride = width * channels, padded.stride(1)
-    first = (place * padded.stride(0) + top * stride + left * channels).to(images.device)
+    first = moved(place * padded.stride(0) + top * stride + left * channels, images.device)
     starts = first[:, None] + torch.arange(0, height * stride, stride, device=images.device)
     every_row = padded.as_strided((padded.numel() - run + 1, run), (1, 1))
     cropped = every_row.index_select(0, starts.flatten())
@@ -151,7 +152,7 @@ def cut_out_(images: Tensor, row: Tensor, column: Tensor, side: int) -> Tensor:
     height, width = images.shape[-2:]
 
     def covered(centre: Tensor, length: int) -> Tensor:
-        first = centre.to(images.device)[:, None] - side // 2
+        first = moved(centre, images.device)[:, None] - side // 2
         position = torch.arange(length, device=images.device)
         return (position >= first) & (position < first + side)
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from compress.data.draws import Stream, draw, draw_uniform
+from compress.data.transfer import moved
 
 LUMA = (0.2989, 0.587, 0.114)  # of red, green and blue
 
@@ -37,8 +38,8 @@ def colour_jitter(images: Tensor, factors: Tensor, order: Tensor, strengths: Seq
         for index in step.unique().tolist():
             if strengths[index]:
                 members = (step == index).nonzero()[:, 0]
-                factor = factors[members, index].to(images.device).view(-1, 1, 1, 1)
-                members = members.to(images.device)
+                factor = moved(factors[members, index], images.device).view(-1, 1, 1, 1)
+                members = moved(members, images.device)
                 result[members] = OPERATIONS[index](images[members], factor)
         images = result
     return images
@@ -67,7 +68,7 @@ def _hue(images: Tensor, turn: Tensor) -> Tensor:
         (green - blue) / divisor,
         torch.where(value == green, 2 + (blue - red) / divisor, 4 + (red - green) / divisor),
     )
-    offset = torch.tensor([5.0, 3.0, 1.0], device=images.device).view(1, 3, 1, 1)
+    offset = moved(torch.tensor([5.0, 3.0, 1.0]), images.device).view(1, 3, 1, 1)
     k = (offset + hue + 6 * turn).remainder(6)
     turned = value - chroma * torch.minimum(k, 4 - k).clamp_(0, 1)
     # As a float in 0..1 becomes a byte in torchvision: each of the 256 has an equal part.
@@ -76,7 +77,7 @@ def _hue(images: Tensor, turn: Tensor) -> Tensor:
 
 def _grey(images: Tensor) -> Tensor:
     """Whole levels as float32 `(B, 1, H, W)`."""
-    weights = torch.tensor(LUMA, device=images.device).view(1, 3, 1, 1)
+    weights = moved(torch.tensor(LUMA), images.device).view(1, 3, 1, 1)
     return (images * weights).sum(1, keepdim=True).floor_()
 
 

@@ -12,6 +12,7 @@ from compress.data.augmentation import Augmentation
 from compress.data.draws import permutation
 from compress.data.normalisation import Normalisation
 from compress.data.source import resized_rgb
+from compress.data.transfer import moved
 from compress.data.undecoded import OnDisk
 
 Batch = tuple[Tensor, ...]
@@ -64,7 +65,7 @@ class ImageBatches(Dataset[Batch]):
         else:
             # (n, H, W, C): selecting along the first dimension then copies one run of bytes per image.
             pixels = self.images.permute(0, 2, 3, 1)
-            images = pixels.index_select(0, index.to(self.device)).permute(0, 3, 1, 2)
+            images = pixels.index_select(0, moved(index, self.device)).permute(0, 3, 1, 2)
         return self.finish(index, images)
 
     def finish(self, index: Tensor, images: Tensor) -> Batch:
@@ -73,7 +74,7 @@ class ImageBatches(Dataset[Batch]):
             images = self._normalisation(resized_rgb(images, self._normalisation.width))
         else:
             images = self._augmentation(images, self._choices[index], self._normalisation)
-        index = index.to(self.device)
+        index = moved(index, self.device)
         labels = self.labels.index_select(0, index)
         return (images, labels) if self._views is None else (images, labels, index)
 

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
+from compress.data.transfer import moved
+
 GREATEST_MAGNITUDE = 30
 
 
@@ -64,7 +66,7 @@ def rand_augment(images: Tensor, operations: Tensor, negative: Tensor, magnitude
         group = 2 * operation + (minus & signed[operation])
         result = torch.empty_like(images)
         for key in group.unique().tolist():
-            members = (group == key).nonzero()[:, 0].to(images.device)
+            members = moved((group == key).nonzero()[:, 0], images.device)
             strength = magnitude / GREATEST_MAGNITUDE * (-1 if key % 2 else 1)
             result[members] = table[key // 2][0](images[members], strength)
         images = result

@@ -131,7 +131,7 @@ class Classifier(pl.LightningModule, ABC):
         terms = self.loss(logits, target, reference, self.current_epoch)
         if blend is None:
             return terms
-        partners = self.loss(logits, target[blend.partner], reference, self.current_epoch)
+        partners = self.loss(logits, blend.of_partners(target), reference, self.current_epoch)
         return {name: torch.lerp(partners[name], value, blend.weight) for name, value in terms.items()}
 
     def forward(self, images: Tensor) -> Tensor:

@@ -14,6 +14,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from compress.data.transfer import moved
+
 
 @dataclass(frozen=True)
 class Blend:
@@ -22,9 +24,13 @@ class Blend:
     weight: float
     partner: Tensor
 
+    def of_partners(self, values: Tensor) -> Tensor:
+        """Each image's `values`, `(B, ...)`, replaced by those of its partner."""
+        return values.index_select(0, moved(self.partner, values.device))
+
     def __call__(self, values: Tensor) -> Tensor:
         """Images `(B, ...)` or logits `(B, C)`, blended."""
-        return torch.lerp(values[self.partner], values, self.weight)
+        return torch.lerp(self.of_partners(values), values, self.weight)
 
 
 @dataclass(frozen=True)
@@ -59,7 +65,7 @@ class Patch(Blend):
             return super().__call__(values)
         top, bottom, left, right = self.box
         pasted = values.clone(memory_format=torch.preserve_format)
-        pasted[..., top:bottom, left:right] = values[self.partner, :, top:bottom, left:right]
+        pasted[..., top:bottom, left:right] = self.of_partners(values[..., top:bottom, left:right])
         return pasted
 
 
