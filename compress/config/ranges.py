@@ -10,6 +10,7 @@ BatchSize = Annotated[int, Field(ge=2)]
 # So many batches, or that share of all.
 Batches = Count | Annotated[float, Field(gt=0, le=1)] | None
 Text = Annotated[str, Field(min_length=1)]
+Precision = Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true", "64-true"]
 
 TOP_LEVEL = {"seed": Seed, "output_directory": Text, "stages": list[dict[Any, Any]], "grid": dict[str, str]}
 STAGE = {
@@ -35,7 +36,7 @@ TRAINER = {
     "num_nodes": Count,
     "strategy": Literal["auto", "ddp"],
     "sync_batchnorm": bool,
-    "precision": Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true", "64-true"],
+    "precision": Literal["auto", Precision],
     "gradient_clip_val": Positive | None,
     "gradient_clip_algorithm": Literal["norm", "value"] | None,
     "accumulate_grad_batches": Count,
@@ -103,7 +104,7 @@ TEACHER_TRAINING = {
     "epochs": Count,
     "batch_size": BatchSize,
     "seed": Seed,
-    "precision": TRAINER["precision"],
+    "precision": Precision,
     "label_smoothing": BelowOne,
     "optimizer": dict,
     "scheduler": dict,

@@ -40,4 +40,6 @@ def _cosines(features: Tensor) -> Tensor:
     """`(B, D) -> (B, B, B)`: element `[j, i, k]` is the cosine at image j between i and k, 0 where one of them is j."""
     features = at_least_float32(features)
     directions = F.normalize(features[None] - features[:, None], dim=2)
-    return directions @ directions.transpose(1, 2)
+    # Autocast would round the operands of the product.
+    with torch.autocast(features.device.type, enabled=False):
+        return directions @ directions.transpose(1, 2)

@@ -14,6 +14,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from compress.arguments import Supplied
 from compress.collective import mean_of_processes
 from compress.export.state_dicts import BEST_NETWORK
+from compress.losses.precision import at_least_float32
 from compress.methods.cached_teacher import CachedTeacher
 from compress.methods.frozen_teacher import FrozenEnsemble, FrozenTeacher
 from compress.methods.learning_teacher import LearningTeacher
@@ -127,7 +128,11 @@ class Classifier(pl.LightningModule, ABC):
     def loss_terms(
         self, logits: Tensor, target: Tensor, reference: Any = None, blend: Blend | None = None
     ) -> dict[str, Tensor]:
-        """The loss of `logits` against `target` and what the method compares with; blended labels count by weight."""
+        """The loss of `logits` against `target` and what the method compares with; blended labels count by weight.
+
+        The loss gets the logits in float32 at least, also under autocast.
+        """
+        logits = at_least_float32(logits)
         terms = self.loss(logits, target, reference, self.current_epoch)
         if blend is None:
             return terms

@@ -50,7 +50,7 @@ class Measured:
             "test_accuracy_per_class": dict(per_class) if parts.data.labelled else {},
         }
         return {
-            **surroundings(threads),
+            **surroundings(threads, parts.plain["trainer"]["precision"] if threads else None),
             "configuration": parts.configuration,
             "seed": parts.plain["seed"],
             "data": parts.data.record(),

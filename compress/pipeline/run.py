@@ -19,7 +19,7 @@ from compress.data.shared import DataSets
 from compress.methods.cached_teacher import CachedTeacher
 from compress.methods.frozen_teacher import FrozenEnsemble, FrozenTeacher
 from compress.methods.learning_teacher import LearningTeacher
-from compress.pipeline import resume, teachers
+from compress.pipeline import precision, resume, teachers
 from compress.pipeline.measure import Measured, PostTrainingQuantization, measure_best
 from compress.pipeline.parts import Parts
 from compress.pipeline.teacher_cache import with_cache
@@ -74,6 +74,7 @@ def run(job: Job, directory: Path, data_sets: DataSets, float_checkpoint: Path |
             return finished(directory)
         processes.act_alone()
         started = resume.record_start(directory, job.overrides)
+        precision.settle([job], directory, data_sets)
         write_config(directory, job.config)
         clock = _Clock()
         if processes.is_wanted(job.config.trainer):

@@ -14,7 +14,7 @@ from compress.config.received import allowing
 from compress.config.recorded import write_config
 from compress.config.stage_plan import start_from
 from compress.data.shared import DataSets
-from compress.pipeline import resume
+from compress.pipeline import precision, resume
 from compress.pipeline.parts import Parts, digest_of
 from compress.pipeline.run import Result, finished, run
 from compress.progress import console
@@ -29,6 +29,7 @@ def run_stages(job: Job, directory: Path, data_sets: DataSets) -> Result:
         if (directory / "result.json").exists():
             return finished(directory)
         started = resume.record_start(directory, job.overrides)
+        precision.settle([*job.stages, job], directory, data_sets)
         for stage in job.stages:
             if not (directory / stage.name / "result.json").exists():
                 write_config(directory / stage.name, stage.config)

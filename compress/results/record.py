@@ -28,6 +28,7 @@ class Hardware(Part):
     processor: str = ""
     cores: int | None = None
     threads: int | None = None  # that PyTorch trained on
+    precision: str | None = None  # in which the student was trained, as `trainer.precision`; null: nothing was trained
     memory_gb: float | None = None
     accelerator: str | None = None  # the GPU's name; null: the CPU
 

@@ -25,14 +25,18 @@ PACKAGES = (
 IN_FILES = ("python", "compress", "torch", "commit")
 
 
-def surroundings(threads: int | None = None) -> dict[str, Any]:
-    """`versions` and `hardware` of `compress.results.record.Record`; `threads` are those of the training, if any."""
+def surroundings(threads: int | None = None, precision: str | None = None) -> dict[str, Any]:
+    """`versions` and `hardware` of `compress.results.record.Record`.
+
+    `threads` and `precision` are those of the training, if any.
+    """
     return {
         "versions": versions(),
         "hardware": {
-            "processor": _processor(),
+            "processor": processor(),
             "cores": os.cpu_count(),
             "threads": threads or torch.get_num_threads(),
+            "precision": precision,
             "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
             "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         },
@@ -71,7 +75,8 @@ def commit() -> str | None:
         return None
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The name of the CPU."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

@@ -111,3 +111,12 @@ def test_half_precision_is_computed_in_float32():
     student, teacher = features(2, 3, 4, 4).bfloat16(), features(2, 3, 4, 4, seed=1).bfloat16()
     assert attention_loss(student, teacher).dtype == torch.float32
     torch.testing.assert_close(attention_loss(student, teacher), attention_loss(student.float(), teacher.float()))
+
+
+@pytest.mark.parametrize("loss", [distance_loss, angle_loss])
+def test_relations_are_computed_in_float32_under_autocast(loss):
+    student, teacher = features(8, 16), features(8, 16, seed=1)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = loss(student.float(), teacher.float())
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), loss(student.double(), teacher.double()), rtol=1e-5, atol=1e-7)

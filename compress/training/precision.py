@@ -1,0 +1,60 @@
+"""Whether networks train faster under bfloat16 autocast than in float32: some steps of each, timed.
+
+A processor that computes in bfloat16 gains on large convolutions, and may lose on small ones what the conversions cost.
+"""
+
+import time
+from collections.abc import Sequence
+from statistics import median
+
+import torch
+from torch import Tensor, nn
+
+from compress.models.memory_format import lay_out
+
+# As trainer.precision has them.
+FLOAT32, BFLOAT16 = "32-true", "bf16-mixed"
+# So many times as fast as in float32 a step has to be for bfloat16.
+GAIN = 1.05
+# Steps of each, of which the first warms up, and after how many seconds no further ones are begun.
+STEPS = 40
+SECONDS = 2.0
+
+
+def faster(speedup: float) -> str:
+    """The value of trainer.precision for networks whose step bfloat16 makes `speedup` times as fast."""
+    return BFLOAT16 if speedup >= GAIN else FLOAT32
+
+
+def speedup_of_bfloat16(
+    networks: Sequence[nn.Module], batch_size: int, input_shape: tuple[int, int, int], device: torch.device
+) -> float:
+    """How many times as fast a step of all `networks` is under bfloat16 autocast: the ratio of the median times.
+
+    A step is forward and backward for random images of `input_shape`, (C, H, W), as training lays them out. Steps of
+    both kinds take turns, so that whatever else the machine does slows both. The networks are used up: they are moved
+    to `device`, and their BatchNorm has other statistics. Random numbers are drawn from the global generator.
+    """
+    images = torch.randn(batch_size, *input_shape, device=device).contiguous(memory_format=torch.channels_last)
+    for network in networks:
+        lay_out(network.to(device).train(), input_shape)
+    started = time.perf_counter()
+    pairs: list[tuple[float, float]] = []
+    while len(pairs) < 2 or (len(pairs) < STEPS and time.perf_counter() - started < SECONDS):
+        pairs.append((_seconds(networks, images, False), _seconds(networks, images, True)))
+    float32, bfloat16 = zip(*pairs[1:], strict=True)
+    speedup: float = median(float32) / median(bfloat16)
+    return speedup
+
+
+def _seconds(networks: Sequence[nn.Module], images: Tensor, autocast: bool) -> float:
+    """The time of one step."""
+    started = time.perf_counter()
+    for network in networks:
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=autocast):
+            logits: Tensor = network(images)
+        logits.float().square().mean().backward()
+        network.zero_grad()
+    if images.device.type == "cuda":
+        torch.cuda.synchronize(images.device)
+    return time.perf_counter() - started
