@@ -30,9 +30,11 @@ from compress.results.surroundings import processor
 from compress.stopping import raise_if_stopped
 from compress.training.precision import BFLOAT16, FLOAT32, faster, speedup_of_bfloat16
 from compress.training.processes import processes
-from compress.training.threads import threads_for
+from compress.training.threads import MACS_PER_THREAD, threads_for
 
 AUTO = "auto"
+# Multiply-accumulates of a batch, forward, below which conversions cost a CPU more than bfloat16 gains.
+LEAST_WORK = MACS_PER_THREAD
 
 
 def settle(jobs: Sequence[Job], directory: Path, data_sets: DataSets) -> None:
@@ -64,7 +66,11 @@ def decide(parts: Parts) -> tuple[str, str]:
     if parts.plain["trainer"]["gradient_clip_val"] is not None and parts.plain["optimizer"].get("fused"):
         return FLOAT32, ": trainer.gradient_clip_val allows bf16 with optimizer.fused=false"
     forked = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=forked), threads_for(_macs(parts) * parts.data.batch_size) as threads:
+    with torch.random.fork_rng(devices=forked):
+        work = _macs(parts) * parts.data.batch_size
+    if device.type == "cpu" and work < LEAST_WORK:
+        return FLOAT32, ": a step is too small for bf16 to pay"
+    with torch.random.fork_rng(devices=forked), threads_for(work) as threads:
         networks = _networks(parts)
         share = min(parts.data.batch_size, len(parts.data.splits["train"])) // processes(parts.plain["trainer"])
         identity = {

@@ -41,6 +41,7 @@ def timed(monkeypatch):
         precision, "speedup_of_bfloat16", lambda *arguments: counted.append(arguments) or speedup(*arguments)
     )
     monkeypatch.setattr(timing, "STEPS", 2)
+    monkeypatch.setattr(precision, "LEAST_WORK", 0)
     return counted
 
 
@@ -98,6 +99,13 @@ def test_steps_are_timed_once_for_a_network_and_batch_size(timed, monkeypatch, v
     for changed in ("data.batch_size=8", "student=resnet20", "data.image_size=12"):
         precision.decide(parts_of(*ALONE, changed))
     assert len(timed) == len(kept()) == 4
+
+
+def test_a_small_step_is_not_timed(timed, monkeypatch):
+    monkeypatch.setattr(precision, "LEAST_WORK", 10**9)
+    wins(monkeypatch, BFLOAT16)
+    assert precision.decide(parts_of(*ALONE)) == (FLOAT32, ": a step is too small for bf16 to pay")
+    assert (timed, kept()) == ([], [])
 
 
 def test_whatever_teaches_a_student_and_copies_of_it_share_its_decision(timed):
