@@ -7,6 +7,7 @@ from compress.benchmarks import (
     convergence,
     data,
     files,
+    gpu,
     optimizers,
     pruning,
     quantization,
@@ -21,7 +22,19 @@ from compress.errors import add_debug, exit_code
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="BENCHMARK")
-    for module in (convergence, data, files, optimizers, pruning, quantization, report, solver, step, timm_families):
+    for module in (
+        convergence,
+        data,
+        files,
+        gpu,
+        optimizers,
+        pruning,
+        quantization,
+        report,
+        solver,
+        step,
+        timm_families,
+    ):
         name = module.__name__.rpartition(".")[2]
         command = commands.add_parser(name, help=module.__doc__.partition(":")[0], description=module.__doc__)
         module.add_arguments(command)

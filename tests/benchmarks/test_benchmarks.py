@@ -212,3 +212,13 @@ def test_steps_are_timed_in_every_way(run_benchmark, tmp_path):
     assert all(len(times) == 1 and times[0] > 0 for times in figures["seconds"].values())
     assert figures["ratios"]["cached / peer"] == figures["seconds"]["peer"][0] / figures["seconds"]["cached"][0]
     assert {"hardware", "versions", "options"} < set(figures)
+
+
+def test_without_a_gpu_it_is_said_what_could_not_be_done(run_benchmark, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    code, output, _ = run_benchmark("gpu")
+    assert code == 0
+    parts = ["tests", "distilling", "quantization"]
+    assert output.splitlines() == [f"{name}: not done, found no GPU" for name in parts]
+    figures = json.loads((tmp_path / "gpu.json").read_text())
+    assert (figures["done"], list(figures["not_done"])) == ({}, parts)
