@@ -16,6 +16,7 @@ from compress.data.shared import DataSets
 from compress.export.packed import file_bytes
 from compress.pipeline.check import limited
 from compress.pipeline.parts import Parts
+from compress.pipeline.teacher_cache import cached_views
 from compress.pipeline.teachers import cache_path
 from compress.progress import console
 from compress.quantization import Measures
@@ -35,9 +36,10 @@ def show(job: Job, data_sets: DataSets) -> None:
     console.print(printed)
 
     batch, epochs = _batch(parts, parts.plain["data"]["batch_size"]), parts.plain["trainer"]["max_epochs"]
-    step = _seconds(lambda: _step(student, batch, parts.data.input_shape)) + teacher_seconds
+    step = _seconds(lambda: _step(student, batch, parts.data.input_shape))
     batches = limited(len(parts.data.train_dataloader()), parts.plain["trainer"].get("limit_train_batches"))
-    minutes["student"] = epochs * batches * step / 60
+    answered = min(epochs, cached_views(parts) or epochs)
+    minutes["student"] = batches * (epochs * step + answered * teacher_seconds) / 60
     sizes = _sizes(parts, student)
     if sizes:
         console.print(

@@ -23,14 +23,12 @@ def with_cache(
     The files lie beside the teachers, `name` is in theirs. They are those of equal teachers, precisions, images,
     augmentations and, where that is random, seeds: of other runs, stages and jobs, too.
     """
-    views = parts.method_options.get("teacher_cache")
+    views = cached_views(parts)
     if views is None:
+        if parts.method_options.get("teacher_cache") == "auto":
+            console.print(f"teacher cache: off, {_why_not(parts)}")
         return teacher
-    reason = _why_not(parts)
-    if reason is not None:
-        console.print(f"teacher cache: off, {reason}")
-        return teacher
-    data, views = parts.data, 1 if views == "auto" else views
+    data = parts.data
     data.replay(views)
     about = {
         "teacher": teacher.digest(),
@@ -57,10 +55,16 @@ def with_cache(
     return CachedTeacher(teacher, views, opened, data.training_view, parts.device)
 
 
+def cached_views(parts: Parts) -> int | None:
+    """How many views of each image the run's teacher answers once; None where it answers in every step."""
+    views: int | str | None = parts.method_options.get("teacher_cache")
+    if views == "auto":
+        views = 1 if _why_not(parts) is None else None
+    return None if views is None or parts.updates_teacher else int(views)
+
+
 def _why_not(parts: Parts) -> str | None:
-    """Why the teacher has to answer in every step; None where it does not."""
-    if parts.method_options["teacher_cache"] != "auto":
-        return None
+    """Why the teacher has to answer in every step under `auto`; None where it does not."""
     if parts.mixup is not None and parts.mixup.teacher_sees == "mixed":
         return "the teacher sees blended images"
     if parts.data.augmentation.is_random:
