@@ -31,7 +31,7 @@ MAIN = {
     "gpfq": ["quantizer=gpfq", *TUNED, ALL],
     "gpfq, all layers": ["quantizer=gpfq", *TUNED, "quantizer.bits=[2]", "quantizer.first_last_bits=null"],
     "gpfq, inputs 8 bit": ["quantizer=gpfq", *TUNED, "quantizer.bits=[8]", "quantizer.activation_bits=8"],
-    "gpfq, rates": ["quantizer=gpfq", *TUNED, "quantizer.bits=[]", "quantizer.rates=[3,2,1.5,1.25,1,0.75,0.6,0.5]"],
+    "gpfq, rates": ["quantizer=gpfq", *TUNED, "quantizer.bits=[]", "quantizer.rates=[3,2.04,1.4,1.03,0.74,0.6]"],
     # Within the size of 3 bit.
     "gpfq, budget": ["quantizer=gpfq", *TUNED],
 }
