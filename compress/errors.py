@@ -51,13 +51,22 @@ def in_one_line(failure: Exception) -> str | None:
     """What to tell the user of `failure`; None for a fault of the program, which is to be seen with its traceback."""
     if isinstance(failure, UserError):
         return printable(str(failure))
-    if isinstance(failure, OSError) and failure.errno in MACHINE:
-        what = f"{failure.filename or 'a file'}: {failure.strerror}"
-    elif type(failure).__name__ in MEMORY:
-        what = "found too little memory; accepted: a smaller data.batch_size, or a smaller network"
-    else:
+    cause: BaseException | None = failure
+    # Libraries have errors of their own that they raise from the machine's, such as Python's logging.
+    while cause is not None and (what := _refused(cause)) is None:
+        cause = cause.__cause__
+    if cause is None:
         return None
     return printable(f"{what}; to go on after that: {getattr(failure, 'go_on', 'the same command')}")
+
+
+def _refused(failure: BaseException) -> str | None:
+    """What the machine would not do; None where it did not refuse anything."""
+    if isinstance(failure, OSError) and failure.errno in MACHINE:
+        return f"{failure.filename or 'a file'}: {failure.strerror}"
+    if type(failure).__name__ in MEMORY:
+        return "found too little memory; accepted: a smaller data.batch_size, or a smaller network"
+    return None
 
 
 def add_debug(parser: ArgumentParser) -> None:

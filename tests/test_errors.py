@@ -88,3 +88,29 @@ def test_a_failure_of_a_library_that_is_no_refusal_of_the_machine_keeps_what_it_
 def test_a_checkpoint_that_may_not_be_read_is_not_called_damaged(tmp_path):
     with pytest.raises(IsADirectoryError):
         epoch_of(tmp_path)
+
+
+def test_what_the_machine_refused_is_said_of_a_librarys_own_error_too(tmp_path, capsys):
+    refused = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/run.log")
+
+    def configure():
+        try:
+            raise refused
+        except OSError as failure:
+            raise ValueError("Unable to configure handler 'file'") from failure
+
+    assert exit_code(configure) == 1
+    assert capsys.readouterr().err == (
+        "error: runs/run.log: No space left on device; to go on after that: the same command\n"
+    )
+
+
+def test_a_fault_that_was_only_met_on_the_way_from_another_shows_its_traceback():
+    def work():
+        try:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/run.log")
+        except OSError:
+            raise KeyError("a fault of the program")  # noqa: B904  # which nothing says the refusal led to
+
+    with pytest.raises(KeyError):
+        exit_code(work)
