@@ -50,6 +50,7 @@ TRAINER = {
     # These three are ours.
     "early_stopping": Count | None,
     "log_every": Annotated[int, Field(ge=0)],
+    "compile": bool,
     "ema_decay": Annotated[float, Field(gt=0, lt=1)] | None,
 }
 TRAINER_REQUIRED = (

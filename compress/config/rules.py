@@ -1,5 +1,7 @@
 """What the parts of a configuration ask of each other, as far as the configuration alone can tell."""
 
+import os
+import shutil
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from typing import Any
@@ -151,6 +153,16 @@ def _check_teacher_cache(config: DictConfig) -> None:
         raise UserError(f"method.teacher_cache: found {views} {problem}; accepted: auto, null")
 
 
+def _check_compiling(config: DictConfig) -> None:
+    if "features" in method_of(config).needs:
+        raise UserError(
+            "trainer.compile: found true, but this method reads features inside the networks; accepted: false"
+        )
+    on_cpu = config.trainer.accelerator == "cpu" or not torch.cuda.is_available()
+    if on_cpu and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
+        raise UserError("trainer.compile: found true, but no C++ compiler; accepted: false, or CXX=COMPILER")
+
+
 def _check_training(config: DictConfig) -> None:
     trainer = config.trainer
     if trainer.accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
@@ -163,6 +175,8 @@ def _check_training(config: DictConfig) -> None:
                 raise UserError(
                     f"{where}.precision: found '16-mixed', which needs a GPU; accepted here: bf16-mixed, 32-true"
                 )
+    if trainer.get("compile"):
+        _check_compiling(config)
     if trainer.get("gradient_clip_algorithm") is not None and trainer.gradient_clip_val is None:
         raise UserError(
             f"trainer.gradient_clip_algorithm: found {trainer.gradient_clip_algorithm!r} without "

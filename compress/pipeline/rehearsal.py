@@ -4,6 +4,7 @@ A training step with its loss and gradients, a checkpoint written and read, fold
 exporter.
 """
 
+import copy
 import io
 import tempfile
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from compress.methods.frozen_teacher import FrozenEnsemble, FrozenTeacher
 from compress.methods.learning_teacher import LearningTeacher
 from compress.models.inference import full_float32
 from compress.models.masks import weight_of
+from compress.models.outputs import logits
 from compress.pipeline.parts import Parts
 from compress.quantization import Correction, GridOptions, QuantizedModel, Quantizer, Refinement
 from compress.quantization.comparisons import compare
@@ -86,11 +88,26 @@ def _train(parts: Parts, learner: Classifier, images: Tensor) -> None:
         learner.train()
         _, terms = learner.losses(images, target, None)
         sum(terms.values(), images.new_zeros(())).backward()
+    if parts.plain["trainer"].get("compile"):
+        _compile(learner.model, images)
     file = io.BytesIO()
     torch.save(learner.state_dict(), file)
     file.seek(0)
     with _said(parts, "student", "a state that cannot be read back from a checkpoint"):
         learner.load_state_dict(torch.load(file, weights_only=True))
+
+
+def _compile(network: nn.Module, images: Tensor) -> None:
+    """A step of a compiled copy, for which a compiler works minutes, and whose result is kept for the training."""
+    compiled = copy.deepcopy(network)
+    compiled.compile()
+    try:
+        logits(compiled(images)).square().mean().backward()
+    except Exception as failure:  # of the compiler, of what it calls, or of the network
+        raise UserError(
+            f"trainer.compile: found true, but PyTorch cannot compile the student ({type(failure).__name__}: "
+            f"{first_line(failure)}); accepted: false"
+        ) from failure
 
 
 def _quantize(parts: Parts, quantizer: Quantizer, student: nn.Module, images: Tensor) -> list[QuantizedModel]:

@@ -41,13 +41,16 @@ def fit(
 
     `directory` receives `best.ckpt` (highest validation accuracy, the earliest of equals) and `last.ckpt`, written
     at the end of every epoch. Training that diverges ends, with the best epoch before that. `trainer_options` are
-    Lightning's, and `early_stopping`, `log_every` and `ema_decay`. Epochs before `first_best`, counted from 0, are not
-    yet what is wanted: none of them can be the best, and none counts for early stopping.
+    Lightning's, and `early_stopping`, `log_every`, `ema_decay` and `compile`. Epochs before `first_best`, counted from
+    0, are not yet what is wanted: none of them can be the best, and none counts for early stopping.
 
     Raises UserError where training diverges in the first epoch.
     """
     options = arguments_of(trainer_options)
     called = _callbacks(options, directory, label, callbacks, first_best)
+    if options.pop("compile", False):
+        for network in module.learning_networks:
+            network.compile()
     if device(options["accelerator"]).type == "cuda" and options.get("deterministic") is None:
         # A resumed run is to end as the undisturbed one would have.
         options["deterministic"] = None if options.get("benchmark") else "warn"
