@@ -67,7 +67,7 @@ class Row:
 
     quantizer: Annotated[str, Column("`none`: the float32 student; `lsq`: trained on its grids; otherwise the solver")]
     bits: Annotated[
-        int | float, Positive, Column("width of inner layers' codes, or coded bits of a weight; 32: floats")
+        int | float, Field(ge=0), Column("width of inner layers' codes, or coded bits of a weight; 32: floats")
     ]
     levels: Annotated[int | None, Column("values that a weight there can take; empty: floats or coded bits")]
     first_last_bits: Annotated[int | None, Column("width of the codes of the first and the last layer in bits")]

@@ -143,3 +143,12 @@ def test_without_labels_there_is_no_accuracy_to_compute_with(tmp_path):
 def test_every_field_of_a_row_says_what_it_means():
     assert list(COLUMNS) == [field.name for field in fields(Row)]
     assert all(column.meaning for column in COLUMNS.values())
+
+
+def test_a_network_whose_codes_are_all_one_has_a_row_that_is_read_back(tmp_path):
+    [directory] = write_runs(tmp_path, 1, epochs=1, layers=3)
+    record = Record.read(directory / "result.json")
+    row = replace(record.rows[-1], bits=0.0, levels=None, first_last_bits=None)
+    record.model_copy(update={"rows": (*record.rows, row)}).write(directory)
+    assert Record.read(directory / "result.json").rows[-1] == row
+    assert row.width == "0.0 bits/weight"
