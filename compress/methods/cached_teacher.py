@@ -97,7 +97,7 @@ class CachedTeacher:
             file, known = self.opened(None), []
             if file is None:
                 return None
-        missing = sorted(set(range(file.chunks)) - set(known))
+        missing, before, started = sorted(set(range(file.chunks)) - set(known)), self.computed, time.perf_counter()
         # Jobs that begin together begin at different places, and find there what the others have done.
         first = os.getpid() % max(len(missing), 1)
         missing = [*missing[first:], *missing[:first]]
@@ -106,6 +106,11 @@ class CachedTeacher:
             for chunk, images in zip(chunks, self.images(view, [file.rows(chunk) for chunk in chunks]), strict=True):
                 file.write(chunk, self.teacher(images))
                 self.computed += len(images)
+        computed = self.computed - before
+        console.print(
+            f"teacher cache: {file.images - computed:,} logits found, {computed:,} computed in "
+            f"{time.perf_counter() - started:.1f} s"
+        )
         return file
 
     def _agrees(self, file: LogitFile, view: int, chunk: int) -> bool:

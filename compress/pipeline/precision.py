@@ -62,7 +62,7 @@ def decide(parts: Parts) -> tuple[str, str]:
     """
     device = parts.device
     if low_precision_dtype(device) is None:
-        return FLOAT32, ""
+        return FLOAT32, ": the processor has no bf16"
     if parts.plain["trainer"]["gradient_clip_val"] is not None and parts.plain["optimizer"].get("fused"):
         return FLOAT32, ": trainer.gradient_clip_val allows bf16 with optimizer.fused=false"
     forked = [device] if device.type == "cuda" else []

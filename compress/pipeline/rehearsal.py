@@ -30,6 +30,7 @@ from compress.quantization.comparisons import compare
 from compress.quantization.preparation import prepare
 from compress.quantization.solvers import RTN
 from compress.quantization.tuning import Tuner
+from compress.training.compiling import compile_networks
 
 # Options under which quantizing costs next to nothing.
 CHEAP: dict[str, Any] = {
@@ -100,7 +101,7 @@ def _train(parts: Parts, learner: Classifier, images: Tensor) -> None:
 def _compile(network: nn.Module, images: Tensor) -> None:
     """A step of a compiled copy, for which a compiler works minutes, and whose result is kept for the training."""
     compiled = copy.deepcopy(network)
-    compiled.compile()
+    compile_networks([compiled])
     try:
         logits(compiled(images)).square().mean().backward()
     except Exception as failure:  # of the compiler, of what it calls, or of the network

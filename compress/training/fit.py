@@ -20,6 +20,7 @@ from compress.methods.classifier import Classifier
 from compress.progress import console
 from compress.training import processes
 from compress.training.averaging import MovingAverage
+from compress.training.compiling import compile_networks
 from compress.training.epoch_lines import EpochLines, is_validated
 from compress.training.torch_flags import TorchFlags
 
@@ -49,8 +50,7 @@ def fit(
     options = arguments_of(trainer_options)
     called = _callbacks(options, directory, label, callbacks, first_best)
     if options.pop("compile", False):
-        for network in module.learning_networks:
-            network.compile()
+        compile_networks(module.learning_networks)
     if device(options["accelerator"]).type == "cuda" and options.get("deterministic") is None:
         # A resumed run is to end as the undisturbed one would have.
         options["deterministic"] = None if options.get("benchmark") else "warn"

@@ -83,7 +83,7 @@ def equal(one, other):
 
 def test_a_processor_without_bfloat16_times_and_keeps_nothing(timed, monkeypatch):
     monkeypatch.setattr(precision, "low_precision_dtype", lambda device: None)
-    assert precision.decide(parts_of(*ALONE)) == (FLOAT32, "")
+    assert precision.decide(parts_of(*ALONE)) == (FLOAT32, ": the processor has no bf16")
     assert timed == kept() == []
 
 

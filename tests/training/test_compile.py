@@ -1,5 +1,6 @@
 """`trainer.compile=true` trains the same network, or says that it cannot."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from torch import nn
 import compress
 from compress.cli import main
 from compress.errors import UserError
+from compress.training.compiling import CACHE, compile_networks
 
 RUN = ["data.limit=100", "data.batch_size=16", "trainer.max_epochs=2", "trainer.accelerator=cpu", "quantizer=none"]
 RUN += ["export=packed", "trainer.log_every=0"]
@@ -75,3 +77,15 @@ def test_where_it_cannot_work_it_is_refused_in_one_line(typed, compilers, messag
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith("error: trainer.compile: found true")
     assert message in line
+
+
+def test_a_process_compiles_in_a_folder_of_its_own_unless_told_otherwise(tmp_path, monkeypatch):
+    monkeypatch.delenv(CACHE, raising=False)
+    compile_networks([small()])
+    own = Path(os.environ[CACHE])
+    assert own.is_dir()
+    compile_networks([small()])
+    assert os.environ[CACHE] == str(own)
+    monkeypatch.setenv(CACHE, str(tmp_path))
+    compile_networks([small()])
+    assert os.environ[CACHE] == str(tmp_path)
