@@ -216,8 +216,10 @@ class _Clock(pl.Callback):
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.elapsed = -_now(self.device)
 
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.elapsed += _now(self.device)
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *batch: Any) -> None:
+        # Before the validation, which ends an epoch.
+        if batch[-1] + 1 == trainer.num_training_batches:
+            self.elapsed += _now(self.device)
 
 
 def _now(device: torch.device) -> float:
