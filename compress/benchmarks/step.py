@@ -116,9 +116,8 @@ def measured(arguments: argparse.Namespace) -> dict[str, Any]:
     ratios = {f"{fast} / {slow}": _ratios(times[slow], times[fast]) for slow, fast in COMPARED}
     for name, pairs in ratios.items():
         print(f"  {name}: {spread(pairs)}")
-    overhead = (
-        1000 / steps * statistics.median(map(_difference, zip(times["student"], times["bare student"], strict=True)))
-    )
+    pairs_of_student = zip(times["student"], times["bare student"], strict=True)
+    overhead = 1000 / steps * statistics.median(one - other for one, other in pairs_of_student)
     print(f"  the Trainer takes {overhead:.2f} ms a step more than a bare loop of the student")
     medians = {name: statistics.median(pairs) for name, pairs in ratios.items()}
     return {"images_per_second": speeds, "ratios": medians, "overhead_ms": overhead, "seconds": times}
@@ -126,10 +125,6 @@ def measured(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _ratios(slow: Sequence[float], fast: Sequence[float]) -> list[float]:
     return [one / other for one, other in zip(slow, fast, strict=True)]
-
-
-def _difference(pair: tuple[float, float]) -> float:
-    return pair[0] - pair[1]
 
 
 def _ways(data: Pictures, arguments: argparse.Namespace, folder: Path) -> dict[str, Callable[[], float]]:
@@ -182,12 +177,12 @@ def _ways(data: Pictures, arguments: argparse.Namespace, folder: Path) -> dict[s
         through.begin_epoch(0)
         return trainer(replayed, KD, loss=kd.KD(), teacher=through)
 
-    low_precision = torch.bfloat16 if arguments.precision.startswith("bf16") else None
+    autocast = arguments.precision.startswith("bf16")
 
     def bare(teacher: FrozenTeacher | None) -> float:
         model = student().train().to(device)
         lay_out(model, data.input_shape)
-        return _epoch(model, data.train_dataloader(), _loss(teacher), device, low_precision)
+        return _epoch(model, data.train_dataloader(), _loss(teacher), device, autocast)
 
     images = data.splits["train"].images
     pixels = cast(Tensor, images).cpu().permute(0, 2, 3, 1).contiguous().numpy()
@@ -251,7 +246,7 @@ def _epoch(
     batches: DataLoader[Any],
     loss: Callable[[Tensor, Tensor, Tensor], Tensor],
     device: torch.device,
-    low_precision: torch.dtype | None = None,
+    autocast: bool = False,
     metrics: bool = False,
 ) -> float:
     """Seconds of a loop without a Trainer; with `metrics` both accuracies are read after every step."""
@@ -259,7 +254,7 @@ def _epoch(
     started = _now(device)
     for batch in batches:
         images, target = (part.to(device, non_blocking=True) for part in batch)
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=low_precision is not None):
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=autocast):
             logits = model(images)
         value = loss(images, logits.float(), target)
         optimizer.zero_grad()

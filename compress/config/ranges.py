@@ -47,7 +47,7 @@ TRAINER = {
     "benchmark": bool | None,
     "inference_mode": bool,
     "detect_anomaly": bool,
-    # These three are ours.
+    # These are ours.
     "early_stopping": Count | None,
     "log_every": Annotated[int, Field(ge=0)],
     "compile": bool,

@@ -1,6 +1,7 @@
 """A frozen teacher whose logits for the training images are read where they are known, and computed once where not."""
 
 import os
+import random
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Annotated, Any, Literal
@@ -47,10 +48,6 @@ class CachedTeacher:
         """See `FrozenTeacher.to`."""
         self.teacher.to(device)
 
-    def to_float32(self, device: torch.device) -> None:
-        """See `FrozenTeacher.to_float32`."""
-        self.teacher.to_float32(device)
-
     def __call__(self, images: Tensor) -> Tensor:
         """The logits `(B, C)` of any images, as the teacher computes them."""
         return self.teacher(images)
@@ -68,9 +65,7 @@ class CachedTeacher:
         if view == self.view:
             return
         if view not in self.files:
-            started = time.perf_counter()
             self.files[view] = self._filled(view)
-            self.seconds += time.perf_counter() - started
         file = self.files[view]
         self.table = None if file is None else torch.from_numpy(file.values).to(self.device)
         self.view = view
@@ -88,7 +83,7 @@ class CachedTeacher:
         }
 
     def _filled(self, view: int) -> LogitFile | None:
-        file = self.opened(view)
+        file, started, before = self.opened(view), time.perf_counter(), self.computed
         if file is None:
             return None
         known = [chunk for chunk in range(file.chunks) if file.has(chunk)]
@@ -97,19 +92,19 @@ class CachedTeacher:
             file, known = self.opened(None), []
             if file is None:
                 return None
-        missing, before, started = sorted(set(range(file.chunks)) - set(known)), self.computed, time.perf_counter()
+        missing = sorted(set(range(file.chunks)) - set(known))
         # Jobs that begin together begin at different places, and find there what the others have done.
-        first = os.getpid() % max(len(missing), 1)
+        first = random.Random(os.getpid()).randrange(len(missing) or 1)
         missing = [*missing[first:], *missing[:first]]
         for start in range(0, len(missing), TOGETHER):
             chunks = [chunk for chunk in missing[start : start + TOGETHER] if not file.has(chunk)]
             for chunk, images in zip(chunks, self.images(view, [file.rows(chunk) for chunk in chunks]), strict=True):
                 file.write(chunk, self.teacher(images))
                 self.computed += len(images)
-        computed = self.computed - before
+        computed, seconds = self.computed - before, time.perf_counter() - started
+        self.seconds += seconds
         console.print(
-            f"teacher cache: {file.images - computed:,} logits found, {computed:,} computed in "
-            f"{time.perf_counter() - started:.1f} s"
+            f"teacher cache: {file.images - computed:,} logits found, {computed:,} computed in {seconds:.1f} s"
         )
         return file
 
