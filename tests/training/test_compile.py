@@ -1,12 +1,13 @@
 """`trainer.compile=true` trains the same network, or says that it cannot."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from faults import stopped_in_the_second_epoch
-from processes import Script
 from torch import nn
 
 import compress
@@ -53,10 +54,12 @@ def test_a_compiled_training_is_close_to_the_other_and_is_resumed_bit_for_bit():
 
 @pytest.mark.slow
 def test_what_the_compiler_cannot_do_is_said_before_anything_is_trained(tmp_path, monkeypatch):
-    monkeypatch.setenv("CXX", "false")
-    process = Script(SCRIPT, "method=supervised", "student=resnet8", *RUN, COMPILED, folder=tmp_path)
-    assert process.wait() == 2
-    [line] = process.said()[1].splitlines()
+    monkeypatch.setenv("CXX", "false")  # which PyTorch reads when it is imported: a process of its own
+    monkeypatch.setenv(CACHE, str(tmp_path / "compiled"))
+    command = [sys.executable, SCRIPT, "method=supervised", "student=resnet8", *RUN, COMPILED]
+    process = subprocess.run(command, capture_output=True, text=True)
+    assert process.returncode == 2
+    [line] = process.stderr.splitlines()
     assert line.startswith("error: trainer.compile: found true, but PyTorch cannot compile the student (")
     assert line.endswith("; accepted: false")
     assert not (tmp_path / "outputs").exists()
