@@ -72,7 +72,8 @@ def solve_layer_for_price(
         part = Part(weight[rows, live], gram, cross, mask[rows, live] if pruned else None)
         slices.append(rows)
         parts.append(part)
-    answers, step = solve_for_price(parts, price, options.refinement.sweeps)
+    # The ridge adds to the error of every weight, which is worth no bits: on other images there is none of it.
+    answers, step = solve_for_price(parts, price * (1 + moments.grown_ridge), options.refinement.sweeps)
     codes = torch.zeros(weight.shape, dtype=torch.int32, device=weight.device)
     for rows, answer in zip(slices, answers, strict=True):
         codes[rows, live] = answer.to(torch.int32)

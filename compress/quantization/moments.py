@@ -137,6 +137,11 @@ class Moments:
             columns = columns[:, :, -self.seen % self.every :: self.every]
         return columns if self.live is None else columns[:, self.live]
 
+    @property
+    def grown_ridge(self) -> float:
+        """The share of the mean diagonal element that is added to the diagonals, see `GramOptions`."""
+        return self.ridge * (max(1.0, FEW / self.images) + SCARCE * self.gram.shape[1] / self.count)
+
     @cached_property
     def finished(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(gram, cross, mean_quantized, mean_analog): (groups, d, d) twice and (groups, d) twice; nothing can follow.
@@ -164,9 +169,8 @@ class Moments:
         if self.ridge:
             diagonal = gram.diagonal(dim1=1, dim2=2)
             mean = diagonal.mean(1, keepdim=True)
-            grown = max(1.0, FEW / self.images) + SCARCE * gram.shape[1] / self.count
             # Where no input varies, any weight of the second term will do.
-            share = torch.where(mean > 0, self.ridge * grown * mean, 1.0)
+            share = torch.where(mean > 0, self.grown_ridge * mean, 1.0)
             diagonal.add_(share)
             if cross is not gram:
                 cross.diagonal(dim1=1, dim2=2).add_(share)
