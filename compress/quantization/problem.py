@@ -17,9 +17,10 @@ from compress.quantization.grid import Grid
 
 # Columns of a symmetric product that are made at once.
 STRIPE = 512
-# Turns the best values of a column (M,), in units of the scales, to codes in place, given 1 / G[t, t] of that column:
-# (1,), or (N,) where rows have Grams of their own.
-Decide = Callable[[Tensor, Tensor], None]
+# Turns the best values (M,) of the column of that number in a block, in units of the scales, to codes in place.
+Decide = Callable[[int, Tensor], None]
+# Makes it for a block, given 1 / G[t, t] of its columns: (b, 1), or (b, N) where rows have Grams of their own.
+DecideBlock = Callable[[Tensor], Decide]
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from compress.quantization.problem import Decide, product, rows_last
+from compress.quantization.problem import Decide, DecideBlock, product, rows_last
 from compress.quantization.refinement import sweep_once
 from compress.quantization.solvers.path_following import follow, numerators
 
@@ -69,10 +69,25 @@ class CodeLengths:
         Neighbours are separated at their midpoint, moved towards the rarer one by half of the price of the difference
         of their lengths. Where that would make a code's interval empty, it is not used.
         """
-        borders = torch.cummax(self._midpoints + price[:, None] * self._half_differences, 1).values
+        return self._between(self._borders(price), values)
+
+    def decide_block(self, price: Tensor) -> Decide:
+        """What turns values into their `nearest` codes, in place, at the prices (b, 1) or (b, M) of the columns."""
+        borders = self._borders(price).unbind(0)
+
+        def decide(column: int, values: Tensor) -> None:
+            values.copy_(self._between(borders[column], values))
+
+        return decide
+
+    def _borders(self, price: Tensor) -> Tensor:
+        """Of the codes' intervals, at each price: (..., K - 1)."""
+        return torch.cummax(self._midpoints + price[..., None] * self._half_differences, -1).values
+
+    def _between(self, borders: Tensor, values: Tensor) -> Tensor:
         # searchsorted wants as many rows of borders as of values, or a single row of either.
-        index = torch.searchsorted(borders, values.view(len(price), -1), right=True)
-        return index.flatten().to(values.dtype) + self.first
+        index = torch.searchsorted(borders, values.view(len(borders), -1), right=True)
+        return index.flatten().to(values.dtype).add_(self.first)
 
 
 def step_of(price: float, energy: float) -> float:
@@ -148,24 +163,21 @@ class _Rows:
 
     def follow(self, step: float, price: float, lengths: CodeLengths) -> None:
         keep = None if self.part.mask is None else self.part.mask.T.to(self.weight.dtype)
-        decide = self._decide(step, price, lengths)
-        self.codes = follow(self.causal / step, self.part.gram, keep, self.block_size, decide)
+        decide_block = self._decide_block(step, price, lengths)
+        self.codes = follow(self.causal / step, self.part.gram, keep, self.block_size, decide_block)
         self.moments = product(self.part.gram, self.codes)
 
     def sweep(self, step: float, price: float, lengths: CodeLengths) -> bool:
-        decide = self._decide(step, price, lengths)
+        decide_block = self._decide_block(step, price, lengths)
         target, part = self.target / step, self.part
-        return sweep_once(target, part.gram, part.mask, self.codes, self.moments, self.block_size, decide)
+        return sweep_once(target, part.gram, part.mask, self.codes, self.moments, self.block_size, decide_block)
 
     def fit(self) -> tuple[float, float]:
         """Overlap with the analog weights and energy of the codes, whose ratio is the step of least error."""
         return float((self.target * self.codes).sum()), float((self.moments * self.codes).sum())
 
-    def _decide(self, step: float, price: float, lengths: CodeLengths) -> Decide:
-        def decide(values: Tensor, inverse: Tensor) -> None:
-            values.copy_(lengths.nearest(values, price / step**2 * inverse))
-
-        return decide
+    def _decide_block(self, step: float, price: float, lengths: CodeLengths) -> DecideBlock:
+        return lambda inverse: lengths.decide_block(price / step**2 * inverse)
 
 
 def _fitted(layer: Sequence[_Rows], step: float) -> float:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from compress.arguments import check_fields
 from compress.quantization.grid import Grid
-from compress.quantization.problem import Decide, Problem, Solver, product, reciprocal, rows_last
+from compress.quantization.problem import Decide, DecideBlock, Problem, Solver, product, reciprocal, rows_last
 
 
 @dataclass(frozen=True)
@@ -78,8 +78,11 @@ def coordinate_descent(
     zero_point = grid.zero_point.to(gram.dtype)
     lowest, highest = -zero_point, grid.levels - 1 - zero_point
 
-    def decide(values: Tensor, inverse: Tensor) -> None:
-        values.round_().clamp_(lowest, highest)
+    def decide(column: int, values: Tensor) -> None:
+        torch.clamp(values.round_(), lowest, highest, out=values)
+
+    def decide_block(inverse: Tensor) -> Decide:
+        return decide
 
     # Columns along dimension 0, in units of each row's scale: (d, N). The products with the Grams outlive a change of
     # the scales, and a change of the codes is added to them.
@@ -88,7 +91,7 @@ def coordinate_descent(
     moments = product(gram, solved)
     for sweep in range(sweeps):
         scaled = target / grid.scale.to(gram.dtype)
-        changed = sweep_once(scaled, gram, problem.mask, solved, moments, block_size, decide)
+        changed = sweep_once(scaled, gram, problem.mask, solved, moments, block_size, decide_block)
         if not changed and (sweep or not refit):
             break
         if refit:
@@ -103,31 +106,34 @@ def sweep_once(
     solved: Tensor,
     moments: Tensor,
     block_size: int,
-    decide: Decide,
+    decide_block: DecideBlock,
 ) -> bool:
     """One pass over the columns of `solved` (d, N), in units of the scales, as `target`; whether a code has changed.
 
-    It changes `solved` and `moments` = G solved, both (d, N). `decide` turns what would be best of a column into codes.
+    It changes `solved` and `moments` = G solved, both (d, N). What `decide_block` makes turns what would be best of a
+    column into codes.
     """
-    inverse, rows = reciprocal(rows_last(gram).diagonal().T), solved.unbind(0)  # (d, 1) or (d, N)
+    inverse = reciprocal(rows_last(gram).diagonal().T)  # (d, 1) or (d, N)
+    count = len(inverse)
     changed = False
     if gram.dim() == 3:  # of few columns
-        block_size = len(rows)
-    for start in range(0, len(rows), block_size):
-        stop = min(start + block_size, len(rows))
-        before = solved[start:stop].clone()
-        gradient = target[start:stop] - moments[start:stop]
-        inner = rows_last(gram[..., start:stop, start:stop])
-        for step, (z, downhill) in enumerate(zip(rows[start:stop], gradient.unbind(0), strict=True)):
-            best = torch.addcmul(z, downhill, inverse[start + step])
-            decide(best, inverse[start + step])
+        block_size = count
+    for start in range(0, count, block_size):
+        stop = min(start + block_size, count)
+        codes, scale = solved[start:stop], inverse[start:stop]
+        best = torch.addcmul(codes, target[start:stop] - moments[start:stop], scale)
+        # What a unit of the code of one column takes from what is best of another.
+        inner = rows_last(gram[..., start:stop, start:stop]) * scale
+        decide = decide_block(scale)
+        for column, (values, before) in enumerate(zip(best.unbind(0), codes.unbind(0), strict=True)):
+            decide(column, values)
             if mask is not None:
-                best = torch.where(mask[:, start + step], best, z)
-            gradient.addcmul_(inner[step], best - z, value=-1)
-            z.copy_(best)
-        moved = solved[start:stop] - before
+                torch.where(mask[:, start + column], values, before, out=values)
+            best[column + 1 :].addcmul_(inner[column, column + 1 :], values - before, value=-1)
+        moved = best - codes
         if bool(moved.any()):
             changed = True
+            codes.copy_(best)
             if gram.dim() == 2:
                 moments.addmm_(gram[:, start:stop], moved)
             else:

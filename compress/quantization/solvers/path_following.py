@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor
 
 from compress.quantization.grid import code_dtype
-from compress.quantization.problem import STRIPE, Decide, Problem, Solver, product, reciprocal, rows_last
+from compress.quantization.problem import STRIPE, Decide, DecideBlock, Problem, Solver, product, reciprocal, rows_last
 
 Threshold = Annotated[float, Field(ge=0)]
 BlockSize = Annotated[int, Field(ge=1)]
@@ -97,11 +97,13 @@ def follow_path(problem: Problem, block_size: int, rounded: Round) -> Tensor:
     target = target.repeat(1, scale.shape[0] // problem.weight.shape[0]) / scale
     lowest, highest = -zero_point, grid.levels - 1 - zero_point
 
-    def decide(values: Tensor, inverse: Tensor) -> None:
-        rounded(values)
-        torch.clamp(values, lowest, highest, out=values)
+    def decide(column: int, values: Tensor) -> None:
+        torch.clamp(rounded(values), lowest, highest, out=values)
 
-    solved = follow(target, gram, keep, block_size, decide)
+    def decide_block(inverse: Tensor) -> Decide:
+        return decide
+
+    solved = follow(target, gram, keep, block_size, decide_block)
     answer = solved.T.add_(zero_point[:, None]).to(codes.dtype)
     if index is None:
         return answer.contiguous()
@@ -109,8 +111,8 @@ def follow_path(problem: Problem, block_size: int, rounded: Round) -> Tensor:
     return codes
 
 
-def follow(target: Tensor, gram: Tensor, keep: Tensor | None, block_size: int, decide: Decide) -> Tensor:
-    """Steps (d, M) from the numerators `target` (d, M), which are overwritten; `keep` (d, M) is 0 where pruned.
+def follow(target: Tensor, gram: Tensor, keep: Tensor | None, block_size: int, decide_block: DecideBlock) -> Tensor:
+    """Steps (d, M), in place of the numerators `target` (d, M) that they come from; `keep` (d, M) is 0 where pruned.
 
     Columns lie along dimension 0, which keeps the row of one step contiguous.
     """
@@ -118,25 +120,25 @@ def follow(target: Tensor, gram: Tensor, keep: Tensor | None, block_size: int, d
     count, rows = inverse.shape
     if gram.dim() == 3:  # of few columns
         block_size = count
-    solved = torch.empty_like(target)
     # Where rows have Grams of their own, these are shared by the candidates, which lie along a dimension in between.
     apart = (-1, rows)
     for start in range(0, count, block_size):
         stop = min(start + block_size, count)
         block = target[start:stop]
         if start:
-            block.addmm_(gram[start:stop, :start], solved[:start], alpha=-1)
-        # Column t of the transposed copy is contiguous: the weights with which step t reaches the later ones.
-        inner = rows_last(gram[..., start:stop, start:stop].transpose(-1, -2))
-        for step in range(stop - start):
-            z = solved[start + step]
-            torch.mul(block[step].view(apart), inverse[start + step], out=z.view(apart))
-            decide(z, inverse[start + step])
+            block.addmm_(gram[start:stop, :start], target[:start], alpha=-1)
+        scale = inverse[start:stop]
+        block.unflatten(1, apart).mul_(scale[:, None])
+        # What a unit of one step takes from a later one. Of the transposed copy a step reads what lies together.
+        inner = (rows_last(gram[..., start:stop, start:stop].transpose(-1, -2)) * scale)[:, :, None]
+        decide = decide_block(scale)
+        later = block.unflatten(1, apart)
+        for step, values in enumerate(block.unbind(0)):
+            decide(step, values)
             if keep is not None:
-                z.mul_(keep[start + step])
-            if step + 1 < stop - start:
-                block[step + 1 :].unflatten(1, apart).addcmul_(inner[step, step + 1 :, None], z.view(apart), value=-1)
-    return solved
+                values.mul_(keep[start + step])
+            later[step + 1 :].addcmul_(inner[step, step + 1 :], values.view(apart), value=-1)
+    return target
 
 
 def numerators(weight: Tensor, cross: Tensor, live: Tensor | None, block_size: int) -> Tensor:
