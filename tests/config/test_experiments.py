@@ -93,6 +93,33 @@ def test_every_method_fits_the_replaced_projects_grid(methods, tmp_path, monkeyp
     assert {job.config.quantizer.grid.alphabet for job in jobs} == {"published"}
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["supervised", "kd"])
+def test_the_fast_recipe_takes_cifar_a_teacher_and_every_export(method, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_cifar10(tmp_path / "data", monkeypatch)
+    options = ["experiment=fast", "data=cifar10", "data.root=data", "data.batch_size=64", "trainer.max_epochs=2"]
+    options += [] if method == "supervised" else ["method=kd", "teacher=resnet8", "teacher.training.epochs=1"]
+    options += ["quantizer.bits=4", "quantizer.calibration_images=64", "export=[packed,onnx]", "hydra.run.dir=run"]
+    assert main(options) == 0
+    with (tmp_path / "run" / "tradeoff.csv").open() as stream:
+        rows = list(csv.DictReader(stream))
+    assert [(row["quantizer"], Path(row["file"]).suffix) for row in rows] == [
+        ("none", ".safetensors"),
+        ("none", ".onnx"),
+        ("gpfq", ".safetensors"),
+        ("gpfq", ".onnx"),
+    ]
+
+
+@pytest.mark.parametrize("data", ["fashion_mnist", "cifar10", "cifar100"])
+def test_the_fast_recipe_composes_for_each_of_its_data_sets(data, capsys):
+    assert main(["experiment=fast", f"data={data}", "student=resnet20", "--cfg", "job"]) == 0
+    composed = OmegaConf.create(capsys.readouterr().out)
+    assert composed.data._target_.rpartition(".")[2].lower() == data.replace("_", "")
+    assert composed.student.stem == "resnet20"
+
+
 @pytest.mark.parametrize("name", ["capstone_cifar10", "capstone_cifar100", "fashion_mnist_study"])
 def test_an_experiment_for_every_method_names_neither_method_nor_teacher(name):
     node = OmegaConf.load(CONF / "experiment" / f"{name}.yaml")

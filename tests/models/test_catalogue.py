@@ -17,7 +17,9 @@ CIFAR = {f"resnet{depth}": (depth, SMALL) for depth in (8, 20, 32, 44, 56, 110)}
 CIFAR |= {"resnet8x4": (8, WIDE), "resnet32x4": (32, WIDE)}
 WRN = {"wrn_16_1": (16, 1), "wrn_16_2": (16, 2), "wrn_40_1": (40, 1), "wrn_40_2": (40, 2)}
 TORCHVISION = {"resnet18": (18, [2, 2, 2, 2]), "resnet34": (34, [3, 4, 6, 3]), "resnet50": (50, [3, 4, 6, 3])}
-VGG = {"vgg8": 1, "vgg13": 2}  # convolutions in each stage
+VGG_WIDE = (64, 128, 256, 512, 512)
+# Convolutions in each stage, and their channels.
+VGG = {"vgg8": (1, VGG_WIDE), "vgg13": (2, VGG_WIDE), "vgg8_narrow": (1, (16, 32, 64, 128, 128))}
 # Channels, blocks, and how many times as wide the blocks are inside.
 MOBILE = [(8, 1, 1), (12, 2, 6), (16, 3, 6), (32, 4, 6), (48, 3, 6), (80, 3, 6), (160, 1, 6)]
 FURTHER = [*VGG, "mobilenetv2", "shufflenetv1", "shufflenetv2", "densenet121", "mobilenetv3_small"]
@@ -100,16 +102,16 @@ def torchvision_layout(depth, blocks, classes):
     return shapes
 
 
-def vgg_layout(convolutions, classes):
+def vgg_layout(convolutions, widths, classes):
     shapes, channels = {}, 3
-    for stage, out in enumerate((64, 128, 256, 512, 512)):
+    for stage, out in enumerate(widths):
         for index in range(convolutions):
             name = f"block{stage}.{3 * index}"
             conv(shapes, name, out, channels, 3)
             shapes[f"{name}.bias"] = (out,)
             norm(shapes, f"block{stage}.{3 * index + 1}", out)
             channels = out
-    linear(shapes, "classifier", classes, 512)
+    linear(shapes, "classifier", classes, channels)
     return shapes
 
 
@@ -182,7 +184,7 @@ def layout(stem, classes):
     if stem in TORCHVISION:
         return torchvision_layout(*TORCHVISION[stem], classes)
     if stem in VGG:
-        return vgg_layout(VGG[stem], classes)
+        return vgg_layout(*VGG[stem], classes)
     if stem == "densenet121":
         return torchvision_own("densenet121", classes, **{"features.conv0.weight": (64, 3, 3, 3)})
     if stem == "mobilenetv3_small":
@@ -281,6 +283,19 @@ def test_an_image_of_32_pixels_shrinks_as_in_the_published_network(stem, names, 
         model.get_submodule(name).register_forward_hook(lambda *hooked: seen.append(hooked[2].shape[-1]))
     model(torch.randn(1, 3, 32, 32))
     assert seen == sides
+
+
+def test_vgg_pools_in_front_of_the_activation_what_the_published_network_pools_behind_it():
+    torch.manual_seed(0)
+    model, images = build("vgg8_narrow", 10), torch.randn(8, 3, 16, 16)
+    logits = model(images)
+    gradients = torch.autograd.grad(logits.square().sum(), [*model.parameters()])
+    x = images
+    for block in (model.block0, model.block1, model.block2):
+        x = nn.functional.max_pool2d(torch.relu(block(x)), 2)
+    published = model.classifier(torch.relu(model.block4(torch.relu(model.block3(x)))).mean((2, 3)))
+    torch.testing.assert_close(logits, published)
+    torch.testing.assert_close(gradients, torch.autograd.grad(published.square().sum(), [*model.parameters()]))
 
 
 def test_channels_are_shuffled_one_from_each_group_in_turn():
