@@ -26,6 +26,7 @@ class Part(BaseModel):
 
 class Hardware(Part):
     processor: str = ""
+    features: list[str] = []  # of the processor, such as avx512_vnni, amx_int8 and avx512_bf16
     cores: int | None = None
     threads: int | None = None  # that PyTorch trained on
     precision: str | None = None  # in which the student was trained, as `trainer.precision`; null: nothing was trained
