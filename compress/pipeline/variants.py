@@ -136,6 +136,17 @@ class Variants:
             medians = paired_latency_ms(self._runnable, self.data.input_shape, batch, repeats)
             pairs: Iterable[tuple[Row, Any]] = zip(self.rows, medians, strict=True)
             self.rows = [replace(row, **{column: milliseconds}) for row, milliseconds in pairs]
+        floats = {row.runtime: row for row in self.rows if row.quantizer == "none"}
+        self.rows = [
+            replace(
+                row,
+                speedup=floats[row.runtime].latency_ms / row.latency_ms,
+                speedup_32=floats[row.runtime].latency_32_ms / row.latency_32_ms,
+            )
+            if row.quantizer != "none" and row.runtime != REFERENCE.runtime
+            else row
+            for row in self.rows
+        ]
         self._runnable.clear()
         folder = self.directory / "models"
         if not any(folder.iterdir()):
