@@ -178,7 +178,7 @@ class Variants:
             placed = model.to(self.data.device) if exporter.movable else on_cpu(model)
             test = self._add_row(path, exporter, placed, reference, columns)
             reference = reference or test
-            self._runnable.append(model.cpu() if exporter.movable else exporter.read(path, threads=1)[0])
+            self._runnable.append(model.cpu() if exporter.movable else exporter.read_for_latency(path))
             if exporter not in self.exporters:
                 path.unlink()
 
