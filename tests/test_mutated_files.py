@@ -52,8 +52,12 @@ READERS = {
     "space": ("space.yaml", ("search.py", "space.yaml", "outputs/other", "--trials", "1")),
     "packed model": (MODEL, ("predict.py", MODEL, "pictures/zero/0.png")),
     "ONNX model": (
-        "outputs/runs/done/models/*.onnx",
+        "outputs/runs/done/models/student-gpfq-4bit.onnx",
         ("predict.py", f"{DONE}/models/student-gpfq-4bit.onnx", "pictures"),
+    ),
+    "OpenVINO model": (
+        "outputs/runs/done/models/student-gpfq-4bit.openvino.onnx",
+        ("predict.py", f"{DONE}/models/student-gpfq-4bit.openvino.onnx", "pictures"),
     ),
     "quantized model": (
         f"{DONE}/models/student-fp32.safetensors",
@@ -123,7 +127,7 @@ def files(tmp_path_factory):
         patched.chdir(folder)
         with stopped_in_the_second_epoch():
             assert main([*RUN, "logger=csv", f"hydra.run.dir={BEGUN}"]) == 2
-        assert main([*SHORT, "method=supervised", "logger=csv", "export=[packed,onnx]", f"hydra.run.dir={DONE}"]) == 0
+        assert main([*SHORT, "method=supervised", "logger=csv", "export=[onnx,openvino]", f"hydra.run.dir={DONE}"]) == 0
         sweep = ["-m", *TRAINED, "method=supervised", "quantizer=none", "seed=1,2"]
         assert main([*sweep, "hydra.sweep.dir=outputs/sweep"]) == 0
         write_pictures()

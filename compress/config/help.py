@@ -15,7 +15,7 @@ GROUPS = {
     "optimizer": "also optimizer@teacher.training.optimizer=...",
     "scheduler": "learning rate over the run; also scheduler@teacher.training.scheduler=...",
     "quantizer": "what quantizes the best checkpoint",
-    "export": "the files of each variant",
+    "export": "the files of each variant; several formats at once: export=[onnx,openvino]",
     "trainer": "where and how long",
     "logger": "where metrics go",
     "experiment": "whole recipes",

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -65,6 +66,17 @@ class Exporter(ABC):
         threads: those that the runtime may use; torch keeps its own number. The description has the keys of
         `NetworkDescription`. Raises UserError, naming the file, where it is missing, damaged or foreign.
         """
+
+    def read_for_latency(self, path: Path) -> Callable[[Tensor], Tensor]:
+        """The model on one thread, as its runtime is fastest, where `read` has it as exact as it can be."""
+        return self.read(path, threads=1)[0]
+
+    def about(self) -> dict[str, str]:
+        """What the record of a run says of the runtime, see `compress.results.record.Runtime`."""
+        try:
+            return {"version": version(self.runtime)}
+        except PackageNotFoundError:
+            return {}
 
     def require_packages(self) -> None:
         """Raises UserError, naming the extra, where one of `packages` is not installed."""

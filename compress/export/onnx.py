@@ -1,16 +1,16 @@
 """ONNX files `compress-onnx-1`: quantized networks whose integers other runtimes read, and float ones to compare with.
 
-`compress.export.onnx_graph` says what the graph of a quantized network looks like. The metadata of the model hold the
-name of the format, the description that packed files have too, as JSON, and a checksum over the file, so a reader
-needs nothing else. The packages `onnx`, `onnxruntime` and `onnxscript` are the optional extra `onnx`.
+`compress.export.onnx_graph` says what the graph of a quantized network looks like, and `compress.export.onnx_file`
+what the file says of itself, so that a reader needs nothing else. The packages `onnx`, `onnxruntime` and `onnxscript`
+are the optional extra `onnx`.
 """
 
 import copy
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,8 @@ from compress.errors import UserError, first_line
 from compress.export.container import to_json
 from compress.export.description import NetworkDescription, check_float32, grids_as_json
 from compress.export.exporter import Exporter
-from compress.export.onnx_runtime import FORMAT, INPUT, OUTPUT, UNSIGNED, OnnxModel, tensor_ranges
+from compress.export.onnx_file import FORMAT, INPUT, OUTPUT, UNSIGNED, Containers
+from compress.export.onnx_runtime import OnnxModel, tensor_ranges
 from compress.files import write_atomically
 from compress.models.folding import fold_batch_norm
 from compress.models.tracing import quiet
@@ -35,7 +36,9 @@ class Onnx(Exporter):
     """`export=onnx`: QuantizeLinear and DequantizeLinear around integers, run by ONNX Runtime."""
 
     suffix, runtime = ".onnx", "onnxruntime"
-    packages, extra = ("onnx", "onnxruntime", "onnxscript"), "onnx"
+    packages: ClassVar[tuple[str, ...]] = ("onnx", "onnxruntime", "onnxscript")
+    extra = "onnx"
+    containers: ClassVar[Containers] = Containers()
 
     def check(self, quantizer: Quantizer | None) -> None:
         super().check(quantizer)
@@ -47,8 +50,8 @@ class Onnx(Exporter):
         levels, bits = max([(quantizer.grid.levels(bits), bits) for bits in widths], default=(0, 0))
         if levels > LEVELS:
             raise UserError(
-                f"export: found onnx with {levels} levels at {bits} bits; accepted: up to {LEVELS} levels, which is "
-                "16 bits, or export=packed"
+                f"export: found {self.extra} with {levels} levels at {bits} bits; accepted: up to {LEVELS} levels, "
+                "which is 16 bits, or export=packed"
             )
 
     def write(
@@ -65,11 +68,11 @@ class Onnx(Exporter):
         the convolutions before them are slower.
 
         Raises UserError for weights on more than 256 levels, for a network that is not in float32 or that torch cannot
-        export, and where the extra `onnx` is not installed.
+        export, and where the extra is not installed.
         """
         self.require_packages()
         if isinstance(network, QuantizedModel):
-            graph = _quantized_graph(path, network, description.input_shape, list(calibration_batches))
+            graph = _quantized_graph(path, network, description.input_shape, list(calibration_batches), self.containers)
             grids = grids_as_json(network)
         else:
             graph = _float_graph(
@@ -78,26 +81,33 @@ class Onnx(Exporter):
             grids = {"layers": [], "inputs": [], "folded": [], "skipped": {}, "tied": {}}
         _write(path, graph, description.as_json() | grids)
 
-    def read(self, path: Path, threads: int = 1) -> tuple[OnnxModel, dict[str, Any]]:
+    def about(self) -> dict[str, str]:
+        return super().about() | {"accuracy_precision": "f32", "latency_precision": "f32"}
+
+    def read(self, path: Path, threads: int = 1) -> tuple[Callable[[Tensor], Tensor], dict[str, Any]]:
         model = OnnxModel.read(path, threads)
         return model, model.description
 
 
 def _quantized_graph(
-    path: Path, quantized: QuantizedModel, input_shape: Sequence[int], batches: Sequence[Tensor]
+    path: Path,
+    quantized: QuantizedModel,
+    input_shape: Sequence[int],
+    batches: Sequence[Tensor],
+    containers: Containers,
 ) -> Any:
     """An onnx.ModelProto with the integers of `quantized`."""
     from compress.export.onnx_graph import quantize_additions, quantize_graph, storage
 
     check_float32(path, quantized)
-    opset = max([OPSET, *(storage(layer.grid.levels)[1] for layer in quantized.layers.values())])
+    opset = max([OPSET, *(storage(layer.grid.levels, containers.weights)[1] for layer in quantized.layers.values())])
     plain = copy.deepcopy(quantized.model)
     inputs = input_quantizers(plain)
     for name in inputs:
         detach_input_quantizer(plain.get_submodule(name))
     graph = _float_graph(path, plain, input_shape, opset)
-    quantize_graph(graph, quantized)
-    if batches and inputs:
+    quantize_graph(graph, quantized, containers)
+    if batches and inputs and containers.sums:
         quantize_additions(graph, lambda model, tensors: _ranges(model, tensors, batches))
     return graph
 

@@ -23,9 +23,10 @@ class GraphEditor:
         self.constants[name] = numpy_helper.from_array(array, name)
         return name
 
-    def holds(self, name: str, array: np.ndarray) -> bool:
-        """Whether there is an initializer `name` with the values of `array`."""
-        return name in self.constants and np.array_equal(numpy_helper.to_array(self.constants[name]), array)
+    def holds(self, name: str, array: np.ndarray, kind: int) -> bool:
+        """Whether there is an initializer `name` of the ONNX type `kind` with the values of `array`."""
+        held = self.constants.get(name)
+        return held is not None and held.data_type == kind and np.array_equal(numpy_helper.to_array(held), array)
 
     def add(self, operator: str, inputs: list[str], output: str, **attributes: Any) -> str:
         self.nodes.append(helper.make_node(operator, inputs, [output], name=f"node_{output}", **attributes))

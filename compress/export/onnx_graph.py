@@ -3,8 +3,8 @@
 A weight is an INT2 (1 and 2 bits), INT4 (3 and 4 bits) or INT8 initializer and a DequantizeLinear per output channel;
 both its codes and its zero points are stored less `levels // 2`, so symmetric grids have zero points 0. A layer whose
 input is quantized as well gets QuantizeLinear and DequantizeLinear in front of it, which runtimes fuse with the layer
-into integer kernels. Operators: onnx.ai/onnx/operators; what ONNX Runtime fuses: onnxruntime.ai, "Quantize ONNX
-models".
+into integer kernels. For a runtime that lacks some of this, `Containers` asks for wider types and zero points of 0.
+Operators: onnx.ai/onnx/operators; what ONNX Runtime fuses: onnxruntime.ai, "Quantize ONNX models".
 """
 
 import ast
@@ -17,30 +17,34 @@ from torch.fx import GraphModule, Node
 
 from compress.errors import UserError
 from compress.export.onnx_editor import GraphEditor
+from compress.export.onnx_file import Containers
 from compress.models.masks import weight_of
 from compress.quantization.activations import InputQuantizer, input_quantizers
 from compress.quantization.quantized import QuantizedLayer, QuantizedModel
 
-# Weights of at most so many levels: type of the initializer, and the first opset whose DequantizeLinear reads it.
-STORAGE = (
-    (4, TensorProto.INT2, 25),
-    (16, TensorProto.INT4, 21),
-    (256, TensorProto.INT8, 18),
-    (2**16, TensorProto.INT16, 21),
-)
+# Bits of a weight: type of the initializer, and the first opset whose DequantizeLinear reads it.
+STORAGE = {
+    2: (TensorProto.INT2, 25),
+    4: (TensorProto.INT4, 21),
+    8: (TensorProto.INT8, 18),
+    16: (TensorProto.INT16, 21),
+}
 LARGEST = 2**31 - 1
 SCOPES = "pkg.torch.onnx.name_scopes"  # where torch's exporter notes which module a node comes from
 
 
-def storage(levels: int) -> tuple[int, int]:
-    """(type of the initializer, opset) for weights on `levels` levels. Raises UserError for more than 2^16."""
-    for largest, kind, opset in STORAGE:
-        if levels <= largest:
-            return kind, opset
+def storage(levels: int, narrowest: int = 2) -> tuple[int, int]:
+    """(type of the initializer, opset) for weights on `levels` levels, of `narrowest` bits at least.
+
+    Raises UserError for more than 2^16 levels.
+    """
+    for bits, types in STORAGE.items():
+        if bits >= narrowest and levels <= 2**bits:
+            return types
     raise UserError(f"levels: found a weight on {levels}; accepted in an ONNX file: at most 65536, or 16 bits")
 
 
-def quantize_graph(model: ModelProto, quantized: QuantizedModel) -> None:
+def quantize_graph(model: ModelProto, quantized: QuantizedModel, containers: Containers) -> None:
     """Puts the codes of `quantized` in place of the float weights in `model`, and its input grids before their readers.
 
     `model` is what torch exported of `quantized.model` without its input quantizers, node metadata included. Raises
@@ -66,7 +70,7 @@ def quantize_graph(model: ModelProto, quantized: QuantizedModel) -> None:
                 node.input[1:] = done[name]
             elif name in layers:
                 holder = quantized.tied.get(name, name)
-                _quantize_weight(name, holder, node, editor, layers[name], inputs.get(name), turned)
+                _quantize_weight(name, holder, node, editor, layers[name], inputs.get(name), turned, containers)
                 done[name] = list(node.input[1:])
         editor.nodes.append(node)
     waiting -= _constant_layers(quantized.model)
@@ -164,14 +168,21 @@ def _quantize_weight(
     layer: QuantizedLayer,
     quantizer: InputQuantizer | None,
     turned: bool,
+    containers: Containers,
 ) -> None:
     """Puts the codes of a `layer` and what they stand for before `node`; `holder` names codes that layers share."""
-    kind, _ = storage(layer.grid.levels)
+    kind, _ = storage(layer.grid.levels, containers.weights if quantizer is None else containers.with_inputs)
     shift = layer.grid.levels // 2
-    codes = unchanged = layer.codes.cpu().numpy().astype(np.int32) - shift
+    codes = layer.codes.cpu().numpy().astype(np.int32) - shift
     zero_point = layer.grid.zero_point.cpu().numpy().astype(np.int32) - shift
+    if quantizer is not None and not containers.zero_points:
+        # The same values, counted from zero, which are an int8 on grids of 7 bits, and of 8 with zero in the middle.
+        steps = codes - zero_point.reshape(-1, *[1] * (codes.ndim - 1))
+        if steps.min() >= -128 and steps.max() <= 127:
+            codes, zero_point, kind = steps, np.zeros_like(zero_point), TensorProto.INT8
+    unchanged = codes
     scale = layer.grid.scale.cpu().numpy().astype(np.float32)
-    if quantizer is not None and len(node.input) > 2:
+    if quantizer is not None and len(node.input) > 2 and containers.sums:
         bias = numpy_helper.to_array(editor.constants[node.input[2]]).astype(np.float32)
         input_scale = np.float32(quantizer.scale.item())
         codes, scale = _room_for_bias(codes, zero_point, scale, bias, input_scale)
@@ -184,7 +195,7 @@ def _quantize_weight(
         ]
         node.input[2] = editor.add("DequantizeLinear", parts, f"{name}.bias.values", axis=0)
     stored = codes.T if turned else codes
-    owner = holder if codes is unchanged and editor.holds(f"{holder}.weight.codes", stored) else name
+    owner = holder if codes is unchanged and editor.holds(f"{holder}.weight.codes", stored, kind) else name
     source = editor.constant(f"{owner}.weight.codes", stored, kind)
     if quantizer is not None and kind in (TensorProto.INT2, TensorProto.INT4):
         # The integer kernels take 8 bits; a runtime widens the constant once, when it loads the file.

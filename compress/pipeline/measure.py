@@ -9,6 +9,7 @@ import pytorch_lightning as pl
 from torch import nn
 
 from compress import models
+from compress.export.formats import with_reference
 from compress.export.state_dicts import BEST_NETWORK
 from compress.models import masks
 from compress.models.inference import full_float32
@@ -51,6 +52,7 @@ class Measured:
         }
         return {
             **surroundings(threads, parts.plain["trainer"]["precision"] if threads else None),
+            "runtimes": {exporter.runtime: exporter.about() for exporter in with_reference(parts.exporters)},
             "configuration": parts.configuration,
             "seed": parts.plain["seed"],
             "data": parts.data.record(),

@@ -20,13 +20,13 @@ from compress import models, yaml_file
 from compress.checksums import digest, read_text
 from compress.config.compose import Job
 from compress.config.ranges import Precision
+from compress.cpu import processor
 from compress.data.shared import DataSets
 from compress.errors import UserError, first_line
 from compress.files import read_json, write_json
 from compress.models import low_precision_dtype
 from compress.pipeline.parts import Parts
 from compress.progress import console
-from compress.results.surroundings import processor
 from compress.stopping import raise_if_stopped
 from compress.training.precision import BFLOAT16, FLOAT32, faster, speedup_of_bfloat16
 from compress.training.processes import processes

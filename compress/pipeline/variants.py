@@ -136,6 +136,17 @@ class Variants:
             medians = paired_latency_ms(self._runnable, self.data.input_shape, batch, repeats)
             pairs: Iterable[tuple[Row, Any]] = zip(self.rows, medians, strict=True)
             self.rows = [replace(row, **{column: milliseconds}) for row, milliseconds in pairs]
+        floats = {row.runtime: row for row in self.rows if row.quantizer == "none"}
+        self.rows = [
+            replace(
+                row,
+                speedup=floats[row.runtime].latency_ms / row.latency_ms,
+                speedup_32=floats[row.runtime].latency_32_ms / row.latency_32_ms,
+            )
+            if row.quantizer != "none" and row.runtime != REFERENCE.runtime
+            else row
+            for row in self.rows
+        ]
         self._runnable.clear()
         folder = self.directory / "models"
         if not any(folder.iterdir()):
@@ -167,7 +178,7 @@ class Variants:
             placed = model.to(self.data.device) if exporter.movable else on_cpu(model)
             test = self._add_row(path, exporter, placed, reference, columns)
             reference = reference or test
-            self._runnable.append(model.cpu() if exporter.movable else exporter.read(path, threads=1)[0])
+            self._runnable.append(model.cpu() if exporter.movable else exporter.read_for_latency(path))
             if exporter not in self.exporters:
                 path.unlink()
 

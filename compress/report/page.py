@@ -91,7 +91,7 @@ def subtitle(collection: Collection, written: str) -> str:
 
 def _column(key: str, column: Column) -> dict[str, Any]:
     """What the page's script needs to know to print a column."""
-    names = ("heading", "meaning", "scale", "digits", "suffix", "signed", "deviation")
+    names = ("heading", "meaning", "scale", "digits", "suffix", "signed", "deviation", "below_one")
     return {"key": key, **{name: getattr(column, name) for name in names}}
 
 

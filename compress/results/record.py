@@ -26,6 +26,7 @@ class Part(BaseModel):
 
 class Hardware(Part):
     processor: str = ""
+    features: list[str] = []  # of the processor, such as avx512_vnni, amx_int8 and avx512_bf16
     cores: int | None = None
     threads: int | None = None  # that PyTorch trained on
     precision: str | None = None  # in which the student was trained, as `trainer.precision`; null: nothing was trained
@@ -128,6 +129,14 @@ class Comparisons(Part):
     read_back: dict[str, float] = {}  # by file, the network read from it from the one that was written
 
 
+class Runtime(Part):
+    """What ran model files; the precisions are those of all that is not on integers, by the runtime's own names."""
+
+    version: str = ""
+    accuracy_precision: str = ""  # in which accuracies and logits were computed
+    latency_precision: str = ""  # in which latencies were measured, the runtime's default
+
+
 class Record(Part):
     """What a finished run was and what came out of it; its presence says that the run is finished."""
 
@@ -137,6 +146,7 @@ class Record(Part):
     slurm_job: str | None = None  # its number
     versions: dict[str, str | None] = {}  # Python, the packages that decide the numbers, the checkout's `commit`
     hardware: Hardware = Hardware()
+    runtimes: dict[str, Runtime] = {}  # by their names in the rows
     configuration: str = ""  # the SHA-256 of config.yaml, which model files name too
     seed: int
     seconds: dict[str, float] = {}  # duration of each part, or stage; of a resumed run, those after the last resuming

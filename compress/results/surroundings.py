@@ -5,11 +5,11 @@ import platform
 import subprocess
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from compress.cpu import features, processor
 from compress.paths import PACKAGE
 
 PACKAGES = (
@@ -34,6 +34,7 @@ def surroundings(threads: int | None = None, precision: str | None = None) -> di
         "versions": versions(),
         "hardware": {
             "processor": processor(),
+            "features": features(),
             "cores": os.cpu_count(),
             "threads": threads or torch.get_num_threads(),
             "precision": precision,
@@ -73,12 +74,3 @@ def commit() -> str | None:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
-
-
-def processor() -> str:
-    """The name of the CPU."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())

@@ -27,10 +27,11 @@ class Column:
     """What a field of `Row` means and how it is shown; its name and type are those of the field.
 
     `meaning` is a phrase with the unit of the value in files. A column with a `heading` stands in the `tables` named,
-    which print `scale` times the value with `digits` decimals and a `suffix`. `deviation`: means over seeds have their
-    sample deviation beside them. `change`: the heading of one more column, the difference from the float32 student.
-    `caption`: the table in the terminal explains the heading. `loggers`: which of them get the value as
-    `tradeoff/<variant>/<name>`. `derive` computes the value from the other columns of a row.
+    which print `scale` times the value with `digits` decimals and a `suffix`, and behind what is then below 1
+    `below_one`. `deviation`: means over seeds have their sample deviation beside them. `change`: the heading of one
+    more column, the difference from the float32 student. `caption`: the table in the terminal explains the heading.
+    `loggers`: which of them get the value as `tradeoff/<variant>/<name>`. `derive` computes the value from the other
+    columns of a row.
     """
 
     meaning: str
@@ -42,14 +43,18 @@ class Column:
     signed: bool = False
     deviation: bool = False
     change: str = ""
+    below_one: str = ""
     caption: bool = False
     loggers: Literal["none", "all", "wandb"] = "none"
     derive: Callable[["Row"], Any] | None = None
 
     def printed(self, value: float | None) -> str:
         """The value as in tables; nothing where it is not known."""
+        if value is None:
+            return ""
         sign = "+" if self.signed else ""
-        return "" if value is None else f"{self.scale * value:{sign},.{self.digits}f}{self.suffix}"
+        mark = self.below_one if self.below_one and round(self.scale * value, self.digits) < 1 else ""
+        return f"{self.scale * value:{sign},.{self.digits}f}{self.suffix}{mark}"
 
 
 Share = Annotated[float, Field(ge=0, le=1)]  # files hold 0..1, tables percent
@@ -72,7 +77,7 @@ class Row:
     levels: Annotated[int | None, Column("values that a weight there can take; empty: floats or coded bits")]
     first_last_bits: Annotated[int | None, Column("width of the codes of the first and the last layer in bits")]
     activation_bits: Annotated[int, Column("width of the layers' inputs in bits; 32: floats", loggers="wandb")]
-    runtime: Annotated[str, Column("what ran the file: torch or onnxruntime")]
+    runtime: Annotated[str, Column("what ran the file: torch, onnxruntime or openvino")]
     sparsity: Annotated[Share, Column("exact zeros in convolutions' and linear layers' weights", loggers="wandb")]
     macs: Annotated[int | None, Column("multiply-accumulates of an image, by zeros too", loggers="wandb")] = field(
         default=None, kw_only=True
@@ -97,6 +102,21 @@ class Row:
         Column("median milliseconds for an image, one thread", "ms", tables=NARROW, caption=True, loggers="wandb"),
     ]
     latency_32_ms: Annotated[float, Column("median milliseconds for 32 images, one thread", loggers="wandb")]
+    speedup: Annotated[
+        float | None,
+        Column(
+            "latency of fp32 in the same runtime over its own, for an image; !: slower",
+            heading="speed",
+            digits=1,
+            suffix="x",
+            below_one="!",
+            caption=True,
+            loggers="wandb",
+        ),
+    ] = field(default=None, kw_only=True)
+    speedup_32: Annotated[float | None, Column("the same for 32 images", loggers="wandb")] = field(
+        default=None, kw_only=True
+    )
     file: Annotated[str, Column("model file, relative to the run directory; empty where it was not kept")]
 
     def __post_init__(self) -> None:
@@ -190,9 +210,8 @@ def table(rows: Sequence[Row], title: str) -> Table:
         figures("terminal", partial(getattr, row), None if row is rows[0] else partial(getattr, rows[0]))
         for row in rows
     ]
-    measured = rows[0].test_accuracy is not None
-    accuracies = () if measured else ("validation_accuracy", "test_accuracy", "test_accuracy_change")
-    shown = {key: column for key, column in columns_of("terminal").items() if key not in accuracies}
+    empty = {key for key in values[-1] if all(of_row[key] is None for of_row in values)}
+    shown = {key: column for key, column in columns_of("terminal").items() if key not in empty}
     printed = Table(
         title=title,
         caption="; ".join(f"{column.heading}: {column.meaning}" for column in shown.values() if column.caption),
@@ -212,6 +231,8 @@ def table(rows: Sequence[Row], title: str) -> Table:
 
 def _cell(column: Column, value: float | None) -> str:
     text = column.printed(value)
+    if column.below_one and text.endswith(column.below_one):
+        return f"[red]{text}[/]"
     if not column.signed or value is None:
         return text
     points = column.scale * value

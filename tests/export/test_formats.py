@@ -9,6 +9,7 @@ import compress
 from compress.errors import UserError
 from compress.export import formats
 from compress.export.onnx import Onnx
+from compress.export.openvino import OpenVino
 from compress.export.packed import Packed
 from compress.paths import searching
 from compress.pipeline.check import checked_jobs
@@ -107,7 +108,7 @@ MISTAKES = [
     (["+export.other={_target_: pathlib.Path}"], "export.other: found pathlib.Path; accepted: a class derived from"),
     (["+export.other={_target_: program_format.Other}"], "export.other: found 'program_format.Other', which cannot be"),
     (["+export.other=true"], "export.other: found True; accepted: its keys"),
-    (["export=[packed,zip]"], "export: found 'zip'; accepted: none, onnx, packed"),
+    (["export=[packed,zip]"], "export: found 'zip'; accepted: none, onnx, openvino, packed"),
 ]
 
 
@@ -121,15 +122,22 @@ def test_a_format_that_cannot_work_is_refused_before_any_work(program, tmp_path,
     assert not (tmp_path / "outputs" / "runs").exists()
 
 
-def test_onnx_refuses_codes_of_more_than_16_bits_before_any_work():
-    with pytest.raises(UserError, match=r"export: found onnx with 65537 levels at 16 bits; accepted: up to 65536"):
-        checked_jobs([*SMALL, "export=onnx", "quantizer.bits=[16]", "quantizer.grid.alphabet=published"])
+@pytest.mark.parametrize("export", ["onnx", "openvino"])
+def test_onnx_refuses_codes_of_more_than_16_bits_before_any_work(export):
+    with pytest.raises(UserError, match=rf"export: found {export} with 65537 levels at 16 bits; accepted: up to 65536"):
+        checked_jobs([*SMALL, f"export={export}", "quantizer.bits=[16]", "quantizer.grid.alphabet=published"])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("option", "names"),
-    [("none", []), ("packed", ["packed"]), ("onnx", ["packed", "onnx"]), ("[packed,onnx]", ["packed", "onnx"])],
+    [
+        ("none", []),
+        ("packed", ["packed"]),
+        ("onnx", ["packed", "onnx"]),
+        ("[packed,onnx]", ["packed", "onnx"]),
+        ("[onnx,openvino]", ["packed", "onnx", "openvino"]),
+    ],
 )
 def test_options_merge_into_one_list_of_formats(option, names):
     config = checked_jobs([*SMALL, f"export={option}"])[0].config
@@ -138,11 +146,12 @@ def test_options_merge_into_one_list_of_formats(option, names):
 
 def test_the_format_of_a_file_is_that_of_the_longest_suffix(tmp_path, monkeypatch):
     assert formats.exporter_of(tmp_path / "student.onnx") == Onnx()
+    assert formats.exporter_of(tmp_path / "student.openvino.onnx") == OpenVino()
     assert formats.exporter_of(tmp_path / "student.v2.safetensors") == Packed()
     monkeypatch.setattr(Onnx, "suffix", ".v2.safetensors")
     assert formats.exporter_of(tmp_path / "student.v2.safetensors") == Onnx()
     with pytest.raises(
-        UserError, match=r"student\.bin: found no suffix of a model file; accepted: \.safetensors or \.v2"
+        UserError, match=r"student\.bin: found no suffix of a model file; accepted: .*\.safetensors or \.v2"
     ):
         formats.exporter_of(tmp_path / "student.bin")
 

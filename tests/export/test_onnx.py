@@ -13,74 +13,38 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from networks import (
+    IMAGES,
+    LateReader,
+    Repeater,
+    TokenMixer,
+    describe,
+    distance,
+    logits,
+    lone_convolution,
+    make,
+    with_inputs,
+)
 from onnx import TensorProto, numpy_helper
 from torch import nn
 from torch.nn import functional as F
 
-from compress import models
 from compress.errors import UserError
 from compress.evaluation import paired_latency_ms
-from compress.export.description import NetworkDescription
 from compress.export.onnx import Onnx, OnnxModel
 from compress.export.onnx_graph import storage
 from compress.export.onnx_runtime import start
-from compress.quantization import Grid, GridOptions, Options, quantize
-from compress.quantization.activations import InputQuantizer, attach_input_quantizer
-from compress.quantization.quantized import QuantizedLayer, QuantizedModel, float_state
+from compress.quantization import GridOptions, Options, quantize
 from compress.quantization.rates import RateQuantization
 from compress.quantization.solvers import RTN
 
-IMAGES = torch.randn(32, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 # The exporter of PyTorch takes seconds for each network.
 slow = partial(pytest.param, marks=pytest.mark.slow)
-
-
-def describe(stem, classes=10):
-    return NetworkDescription(
-        architecture={"stem": stem, "options": {}, "num_classes": classes},
-        class_names=[str(digit) for digit in range(classes)],
-        mean=[0.5],
-        standard_deviation=[0.25],
-        input_shape=(3, 8, 8),
-    )
-
-
-def make(stem):
-    torch.manual_seed(0)
-    model = models.build(stem, 10).train()
-    with torch.no_grad():
-        for _ in range(3):
-            model(IMAGES)
-    return model.eval()
 
 
 @pytest.fixture(scope="module")
 def small():
     return make("resnet8")
-
-
-def with_inputs(quantized, levels=256):
-    """`quantized`, every layer reading its input on `levels` levels from the lowest to the highest value."""
-    for name in quantized.layers:
-        layer = quantized.model.get_submodule(name)
-        seen = []
-        hook = layer.register_forward_pre_hook(lambda _, arguments, seen=seen: seen.append(arguments[0]))
-        with torch.no_grad():
-            quantized.model(IMAGES)
-        hook.remove()
-        low, high = min(0.0, seen[0].min().item()), max(0.0, seen[0].max().item())
-        scale = (high - low) / (levels - 1)
-        attach_input_quantizer(layer, InputQuantizer(scale, round(-low / scale), levels))
-    return quantized
-
-
-def logits(model, images=IMAGES):
-    with torch.no_grad():
-        return model(images)
-
-
-def distance(found, expected):
-    return ((found - expected).norm() / expected.norm()).item()
 
 
 def initializers(path):
@@ -149,18 +113,6 @@ def test_weights_of_2_bits_take_a_quarter_of_a_byte(small, tmp_path):
         assert len(stored.raw_data) == -(-layer.codes.numel() // 4)
 
 
-class TokenMixer(nn.Module):
-    """Linear layers on three dimensions, which become MatMuls of a turned weight."""
-
-    def __init__(self):
-        super().__init__()
-        self.embed, self.mix, self.head = nn.Linear(24, 12), nn.Linear(12, 12), nn.Linear(12, 10)
-
-    def forward(self, images):
-        tokens = torch.relu(self.embed(images.flatten(1).reshape(-1, 8, 24)))
-        return self.head(self.mix(tokens).mean(1))
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("inputs", [False, True])
 def test_linear_layers_on_tokens_have_their_codes_turned(inputs, tmp_path):
@@ -184,21 +136,6 @@ def test_inputs_that_are_not_quantized_in_the_file_are_not_by_the_runtime_either
     assert distance(torch.from_numpy(found), logits(quantized.model)) < 1e-5
 
 
-class Repeater(TokenMixer):
-    """`mix` is called three times, and what `positions` makes of a buffer is added to every image."""
-
-    def __init__(self):
-        super().__init__()
-        self.positions = nn.Linear(12, 12)
-        self.register_buffer("grid", torch.randn(8, 12))
-
-    def forward(self, images):
-        tokens = torch.relu(self.embed(images.flatten(1).reshape(-1, 8, 24)))
-        for _ in range(3):
-            tokens = torch.relu(self.mix(tokens + self.positions(self.grid)))
-        return self.head(tokens.mean(1))
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("bits", [4, 8])
 def test_a_layer_called_again_and_one_that_sees_no_image_keep_their_codes(bits, tmp_path):
@@ -208,19 +145,6 @@ def test_a_layer_called_again_and_one_that_sees_no_image_keep_their_codes(bits, 
     path = tmp_path / "model.onnx"
     Onnx().write(path, quantized, describe("mixer"))
     assert distance(OnnxModel.read(path)(IMAGES), logits(quantized.model)) < 1e-5
-
-
-def lone_convolution(weight_scale, bias):
-    """A Conv2d (3, 2 channels) on 8-bit weights and inputs, and its codes."""
-    torch.manual_seed(0)
-    codes = torch.randint(0, 256, (2, 3, 3, 3), dtype=torch.uint8)
-    grid = Grid(torch.tensor(weight_scale), torch.tensor([128, 127], dtype=torch.int32), 256)
-    model = nn.Sequential(nn.Conv2d(3, 2, 3))
-    model[0].weight = nn.Parameter(grid.dequantize(codes))
-    model[0].bias = nn.Parameter(torch.tensor(bias))
-    attach_input_quantizer(model[0], InputQuantizer(0.03, 120, 256))
-    layer = QuantizedLayer(codes, grid, 8, None)
-    return QuantizedModel(model.eval(), {"0": layer}, float_state(model, ["0"]), [], {}), codes
 
 
 def test_a_convolution_on_quantized_inputs_computes_the_sum_of_its_codes(tmp_path):
@@ -285,19 +209,6 @@ def test_all_convolutions_of_a_resnet_run_on_integer_kernels(small, bits, tmp_pa
     assert 0 < optimised(path, tmp_path)["QLinearConv"] < convolutions
 
 
-class LateReader(nn.Module):
-    """A tensor that is added first and read by a convolution later."""
-
-    def __init__(self):
-        super().__init__()
-        self.stem, self.other, self.last = nn.Conv2d(3, 8, 3), nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1)
-
-    def forward(self, images):
-        shared = torch.relu(self.stem(images))
-        total = self.other(images) + shared
-        return (torch.relu(total) + self.last(shared)).mean((2, 3))
-
-
 def test_a_sum_that_comes_before_the_reader_whose_grid_it_shares_is_computed_after_that_grid(tmp_path):
     torch.manual_seed(0)
     quantized = with_inputs(quantize(LateReader(), [IMAGES], 8))
@@ -344,7 +255,7 @@ def test_the_same_network_gives_the_same_bytes_in_another_process_and_nothing_is
 import sys, torch
 from pathlib import Path
 sys.path.insert(0, "tests/export")
-from test_onnx import IMAGES, describe, make, with_inputs
+from networks import IMAGES, describe, make, with_inputs
 from compress.export.onnx import Onnx
 from compress.quantization import quantize
 quantized = with_inputs(quantize(make("resnet8"), [IMAGES], 4))

@@ -1,6 +1,7 @@
 """A column of the trade-off is declared in one place: from there it reaches every file, table, page and logger."""
 
 import csv
+import io
 import json
 import re
 import shutil
@@ -9,17 +10,18 @@ import sys
 from dataclasses import fields, replace
 
 import pytest
+from rich.console import Console
 
 from compress.benchmarks.synthetic import write_runs
 from compress.errors import UserError
 from compress.paths import PACKAGE
 from compress.results.record import Record
-from compress.results.tradeoff import COLUMNS, Row
+from compress.results.tradeoff import COLUMNS, Row, table
 
 FIELD = """\
     points_per_kb: Annotated[
         float,
-        Column("points of test accuracy for a kilobyte", "points/kB", digits=3, loggers="all",
+        Column("points of test accuracy for a kilobyte", "points/kB", digits=3, below_one="!", loggers="all",
                derive=lambda row: 1e5 * row.test_accuracy / row.bytes),
     ] = field(init=False)
 """
@@ -75,6 +77,13 @@ def expected(folder):
     return [100 * row["test_accuracy"] / (row["bytes"] / 1000) for row in record["tradeoff"]]
 
 
+def printed_values(folder):
+    """The new column as in tables, with its mark behind what is below 1."""
+    texts = [f"{value:.3f}{'!' if value < 1 else ''}" for value in expected(folder)]
+    assert len({text[-1] == "!" for text in texts}) == 2
+    return texts
+
+
 @pytest.mark.slow
 def test_a_new_column_is_in_the_files_of_a_run(used):
     folder, _ = used
@@ -89,7 +98,7 @@ def test_a_new_column_is_in_the_files_of_a_run(used):
 @pytest.mark.slow
 def test_a_new_column_is_in_every_table(used):
     folder, printed = used
-    texts = [f"{value:.3f}" for value in expected(folder)]
+    texts = printed_values(folder)
     markdown = (folder / "report.md").read_text()
     for text in (printed, markdown):
         assert "points/kB" in text
@@ -115,7 +124,7 @@ def test_a_browser_shows_the_new_column(used):
     dumped = subprocess.run([*command, (folder / "report.html").as_uri()], capture_output=True, text=True, check=True)
     table = dumped.stdout[dumped.stdout.index('<table id="table">') :]
     assert ">points/kB<" in table
-    assert all(f'<td class="number">{value:.3f}</td>' in table for value in expected(folder))
+    assert all(f'<td class="number">{text}</td>' in table for text in printed_values(folder))
 
 
 @pytest.mark.slow
@@ -138,6 +147,20 @@ def test_without_labels_there_is_no_accuracy_to_compute_with(tmp_path):
     for split in ("validation", "test"):
         with pytest.raises(UserError, match=r"^fp32: found no accuracy, because the images had no labels$"):
             without.accuracy_on(split)
+
+
+@pytest.mark.parametrize(("speedup", "text"), [(0.43, "0.4x!"), (0.96, "1.0x"), (2.31, "2.3x"), (None, "")])
+def test_a_file_that_is_slower_than_the_float_one_is_marked(speedup, text, tmp_path):
+    [directory] = write_runs(tmp_path, 1, epochs=1, layers=3)
+    fp32, row, *_ = Record.read(directory / "result.json").rows
+    rows = [fp32, replace(row, runtime="openvino", speedup=speedup)]
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(table(rows, "table"))
+    lines = console.export_text().splitlines()
+    assert any("speed" in line and "!: slower" not in line for line in lines) == (speedup is not None)
+    [line] = [line for line in lines if line.startswith(" gpfq 8 bit openvino")]
+    assert line.split()[-1] == (text or COLUMNS["latency_ms"].printed(row.latency_ms))
+    assert COLUMNS["speedup"].printed(speedup) == text
 
 
 def test_every_field_of_a_row_says_what_it_means():

@@ -22,7 +22,9 @@ function printed(column, value) {
   if (value === null) return "";
   const digits = {minimumFractionDigits: column.digits, maximumFractionDigits: column.digits};
   const sign = column.signed && value >= 0 ? "+" : "";
-  return sign + (column.scale * value).toLocaleString("en", digits) + column.suffix;
+  const text = (column.scale * value).toFixed(column.digits);
+  const mark = column.below_one && Number(text) < 1 ? column.below_one : "";
+  return sign + (column.scale * value).toLocaleString("en", digits) + column.suffix + mark;
 }
 
 function size(bytes) {

@@ -1,0 +1,302 @@
+"""Files for OpenVINO: trained networks keep their classes in it, on integers that it has, from one file alone."""
+
+import builtins
+import json
+from collections import Counter
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from networks import (
+    IMAGES,
+    LateReader,
+    Repeater,
+    TokenMixer,
+    describe,
+    distance,
+    logits,
+    lone_convolution,
+    make,
+    with_inputs,
+)
+from onnx import TensorProto, numpy_helper
+from PIL import Image
+
+import compress
+from compress.cli import main
+from compress.cpu import sums_hold
+from compress.data.digits import Digits
+from compress.errors import UserError
+from compress.export import openvino
+from compress.export.onnx import Onnx
+from compress.export.onnx_file import Containers
+from compress.export.openvino import OpenVino
+from compress.predict import Predictor
+from compress.quantization import Options, quantize
+from compress.quantization.rates import RateQuantization
+from compress.results.record import Record
+
+TRAINED = ["student=resnet8", "trainer.max_epochs=4", "logger=none", "export=openvino"]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """The directories of a trained network, of the same trained on grids of 8 bits, and of its weights quantized."""
+    folder = tmp_path_factory.mktemp("runs")
+    post = [*TRAINED, "method=supervised", "quantizer.bits=[8]", "quantizer.activation_bits=8"]
+    start = f"student.checkpoint={folder}/post/models/student-fp32.safetensors"
+    trained = [*TRAINED, "method=qat", "teacher=none", "method.weight_bits=8", "method.activation_bits=8", start]
+    weights = [*TRAINED, "method=supervised", "trainer.max_epochs=1", start, "quantizer.bits=[8,4,2]"]
+    for name, overrides in (("post", post), ("trained", trained), ("weights", weights)):
+        assert main([*overrides, f"hydra.run.dir={folder}/{name}"]) == 0
+    return folder
+
+
+def digits():
+    """The images that nothing was trained on, as networks take them."""
+    data = Digits(image_size=8, batch_size=256)
+    data.setup()
+    loaders = (data.val_dataloader(), data.test_dataloader())
+    return torch.cat([images for loader in loaders for images, _ in loader])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("file", "furthest"),
+    [
+        ("post/models/student-fp32", 1e-5),
+        ("post/models/student-gpfq-8bit-a8", 0.05),
+        ("trained/models/student-lsq-w8a8", 0.05),
+        ("weights/models/student-gpfq-8bit", 1e-5),
+        ("weights/models/student-gpfq-4bit", 1e-5),
+        ("weights/models/student-gpfq-2bit", 1e-5),
+    ],
+)
+def test_a_trained_network_has_its_classes(runs, file, furthest):
+    network, _ = compress.load(runs / f"{file}.safetensors")
+    found, about = compress.load(runs / f"{file}.openvino.onnx")
+    images = digits()
+    expected, computed = logits(network, images), found(images)
+    assert distance(computed, expected) < furthest
+    assert (computed.argmax(1) == expected.argmax(1)).double().mean() >= 0.995
+    assert about["class_names"] == [str(digit) for digit in range(10)]
+
+
+@pytest.mark.slow
+def test_the_float_network_has_a_row_that_others_of_its_runtime_are_compared_with(runs):
+    record = Record.read(runs / "post" / "result.json")
+    assert [row.name for row in record.rows] == [
+        *("fp32", "fp32 openvino"),
+        *("gpfq 8 bit a8", "gpfq 8 bit a8 openvino"),
+    ]
+    *others, row = record.rows
+    assert [other.speedup for other in others] == [None] * 3
+    assert row.speedup == pytest.approx(others[1].latency_ms / row.latency_ms)
+    assert row.speedup_32 == pytest.approx(others[1].latency_32_ms / row.latency_32_ms)
+    assert row.bytes == (runs / "post" / row.file).stat().st_size
+    assert row.runtime_agreement >= 0.99
+    assert abs(row.test_accuracy - others[2].test_accuracy) <= 0.01
+    assert list(record.runtimes) == ["torch", "openvino"]
+    assert record.runtimes["openvino"].accuracy_precision == "f32"
+    assert record.runtimes["openvino"].latency_precision in ("f32", "bf16", "f16")
+    capabilities = torch.cpu.get_capabilities()
+    assert record.hardware.features == sorted(name for name, present in capabilities.items() if present is True)
+
+
+@pytest.mark.slow
+def test_the_files_of_a_run_are_verified_in_their_runtime(runs, capsys):
+    assert main(["--verify", str(runs / "post")]) == 0
+    assert "student-gpfq-8bit-a8.openvino.onnx: bytes, hashes and accuracy" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.slow
+def test_pictures_are_classified_with_the_file_alone(runs, tmp_path):
+    draw = np.random.default_rng(0)
+    Image.fromarray(draw.integers(0, 256, (20, 20), np.uint8)).save(tmp_path / "grey.png")
+    path = tmp_path / "net.openvino.onnx"
+    path.write_bytes((runs / "weights/models/student-gpfq-4bit.openvino.onnx").read_bytes())
+    [found] = Predictor.read(path)([tmp_path / "grey.png"], top=10)
+    packed = Predictor.read(runs / "weights/models/student-gpfq-4bit.safetensors")
+    [expected] = packed([tmp_path / "grey.png"], top=10)
+    assert found.classes == expected.classes
+    assert found.probabilities == pytest.approx(expected.probabilities, abs=1e-4)
+
+
+@pytest.fixture(scope="module")
+def small():
+    return make("resnet8")
+
+
+def kernels(path):
+    """How many layers of each kind OpenVINO computes in each type."""
+    infos = [node.get_rt_info() for node in OpenVino().read(path)[0]._compiled.get_runtime_model().get_ops()]
+    kinds = [(info["layerType"].astype(str), info["runtimePrecision"].astype(str)) for info in infos]
+    return Counter(kind for kind in kinds if kind[0] in ("Convolution", "FullyConnected"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("bits", "levels"), [(8, 256), (4, 256), (2, 256), (8, 64), (4, 16)])
+def test_weights_beside_quantized_inputs_are_steps_from_zero_in_int8_kernels(small, bits, levels, tmp_path):
+    quantized = with_inputs(quantize(small, [IMAGES], bits, first_last_bits=None), levels)
+    path = tmp_path / "model.openvino.onnx"
+    OpenVino().write(path, quantized, describe("resnet8"), [IMAGES])
+    stored = {tensor.name: tensor for tensor in onnx.load(path).graph.initializer}
+    for name, layer in quantized.layers.items():
+        codes = stored[f"{name}.weight.codes"]
+        assert codes.data_type == TensorProto.INT8
+        assert not numpy_helper.to_array(stored[f"{name}.weight.zero_point"]).any()
+        values = numpy_helper.to_array(codes) * layer.grid.scale.numpy().reshape(-1, *[1] * (layer.codes.dim() - 1))
+        assert np.array_equal(values.astype(np.float32), layer.grid.dequantize(layer.codes).numpy())
+    # One code that is rounded the other way moves codes of all later layers.
+    unrounded = logits(quantize(small, [IMAGES], bits, first_last_bits=None).model)
+    expected = logits(quantized.model)
+    assert distance(OpenVino().read(path)[0](IMAGES), expected) < 2 * distance(unrounded, expected)
+    if sums_hold() and torch.cpu.get_capabilities().get("architecture") == "x86_64":
+        assert kernels(path) == {("Convolution", "u8"): 9, ("FullyConnected", "u8"): 1}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("bits", "kind"), [(8, TensorProto.INT8), (4, TensorProto.INT4), (2, TensorProto.INT4)])
+def test_weights_alone_are_in_the_narrowest_type_that_openvino_has(small, bits, kind, tmp_path):
+    quantized = quantize(small, [IMAGES], bits, first_last_bits=None)
+    path = tmp_path / "model.openvino.onnx"
+    OpenVino().write(path, quantized, describe("resnet8"))
+    stored = {tensor.name: tensor.data_type for tensor in onnx.load(path).graph.initializer}
+    assert {stored[f"{name}.weight.codes"] for name in quantized.layers} == {kind}
+    model, _ = OpenVino().read(path)
+    for count in (32, 1, 7):
+        assert distance(model(IMAGES[:count]), logits(quantized.model, IMAGES[:count])) < 1e-5
+    # Another runtime of ONNX reads the same file.
+    pytest.importorskip("onnxruntime")
+    (tmp_path / "model.onnx").write_bytes(path.read_bytes())
+    assert distance(Onnx().read(tmp_path / "model.onnx")[0](IMAGES), logits(quantized.model)) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("activation_bits", [None, 8])
+def test_a_network_of_a_rate_is_held_whatever_its_codes(small, activation_bits, tmp_path):
+    quantized = RateQuantization(Options(activation_bits=activation_bits), small, [IMAGES])(7.0)
+    assert max(layer.grid.levels for layer in quantized.layers.values()) > 256
+    path = tmp_path / "model.openvino.onnx"
+    OpenVino().write(path, quantized, describe("resnet8"), [IMAGES])
+    limit = 1e-4 if activation_bits is None else 0.1
+    assert distance(OpenVino().read(path)[0](IMAGES), logits(quantized.model)) < limit
+
+
+@pytest.mark.slow
+def test_zero_points_that_no_int8_can_do_without_are_computed_rightly(small, tmp_path):
+    quantized = with_inputs(quantize(small, [IMAGES], 8, grid={"zero_point": "affine"}))
+    path = tmp_path / "model.openvino.onnx"
+    OpenVino().write(path, quantized, describe("resnet8"), [IMAGES])
+    stored = {tensor.name: numpy_helper.to_array(tensor) for tensor in onnx.load(path).graph.initializer}
+    assert any(stored[f"{name}.weight.zero_point"].any() for name in quantized.layers)
+    assert distance(OpenVino().read(path)[0](IMAGES), logits(quantized.model)) < 0.05
+
+
+def test_biases_and_additions_are_not_rounded(tmp_path):
+    torch.manual_seed(0)
+    quantized = with_inputs(quantize(LateReader(), [IMAGES], 8))
+    OpenVino().write(tmp_path / "a.openvino.onnx", quantized, describe("late", 8), [IMAGES])
+    OpenVino().write(tmp_path / "b.openvino.onnx", quantized, describe("late", 8))
+    assert (tmp_path / "a.openvino.onnx").read_bytes() == (tmp_path / "b.openvino.onnx").read_bytes()
+    stored = {tensor.name: tensor for tensor in onnx.load(tmp_path / "a.openvino.onnx").graph.initializer}
+    for name in quantized.layers:
+        bias = quantized.model.get_submodule(name).bias.detach().numpy()
+        assert np.array_equal(numpy_helper.to_array(stored[f"{name}.bias"]), bias)
+    # A lone code may be rounded the other way.
+    found = OpenVino().read(tmp_path / "a.openvino.onnx")[0](IMAGES)
+    assert (found - logits(quantized.model)).abs().median() < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("inputs", [False, True])
+@pytest.mark.parametrize("network", [TokenMixer, Repeater, LateReader])
+def test_networks_of_other_shapes_have_their_logits(network, inputs, tmp_path):
+    torch.manual_seed(0)
+    quantized = quantize(network(), [IMAGES], 8, first_last_bits=None)
+    if inputs:
+        with_inputs(quantized)
+    path = tmp_path / "model.openvino.onnx"
+    OpenVino().write(path, quantized, describe("own", 8 if network is LateReader else 10), [IMAGES])
+    found = OpenVino().read(path)[0](IMAGES)
+    assert distance(found, logits(quantized.model)) < (0.02 if inputs else 1e-5)
+
+
+@pytest.mark.parametrize("exact_sums", [True, False])
+def test_a_processor_whose_sums_saturate_computes_in_float(exact_sums, monkeypatch, tmp_path):
+    if exact_sums and not sums_hold():
+        pytest.skip("this one does")
+    monkeypatch.setattr(openvino, "sums_hold", lambda: exact_sums)
+    quantized, _ = lone_convolution([0.01, 0.02], [0.7, -0.4])
+    path = tmp_path / "model.openvino.onnx"
+    OpenVino().write(path, quantized, describe("conv", 6))
+    assert distance(OpenVino().read(path)[0](IMAGES), logits(quantized.model)) < 1e-3
+    if not exact_sums:
+        assert ("Convolution", "u8") not in kernels(path)
+
+
+@pytest.fixture(scope="module")
+def file(small, tmp_path_factory):
+    path = tmp_path_factory.mktemp("openvino") / "model.openvino.onnx"
+    OpenVino().write(path, quantize(small, [IMAGES[:4]], 8), describe("resnet8"))
+    return path
+
+
+def test_files_that_are_damaged_or_foreign_are_refused_by_name(file, tmp_path):
+    content = file.read_bytes()
+    path = tmp_path / "bad.openvino.onnx"
+    start = content.index(b"description") + 40
+    foreign = onnx.load(file)
+    del foreign.metadata_props[:]
+    unknown = onnx.load(file)
+    unknown.graph.node[0].op_type = "Unknown"
+    for bad, message in [
+        (b"", "truncated"),
+        (content[: len(content) // 2], "truncated"),
+        (content[:start] + bytes([content[start] ^ 1]) + content[start + 1 :], "does not match its checksum"),
+        (unknown.SerializeToString(), "does not match its checksum"),
+        (foreign.SerializeToString(), "without a description"),
+    ]:
+        path.write_bytes(bad)
+        with pytest.raises(UserError, match=rf"bad\.openvino\.onnx: found .*{message}.*; accepted: ") as mistake:
+            OpenVino().read(path)
+        assert "\n" not in str(mistake.value)
+    with pytest.raises(UserError, match=r"none\.openvino\.onnx: found no such file"):
+        OpenVino().read(tmp_path / "none.openvino.onnx")
+
+
+def test_a_file_with_integers_that_openvino_lacks_is_refused_in_a_line(small, monkeypatch, tmp_path):
+    path = tmp_path / "two.openvino.onnx"
+    monkeypatch.setattr(OpenVino, "containers", Containers())
+    OpenVino().write(path, quantize(small, [IMAGES[:4]], 2), describe("resnet8"))
+    with pytest.raises(
+        UserError, match=r"two\.openvino\.onnx: found a network that OpenVINO cannot load .*accepted: an "
+    ):
+        OpenVino().read(path)
+
+
+def test_a_missing_package_is_named_with_the_extra(small, file, monkeypatch, tmp_path):
+    imports = builtins.__import__
+
+    def without(name, *arguments, **options):
+        if name.partition(".")[0] == "openvino":
+            raise ImportError(name)
+        return imports(name, *arguments, **options)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    message = r"^openvino is not installed; pip install 'compress\[openvino\]'$"
+    for use in (
+        lambda: OpenVino().check(None),
+        lambda: OpenVino().write(tmp_path / "model.openvino.onnx", small, describe("resnet8")),
+        lambda: OpenVino().read(file),
+    ):
+        with pytest.raises(UserError, match=message):
+            use()
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_metadata_are_those_of_every_onnx_file_of_ours(file):
+    metadata = {entry.key: entry.value for entry in onnx.load(file).metadata_props}
+    assert set(metadata) == {"format", "description", "sha256"}
+    assert json.loads(metadata["description"])["input_shape"] == [3, 8, 8]
