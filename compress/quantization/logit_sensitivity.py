@@ -41,14 +41,13 @@ class LayerSensitivity:
 
     curvature: nats for a unit of squared output error. input_energy: the squares of an input, less the mean, summed
     over all positions, in the mean over the `live` ones of a row's d inputs (None: all of them, see `live_columns`).
-    output_energy: the same of the outputs, summed over the N rows. scarce: there are fewer positions than live inputs.
+    output_energy: the same of the outputs, summed over the N rows.
     """
 
     curvature: float
     input_energy: float
     output_energy: float
     live: Tensor | None
-    scarce: bool
 
     @property
     def divergence(self) -> float:
@@ -90,7 +89,6 @@ class _Sums:
     def __init__(self) -> None:
         self.squared_gradients = self.power = self.input_energy = self.output_energy = 0.0
         self.live: Tensor | None = None
-        self.positions = self.columns = 0
 
     @property
     def curvature(self) -> float:
@@ -98,13 +96,12 @@ class _Sums:
 
     def finished(self, layer: Layer, least: float) -> LayerSensitivity:
         """What was summed, with a `divergence` of at least `least`."""
-        scarce = self.positions < self.columns
         if self.input_energy > 0 and self.output_energy > 0:
             curvature = max(self.curvature, least / self.output_energy)
-            return LayerSensitivity(curvature, self.input_energy, self.output_energy, self.live, scarce)
+            return LayerSensitivity(curvature, self.input_energy, self.output_energy, self.live)
         # Where no input varies, `compress.quantization.moments` has a Gram of ones on the diagonal.
         energy = float(layer.weight.detach().square().sum()) or 1.0
-        return LayerSensitivity(least / energy, 1.0, energy, self.live, scarce)
+        return LayerSensitivity(least / energy, 1.0, energy, self.live)
 
     @torch.no_grad()
     def add(self, layer: Layer, inputs: Tensor, outputs: Tensor, gradient: Tensor) -> None:
@@ -124,9 +121,7 @@ class _Sums:
             columns = patches(layer, some)  # (groups, d, B * places)
             if self.live is not None:
                 columns = columns[:, self.live]
-            groups, depth, positions = columns.shape
-            self.columns = depth
-            self.positions += positions
+            groups, depth, _ = columns.shape
             mean = columns.mean(2, keepdim=True)
             columns = columns - mean
             power = float(columns.square().sum())

@@ -8,7 +8,6 @@ predicted to spend the bits that are left on the layers that are left.
 
 import math
 from collections.abc import Mapping
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -25,7 +24,6 @@ from compress.quantization.post_training import Answer, quantize_prepared
 from compress.quantization.preparation import prepare
 from compress.quantization.quantized import QuantizedModel
 from compress.quantization.rate_distortion import entropy, step_of
-from compress.quantization.refinement import Refinement
 
 # Weights of a layer that its curve is made of, and the steps of the curve, in octaves of the weights' deviation.
 SAMPLE, OCTAVES = 1 << 16, np.arange(-5.0, 6.0, 0.25)
@@ -38,8 +36,6 @@ PRICES = np.arange(-40.0, 40.0, 0.02)
 DRIFT = 1.25
 # How near a rate is near enough, and how many walks it is worth.
 NEAR, WALKS = 0.02, 4
-# With more of the weights than this share in layers that have fewer positions than inputs, predictions are off.
-SCARCE = 0.1
 # What a walk tells about predictions holds for one to at most so many times its bits, or that fewer.
 ALIKE = 1.1
 
@@ -120,17 +116,12 @@ class RateQuantization:
         weights = {name: layer_of(self.prepared.analog, name).weight for name in self.prepared.order}
         self.count = sum(weight.numel() for weight in weights.values())
         self.control = RateControl(weights, self.sensitivities)
-        scarce = [weight.numel() for name, weight in weights.items() if self.sensitivities[name].scarce]
-        self.scouts = sum(scarce) > SCARCE * self.count
 
     def __call__(self, rate: float, progress: Progress = silent) -> QuantizedModel:
         """The network at `rate` bits a weight, give or take the share NEAR of them.
 
-        With few images for many inputs the bits are known only after a walk, for which one without sweeps will do, and
-        can leap as the price changes; then it is the nearest of WALKS.
+        With few images for many inputs the bits can leap as the price changes; then it is the nearest of WALKS.
         """
-        if self.scouts:
-            self._walk(rate, replace(self.options, refinement=Refinement()), progress)
         best = self.walk(rate, progress)
         for _ in range(WALKS - 1):
             if abs(best.rate - rate) <= NEAR * rate:
@@ -138,21 +129,17 @@ class RateQuantization:
             best = min(best, self.walk(rate, progress), key=lambda found: abs(found.rate - rate))
         return best
 
+    @full_float32()
     def walk(self, rate: float, progress: Progress = silent) -> QuantizedModel:
         """The network at about `rate` bits a weight. A second walk for about as many bits comes nearer."""
-        return self._walk(rate, self.options, progress)
-
-    @full_float32()
-    def _walk(self, rate: float, options: Options, progress: Progress) -> QuantizedModel:
         self.control.start(rate * self.count)
+        return quantize_prepared(self.prepared, self.options, self._answer, progress)
 
-        def answer(name: str, layer: Layer, quantized: list[Tensor], analog: list[Tensor]) -> Answer:
-            sensitivity = self.sensitivities[name]
-            moments = layer_moments(layer, quantized, analog, options, name)
-            assert moments is not None  # the solvers that have a price read the inputs
-            price = self.control.price_of(name) / sensitivity.curvature
-            codes, grid, bias, bits = solve_layer_for_price(layer, moments, price, options, name)
-            self.control.spent(name, bits)
-            return Answer(codes, grid, bias, bits / codes.numel(), sensitivity.divergence / self.images)
-
-        return quantize_prepared(self.prepared, options, answer, progress)
+    def _answer(self, name: str, layer: Layer, quantized: list[Tensor], analog: list[Tensor]) -> Answer:
+        sensitivity = self.sensitivities[name]
+        moments = layer_moments(layer, quantized, analog, self.options, name)
+        assert moments is not None  # the solvers that have a price read the inputs
+        price = self.control.price_of(name) / sensitivity.curvature
+        codes, grid, bias, bits = solve_layer_for_price(layer, moments, price, self.options, name)
+        self.control.spent(name, bits)
+        return Answer(codes, grid, bias, bits / codes.numel(), sensitivity.divergence / self.images)
