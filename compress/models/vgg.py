@@ -46,10 +46,9 @@ class CifarVGG(nn.Module):
         nn.init.zeros_(self.classifier.bias)
 
     def forward(self, images: Tensor) -> Tensor:
-        # As pooling behind the activation, which the larger of two numbers keeps, for a quarter of the work.
-        x = self.relu(self.maxpool(self.block0(images)))
-        x = self.relu(self.maxpool(self.block1(x)))
-        x = self.relu(self.maxpool(self.block2(x)))
+        x = self.maxpool(self.relu(self.block0(images)))
+        x = self.maxpool(self.relu(self.block1(x)))
+        x = self.maxpool(self.relu(self.block2(x)))
         x = self.relu(self.block4(self.relu(self.block3(x))))
         logits: Tensor = self.classifier(self.dropout(torch.flatten(self.avgpool(x), 1)))
         return logits
