@@ -67,8 +67,8 @@ class Onnx(Exporter):
         ranges of the residual additions, which then run on integers too; without any, these additions stay float and
         the convolutions before them are slower.
 
-        Raises UserError for weights on more than 256 levels, for a network that is not in float32 or that torch cannot
-        export, and where the extra is not installed.
+        Raises UserError for weights on more than 65536 levels, for a network that is not in float32 or that torch
+        cannot export, and where the extra is not installed.
         """
         self.require_packages()
         if isinstance(network, QuantizedModel):

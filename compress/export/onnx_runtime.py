@@ -13,9 +13,8 @@ from torch import Tensor
 
 from compress.cpu import sums_hold
 from compress.errors import UserError
-from compress.export.description import check_description
 from compress.export.exporter import import_package
-from compress.export.onnx_file import INPUT, OUTPUT, read_onnx
+from compress.export.onnx_file import INPUT, OUTPUT, check_graph, read_onnx
 
 
 class OnnxModel:
@@ -39,11 +38,7 @@ class OnnxModel:
             raise UserError(
                 f"{path}: found a network that ONNX Runtime cannot load; accepted: an .onnx file that compress wrote"
             ) from None
-        shape = session.get_outputs()[0].shape
-        try:
-            check_description(description, shape[-1] if shape else 0)
-        except UserError as mistake:
-            raise UserError(f"{path}: {mistake}") from None
+        check_graph(path, description, session.get_inputs()[0].shape, session.get_outputs()[0].shape)
         if not description.get("inputs"):
             # Without integer kernels to gain, the weights are dequantized once instead of in every call.
             session = start(content, threads, dequantize_once=True)

@@ -16,10 +16,9 @@ from torch import Tensor
 
 from compress.cpu import sums_hold
 from compress.errors import UserError, first_line
-from compress.export.description import check_description
 from compress.export.exporter import import_package
 from compress.export.onnx import Onnx
-from compress.export.onnx_file import INPUT, Containers, read_onnx
+from compress.export.onnx_file import INPUT, Containers, check_graph, read_onnx
 
 DEVICE, PRECISION = "CPU", "INFERENCE_PRECISION_HINT"
 
@@ -87,15 +86,23 @@ def _read(path: Path, threads: int, options: dict[str, Any]) -> tuple[OpenVinoMo
     core = openvino.Core()
     try:
         network = core.read_model(content, b"")
-        classes = network.output(0).partial_shape[-1]
+        images, logits = ([*port.partial_shape] for port in (network.input(0), network.output(0)))
         model = OpenVinoModel(core, network, options)
     except Exception as failure:  # it raises RuntimeError and, for a value that it does not know, others
         raise UserError(
-            f"{path}: found a network that OpenVINO cannot load ({first_line(failure)}); accepted: an "
+            f"{path}: found a network that OpenVINO cannot load ({_reason(failure)}); accepted: an "
             f"{OpenVino.suffix} file that compress wrote"
         ) from None
-    try:
-        check_description(description, classes.get_length() if classes.is_static else 0)
-    except UserError as mistake:
-        raise UserError(f"{path}: {mistake}") from None
+    check_graph(path, description, [*map(_size, images)], [*map(_size, logits)])
     return model, description
+
+
+def _reason(failure: Exception) -> str:
+    """The first line that is not about OpenVINO's own source."""
+    lines = [line.strip() for line in str(failure).splitlines()]
+    own = ("Exception from ", "Check '")
+    return next((line for line in lines if line and not line.startswith(own)), first_line(failure))
+
+
+def _size(dimension: Any) -> int | None:
+    return int(dimension.get_length()) if dimension.is_static else None

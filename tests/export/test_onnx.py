@@ -371,8 +371,8 @@ def test_the_metadata_is_json_that_any_reader_of_onnx_finds(file):
     assert (description["input_shape"], description["mean"], description["inputs"]) == ([3, 8, 8], [0.5], [])
 
 
-@pytest.mark.parametrize("function", [False, True])
-def test_a_file_with_a_loop_is_refused_before_it_could_run(function, tmp_path):
+def with_a_loop(function):
+    """A model whose only operator is a loop, or a function with that loop."""
     helper = onnx.helper
     values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in ("x", "y")]
     flags = [helper.make_tensor_value_info(name, TensorProto.BOOL, []) for name in ("go", "on")]
@@ -390,8 +390,47 @@ def test_a_file_with_a_loop_is_refused_before_it_could_run(function, tmp_path):
     node = helper.make_node("Long", ["count", "start"], ["logits"], domain="own") if function else loop
     output = helper.make_tensor_value_info("logits", TensorProto.FLOAT, [1])
     graph = helper.make_graph([node], "graph", [], [output], constants)
-    model = helper.make_model(graph, opset_imports=opsets, functions=functions if function else [], ir_version=9)
+    return helper.make_model(graph, opset_imports=opsets, functions=functions if function else [], ir_version=9)
+
+
+@pytest.mark.parametrize("function", [False, True])
+def test_a_file_with_a_loop_is_refused_before_it_could_run(function, tmp_path):
     path = tmp_path / "loop.onnx"
-    path.write_bytes(model.SerializeToString())
+    path.write_bytes(with_a_loop(function).SerializeToString())
     with pytest.raises(UserError, match="loops"):
+        OnnxModel.read(path)
+
+
+def as_varint(number):
+    low, high = number & 127, number >> 7
+    return bytes([low]) if not high else bytes([low | 128]) + as_varint(high)
+
+
+@pytest.mark.parametrize(("function", "field", "number"), [(False, "graph", 7), (True, "functions", 25)])
+def test_a_loop_that_runtimes_alone_would_see_is_refused(function, field, number, tmp_path):
+    model = with_a_loop(function)
+    hidden = (model.functions[0] if function else model.graph).SerializeToString()
+    model.ClearField(field)
+    tag = number << 3 | 2 | 1 << 32  # whose upper bits the runtimes drop
+    content = model.SerializeToString() + as_varint(tag) + as_varint(len(hidden)) + hidden
+    path = tmp_path / "loop.onnx"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="truncated file or none of the ONNX format"):
+        OnnxModel.read(path)
+
+
+@pytest.mark.parametrize("constant", [False, True])
+def test_tensors_in_another_file_are_refused(constant, tmp_path):
+    (tmp_path / "weights.bin").write_bytes(bytes(48))
+    tensor = numpy_helper.from_array(np.zeros((4, 3), "f4"), "weight")
+    onnx.external_data_helper.set_external_data(tensor, "weights.bin")
+    tensor.ClearField("raw_data")
+    helper = onnx.helper
+    nodes = [helper.make_node("Constant", [], ["weight"], value=tensor)] if constant else []
+    nodes.append(helper.make_node("MatMul", ["images", "weight"], ["logits"]))
+    ports = [helper.make_tensor_value_info(*port) for port in (("images", 1, [1, 4]), ("logits", 1, [1, 3]))]
+    graph = helper.make_graph(nodes, "graph", ports[:1], ports[1:], [] if constant else [tensor])
+    path = tmp_path / "model.onnx"
+    path.write_bytes(helper.make_model(graph, ir_version=9).SerializeToString())
+    with pytest.raises(UserError, match=r"model\.onnx: found tensors in another file"):
         OnnxModel.read(path)
