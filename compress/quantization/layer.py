@@ -60,7 +60,7 @@ def solve_layer_for_price(
 ) -> tuple[Tensor, Grid, Tensor | None, float]:
     """As `solve_layer`, with one step for the whole layer and coded bits of that `price`; and the bits of all codes.
 
-    See `compress.quantization.rate_distortion`.
+    price: the output error, over all patches, that a bit is worth. See `compress.quantization.rate_distortion`.
     """
     _diagonal(moments, name)
     weight = layer.weight.detach().flatten(1)
@@ -72,8 +72,10 @@ def solve_layer_for_price(
         part = Part(weight[rows, live], gram, cross, mask[rows, live] if pruned else None)
         slices.append(rows)
         parts.append(part)
-    # The ridge adds to the error of every weight, which is worth no bits: on other images there is none of it.
-    answers, step = solve_for_price(parts, price * (1 + moments.grown_ridge), options.refinement.sweeps)
+    # The ridge adds to the error of every weight, which is worth no bits: on other images there is none of it. And the
+    # Grams may be of a part of the patches only.
+    price *= (1 + moments.grown_ridge) * moments.count / moments.seen
+    answers, step = solve_for_price(parts, price, options.refinement.sweeps)
     codes = torch.zeros(weight.shape, dtype=torch.int32, device=weight.device)
     for rows, answer in zip(slices, answers, strict=True):
         codes[rows, live] = answer.to(torch.int32)

@@ -36,6 +36,8 @@ PRICES = np.arange(-40.0, 40.0, 0.02)
 DRIFT = 1.25
 # How near a rate is near enough, and how many walks it is worth.
 NEAR, WALKS = 0.02, 4
+# How many octaves a prediction is moved by where a layer took no bits at all.
+EMPTY = 1.0
 # What a walk tells about predictions holds for one to at most so many times its bits, or that fewer.
 ALIKE = 1.1
 
@@ -80,6 +82,8 @@ class RateControl:
             shift = float(np.interp(bits, curve[::-1], PRICES[::-1])) - math.log(self.price, 4)
             # Where bits fall twice as fast as predicted, the whole shift would lead to and fro.
             self.shifts[name] = (shift + self.shifts.get(name, shift)) / 2
+        elif bits <= curve[-1]:
+            self.shifts[name] = self.shifts.get(name, 0.0) + EMPTY
 
 
 def _curve(weight: Tensor, sensitivity: LayerSensitivity) -> np.ndarray:

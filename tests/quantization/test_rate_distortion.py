@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from compress.quantization import rate_distortion
 from compress.quantization.rate_distortion import CodeLengths, Part, entropy, solve_for_price, step_of
 
 
@@ -30,12 +31,18 @@ def test_lengths_are_those_of_an_ideal_coder_but_for_codes_that_do_not_occur():
     assert str(entropy([torch.zeros(5)])) == "0.0"
 
 
+def nearest(lengths, values, prices, column=0):
+    codes = values.clone()
+    lengths.decide_block(prices)(column, codes)
+    return codes
+
+
 @pytest.mark.parametrize("price", [0.0, 0.02, 0.2])
 def test_the_nearest_code_costs_least_of_all(price):
     codes = (3 * torch.randn(5000, generator=torch.Generator().manual_seed(0))).round()
     lengths = CodeLengths.of([codes])
     values = torch.linspace(-9, 9, 400)
-    chosen = lengths.nearest(values, torch.tensor([price]))
+    chosen = nearest(lengths, values, torch.tensor([[price]]))
     every = torch.arange(len(lengths.bits)) + lengths.first
     costs = (values[:, None] - every).square() + price * lengths.bits
     own = (values - chosen).square() + price * lengths.bits[(chosen - lengths.first).long()]
@@ -45,7 +52,18 @@ def test_the_nearest_code_costs_least_of_all(price):
 def test_each_row_may_have_a_price_of_its_own():
     lengths = CodeLengths.of([torch.tensor([0.0] * 90 + [1.0] * 10)])
     values = torch.tensor([0.6, 0.6])
-    assert lengths.nearest(values, torch.tensor([0.0, 1.0])).tolist() == [1.0, 0.0]
+    assert nearest(lengths, values, torch.tensor([[0.0, 1.0]])).tolist() == [1.0, 0.0]
+
+
+def test_borders_that_do_not_fit_into_memory_at_once_are_made_one_by_one(monkeypatch):
+    lengths = CodeLengths.of([(3 * torch.randn(500, generator=torch.Generator().manual_seed(0))).round()])
+    prices, values = torch.tensor([[0.0], [2.0], [30.0]]), torch.linspace(-9, 9, 50)
+    expected = [nearest(lengths, values, prices, column) for column in range(3)]
+    monkeypatch.setattr(rate_distortion, "TOGETHER", 2)
+    assert [nearest(lengths, values, prices, column).tolist() for column in range(3)] == [
+        codes.tolist() for codes in expected
+    ]
+    assert len({codes.unique().numel() for codes in expected}) == 3
 
 
 def test_a_higher_price_buys_fewer_bits_and_more_error():

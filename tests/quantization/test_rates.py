@@ -172,6 +172,23 @@ def test_rates_are_met_and_the_step_is_one(network, images):
     assert near < far
 
 
+@pytest.mark.parametrize("options", [{"count": 4}, {"max_rows": 64}])
+@pytest.mark.parametrize("rate", [2.0, 1.0])
+def test_rates_are_met_with_few_patches(network, images, options, rate):
+    batch = images[0][: options.get("count")]
+    grams = {"max_rows": options.get("max_rows")}
+    found = quantizer(rates=[rate], grams=grams).at_rates(network, [batch])(rate)
+    assert found.rate == pytest.approx(rate, rel=0.06)
+
+
+@pytest.mark.parametrize(("most", "share"), [(None, 1.0), (64, 1.0), (None, 0.25)])
+def test_a_rate_is_found_in_few_walks(network, images, most, share):
+    at_rate = quantizer(rates=[1.5], grams={"max_rows": most}).at_rates(network, [images[0][: int(64 * share)]])
+    rates = [at_rate.walk(1.5).rate for _ in range(2)]
+    assert rates[0] == pytest.approx(1.5, rel=0.25)
+    assert rates[1] == pytest.approx(1.5, rel=0.1)
+
+
 def test_widths_come_before_rates(network, images):
     found = variants(quantizer(bits=[4], rates=[2.5]), network, images)
     assert [(variant.label, variant.levels) for variant in found] == [("4 bit", 16), ("2.5 bits/weight", None)]
