@@ -68,7 +68,7 @@ def network(kind=Norms):
     return model
 
 
-def at_rate(model, rate=1.5):
+def at_rate(model, rate=1.25):
     return RateQuantization(Options(**CRUDE), model, [images()])(rate)
 
 
@@ -88,7 +88,7 @@ def description(model):
     return NetworkDescription(architecture, list("abcd"), [0.0], [1.0], SHAPE)
 
 
-@pytest.fixture(scope="module", params=["2 bit", "1.5 bits/weight", "2 bit, inputs 4 bit", "tied", "early"])
+@pytest.fixture(scope="module", params=["2 bit", "1.25 bits/weight", "2 bit, inputs 4 bit", "tied", "early"])
 def pair(request):
     """(float network, quantized network, tuned network)."""
     model = network({"tied": TiedWeights, "early": Early}.get(request.param, Norms))
