@@ -57,7 +57,7 @@ def same(found, expected):
 def outcome(directory):
     record = json.loads((directory / "result.json").read_text())
     for row in record["tradeoff"]:
-        for name in [name for name in row if name.startswith("latency")]:
+        for name in [name for name in row if name.startswith(("latency", "speedup"))]:
             del row[name]
     files = {path.name: path.read_bytes() for path in directory.glob("models/*")}
     return {key: record[key] for key in ("student", "tradeoff", "layers", "overrides", "seed", "data")} | {

@@ -24,7 +24,9 @@ def outcome(folder):
     """What has to be equal to the last bit; figures of time are left out."""
     directory = folder / DIRECTORY
     record = json.loads((directory / "result.json").read_text())
-    rows = [{name: row[name] for name in row if not name.startswith("latency")} for row in record["tradeoff"]]
+    rows = [
+        {name: row[name] for name in row if not name.startswith(("latency", "speedup"))} for row in record["tradeoff"]
+    ]
     files = [*directory.glob("models/*"), *folder.glob("outputs/teachers/*.safetensors"), directory / "metrics.csv"]
     saved = torch.load(directory / "checkpoints" / "best.ckpt", map_location="cpu", weights_only=True)
     return {

@@ -21,7 +21,7 @@ def start(folder, *arguments, script="run.py"):
 
 def outcome(directory):
     rows = json.loads((directory / "result.json").read_text())["tradeoff"]
-    rows = [{name: row[name] for name in row if not name.startswith("latency")} for row in rows]
+    rows = [{name: row[name] for name in row if not name.startswith(("latency", "speedup"))} for row in rows]
     return rows, [path.read_bytes() for path in sorted(directory.glob("models/*"))]
 
 

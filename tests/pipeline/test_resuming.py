@@ -86,7 +86,7 @@ def outcome(folder):
     directory = folder / DIRECTORY
     record = json.loads((directory / "result.json").read_text())
     for row in record["tradeoff"]:
-        for name in [name for name in row if name.startswith("latency")]:
+        for name in [name for name in row if name.startswith(("latency", "speedup"))]:
             del row[name]
     with (directory / "metrics.csv").open() as stream:
         rows = list(csv.DictReader(stream))
