@@ -31,6 +31,7 @@ from torch.nn import functional as F
 
 from compress.errors import UserError
 from compress.evaluation import paired_latency_ms
+from compress.export import onnx as onnx_format
 from compress.export.onnx import Onnx, OnnxModel
 from compress.export.onnx_graph import storage
 from compress.export.onnx_runtime import start
@@ -369,6 +370,15 @@ def test_the_metadata_is_json_that_any_reader_of_onnx_finds(file):
     assert set(metadata) == {"format", "description", "sha256"}
     description = json.loads(metadata["description"])
     assert (description["input_shape"], description["mean"], description["inputs"]) == ([3, 8, 8], [0.5], [])
+
+
+@pytest.mark.parametrize("shape", [[3, 9, 8], [1, 8, 8]])
+def test_a_description_of_other_images_than_the_graph_takes_is_refused(file, shape, tmp_path):
+    model, path = onnx.load(file), tmp_path / "other.onnx"
+    description = json.loads({each.key: each.value for each in model.metadata_props}["description"])
+    onnx_format._write(path, model, description | {"input_shape": shape})
+    with pytest.raises(UserError, match=r"other\.onnx: input_shape: found .* for a network of \[3, 8, 8\]; accepted: "):
+        OnnxModel.read(path)
 
 
 def with_a_loop(function):
