@@ -8,7 +8,9 @@ optional extra of that name.
 """
 
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any, ClassVar
 
 import torch
@@ -42,7 +44,7 @@ class OpenVino(Onnx):
         return _read(path, 1, {})[0]
 
     def about(self) -> dict[str, str]:
-        default = import_package("openvino", self.extra).Core().get_property(DEVICE, PRECISION)
+        default = _core(import_package("openvino", self.extra)).get_property(DEVICE, PRECISION)
         return super().about() | {"latency_precision": default.to_string()}
 
 
@@ -68,6 +70,16 @@ class OpenVinoModel:
         return torch.from_numpy(self._compiled(content, share_outputs=False)[0])
 
 
+@cache
+def _core(openvino: ModuleType) -> Any:
+    """The one `Core` of this process.
+
+    On CPUs with AMX a Core gives its thread another stack for signals, and takes that away when it is deleted, even
+    where a later Core remembers it as the one to go back to: the process would die of the next signal, as of Ctrl-C.
+    """
+    return openvino.Core()
+
+
 def _read(path: Path, threads: int, options: dict[str, Any]) -> tuple[OpenVinoModel, dict[str, Any]]:
     """(model, description) of a file, compiled with `options` and what never changes. Raises UserError as `read`."""
     openvino = import_package("openvino", OpenVino.extra)
@@ -83,7 +95,7 @@ def _read(path: Path, threads: int, options: dict[str, Any]) -> tuple[OpenVinoMo
     if not sums_hold():
         # Its integer kernels saturate there (measured for a convolution: 18 % off); without them it computes in float.
         options["LP_TRANSFORMS_MODE"] = "NO"
-    core = openvino.Core()
+    core = _core(openvino)
     try:
         network = core.read_model(content, b"")
         images, logits = ([*port.partial_shape] for port in (network.input(0), network.output(0)))

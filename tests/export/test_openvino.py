@@ -2,6 +2,8 @@
 
 import builtins
 import json
+import subprocess
+import sys
 from collections import Counter
 
 import numpy as np
@@ -273,6 +275,27 @@ def test_a_file_with_integers_that_openvino_lacks_is_refused_in_a_line(small, mo
         match=r"two\.openvino\.onnx: found a network that OpenVINO cannot load \((?!Exception|Check ).*; accepted: an ",
     ):
         OpenVino().read(path)
+
+
+SIGNALLED = """
+import gc, os, pathlib, signal, sys, torch
+from compress.export.openvino import OpenVino
+signal.signal(signal.SIGUSR1, lambda number, frame: print("handled"))
+for _ in range(2):
+    read = [OpenVino().read(pathlib.Path(sys.argv[1]))[0] for _ in range(2)]  # two at a time
+    read[0](torch.zeros(2, 3, 8, 8))
+    while read:
+        del read[0]  # the first one first
+        gc.collect()
+        os.kill(os.getpid(), signal.SIGUSR1)
+"""
+
+
+@pytest.mark.slow
+def test_signals_are_handled_after_networks_came_and_went(file):
+    """On a CPU with AMX, OpenVINO gives a thread a stack for signals, and can leave it with one that is gone."""
+    process = subprocess.run([sys.executable, "-c", SIGNALLED, str(file)], capture_output=True, text=True, check=False)
+    assert (process.returncode, process.stdout.split()) == (0, ["handled"] * 4), process.stderr
 
 
 def test_a_missing_package_is_named_with_the_extra(small, file, monkeypatch, tmp_path):
