@@ -13,7 +13,7 @@ from itertools import pairwise
 from typing import Any
 
 from compress.report.comparison import pareto_front
-from compress.report.tables import markdown_table
+from compress.results.markdown import markdown_table
 
 DROPS = (0.1, 0.3, 0.5, 1.0)
 WIDTHS, RATES, CODEC = "fixed widths", "rates", "nncodec"

@@ -19,7 +19,7 @@ from compress.export.packed import read_model
 from compress.pipeline.parts import Parts
 from compress.pipeline.variants import Variants
 from compress.report.comparison import Statistic, statistic
-from compress.report.tables import markdown_table
+from compress.results.markdown import markdown_table
 
 Measured = Mapping[str, Mapping[str, Any]]
 HEAD = ("quantizer", "bits", "validation: change, points", "test: change, points", "mean layer error", "size, kB")

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 
 from compress.report.comparison import statistic
-from compress.report.tables import markdown_table
+from compress.results.markdown import markdown_table
 from compress.results.tradeoff import Row
 
 

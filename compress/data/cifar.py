@@ -36,6 +36,7 @@ def _batches(published: type[datasets.CIFAR10]) -> list[tuple[str, str]]:
 class CIFAR10(DataModule):
     """`data=cifar10`: `root` holds cifar-10-batches-py, or the archive cifar-10-python.tar.gz."""
 
+    hub_name = "uoft-cs/cifar10"
     published: ClassVar[type[datasets.CIFAR10]] = datasets.CIFAR10
     sums: ClassVar[Mapping[str, str]] = published_sums(datasets.CIFAR10)
     mean_published: ClassVar[tuple[float, float, float]] = (0.4914, 0.4822, 0.4465)
@@ -109,6 +110,7 @@ class CIFAR10(DataModule):
 class CIFAR100(CIFAR10):
     """`data=cifar100`: `root` holds cifar-100-python, or the archive cifar-100-python.tar.gz. The fine labels."""
 
+    hub_name = "uoft-cs/cifar100"
     published: ClassVar[type[datasets.CIFAR10]] = datasets.CIFAR100
     sums: ClassVar[Mapping[str, str]] = published_sums(datasets.CIFAR100)
     mean_published: ClassVar[tuple[float, float, float]] = (0.5071, 0.4867, 0.4408)

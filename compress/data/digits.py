@@ -14,6 +14,8 @@ TEST_IMAGES = 360
 class Digits(DataModule):
     """`data=digits`."""
 
+    licence = "CC BY 4.0"  # archive.ics.uci.edu/dataset/80
+
     def read(self) -> Source:
         bundled = load_digits()
         images = torch.from_numpy(bundled.images / 16 * 255).round().to(torch.uint8)[:, None]

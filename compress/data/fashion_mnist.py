@@ -28,6 +28,8 @@ UNSIGNED_BYTES = 0x08
 class FashionMNIST(DataModule):
     """`data=fashion_mnist`: `root` holds the four .gz files, or torchvision's FashionMNIST/raw with them."""
 
+    licence, hub_name = "MIT", "zalando-datasets/fashion_mnist"  # github.com/zalandoresearch/fashion-mnist
+
     def __init__(self, root: Annotated[str, Field(min_length=1)], **options: Any) -> None:
         super().__init__(**options)
         self.root = Path(root).expanduser()

@@ -45,7 +45,8 @@ class HuggingFace(FileModule):
             found = "neither data.name nor" if name is None else "both data.name and"
             raise UserError(f"data: found {found} data.root; accepted: a name on the hub or a folder")
         self.root = None if root is None else Path(root).expanduser()
-        self.name, self.subset = name, subset
+        self.name = self.hub_name = name
+        self.subset = subset
         self.where = f"data.name: {name}" if root is None else f"data.root: {self.root}"
         self.train_split = train_split
         self.columns = {"image_column": image_column, "label_column": label_column}

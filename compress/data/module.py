@@ -94,6 +94,8 @@ class DataModule(pl.LightningDataModule):
         self.views: int | None = None
 
     labelled: ClassVar[bool] = True
+    licence: ClassVar[str | None] = None
+    hub_name: str | None = None
     workers: int | None = 0  # that decode images which stay on disk, see `DiskLoader`
 
     @abstractmethod
@@ -235,6 +237,7 @@ class DataModule(pl.LightningDataModule):
 
     def record(self) -> dict[str, Any]:
         """What `result.json` says of the data."""
+        published = {"licence": self.licence, "hub_name": self.hub_name}
         return {
             "name": type(self).__name__,
             "class_names": list(self.class_names),
@@ -242,6 +245,7 @@ class DataModule(pl.LightningDataModule):
             "input_shape": list(self.input_shape),
             "mean": list(self.mean),
             "standard_deviation": list(self.standard_deviation),
+            **{key: value for key, value in published.items() if value},
         }
 
     def _limited(self, split: SourceSplit, name: str, classes: int) -> SourceSplit:

@@ -21,6 +21,7 @@ class Exporter(ABC):
     suffix: the end of a file's name, such as ".onnx", by which `compress.predict` knows the format of a file.
     runtime: what runs the file, for the column `runtime` and, unless it is torch, for the name of the row.
     packages: the modules that have to be installed, and `extra` the optional extra of this project that has them.
+    loading: lines of Python, for a model card, that run the file `{file}` on the normalised `images`, a NumPy array.
     movable: whether `read` gives a module that `.to(device)` moves. Any other model gets its images on the CPU.
     takes_network: whether `read` takes, as `network`, a network or class of the user's own in place of the stem that a
     file names, see `compress.models.rebuild`.
@@ -33,6 +34,7 @@ class Exporter(ABC):
     runtime: ClassVar[str]
     packages: ClassVar[tuple[str, ...]] = ()
     extra: ClassVar[str | None] = None
+    loading: ClassVar[str] = ""
     movable: ClassVar[bool] = False
     takes_network: ClassVar[bool] = False
 

@@ -42,6 +42,10 @@ class Packed(Exporter):
     """`export=packed`: packed codes, or float32 weights, that torch computes with."""
 
     suffix, runtime, movable, takes_network = ".safetensors", "torch", True, True
+    loading = """\
+import compress, torch
+network, description = compress.load({file})
+logits = network(torch.from_numpy(images))"""
 
     def write(
         self,

@@ -81,7 +81,7 @@ class Published(ABC):
 
     `options` are those of the network, `weights` is the name of the weights among those published of it. Images have
     `size` pixels on each side, and no others where it is `fixed`, and are normalised by `mean` and
-    `standard_deviation`, of pixel values in 0..1.
+    `standard_deviation`, of pixel values in 0..1. Without a `licence` it is not known.
     """
 
     options: Mapping[str, Any]
@@ -92,6 +92,7 @@ class Published(ABC):
     standard_deviation: tuple[float, ...]
     file: File
     class_names: Sequence[str] = ()
+    licence: str | None = None
 
     def checkpoint(self, input_size: int | None) -> Path:
         """A file of weights of the network, made for images of `input_size` pixels, with the classes of its own.

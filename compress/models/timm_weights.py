@@ -102,6 +102,7 @@ def _described(options: Mapping[str, Any], weights: str, about: Mapping[str, Any
         mean=tuple(about["mean"]),
         standard_deviation=tuple(about["std"]),
         class_names=unique(_label_names(about)),
+        licence=about.get("license"),
         about=about,
         file=file,
     )

@@ -49,6 +49,7 @@ class Measured:
             "validation_accuracy": reference.validation_accuracy,
             "test_accuracy": reference.test_accuracy,
             "test_accuracy_per_class": dict(per_class) if parts.data.labelled else {},
+            **(parts.published_weights if self.name == "model" else {}),
         }
         return {
             **surroundings(threads, parts.plain["trainer"]["precision"] if threads else None),

@@ -19,11 +19,13 @@ from compress.config.ranges import STUDENT
 from compress.config.rules import method_of, uses_peers, uses_teacher
 from compress.data.module import DataModule
 from compress.data.shared import DataSets
+from compress.errors import UserError
 from compress.export.description import NetworkDescription, describe
 from compress.export.exporter import Exporter
 from compress.export.weights import load_weights
 from compress.methods.classifier import Classifier
 from compress.models import own_class
+from compress.models.pretrained import published
 from compress.optim.groups import OptimizerFactory, optimizer_factory
 from compress.pruning.recipe import MaskRecipe, Recipe
 from compress.quantization import Quantizer
@@ -216,6 +218,20 @@ class Parts:
 
     def _shrunk(self, network: nn.Module) -> nn.Module:
         return network if self.recipe is None else self.recipe.shrink(network, self.data.input_shape)
+
+    @property
+    def published_weights(self) -> dict[str, Any]:
+        """What the record says of the published weights that the student started from; nothing where it did not."""
+        student = self.plain["student"]
+        weights = student.get("pretrained")
+        if not weights:
+            return {}
+        try:
+            licence = published(student, weights, "student.pretrained").licence
+        except UserError:  # their description was there when they were loaded
+            licence = None
+        about = {"weights": f"{models.label(student)} {weights}"}
+        return about if licence is None else about | {"licence": licence}
 
     @cached_property
     def architecture(self) -> dict[str, Any]:

@@ -96,7 +96,7 @@ def run(job: Job, directory: Path, data_sets: DataSets, float_checkpoint: Path |
                 best_epoch=epoch_of(directory / "checkpoints" / BEST),
             )
             pruning = None if parts.recipe is None else parts.recipe.record(measured.trained)
-            about |= {"teacher": teacher_record, "pruning": pruning}
+            about |= {"method": parts.plain["method"]["stem"], "teacher": teacher_record, "pruning": pruning}
             record = Record(**started, seconds=clock.laps, **about)
             title = f"{parts.plain['method']['stem']} {record.student.model} on {record.data.name}"
             record = write_results(directory, record, title, measured.panels(), loggers)

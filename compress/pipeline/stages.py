@@ -73,7 +73,12 @@ def _write(job: Job, directory: Path, started: Mapping[str, Any], results: Seque
         "configuration": digest_of(job.config),
         "seconds": {stage.directory: stage.seconds for stage in stages},
         "pruning": next((stage.pruning for stage in reversed(stages) if stage.pruning), None),
-        "student": last.student.model_copy(update={"epochs": sum(stage.student.epochs for stage in stages)}),
+        "student": last.student.model_copy(
+            update={
+                "epochs": sum(stage.student.epochs for stage in stages),
+                **stages[0].student.model_dump(include={"weights", "licence"}, exclude_unset=True),
+            }
+        ),
         "stages": stages,
         "rows": tuple(replace(row, file=row.file and f"{folder}/{row.file}") for row in last.rows),
     }

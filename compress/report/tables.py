@@ -1,7 +1,6 @@
 """The report as Markdown, and the tables that it shares with the page."""
 
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
@@ -10,6 +9,7 @@ from compress.report.collect import Collection, relative
 from compress.report.comparison import Group, groups, pareto_front, statistic
 from compress.report.finished import Run
 from compress.report.replaced_project import FIGURES
+from compress.results.markdown import escaped, markdown_table
 from compress.results.tradeoff import Row, columns_of, figures
 
 FILES = ("result.json", "tradeoff.csv", "tradeoff.png", "config.yaml", "metrics.csv", "run.log")
@@ -47,19 +47,13 @@ def markdown(collection: Collection, path: Path, written: str) -> str:
     lines = []
     for run in collection.runs:
         directory = relative(run.directory, path)
-        links = [f"[{_text(Path(name).name)}]({quote(f'{directory}/{name}')})" for name in run_files(run)]
-        lines.append(f"- {_text(run.name)} ({_text(' '.join(run.record.overrides))}): {', '.join(links)}")
+        links = [f"[{escaped(Path(name).name)}]({quote(f'{directory}/{name}')})" for name in run_files(run)]
+        lines.append(f"- {escaped(run.name)} ({escaped(' '.join(run.record.overrides))}): {', '.join(links)}")
     parts.append("## Runs\n\n" + "\n".join(lines))
     missing = left_out(collection)
     if missing:
-        parts.append("## Not in this report\n\n" + "\n".join(f"- {_text(line)}" for line in missing))
+        parts.append("## Not in this report\n\n" + "\n".join(f"- {escaped(line)}" for line in missing))
     return "\n\n".join(parts) + "\n"
-
-
-def markdown_table(head: Sequence[str], lines: Iterable[Iterable[str]]) -> str:
-    """The lines of a Markdown table whose cells are Markdown."""
-    first, *others = (f"| {' | '.join(cells)} |" for cells in (head, *lines))
-    return "\n".join([first, "|---" * len(head) + "|", *others])
 
 
 def means_table(data: str, compared: Sequence[Group]) -> Table:
@@ -133,10 +127,5 @@ def _compared(rows: Sequence[Row], reported: Mapping[int, Sequence[float]], bits
 
 
 def _table(table: Table) -> str:
-    lines = markdown_table(table.head, [map(_text, line) for line in table.lines])
-    return f"## {_text(table.title)}\n\n{table.note}\n\n{lines}"
-
-
-def _text(text: str) -> str:
-    """As it is, in Markdown: nothing in it is a tag, a link, emphasis or the border of a cell."""
-    return re.sub(r"([\\`*_\[\]<>|#&~])", r"\\\1", " ".join(text.split()))
+    lines = markdown_table(table.head, [map(escaped, line) for line in table.lines])
+    return f"## {escaped(table.title)}\n\n{table.note}\n\n{lines}"

@@ -41,6 +41,8 @@ class Data(Part):
     input_shape: list[int] = []  # channels, height, width
     mean: list[float] = []  # of each channel, of images in 0..1, as they are normalised
     standard_deviation: list[float] = []
+    licence: str | None = None  # null: not known
+    hub_name: str | None = None  # on the Hugging Face Hub
 
 
 class Network(Part):
@@ -81,6 +83,8 @@ class Student(Network):
 
     network: str = "model"  # which of the method's networks it was; `others.0`: the first other peer of dml
     checkpoint: str | None = None  # the file that was quantized, where nothing was trained
+    weights: str | None = None  # the published ones that it started from, by their name
+    licence: str | None = None  # of these; null: not known
     epochs: int | None = None  # that were trained
     best_epoch: int | None = None  # the one of the highest validation accuracy, counted from 1
 
@@ -148,6 +152,7 @@ class Record(Part):
     hardware: Hardware = Hardware()
     runtimes: dict[str, Runtime] = {}  # by their names in the rows
     configuration: str = ""  # the SHA-256 of config.yaml, which model files name too
+    method: str | None = None  # its stem; null: nothing was trained
     seed: int
     seconds: dict[str, float] = {}  # duration of each part, or stage; of a resumed run, those after the last resuming
     data: Data

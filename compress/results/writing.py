@@ -7,7 +7,9 @@ from pytorch_lightning.loggers import Logger
 from rich.markup import escape
 
 from compress.checksums import file_digest
+from compress.files import write_text
 from compress.progress import console
+from compress.results import card
 from compress.results.layer_pictures import Panel, draw_layers, draw_weights
 from compress.results.loggers import log_results
 from compress.results.metrics_csv import FILE as METRICS
@@ -15,7 +17,7 @@ from compress.results.record import FILE, Record
 from compress.results.tradeoff import Row, table, write_tradeoff
 from compress.results.tradeoff_picture import draw_tradeoff
 
-FILES = ("tradeoff.csv", "tradeoff.png", "layers.png", "weights.png", "result.json", "config.yaml")
+FILES = (card.FILE, "tradeoff.csv", "tradeoff.png", "layers.png", "weights.png", "result.json", "config.yaml")
 
 
 def write_results(
@@ -25,7 +27,7 @@ def write_results(
     panels: Mapping[str, Sequence[Panel]] | None = None,
     loggers: Sequence[Logger] = (),
 ) -> Record:
-    """Writes the `record` and, before it, the table and the pictures of its rows and layers; returns what it wrote.
+    """Writes the `record` and, before it, card, table and pictures of its rows and layers; returns what it wrote.
 
     panels: some layers of each quantized variant, for `weights.png`. loggers: those of the run, some of which take
     files and tables.
@@ -37,11 +39,13 @@ def write_results(
         draw_layers(directory / "layers.png", record.layers, title)
     if panels:
         draw_weights(directory / "weights.png", panels, title)
+    models = {row.file: file_digest(directory / row.file) for row in record.rows if row.file}
+    write_text(directory / card.FILE, card.model_card(record, models))
     log_results(loggers, record)
     for logger in loggers:
         logger.save()
     # Last, because its presence says that the run is finished.
-    record = record.model_copy(update={"files": _digests(directory)})
+    record = record.model_copy(update={"files": _digests(directory) | models})
     record.write(directory)
     return record
 

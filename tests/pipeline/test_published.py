@@ -104,7 +104,9 @@ def test_a_student_of_other_classes_learns_from_a_teacher_whose_classes_are_chos
     torch.testing.assert_close(trained["network.layer1.0.conv1.weight"], published["layer1.0.conv1.weight"])
     assert trained["network.fc.weight"].shape == (10, 512)
     assert result.directory.name.endswith("-kd-resnet10t")
-    assert result.record.student.model == "resnet10t"
+    student = result.record.student
+    assert (student.model, student.weights, student.licence) == ("resnet10t", "resnet10t c3_in1k", "apache-2.0")
+    assert r"began as, resnet10t c3\_in1k: apache-2.0" in (result.directory / "README.md").read_text()
     assert json.loads((result.directory / "result.json").read_text())["teacher"]["model"] == "squeezenet1_1"
 
 
@@ -120,6 +122,10 @@ def test_weights_are_quantized_on_pictures_without_labels_and_without_a_checkpoi
     )
     files = sorted(path.name for path in (directory / "models").iterdir())
     assert any(name.endswith(".safetensors") for name in files)
+    card = (directory / "README.md").read_text()
+    assert "- quantized as it was found, not trained" in card
+    assert r"began as, resnet10t c3\_in1k: apache-2.0" in card
+    assert "accuracy" not in card
     with pytest.raises(UserError, match=r"^checkpoint: found none; accepted: .* or model\.pretrained=true"):
         quantize_checkpoint(["model=timm", "model.name=resnet10t", "quantizer=rtn"])
 

@@ -57,6 +57,7 @@ def test_a_run_leaves_everything_it_promises(finished):
     directory = folder / result.directory
     names = {path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()}
     assert names == {
+        "README.md",
         "config.yaml",
         "metrics.csv",
         "result.json",
