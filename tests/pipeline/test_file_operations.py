@@ -13,8 +13,18 @@ from processes import PROCESSES
 
 DIRECTORY = Path("outputs/runs/one")
 PARTS = 8  # of the operations, so that processes of tests can share them
+# Small, because there are hundreds of such runs.
+NETWORK = """
+from torch import nn
+
+
+class Net(nn.Sequential):
+    def __init__(self, num_classes):
+        super().__init__(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(288, num_classes))
+"""
 RUN = [
-    *("method=kd", "student=resnet8", "teacher=resnet8", "teacher.training.epochs=1", "trainer.max_epochs=2"),
+    *("student=module", "student.target=net.Net", "teacher=module", "teacher.model.target=net.Net"),
+    *("method=kd", "teacher.training.epochs=1", "trainer.max_epochs=2"),
     *("data.limit=100", "quantizer.bits=[4]", "quantizer.calibration_images=16", "export=onnx", "logger=csv"),
     f"hydra.run.dir={DIRECTORY}",
 ]
@@ -42,6 +52,7 @@ def outcome(folder):
 def undisturbed(tmp_path_factory):
     """The outcome of a run that nothing disturbs, and how many operations on files it takes."""
     folder = tmp_path_factory.mktemp("undisturbed")
+    (folder / "net.py").write_text(NETWORK)
     receive, send = PROCESSES.Pipe(duplex=False)
     assert performed(RUN, folder, math.inf, True, send)[0] == 0
     return outcome(folder), receive.recv()
@@ -50,6 +61,7 @@ def undisturbed(tmp_path_factory):
 def disturbed(folder, moment, kill, expected):
     """A run disturbed at its operation `moment` says so, if it can, and goes on by the same command or `resume=`."""
     folder.mkdir()
+    (folder / "net.py").write_text(NETWORK)
     code, errors = performed(RUN, folder, moment, kill)
     if kill:
         assert code == -signal.SIGKILL
@@ -62,7 +74,7 @@ def disturbed(folder, moment, kill, expected):
     code, errors = performed(RUN, folder)
     if code == 2:
         assert f"resume={DIRECTORY}" in errors
-        code, errors = performed([f"resume={DIRECTORY}"], folder)
+        code, errors = performed([f"resume={DIRECTORY}", "allow_targets=[net.Net]"], folder)
     assert (code, errors) == (0, "")
     assert outcome(folder) == expected
     shutil.rmtree(folder)
