@@ -77,20 +77,19 @@ def read_files(paths: Sequence[Path], network: OwnNetwork | None = None) -> list
 
 def serve(paths: Sequence[Path], host: str, port: int, network: OwnNetwork | None = None) -> None:
     """Serves the page until Ctrl-C or SIGTERM. Raises UserError before that for what cannot be served."""
-    gradio, uvicorn = import_gradio(), import_package("uvicorn", EXTRA)
-    with _bound(host, port) as listener, TemporaryDirectory(prefix="compress-serve-") as uploads:
-        os.environ["GRADIO_TEMP_DIR"] = uploads
-        files = read_files(paths, network)
-        options = uvicorn.Config(page(gradio, files), log_level="warning", timeout_graceful_shutdown=1)
-        try:
-            with stoppable():
-                listener.listen()
-                address = f"[{host}]" if ":" in host else host
-                count = f"{len(files)} file{'' if len(files) == 1 else 's'}"
-                print(f"http://{address}:{listener.getsockname()[1]}/ serves {count}; Ctrl-C ends it", flush=True)
-                uvicorn.Server(options).run(sockets=[listener])
-        except StoppedError:
-            print("stopped")
+    try:
+        with stoppable(), _bound(host, port) as listener, TemporaryDirectory(prefix="compress-serve-") as uploads:
+            os.environ["GRADIO_TEMP_DIR"] = uploads
+            gradio, uvicorn = import_gradio(), import_package("uvicorn", EXTRA)
+            files = read_files(paths, network)
+            options = uvicorn.Config(page(gradio, files), log_level="warning", timeout_graceful_shutdown=1)
+            listener.listen()
+            address = f"[{host}]" if ":" in host else host
+            count = f"{len(files)} file{'' if len(files) == 1 else 's'}"
+            print(f"http://{address}:{listener.getsockname()[1]}/ serves {count}; Ctrl-C ends it", flush=True)
+            uvicorn.Server(options).run(sockets=[listener])
+    except StoppedError:
+        print("stopped")
 
 
 def import_gradio() -> Any:

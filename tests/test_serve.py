@@ -19,7 +19,9 @@ import torch
 from PIL import Image
 from playwright.sync_api import sync_playwright
 from processes import Script
+from torch import nn
 
+import compress
 from compress import models
 from compress.data.image_file import MAX_PIXELS
 from compress.errors import UserError
@@ -98,6 +100,26 @@ def test_files_of_the_same_name_are_told_apart_by_their_paths(folder, tmp_path):
     shutil.copy(folder / "packed.safetensors", tmp_path)
     paths = [folder / "packed.safetensors", tmp_path / "packed.safetensors", folder / "float.safetensors"]
     assert [file.name for file in read_files(paths)] == [str(paths[0]), str(paths[1]), "float.safetensors"]
+
+
+class Own(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2))
+
+    def forward(self, images):
+        return self.body(images)
+
+
+def test_a_network_of_ones_own_class_is_for_the_files_that_take_one(folder, tmp_path):
+    quantized = compress.quantize(Own(), torch.randn(16, 3, 32, 32), bits=4)
+    paths = [tmp_path / "net.safetensors", tmp_path / "net.onnx"]
+    quantized.save(paths[0], class_names=["left", "right"])
+    quantized.export(paths[1], class_names=["left", "right"])
+    _, table = answer(read_files(paths, Own), str(folder / "wide.jpg"))
+    assert table.count("<b>left</b>") == table.count("<b>right</b>") == 2
+    with pytest.raises(UserError, match=r"net\.safetensors: found a network of the class"):
+        read_files(paths)
 
 
 MISTAKES = [
@@ -195,7 +217,6 @@ def test_a_missing_package_is_named_with_the_extra(folder, monkeypatch):
     ],
 )
 def test_an_address_that_cannot_be_had_is_one_line(folder, host, port, message):
-    pytest.importorskip("gradio")
     with pytest.raises(UserError) as mistake:
         serve([folder / "float.safetensors"], host, port)
     assert message in str(mistake.value)
@@ -203,7 +224,6 @@ def test_an_address_that_cannot_be_had_is_one_line(folder, host, port, message):
 
 
 def test_a_port_that_is_taken_is_one_line(folder):
-    pytest.importorskip("gradio")
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         with pytest.raises(
