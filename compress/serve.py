@@ -55,10 +55,11 @@ def read_files(paths: Sequence[Path], network: OwnNetwork | None = None) -> list
     Raises UserError, naming the file, where one cannot be read, or has other classes or another image size than the
     first, so that the answers could not stand side by side.
     """
-    names = [path.name for path in paths]
+    names, exporters = [path.name for path in paths], [exporter_of(path) for path in paths]
+    if network is not None and not any(exporter.takes_network for exporter in exporters):
+        raise UserError(f"network: found it for {paths[0]}; accepted: no network=, as none of the files needs one")
     files: list[Served] = []
-    for path in paths:
-        exporter = exporter_of(path)
+    for path, exporter in zip(paths, exporters, strict=True):
         predictor = Predictor.read(path, network=network if exporter.takes_network else None)
         name = path.name if names.count(path.name) == 1 else str(path)
         files.append(Served(name, exporter.runtime, path.stat().st_size, predictor))

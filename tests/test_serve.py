@@ -120,6 +120,8 @@ def test_a_network_of_ones_own_class_is_for_the_files_that_take_one(folder, tmp_
     assert table.count("<b>left</b>") == table.count("<b>right</b>") == 2
     with pytest.raises(UserError, match=r"net\.safetensors: found a network of the class"):
         read_files(paths)
+    with pytest.raises(UserError, match=r"^network: found it for .*net\.onnx; accepted: no network="):
+        read_files(paths[1:], Own)
 
 
 MISTAKES = [
