@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 # they would by themselves: enough within a training step, and beside other jobs it does not keep cores from them.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+# ONNX Runtime reads this when it is imported; without it, 1.32 reports its use to Microsoft.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 if TYPE_CHECKING:
     from torch import nn

@@ -81,18 +81,15 @@ class Predictor:
         for start in range(0, len(paths), BATCH):
             read = [self._image_or_error(path) for path in paths[start : start + BATCH]]
             images = [image for image in read if isinstance(image, Tensor)]
-            ranked = iter(self._ranked(torch.stack(images), top) if images else ())
+            ranked = iter(self.ranked(torch.stack(images), top) if images else ())
             for path, image in zip(paths[start : start + BATCH], read, strict=True):
                 yield Prediction(str(path), *next(ranked)) if isinstance(image, Tensor) else image
 
-    def _image_or_error(self, path: str | Path) -> Tensor | UserError:
-        try:
-            return self.image(path)
-        except UserError as mistake:
-            return mistake
+    def ranked(self, images: Tensor, top: int) -> Iterator[tuple[tuple[str, ...], tuple[float, ...]]]:
+        """The `top` likeliest classes of each of the normalised `images` `(B, 3, H, W)`, and probabilities in 0..1.
 
-    def _ranked(self, images: Tensor, top: int) -> Iterator[tuple[tuple[str, ...], tuple[float, ...]]]:
-        """Classes and probabilities of each of the normalised `images` `(B, 3, H, W)`."""
+        Raises UserError for a network whose logits are not a finite number for each class.
+        """
         with torch.inference_mode():
             logits = self.model(images).float()
         if logits.shape != (len(images), len(self.class_names)) or not logits.isfinite().all():
@@ -104,6 +101,12 @@ class Predictor:
         best = logits.softmax(1).topk(top, dim=1)
         for values, indices in zip(best.values.tolist(), best.indices.tolist(), strict=True):
             yield tuple(self.class_names[index] for index in indices), tuple(values)
+
+    def _image_or_error(self, path: str | Path) -> Tensor | UserError:
+        try:
+            return self.image(path)
+        except UserError as mistake:
+            return mistake
 
 
 def pictures(paths: Sequence[str | Path]) -> list[Path]:

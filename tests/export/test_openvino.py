@@ -2,6 +2,7 @@
 
 import builtins
 import json
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -322,3 +323,28 @@ def test_the_metadata_are_those_of_every_onnx_file_of_ours(file):
     metadata = {entry.key: entry.value for entry in onnx.load(file).metadata_props}
     assert set(metadata) == {"format", "description", "sha256"}
     assert json.loads(metadata["description"])["input_shape"] == [3, 8, 8]
+
+
+WATCHED = """
+import multiprocessing, os, socket, sys
+
+def note(host, *others, **more):
+    with open(sys.argv[1], "a") as file:
+        print(host, file=file)
+    raise OSError("no network here")
+
+socket.getaddrinfo = note
+from compress.export.exporter import import_package
+import_package("openvino", "openvino")
+for sender in multiprocessing.active_children():
+    sender.join()
+"""
+
+
+@pytest.mark.slow
+def test_importing_it_reports_nothing_to_its_makers(tmp_path):
+    """Where nobody has agreed or refused, as in a new home, it would send an event from a process of its own."""
+    environment = {key: value for key, value in os.environ.items() if key not in ("CI", "TF_BUILD", "JENKINS_URL")}
+    command = [sys.executable, "-c", WATCHED, str(tmp_path / "asked")]
+    subprocess.run(command, env=environment | {"HOME": str(tmp_path)}, check=True)
+    assert not (tmp_path / "asked").exists()
