@@ -4,7 +4,7 @@ BIN := .venv/bin
 
 FASHION_MNIST ?= /usr/share/datasets/fashion-mnist
 
-.PHONY: demo check test test-page soak study quantizer-study lint audit format clean
+.PHONY: demo check test soak study quantizer-study lint audit format clean
 demo: .venv/installed
 	$(BIN)/python scripts/run.py method=dkd student=resnet18
 
@@ -15,11 +15,6 @@ check: .venv/installed-dev lint
 # A process of tests per core, which takes tests over from the other when it has no more.
 test: .venv/installed-dev lint
 	$(BIN)/python -m pytest -n auto --dist worksteal
-
-# The page of scripts/serve.py; gradio's packages lie apart, because it takes an older Pillow than the other tests have.
-test-page: .venv/installed-dev
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade --target .venv/page 'gradio>=6.31'
-	PYTHONPATH=.venv/page $(BIN)/python -m pytest tests/test_serve.py
 
 # What takes long: runs killed at many moments, memory over many jobs, every method and optimizer stopped and resumed.
 soak: .venv/installed-dev

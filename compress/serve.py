@@ -23,7 +23,6 @@ from compress.errors import UserError, printable
 from compress.evaluation import paired_latency_ms
 from compress.export.exporter import import_package
 from compress.export.formats import exporter_of
-from compress.export.openvino import OpenVino
 from compress.models.own_class import OwnNetwork
 from compress.predict import Predictor
 from compress.stopping import StoppedError, stoppable
@@ -184,10 +183,9 @@ def table_of(files: Sequence[Served], answers: Sequence[Answer] | None = None) -
         )
     note = (
         "smaller: than the first file. ms: the network alone for one picture on one thread, median of "
-        f"{CALLS} calls after a warm-up, the files taking turns, on {processor()}."
+        f"{CALLS} calls after a warm-up, the files taking turns, on {processor()}. What is not on integers is computed "
+        "in float32, as for accuracies."
     )
-    if any(file.runtime == OpenVino.runtime for file in files):
-        note += " OpenVINO computes in float32 here; the latency in the table of a run is that of its default."
     return (
         '<table><thead><tr><th scope="col">file</th><th scope="col">answer</th><th scope="col">kB</th>'
         '<th scope="col">smaller</th><th scope="col">ms</th></tr></thead>'

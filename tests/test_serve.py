@@ -236,7 +236,6 @@ def test_a_port_that_is_taken_is_one_line(folder):
 
 @pytest.mark.slow
 def test_the_script_ends_with_status_2_and_one_line_on_a_mistake(folder, tmp_path):
-    pytest.importorskip("gradio")
     script = Script(SCRIPT, folder / "float.safetensors", folder / "none.onnx", "--port", 0, folder=tmp_path)
     out, error = script.said()
     assert (script.wait(), out, len(error.splitlines())) == (2, "", 1)
@@ -262,7 +261,6 @@ def running(*arguments, temporary):
 
 @pytest.fixture(scope="module")
 def address(folder, tmp_path_factory):
-    pytest.importorskip("gradio")
     with running(*(folder / name for name in FILES), temporary=tmp_path_factory.mktemp("uploads")) as (_, address):
         yield address
 
@@ -351,7 +349,6 @@ def test_nothing_sticks_out_sideways(folder, page, width):
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_it_and_its_uploads(folder, tmp_path, number):
-    pytest.importorskip("gradio")
     with running(folder / "float.safetensors", temporary=tmp_path) as (process, address):
         assert b"float.safetensors" in urlopen(address).read()
         assert list(tmp_path.glob("compress-serve-*"))

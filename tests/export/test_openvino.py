@@ -171,7 +171,6 @@ def test_weights_alone_are_in_the_narrowest_type_that_openvino_has(small, bits, 
     for count in (32, 1, 7):
         assert distance(model(IMAGES[:count]), logits(quantized.model, IMAGES[:count])) < 1e-5
     # Another runtime of ONNX reads the same file.
-    pytest.importorskip("onnxruntime")
     (tmp_path / "model.onnx").write_bytes(path.read_bytes())
     assert distance(Onnx().read(tmp_path / "model.onnx")[0](IMAGES), logits(quantized.model)) < 1e-5
 
