@@ -1,6 +1,7 @@
 """Distil, prune and quantize image classifiers: the most accuracy per byte, and the file."""
 
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 # they would by themselves: enough within a training step, and beside other jobs it does not keep cores from them.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-# ONNX Runtime reads this when it is imported; without it, 1.32 reports its use to Microsoft.
+# Both before these are imported: ONNX Runtime 1.32 reports its use to Microsoft unless it finds this variable, and
+# OpenVINO 2026.4 each import to Google Analytics unless that package is missing.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # None: not to be imported
 
 if TYPE_CHECKING:
     from torch import nn

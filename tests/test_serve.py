@@ -1,6 +1,5 @@
 """The page of `scripts/serve.py`: what it says of pictures and files, and the page itself in a real browser."""
 
-import builtins
 import contextlib
 import os
 import re
@@ -196,15 +195,8 @@ def test_no_picture_leaves_the_files(folder):
     assert all(name in table for name in FILES)
 
 
-def test_a_missing_package_is_named_with_the_extra(folder, monkeypatch):
-    imports = builtins.__import__
-
-    def without(name, *arguments, **options):
-        if name.partition(".")[0] == "gradio":
-            raise ImportError(name)
-        return imports(name, *arguments, **options)
-
-    monkeypatch.setattr(builtins, "__import__", without)
+def test_a_missing_package_is_named_with_the_extra(folder, uninstall):
+    uninstall("gradio")
     with pytest.raises(UserError, match=r"^gradio is not installed; pip install 'compress\[demo\]'$"):
         serve([folder / "float.safetensors"], "127.0.0.1", 0)
 

@@ -1,6 +1,5 @@
 """What an export format is: a subclass of `Exporter`, in one Python file and one YAML file in `conf/export`."""
 
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from importlib.metadata import PackageNotFoundError, version
@@ -89,8 +88,6 @@ class Exporter(ABC):
 
 def import_package(package: str, extra: str | None) -> Any:
     """The module of that name. Raises UserError, saying what to install, where it is missing."""
-    # With this package OpenVINO 2026.4 reports each import to Google Analytics; it does without where that is missing.
-    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # None: not to be imported
     try:
         return __import__(package)
     except ImportError:

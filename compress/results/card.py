@@ -78,9 +78,9 @@ def _introduction(record: Record) -> str:
     image = f"images of {size[0]}x{size[1]} pixels and {channels} channels" if size else "images"
     names = ", ".join(map(escaped, data.class_names))
     classes = f" into {len(data.class_names)} classes: {names}" if data.class_names else ""
-    cost = f" It has {network.parameters:,} parameters" if network.parameters else ""
-    cost += f" and takes {network.macs:,} multiply-accumulates an image." if cost and network.macs else "." * bool(cost)
-    return f"It classifies {image}{classes}.{cost}"
+    costs = {"parameters": network.parameters, "multiply-accumulates an image": network.macs}
+    cost = " and ".join(f"{count:,} {what}" for what, count in costs.items() if count is not None)
+    return f"It classifies {image}{classes}." + (f" It has {cost}." if cost else "")
 
 
 def _variants(rows: list[Row], digests: Mapping[str, str]) -> str:

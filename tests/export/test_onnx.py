@@ -1,6 +1,5 @@
 """ONNX files: the integers that were evaluated, the logits of the network, integer kernels, and one file only."""
 
-import builtins
 import dataclasses
 import json
 import subprocess
@@ -335,16 +334,9 @@ def test_files_that_are_damaged_or_foreign_are_refused_by_name(file, tmp_path):
 
 
 @pytest.mark.parametrize("missing", ["onnx", "onnxscript", "onnxruntime"])
-def test_a_missing_package_is_named_with_the_extra(small, file, missing, monkeypatch, tmp_path):
-    imports = builtins.__import__
-
-    def without(name, *arguments, **options):
-        if name.partition(".")[0] == missing:
-            raise ImportError(name)
-        return imports(name, *arguments, **options)
-
+def test_a_missing_package_is_named_with_the_extra(small, file, missing, uninstall, tmp_path):
     quantized = quantize(small, [IMAGES[:4]], 8)
-    monkeypatch.setattr(builtins, "__import__", without)
+    uninstall(missing)
     with pytest.raises(UserError, match=rf"{missing} is not installed; pip install 'compress\[onnx\]'"):
         Onnx().write(tmp_path / "model.onnx", quantized, describe("resnet8"))
     if missing == "onnxruntime":

@@ -1,6 +1,5 @@
 """Files for OpenVINO: trained networks keep their classes in it, on integers that it has, from one file alone."""
 
-import builtins
 import json
 import os
 import subprocess
@@ -298,15 +297,8 @@ def test_signals_are_handled_after_networks_came_and_went(file):
     assert (process.returncode, process.stdout.split()) == (0, ["handled"] * 4), process.stderr
 
 
-def test_a_missing_package_is_named_with_the_extra(small, file, monkeypatch, tmp_path):
-    imports = builtins.__import__
-
-    def without(name, *arguments, **options):
-        if name.partition(".")[0] == "openvino":
-            raise ImportError(name)
-        return imports(name, *arguments, **options)
-
-    monkeypatch.setattr(builtins, "__import__", without)
+def test_a_missing_package_is_named_with_the_extra(small, file, uninstall, tmp_path):
+    uninstall("openvino")
     message = r"^openvino is not installed; pip install 'compress\[openvino\]'$"
     for use in (
         lambda: OpenVino().check(None),
