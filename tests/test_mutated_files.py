@@ -33,7 +33,10 @@ TRAINED = [
 ]
 SHORT = [*TRAINED, "quantizer.calibration_images=16", "quantizer.bits=[4]"]
 RUN = [*SHORT, "method=kd", "teacher=resnet8", "teacher.training.epochs=1"]
-BEGUN, DONE, MODEL = "outputs/runs/begun", "outputs/runs/done", "outputs/runs/done/models/student-gpfq-4bit.safetensors"
+INTEGERS = ["quantizer.bits=[8]", "quantizer.activation_bits=8", "export=[onnx,openvino,executorch]"]
+BEGUN, DONE = "outputs/runs/begun", "outputs/runs/done"
+QUANTIZED = f"{DONE}/models/student-gpfq-8bit-a8"
+MODEL, PROGRAM = f"{QUANTIZED}.safetensors", f"{QUANTIZED}.pte"
 NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 QUANTIZE = ("quantize.py", "model=resnet8", "quantizer.bits=[4]", "quantizer.calibration_images=16", "data.limit=100")
 DRY = ("run.py", "--dry-run", *SHORT, "method=supervised")
@@ -51,14 +54,9 @@ READERS = {
     "search": ("outputs/search/*.*", ("search.py", "space.yaml", "outputs/search", "--trials", "1")),
     "space": ("space.yaml", ("search.py", "space.yaml", "outputs/other", "--trials", "1")),
     "packed model": (MODEL, ("predict.py", MODEL, "pictures/zero/0.png")),
-    "ONNX model": (
-        "outputs/runs/done/models/student-gpfq-4bit.onnx",
-        ("predict.py", f"{DONE}/models/student-gpfq-4bit.onnx", "pictures"),
-    ),
-    "OpenVINO model": (
-        "outputs/runs/done/models/student-gpfq-4bit.openvino.onnx",
-        ("predict.py", f"{DONE}/models/student-gpfq-4bit.openvino.onnx", "pictures"),
-    ),
+    "ONNX model": (f"{QUANTIZED}.onnx", ("predict.py", f"{QUANTIZED}.onnx", "pictures")),
+    "OpenVINO model": (f"{QUANTIZED}.openvino.onnx", ("predict.py", f"{QUANTIZED}.openvino.onnx", "pictures")),
+    "program of ExecuTorch": (f"{PROGRAM}*", ("predict.py", PROGRAM, "pictures")),
     "quantized model": (
         f"{DONE}/models/student-fp32.safetensors",
         (*QUANTIZE, f"checkpoint={DONE}/models/student-fp32.safetensors"),
@@ -127,7 +125,7 @@ def files(tmp_path_factory):
         patched.chdir(folder)
         with stopped_in_the_second_epoch():
             assert main([*RUN, "logger=csv", f"hydra.run.dir={BEGUN}"]) == 2
-        assert main([*SHORT, "method=supervised", "logger=csv", "export=[onnx,openvino]", f"hydra.run.dir={DONE}"]) == 0
+        assert main([*SHORT, *INTEGERS, "method=supervised", "logger=csv", f"hydra.run.dir={DONE}"]) == 0
         sweep = ["-m", *TRAINED, "method=supervised", "quantizer=none", "seed=1,2"]
         assert main([*sweep, "hydra.sweep.dir=outputs/sweep"]) == 0
         write_pictures()

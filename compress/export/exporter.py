@@ -69,6 +69,10 @@ class Exporter(ABC):
         `NetworkDescription`. Raises UserError, naming the file, where it is missing, damaged or foreign.
         """
 
+    def companions(self, path: Path) -> list[Path]:
+        """The other files that `write` made for the file `path`, which `read` needs beside it."""
+        return []
+
     def read_for_latency(self, path: Path) -> Callable[[Tensor], Tensor]:
         """The model on one thread, as its runtime is fastest, where `read` has it as exact as it can be."""
         return self.read(path, threads=1)[0]

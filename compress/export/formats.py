@@ -85,6 +85,14 @@ def read_back(
     return exporter.read(path, threads, **own)
 
 
+def files_of(path: Path) -> list[Path]:
+    """The model file `path` and those that it needs beside it; of a format that is not to be found, itself alone."""
+    try:
+        return [path, *exporter_of(path).companions(path)]
+    except UserError:
+        return [path]
+
+
 def exporter_of(path: Path) -> Exporter:
     """The exporter whose suffix the file has; of several the one with the longest. Raises UserError where none has."""
     exporters = available()

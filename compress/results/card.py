@@ -25,7 +25,7 @@ UNKNOWN = "not known"
 
 
 def model_card(record: Record, digests: Mapping[str, str], licence: str | None = None) -> str:
-    """The card of those rows of `record` whose files are in `digests`, which has their SHA-256, and of the first one.
+    """The card of those rows of `record` whose files are in `digests`, which has the SHA-256 of all, and of the first.
 
     The float32 student comes first, because the others are compared with it, even where it has no file. licence: that
     of the weights by its name on the Hub; without one the metadata name none.
@@ -39,7 +39,7 @@ def model_card(record: Record, digests: Mapping[str, str], licence: str | None =
         f"## Use\n\n{_use(record, rows, digests)}",
         f"## How it was made\n\n{_origin(record)}",
         f"## Licences\n\n{_licences(record, licence)}",
-        f"## Checksums\n\n{_checksums(rows, digests)}",
+        f"## Checksums\n\n{_checksums(digests)}",
     ]
     return "\n\n".join(sections) + "\n"
 
@@ -177,6 +177,6 @@ def _licences(record: Record, licence: str | None) -> str:
     return "\n".join(f"- {escaped(line)}" for line in lines)
 
 
-def _checksums(rows: list[Row], digests: Mapping[str, str]) -> str:
-    lines = [[escaped(row.file), f"{row.bytes:,}", digests[row.file]] for row in rows if row.file in digests]
-    return markdown_table(["file", "bytes", "SHA-256"], lines) if lines else "There are no files."
+def _checksums(digests: Mapping[str, str]) -> str:
+    lines = [[escaped(file), digest] for file, digest in digests.items()]
+    return markdown_table(["file", "SHA-256"], lines) if lines else "There are no files."

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from compress.checksums import file_digest
 from compress.errors import UserError, first_line
+from compress.export.formats import files_of
 from compress.files import check_can_be_made, write_text
 from compress.results import card
 from compress.results.record import FILE, Record
-from compress.results.tradeoff import Row
 
 HUB = "hf:"
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
@@ -34,14 +34,15 @@ def publish(
     if licence is not None and not LICENCE.fullmatch(licence):
         raise UserError(f"--licence: found {licence!r}; accepted: a name of the Hub, such as apache-2.0 or cc-by-4.0")
     record = Record.read(run / FILE)
-    rows = _chosen(run, record, variants)
-    for row in rows:
-        _check(run, row, record)
+    files = _chosen(run, record, variants)
+    for file in files:
+        _check(run, file, record)
     upload = _to_hub if destination.startswith(HUB) else _to_directory
-    return upload(run, destination, rows, record, licence, private)
+    return upload(run, destination, files, record, licence, private)
 
 
-def _chosen(run: Path, record: Record, variants: Sequence[str]) -> list[Row]:
+def _chosen(run: Path, record: Record, variants: Sequence[str]) -> list[str]:
+    """The files of those variants and what these need beside them, relative to the directory of the run."""
     kept = {row.name: row for row in record.rows if row.file}
     if not kept:
         raise UserError(f"{run}: found no model files, for it kept none; accepted: a run with another export")
@@ -50,20 +51,21 @@ def _chosen(run: Path, record: Record, variants: Sequence[str]) -> list[Row]:
     if unknown is not None:
         raise UserError(f"--variants: found {unknown!r}; accepted: {', '.join(kept)}, or the names of their files")
     chosen = {names[name].file for name in variants or kept}
-    return [row for row in kept.values() if row.file in chosen]
+    files = [Path(row.file) for row in kept.values() if row.file in chosen]
+    return [file.as_posix() for path in files for file in files_of(path)]
 
 
-def _check(run: Path, row: Row, record: Record) -> None:
-    path = run / row.file
+def _check(run: Path, file: str, record: Record) -> None:
+    path = run / file
     if not path.is_file():
         raise UserError(f"{path}: found no such file, which the run left; accepted: the files as the run left them")
-    if file_digest(path) != record.files.get(row.file):
+    if file_digest(path) != record.files.get(file):
         raise UserError(f"{path}: found content that is not what the run left; accepted: the file as it was written")
 
 
-def _fill(folder: Path, run: Path, rows: Sequence[Row], record: Record, licence: str | None) -> list[Path]:
-    """Copies the files of the `rows` into `folder`, and writes the card of them; what it holds then."""
-    placed = {row.file: Path(row.file).name for row in rows}
+def _fill(folder: Path, run: Path, files: Sequence[str], record: Record, licence: str | None) -> list[Path]:
+    """Copies the `files` into `folder`, and writes the card of them; what it holds then."""
+    placed = {file: Path(file).name for file in files}
     for file, name in placed.items():
         shutil.copyfile(run / file, folder / name)
     renamed = tuple(replace(row, file=placed.get(row.file, "")) for row in record.rows)
@@ -74,7 +76,7 @@ def _fill(folder: Path, run: Path, rows: Sequence[Row], record: Record, licence:
 
 
 def _to_directory(
-    run: Path, destination: str, rows: Sequence[Row], record: Record, licence: str | None, private: bool
+    run: Path, destination: str, files: Sequence[str], record: Record, licence: str | None, private: bool
 ) -> tuple[str, list[Path]]:
     if private:
         raise UserError(f"--private: found it for a directory; accepted: --to {HUB}OWNER/NAME")
@@ -85,16 +87,16 @@ def _to_directory(
     directory.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}-"))
     try:
-        files = _fill(temporary, run, rows, record, licence)
+        filled = _fill(temporary, run, files, record, licence)
         temporary.chmod(0o755)
         temporary.replace(directory)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return destination, [directory / file.name for file in files]
+    return destination, [directory / file.name for file in filled]
 
 
 def _to_hub(
-    run: Path, destination: str, rows: Sequence[Row], record: Record, licence: str | None, private: bool
+    run: Path, destination: str, files: Sequence[str], record: Record, licence: str | None, private: bool
 ) -> tuple[str, list[Path]]:
     name = destination.removeprefix(HUB)
     if not REPOSITORY.fullmatch(name):
@@ -106,7 +108,7 @@ def _to_hub(
     if huggingface_hub.get_token() is None:
         raise UserError("--to: found no token of the Hub; accepted: one from `hf auth login`, or in HF_TOKEN")
     with tempfile.TemporaryDirectory() as temporary:
-        files = _fill(Path(temporary), run, rows, record, licence)
+        filled = _fill(Path(temporary), run, files, record, licence)
         hub = huggingface_hub.HfApi()
         try:
             address = hub.create_repo(name, private=private, exist_ok=True)
@@ -115,4 +117,4 @@ def _to_hub(
         except Exception as failure:  # its client has one for each of connection, token and name, without a common base
             reason = first_line(failure)
             raise UserError(f"--to: {name} cannot be written ({reason}); accepted: a repository of yours") from failure
-    return str(address), [Path(file.name) for file in files]
+    return str(address), [Path(file.name) for file in filled]

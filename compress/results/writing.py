@@ -7,6 +7,7 @@ from pytorch_lightning.loggers import Logger
 from rich.markup import escape
 
 from compress.checksums import file_digest
+from compress.export.formats import files_of
 from compress.files import write_text
 from compress.progress import console
 from compress.results import card
@@ -39,7 +40,8 @@ def write_results(
         draw_layers(directory / "layers.png", record.layers, title)
     if panels:
         draw_weights(directory / "weights.png", panels, title)
-    models = {row.file: file_digest(directory / row.file) for row in record.rows if row.file}
+    files = [file.as_posix() for row in record.rows if row.file for file in files_of(Path(row.file))]
+    models = {file: file_digest(directory / file) for file in files}
     write_text(directory / card.FILE, card.model_card(record, models))
     log_results(loggers, record)
     for logger in loggers:

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from compress import models
+from compress.data.digits import Digits
 from compress.export.description import NetworkDescription
 from compress.quantization import Grid
 from compress.quantization.activations import InputQuantizer, attach_input_quantizer
@@ -49,6 +50,14 @@ def with_inputs(quantized, levels=256):
 def logits(model, images=IMAGES):
     with torch.no_grad():
         return model(images)
+
+
+def digits():
+    """The images that nothing was trained on, as networks take them."""
+    data = Digits(image_size=8, batch_size=256)
+    data.setup()
+    loaders = (data.val_dataloader(), data.test_dataloader())
+    return torch.cat([images for loader in loaders for images, _ in loader])
 
 
 def distance(found, expected):

@@ -16,6 +16,7 @@ from networks import (
     Repeater,
     TokenMixer,
     describe,
+    digits,
     distance,
     logits,
     lone_convolution,
@@ -28,7 +29,6 @@ from PIL import Image
 import compress
 from compress.cli import main
 from compress.cpu import sums_hold
-from compress.data.digits import Digits
 from compress.errors import UserError
 from compress.export import openvino
 from compress.export.onnx import Onnx
@@ -53,14 +53,6 @@ def runs(tmp_path_factory):
     for name, overrides in (("post", post), ("trained", trained), ("weights", weights)):
         assert main([*overrides, f"hydra.run.dir={folder}/{name}"]) == 0
     return folder
-
-
-def digits():
-    """The images that nothing was trained on, as networks take them."""
-    data = Digits(image_size=8, batch_size=256)
-    data.setup()
-    loaders = (data.val_dataloader(), data.test_dataloader())
-    return torch.cat([images for loader in loaders for images, _ in loader])
 
 
 @pytest.mark.slow

@@ -30,14 +30,14 @@ from compress.results.record import Record
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """The directory of a finished run with files for three runtimes."""
+    """The directory of a finished run with files for every runtime."""
     folder = tmp_path_factory.mktemp("run")
     with pytest.MonkeyPatch.context() as place:
         place.chdir(folder)
         result = compress.run(
             [
                 *("method=kd", "student=resnet8", "teacher=resnet8", "teacher.training.epochs=1"),
-                *("trainer.max_epochs=2", "data.limit=200", "export=[onnx,openvino]"),
+                *("trainer.max_epochs=2", "data.limit=200", "export=[onnx,openvino,executorch]"),
                 *("quantizer.bits=[8]", "quantizer.activation_bits=8", "quantizer.calibration_images=32"),
             ]
         )
@@ -65,12 +65,12 @@ def test_the_card_of_a_run_has_its_rows_and_the_metadata_of_the_hub(run):
         assert table[row.name]["test %"] == f"{100 * row.test_accuracy:.2f}"
         assert table[row.name]["size kB"] == f"{row.bytes / 1000:.1f}"
         assert table[row.name]["file"] == f"[{Path(row.file).name}]({row.file})"
-        assert f"| {row.file} | {row.bytes:,} | {file_digest(run / row.file)} |" in text
+        assert f"| {row.file} | {file_digest(run / row.file)} |" in text
     card = ModelCard(text)
     [*results] = card.data.eval_results
     assert [result.metric_value for result in results] == [row.test_accuracy for row in record.rows]
     assert {result.task_type for result in results} == {card.data.pipeline_tag} == {"image-classification"}
-    assert {"distillation", "quantization", "onnxruntime", "openvino", "torch"} <= set(card.data.tags)
+    assert {"distillation", "quantization", "onnxruntime", "openvino", "executorch", "torch"} <= set(card.data.tags)
     assert "license" not in yaml.safe_load(text.split("---")[1])
     assert "- the images, Digits: CC BY 4.0" in text
     assert "- teacher: resnet8, right for " in text
@@ -88,7 +88,7 @@ def test_the_lines_of_the_card_give_the_logits_that_were_measured(run, monkeypat
     pictures = np.random.default_rng(0).random((2, 3, 8, 8))
     images = ((pictures - mean[:, None, None]) / deviation[:, None, None]).astype(np.float32)
     blocks = re.findall(r"```python\n(.*?)\n```", text, re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     for lines in blocks:
         names = {"images": images}
         exec(lines, names)
@@ -116,7 +116,10 @@ def test_a_published_variant_is_one_that_was_chosen_with_a_card_of_its_own(run, 
     assert "- these weights: apache-2.0" in text
     (tmp_path / "empty").mkdir()
     publish(run, str(tmp_path / "empty"))
-    assert len(list((tmp_path / "empty").iterdir())) == 7
+    published = {path.name for path in (tmp_path / "empty").iterdir()}
+    assert published == {"README.md", *(path.name for path in (run / "models").iterdir())}
+    assert {"student-fp32.pte", "student-fp32.pte.json"} < published
+    Predictor.read(tmp_path / "empty" / "student-gpfq-8bit-a8.pte")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "new"]
     assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
 
