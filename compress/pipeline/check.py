@@ -23,6 +23,7 @@ from compress.export.formats import check_exporters
 from compress.export.packed import file_bytes
 from compress.files import check_can_be_made
 from compress.models import masks
+from compress.pipeline.latency import runtime_of
 from compress.pipeline.parts import Parts
 from compress.pipeline.rehearsal import rehearse
 from compress.pipeline.teachers import cache_path
@@ -103,6 +104,7 @@ def check(job: Job, data_sets: DataSets, start: nn.Module | None = None) -> nn.M
     key = _rehearsed(parts)
     if start is not None or key not in data_sets.rehearsed:
         rehearse(parts, student)
+        check_latency(parts, parts.quantizer, student)
         data_sets.rehearsed.add(key)
     return student
 
@@ -221,6 +223,14 @@ def _check_pruning(parts: Parts, recipe: Recipe) -> None:
         networks["peer"] = parts.network("peer")
     for role, network in networks.items():
         recipe.check(network, parts.config.trainer.max_epochs, parts.data.input_shape, role)
+
+
+def check_latency(parts: Parts, quantizer: Quantizer | None, student: nn.Module) -> None:
+    """Raises UserError for a latency that no file of `student` keeps here, or that the float32 one does."""
+    if quantizer is not None and quantizer.latency is not None:
+        batches = parts.data.calibration_batches(2)
+        runtime = runtime_of(parts.exporters, parts.description(student), batches[0])
+        quantizer.check_latency(student, batches, runtime)
 
 
 def check_quantizer(parts: Parts, quantizer: Quantizer, student: nn.Module) -> None:

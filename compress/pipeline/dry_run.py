@@ -96,8 +96,9 @@ def _sizes(parts: Parts, student: nn.Module) -> dict[str, int]:
         batches = parts.data.calibration_batches(parts.data.num_classes)
         size = partial(file_bytes, description=description)
         measures = Measures(size, size(student))
-        # What a drop allows is not known before the training.
-        for variant in [] if quantizer.max_drop is not None else quantizer.variants(student, batches, measures, silent):
+        # What a drop allows is not known before the training, and which layers a latency leaves in float takes a while.
+        unknown = quantizer.max_drop is not None or quantizer.latency is not None
+        for variant in [] if unknown else quantizer.variants(student, batches, measures, silent):
             sizes[variant.label] = size(variant.model)
     return sizes
 

@@ -61,6 +61,7 @@ class Measured:
             "rows": self.variants.rows,
             "layers": self.variants.layers,
             "comparisons": self.variants.comparisons,
+            "latency": self.variants.latency,
         }
 
     def panels(self) -> dict[str, list[Panel]]:

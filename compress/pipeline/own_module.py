@@ -148,6 +148,8 @@ def _quantizer(stem: str, keys: Mapping[str, Any]) -> Quantizer:
     built: Quantizer = build(node, "quantizer", Quantizer)
     if built.max_drop is not None:
         raise UserError("quantizer.max_drop: found it without labelled images to measure it on; accepted: budget")
+    if built.latency is not None:
+        raise UserError("quantizer.latency: found it without a runtime to measure it in; accepted: scripts/quantize.py")
     if built.budget is None and len(built.widths) + len(built.coded_rates) != 1:
         raise UserError(
             f"bits: found {[*built.widths]} and the rates {[*built.coded_rates]}; "

@@ -41,6 +41,7 @@ CHEAP: dict[str, Any] = {
     "rates": [],
     "budget": None,
     "max_drop": None,
+    "latency": None,
 }
 
 

@@ -30,7 +30,7 @@ from compress.export.packed import read_float_description
 from compress.export.weights import load_weights
 from compress.files import check_can_be_made, make_directory
 from compress.models import own_class
-from compress.pipeline.check import check_image_sizes, check_quantizer
+from compress.pipeline.check import check_image_sizes, check_latency, check_quantizer
 from compress.pipeline.measure import measured
 from compress.pipeline.parts import Parts, digest_of
 from compress.results.record import Record
@@ -77,6 +77,7 @@ def quantize_checkpoint(overrides: Sequence[str]) -> Path:
         check_quantizer(parts, parts.quantizer, student)
     check_exporters(parts.exporters, parts.quantizer)
     check_image_sizes(parts, training=False)
+    check_latency(parts, parts.quantizer, student)
     label = parts.label("student")
     directory = make_directory(parent, f"{datetime.now():%Y-%m-%d_%H-%M-%S}-{label}".replace("/", "-"))
     recorded = OmegaConf.create({"checkpoint": str(path), **{key: parts.plain[key] for key in RECORDED}})

@@ -21,10 +21,13 @@ from compress.export.packed import file_bytes
 from compress.models.baking import copied
 from compress.models.canonical import LAYERS, difference
 from compress.models.outputs import logits
+from compress.pipeline.latency import runtime_of
 from compress.progress import bar, console
 from compress.quantization import Measures, QuantizedModel, Quantizer
 from compress.quantization.activations import input_quantizers
 from compress.quantization.comparisons import compare
+from compress.quantization.latency import limit_ms
+from compress.results.record import Latency
 from compress.results.tradeoff import Row
 
 # Batch sizes of the two latencies, and how often each is measured.
@@ -41,7 +44,8 @@ class Variants:
     among the `exporters`. architecture: {"stem", "options", "num_classes"}; own_network: one of the user's own class,
     which reading a file takes; origin: what its files say of where they come from.
     `layers` says for each reference file which layers were quantized, to how many bits and with which relative output
-    error, and `quantized` has the networks by name; `test` is the evaluation of the float32 network on the
+    error, `quantized` has the networks by name, and `latency` says whether one that was asked for is kept; `test` is
+    the evaluation of the float32 network on the
     test set.
     """
 
@@ -61,6 +65,8 @@ class Variants:
         self.quantized: dict[str, QuantizedModel] = {}
         self.comparisons: dict[str, Any] = {"read_back": {}}
         self.test: Evaluation
+        self.latency: Latency | None = None
+        self._promise: tuple[str, str, Mapping[str, float]] | None = None
         self._runnable: list[Callable[[Tensor], Tensor]] = []
         self._description = describe(architecture, data, origin)
 
@@ -102,7 +108,8 @@ class Variants:
             def show(done: int, total: int, what: str) -> None:
                 progress.update(task, completed=done, total=total, description=what)
 
-            measures = Measures(self._bytes, self.rows[0].bytes, self._validation_accuracy)
+            timed = quantizer.latency and runtime_of(self.exporters, self._description, batches[0])
+            measures = Measures(self._bytes, self.rows[0].bytes, self._validation_accuracy, timed or None)
             self.comparisons |= compare(student, batches, quantizer.skip)
             for variant in quantizer.variants(student, batches, measures, show, tuning):
                 quantized = variant.model
@@ -128,6 +135,8 @@ class Variants:
                     first_last_bits=None if variant.levels is None else quantizer.first_last_bits,
                     activation_bits=quantizer.activation_bits or 32,
                 )
+                if timed and variant.saved_ms is not None:
+                    self._promise = (timed.name, str(quantizer.latency), variant.saved_ms)
                 started = time.perf_counter()
 
     def finish(self) -> None:
@@ -147,10 +156,30 @@ class Variants:
             else row
             for row in self.rows
         ]
+        if self._promise is not None:
+            self.latency = self._latency(*self._promise, floats)
         self._runnable.clear()
         folder = self.directory / "models"
         if not any(folder.iterdir()):
             folder.rmdir()
+
+    def _latency(self, runtime: str, wanted: str, saved_ms: Mapping[str, float], floats: Mapping[str, Row]) -> Latency:
+        """What became of the latency that was `wanted`; says it where the file does not keep it."""
+        row = next(row for row in reversed(self.rows) if row.runtime == runtime)
+        limit = limit_ms(wanted, floats[runtime].latency_ms)
+        kept = row.latency_ms <= limit
+        if not kept:
+            console.print(
+                f"note: quantizer.latency: {wanted} was not kept: {row.latency_ms:.3g} ms, of {limit:.3g}, in {runtime}"
+            )
+        return Latency(
+            runtime=runtime,
+            wanted=wanted,
+            limit_ms=limit,
+            measured_ms=row.latency_ms,
+            kept=kept,
+            saved_ms=dict(saved_ms),
+        )
 
     def _bytes(self, quantized: QuantizedModel) -> int:
         return file_bytes(quantized, self._description)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from compress.errors import UserError
 from compress.quantization.calibration import CalibrationBatches
+from compress.quantization.latency import LatencySearch, Runtime, as_patterns, limit_ms
 from compress.quantization.options import Bits, Options, Progress, silent
 from compress.quantization.post_training import quantize_with
 from compress.quantization.preparation import check_layers, prepare
@@ -27,6 +28,7 @@ from compress.quantization.refinement import Refinement
 from compress.quantization.tuning import Tuner, Tuning
 
 WIDTHS, RATES = (8, 4, 3, 2), (2.0, 1.0)  # where neither is given
+WIDTH = 8  # where no width is given for a latency
 # A rate that was missed by more than this share is called by what it is.
 MISSED = 0.05
 Rate = Annotated[float, Field(ge=LOWEST, le=HIGHEST)]
@@ -47,6 +49,7 @@ class Variant:
     """One quantized network, and what its rows say of it.
 
     bits: the width of its inner layers or, where there are no `levels`, its coded bits a weight. word: for its file.
+    saved_ms: of one for a latency, see `LatencySearch.saved_ms`.
     """
 
     label: str
@@ -54,6 +57,7 @@ class Variant:
     model: QuantizedModel
     bits: float
     levels: int | None
+    saved_ms: Mapping[str, float] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,14 +68,17 @@ class Quantizer(Options):
     weight in the mean of all layers, see `compress.quantization.rates`; None: `RATES` beside the widths that None
     stands for, where the solver has any, else none. With a `budget` ("0.5MB", or "8x" smaller than float32) or a
     `max_drop` (points of validation accuracy) there is one model instead: at the rate of the file of that size, or of
-    the smallest file within the drop. calibration_images: how many training images the caller should pass. tune: what
-    becomes of each model afterwards, see `compress.quantization.tuning`; None: nothing.
+    the smallest file within the drop. With a `latency` ("1.5ms", or "2x" as fast as float32) there is one model, too:
+    at the one width of `bits` (None: `WIDTH`), with as many layers in float as keep it. calibration_images: how many
+    training images the caller should pass. tune: what becomes of each model afterwards, see
+    `compress.quantization.tuning`; None: nothing.
     """
 
     bits: Annotated[list[Bits] | None, BeforeValidator(_as_list), AfterValidator(_check_unique)] = None
     rates: Annotated[list[Rate] | None, BeforeValidator(_as_list), AfterValidator(_check_unique)] = None
     budget: str | float | None = None
     max_drop: Annotated[float, Field(ge=0, le=100)] | None = None
+    latency: str | float | None = None
     calibration_images: Annotated[int, Field(ge=1)] = 256
     tune: Tuning | None = None
 
@@ -81,6 +88,8 @@ class Quantizer(Options):
             budget_bytes(self.budget, float_bytes=0)  # only to refuse what is no budget
             if self.max_drop is not None:
                 raise UserError("max_drop: found it beside budget; accepted: one of the two")
+        if self.latency is not None:
+            self._check_latency(self.latency)
         keys = [key for key in ("rates", "budget", "max_drop") if getattr(self, key) not in (None, [])]
         if keys and not self.solver.has_price:
             raise UserError(
@@ -100,7 +109,9 @@ class Quantizer(Options):
     @property
     def widths(self) -> Sequence[int]:
         """The widths that `bits` stands for; none where one rate is searched for."""
-        return () if self.searches else WIDTHS if self.bits is None else self.bits
+        if self.searches:
+            return ()
+        return self.bits if self.bits is not None else WIDTHS if self.latency is None else (WIDTH,)
 
     @property
     def coded_rates(self) -> Sequence[float]:
@@ -109,7 +120,7 @@ class Quantizer(Options):
             return ()
         if self.rates is not None:
             return self.rates
-        return RATES if self.bits is None and self.solver.has_price else ()
+        return RATES if self.bits is None and self.latency is None and self.solver.has_price else ()
 
     @property
     def searches(self) -> bool:
@@ -134,6 +145,15 @@ class Quantizer(Options):
         if self.budget is not None:
             smallest = self.roughly().at_rates(student, batches)(LOWEST)
             check_budget(budget_bytes(self.budget, float_bytes), file_bytes(smallest))
+
+    def check_latency(self, student: nn.Module, batches: Sequence[Tensor], runtime: Runtime) -> None:
+        """Raises UserError for a latency that no choice of layers of `student` can keep in the `runtime`.
+
+        It depends on the shapes of the weights and not on their values, so that fresh ones will do.
+        """
+        if self.latency is not None:
+            [bits] = self.widths
+            LatencySearch(self, student, batches, bits, self.latency, runtime).check()
 
     def roughly(self) -> "Quantizer":
         """As good for the size of a file, and quicker."""
@@ -166,6 +186,10 @@ class Quantizer(Options):
         batches: images for quantization, tuning_batches: those for `tune`; left out, the same.
         """
         tuned = self._tuner(model, batches, tuning_batches or batches)
+        if self.latency is not None:
+            assert measures.runtime is not None  # whoever asks for a latency measures it
+            yield self._within_latency(self.latency, model, batches, measures.runtime, progress, tuned)
+            return
         for width in self.widths:
             quantized = tuned(self(model, batches, width, progress), progress)
             yield Variant(f"{width} bit", f"{width}bit", quantized, width, self.grid.levels(width))
@@ -186,6 +210,40 @@ class Quantizer(Options):
                 return tuned(at_rate.walk(rate, progress), progress)
 
             yield _found("drop", smallest_within_drop(walk, model, self.max_drop, measures))
+
+    def _check_latency(self, latency: str | float) -> None:
+        limit_ms(latency, float_ms=1.0)  # only to refuse what is no latency
+        for key in ("budget", "max_drop", "rates"):
+            if getattr(self, key) not in (None, []):
+                raise UserError(f"{key}: found it beside latency; accepted: one of the two")
+        if len(self.widths) != 1:
+            raise UserError(f"bits: found {[*self.widths]} beside latency; accepted: one width, or null for {WIDTH}")
+        if self.activation_bits is None:
+            raise UserError(
+                "activation_bits: found null beside latency, and a layer is not faster with float inputs; accepted: 2 "
+                "to 8"
+            )
+
+    def _within_latency(
+        self,
+        latency: str | float,
+        model: nn.Module,
+        batches: Sequence[Tensor],
+        runtime: Runtime,
+        progress: Progress,
+        tuned: Callable[[QuantizedModel, Progress], QuantizedModel],
+    ) -> Variant:
+        [width] = self.widths
+        search = LatencySearch(self, model, batches, width, latency, runtime, progress)
+        for floats in search.floats():
+            partly = replace(self, skip=[*self.skip, *as_patterns(floats)])
+            found = tuned(partly(model, batches, width, progress), progress)
+            if search.keeps(found):
+                break
+        reasons = found.skipped | dict.fromkeys(floats, f"latency: {latency} is kept without")
+        found = replace(found, skipped=reasons)
+        label = f"{width} bit for {latency}"
+        return Variant(label, "latency", found, width, self.grid.levels(width), search.saved_ms)
 
     def _tuner(
         self, model: nn.Module, batches: Sequence[Tensor], images: Sequence[Tensor]

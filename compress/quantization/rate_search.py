@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from compress.errors import UserError
+from compress.quantization.latency import Runtime
 from compress.quantization.options import Progress
 from compress.quantization.quantized import QuantizedModel
 from compress.quantization.rates import RateQuantization
@@ -24,15 +25,16 @@ UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**
 
 @dataclass(frozen=True)
 class Measures:
-    """What a search for a rate asks of whoever writes and evaluates networks.
+    """What a search for a rate or for a latency asks of whoever writes and evaluates networks.
 
     file_bytes: of a written network; float_bytes: of the float32 network's file; accuracy: on validation images, 0..1,
-    None where nothing has to keep one.
+    None where nothing has to keep one; runtime: where networks are timed, None where no latency is asked for.
     """
 
     file_bytes: Callable[[QuantizedModel], int]
     float_bytes: int
     accuracy: Callable[[nn.Module], float] | None = None
+    runtime: Runtime | None = None
 
 
 def within_budget(quantize: RateQuantization, budget: int, measures: Measures, progress: Progress) -> QuantizedModel:

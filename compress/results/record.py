@@ -133,6 +133,17 @@ class Comparisons(Part):
     read_back: dict[str, float] = {}  # by file, the network read from it from the one that was written
 
 
+class Latency(Part):
+    """The latency that was asked for, and what its file takes for an image."""
+
+    runtime: str
+    wanted: str  # as it was typed
+    limit_ms: float
+    measured_ms: float
+    kept: bool
+    saved_ms: dict[str, float]  # by layer, how much longer all of the network takes while this one alone is float
+
+
 class Runtime(Part):
     """What ran model files; the precisions are those of all that is not on integers, by the runtime's own names."""
 
@@ -164,6 +175,7 @@ class Record(Part):
     rows: tuple[SavedRow, ...] = Field(alias="tradeoff", min_length=1)
     layers: dict[str, FileLayers] = {}  # by the name of the packed file
     comparisons: Comparisons = Comparisons()
+    latency: Latency | None = None  # of quantizer.latency
     files: dict[str, str] = {}  # the SHA-256 of each file that the run left, by its path in the run's directory
 
     @classmethod
