@@ -1,4 +1,4 @@
-"""Searches for accuracy and few bytes: `python scripts/search.py quickstart outputs/search --trials 20`."""
+"""Searches for accuracy and few bytes or milliseconds: `python scripts/search.py quickstart outputs/search`."""
 
 import argparse
 import sys
@@ -10,8 +10,8 @@ from compress.stopping import StoppedError, stoppable
 
 EPILOG = """\
 Every trial is a run of scripts/run.py in OUTPUT/trials/; OUTPUT/pareto.csv and pareto.png show those that no other
-beats in validation accuracy and bytes. The same command goes on with a search that was killed, on to more trials, or
-beside another process on the same OUTPUT. compress/sweeps/space.py says what the file of a space may hold.
+beats in validation accuracy and bytes, or latency. The same command goes on with a search that was killed, on to more
+trials, or beside another process on the same OUTPUT. compress/sweeps/space.py says what the file of a space may hold.
 
   python scripts/search.py quickstart outputs/search --trials 20 --processes 2 trainer.max_epochs=5
   python scripts/report.py outputs/search -o search.html
@@ -24,6 +24,7 @@ def search(arguments: argparse.Namespace) -> int:
     # Not at the top: PyTorch takes seconds to import, and help needs none of it.
     from compress.config.compose import searched_folders
     from compress.config.received import allowed_targets
+    from compress.sweeps.pareto import COSTS
     from compress.sweeps.search import search
     from compress.sweeps.space import read_space
 
@@ -41,9 +42,10 @@ def search(arguments: argparse.Namespace) -> int:
     print(
         f"{outcome.finished} of {arguments.trials} trials finished; the Pareto set, of {arguments.output}/pareto.csv:"
     )
+    cost = COSTS[space.minimize]
     for point in outcome.pareto:
-        row, name = point.row, printable(point.row.name)
-        print(f"  {100 * row.validation_accuracy:6.2f} % {row.bytes / 1000:11,.1f} kB  trial {point.trial}, {name}")
+        row, found = point.row, f"{cost.of(point.row):,.2f} {cost.unit}"
+        print(f"  {100 * row.validation_accuracy:6.2f} % {found:>14}  trial {point.trial}, {printable(row.name)}")
     if outcome.unfinished:
         print(f"note: {outcome.unfinished} not finished here; the same command goes on with them", file=sys.stderr)
     return int(bool(outcome.broken))

@@ -25,7 +25,7 @@ def draw_runs(path: Path, runs: Sequence[Run]) -> None:
         axes = figure.add_subplot(len(data), 1, index + 1)
         _draw_panel(axes, [group for group in compared if group.runs[0].data == name])
         axes.margins(x=0.06, y=0.12)
-        name_axes(axes, name, "MB", "test accuracy, %")
+        name_axes(axes, name, "size of the file, MB", "test accuracy, %")
         axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=7, frameon=False)
     write_atomically(path, figure.savefig)
 

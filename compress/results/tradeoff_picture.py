@@ -41,7 +41,7 @@ def draw_tradeoff(path: Path, rows: Sequence[Row], title: str, teacher_accuracy:
             fontsize=8,
         )
     axes.margins(x=0.08, y=0.25)
-    name_axes(axes, title, "MB", "test accuracy, %" if labelled else "same class as fp32, %")
+    name_axes(axes, title, "size of the file, MB", "test accuracy, %" if labelled else "same class as fp32, %")
     axes.legend(loc="lower right", fontsize=8, framealpha=0.9)
     write_atomically(path, figure.savefig)
 
@@ -52,13 +52,13 @@ def set_margins(figure: Figure, left: float, right: float, bottom: float, top: f
     figure.subplots_adjust(left / width, bottom / height, 1 - right / width, 1 - top / height)
 
 
-def name_axes(axes: Axes, title: str, unit: str, accuracy: str) -> None:
-    """The size of the file in `unit`, logarithmic, below, and the `accuracy` on the left."""
+def name_axes(axes: Axes, title: str, cost: str, accuracy: str) -> None:
+    """The `cost`, logarithmic, below, and the `accuracy` on the left."""
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.set_xlabel(f"size of the file, {unit} (logarithmic)")
+    axes.set_xlabel(f"{cost} (logarithmic)")
     axes.set_ylabel(accuracy)
     axes.set_title(title, fontsize=10)
     axes.grid(alpha=0.25)

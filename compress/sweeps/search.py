@@ -1,9 +1,9 @@
-"""A search for accuracy and few bytes by Optuna: `scripts/search.py`.
+"""A search for accuracy and few bytes, or few milliseconds, by Optuna: `scripts/search.py`.
 
 A search is a directory: `search.json` says what is searched, `journal.log` is Optuna's journal, `trials/N` the run of
 trial N, and `pareto.csv` and `pareto.png` show what was found. Several processes may work on it, each trial under a
 file lock that dies with its process: a trial that is running without one was killed, and another goes on in its
-directory. Optuna maximises the validation accuracy and minimises the bytes of `compress.sweeps.pareto.chosen`.
+directory. Optuna maximises the validation accuracy and minimises the cost of `compress.sweeps.pareto.chosen`.
 """
 
 import multiprocessing
@@ -30,7 +30,7 @@ from compress.pipeline.execute import execute
 from compress.progress import console
 from compress.report.finished import flattened
 from compress.stopping import StoppedError, raise_if_stopped, stoppable
-from compress.sweeps.pareto import Point, chosen, pareto_set, read_points, write_pareto
+from compress.sweeps.pareto import COSTS, Point, chosen, pareto_set, read_points, write_pareto
 from compress.sweeps.space import Space, Values, check_space
 
 SAMPLERS = {"tpe": "TPESampler", "nsga2": "NSGAIISampler"}
@@ -48,6 +48,8 @@ def search(space: Space, directory: Path, trials: int, processes: int = 1) -> "O
     for name, number in (("trials", trials), ("processes", processes)):
         if number < 1:
             raise UserError(f"{name}: found {number}; accepted: a whole number of at least 1")
+    if space.minimize == "latency" and processes > 1:
+        raise UserError(f"processes: found {processes}, which would slow each other down; accepted for a latency: 1")
     _open(space, directory)
     if processes == 1:
         _work(space, directory, trials)
@@ -230,9 +232,10 @@ class _Search:
         with self.lock:
             finished = [trial for trial in self.trials() if trial.state == self.states.COMPLETE]
             points = read_points({trial.user_attrs["run"]: self.run_directory(trial) for trial in finished})
+            cost = COSTS[self.space.minimize]
             if points:
-                write_pareto(self.directory, points, f"{self.directory.name}: {len(finished)} trials")
-            return pareto_set(points)
+                write_pareto(self.directory, points, cost, f"{self.directory.name}: {len(finished)} trials")
+            return pareto_set(points, cost)
 
 
 def _work(space: Space, directory: Path, limit: int) -> None:
@@ -254,7 +257,8 @@ def _work(space: Space, directory: Path, limit: int) -> None:
                 run_directory.mkdir(parents=True, exist_ok=True)
                 result = execute(job, run_directory, data_sets)
                 assert result is not None  # `check_space` has refused several machines
-                row = chosen(result.rows)
+                cost = COSTS[space.minimize]
+                row = chosen(result.rows, cost)
             except UserError as mistake:
                 raise_if_stopped()
                 console.print(f"trial {run_directory.name}: {mistake}", markup=False)
@@ -268,7 +272,7 @@ def _work(space: Space, directory: Path, limit: int) -> None:
                 trial.set_user_attr("reason", f"{type(failure).__name__}: {first_line(failure)}")
                 view.study.tell(trial, state=view.states.FAIL)
             else:
-                view.study.tell(trial, [row.validation_accuracy, row.bytes])
+                view.study.tell(trial, [row.validation_accuracy, cost.of(row)])
         view.show()
 
 

@@ -5,6 +5,7 @@
 | sampler | `tpe` or `nsga2`, of Optuna |
 | sampler_options | further arguments of it, those of SAMPLERS |
 | seed | of the sampler |
+| minimize | beside the accuracy, which goes up: `bytes`, or `latency` of an image in the runtimes of `export` |
 | overrides | `key=value`, for every trial |
 | space | for each key of the command line a list of values, or a mapping as below |
 
@@ -28,6 +29,7 @@ from compress.arguments import Count, Seed, check_arguments
 from compress.errors import UserError
 from compress.paths import option_file, options
 
+Minimized = Literal["bytes", "latency"]
 Share = Annotated[float, Field(ge=0, le=1)]
 SAMPLERS: dict[str, dict[str, Any]] = {
     "tpe": {"n_startup_trials": Annotated[int, Field(ge=0)], "n_ei_candidates": Count, "constant_liar": bool},
@@ -42,6 +44,7 @@ TOP_LEVEL = {
     "sampler": Literal[tuple(SAMPLERS)],
     "sampler_options": dict,
     "seed": Seed,
+    "minimize": Minimized,
     "overrides": list[str],
     "space": Annotated[dict, Field(min_length=1)],
 }
@@ -88,6 +91,7 @@ class Space:
     sampler: str
     sampler_options: Mapping[str, Any]
     seed: int
+    minimize: Minimized
     overrides: tuple[str, ...]
     dimensions: Mapping[str, Values | Range]
 
@@ -161,7 +165,8 @@ def _space(content: Any, typed: Sequence[str]) -> Space:
         dimensions[key] = _dimension(key, node, dimensions)
     sampler = given.get("sampler", "tpe")
     options = check_arguments(SAMPLERS[sampler], given.get("sampler_options", {}), "sampler_options")
-    return Space(sampler, options, given.get("seed", 0), overrides, dimensions)
+    minimize = given.get("minimize", "bytes")
+    return Space(sampler, options, given.get("seed", 0), minimize, overrides, dimensions)
 
 
 def _plain(key: str) -> str:
@@ -234,6 +239,8 @@ def check_space(space: Space) -> None:
         if overrides not in problems:
             try:
                 [job] = checked_jobs(overrides, data_sets=data_sets)
+                if space.minimize == "latency" and {*job.config.export} <= {"packed"}:
+                    raise UserError("export: found no runtime to minimize the latency in; accepted: one such as onnx")
                 machines = job.config.trainer.get("num_nodes", 1)
                 if machines > 1:
                     raise UserError(f"trainer.num_nodes: found {machines} for a search; accepted: 1")

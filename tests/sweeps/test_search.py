@@ -304,8 +304,33 @@ MISTAKES = {
         "overrides: [trainer=ddp_cpu, trainer.devices=1, trainer.num_nodes=2]\nspace: {optimizer.lr: [0.1]}",
         ["trainer.num_nodes: found 2 for a search; accepted: 1"],
     ),
+    "minimize": ("{minimize: macs, space: {seed: [0, 1]}}", ["minimize:", "'macs'", "bytes, latency"]),
+    "latency without a runtime": ("{minimize: latency, space: {seed: [0, 1]}}", ["export:", "no runtime", "onnx"]),
     "whole numbers": ("space: {data.batch_size: {low: 8, high: 64}}", ["space.data.batch_size:", "has type: int"]),
 }
+
+
+@pytest.mark.slow
+def test_a_search_for_latencies_goes_by_those_of_the_runtime(tmp_path):
+    path = write(tmp_path, {"minimize": "latency", "space": {"quantizer.first_last_bits": [8, 4]}})
+    integers = [*SMALL, "export=onnx", "quantizer.bits=[8]", "quantizer.activation_bits=8"]
+    space, directory = read_space(str(path), integers), tmp_path / "search"
+    with pytest.raises(UserError, match="processes: found 2, which would slow each other down"):
+        search(space, directory, 2, processes=2)
+    assert not directory.exists()
+    found = search(space, directory, 2)
+    rows = [row for each in records(directory).values() for row in each["tradeoff"] if row["runtime"] == "onnxruntime"]
+    fastest = min(row["latency_ms"] for row in rows)
+    assert found.pareto[0].row.latency_ms == fastest
+    latencies = [point.row.latency_ms for point in found.pareto]
+    assert latencies == sorted(latencies)
+    with (directory / "pareto.csv").open(newline="") as stream:
+        lines = list(csv.DictReader(stream))
+    assert [float(line["latency_ms"]) for line in lines] == pytest.approx(latencies, rel=1e-5)
+    assert all(line["file"].endswith(".onnx") for line in lines)
+    for trial in journal(directory):
+        told = trial.values
+        assert told[1] in [row["latency_ms"] for row in rows if row["quantizer"] == "rtn"]
 
 
 @pytest.mark.parametrize("case", MISTAKES)
