@@ -4,17 +4,20 @@ import builtins
 import gc
 import os
 import sys
+from contextlib import suppress
 
-import absl.logging
 import pytest
 
 # Before anything imports PyTorch, which reads it once.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Libraries make a million objects that stay; the collector would look through all of them again and again.
 gc.set_threshold(20_000)
-# OpenVINO and TensorBoard import it. It keeps the standard error of that moment, a file of pytest's, and closes it once
-# Hydra sets up its logging while a test has another.
-absl.logging.get_absl_handler().python_handler.stream = sys.__stderr__
+# TensorBoard and others import absl, where they are installed. It keeps the standard error of that moment, a file of
+# pytest's, and closes it once Hydra sets up its logging while a test has another.
+with suppress(ImportError):
+    import absl.logging
+
+    absl.logging.get_absl_handler().python_handler.stream = sys.__stderr__
 
 
 @pytest.fixture
