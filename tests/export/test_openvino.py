@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from importlib.util import find_spec
 
 import numpy as np
 import onnx
@@ -161,9 +162,9 @@ def test_weights_alone_are_in_the_narrowest_type_that_openvino_has(small, bits, 
     model, _ = OpenVino().read(path)
     for count in (32, 1, 7):
         assert distance(model(IMAGES[:count]), logits(quantized.model, IMAGES[:count])) < 1e-5
-    # Another runtime of ONNX reads the same file.
-    (tmp_path / "model.onnx").write_bytes(path.read_bytes())
-    assert distance(Onnx().read(tmp_path / "model.onnx")[0](IMAGES), logits(quantized.model)) < 1e-5
+    if find_spec("onnxruntime"):  # which reads the same file, and is no part of the extra
+        (tmp_path / "model.onnx").write_bytes(path.read_bytes())
+        assert distance(Onnx().read(tmp_path / "model.onnx")[0](IMAGES), logits(quantized.model)) < 1e-5
 
 
 @pytest.mark.slow
