@@ -7,6 +7,7 @@ is measured end to end. Layers that save nothing stay float.
 
 import copy
 import glob
+import math
 import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -93,15 +94,21 @@ class LatencySearch:
                 f"quantizer.latency: found {self.latency}, which the float32 network keeps with {float_ms:.3g} ms in "
                 f"{self.runtime.name}; accepted: less"
             )
-        if integer_ms > limit:
-            self._check_fastest()
+        if integer_ms <= limit:
+            return
+        fastest_ms, limit = self._fastest()
+        if fastest_ms > limit:
+            raise UserError(
+                f"quantizer.latency: found {self.latency}, but {fastest_ms:.3g} ms is the least that this network "
+                f"takes in {self.runtime.name} here; accepted: more"
+            )
 
     def floats(self) -> Iterator[list[str]]:
-        """The names of layers that stay float, as few as seem needed; each time that more is asked for, fewer of them.
+        """The names of layers that stay float, as many as seem possible; each time that more is asked for, fewer.
 
-        Raises UserError for a latency that nothing keeps.
+        Of a latency that nothing keeps, after all, it is the fastest network.
         """
-        self._check_fastest()
+        self._fastest()
         every = len(self.order)
         low, high = 0, every
         while high - low > 1:
@@ -134,18 +141,19 @@ class LatencySearch:
         worth = {name: saved / self._divergence(name) for name, saved in self.saved_ms.items() if saved > 0}
         return sorted(worth, key=worth.__getitem__, reverse=True)
 
-    def _check_fastest(self) -> None:
-        """Raises UserError for a latency that is kept neither by `order`, nor by every layer on integers."""
-        fastest, limit = self._timed(self._with(self.order)) if self.order else (float("inf"), 0.0)
-        if fastest <= limit:
-            return
-        whole, limit = self._timed(self.whole)
-        if whole > limit:
-            raise UserError(
-                f"quantizer.latency: found {self.latency}, but {min(fastest, whole):.3g} ms is the least that this "
-                f"network takes in {self.runtime.name} here; accepted: more"
-            )
-        self.order += [name for name in self.names if name not in self.order]
+    def _fastest(self) -> tuple[float, float]:
+        """The milliseconds of the network with all of `order` on integers, and those that it may take.
+
+        Where these are too many and those of every layer on integers are fewer, `order` has them all from then on.
+        """
+        found, limit = self._timed(self._with(self.order)) if self.order else (math.inf, 0.0)
+        others = [name for name in self.names if name not in self.order]
+        if found > limit and others:
+            whole, whole_limit = self._timed(self.whole)
+            if whole < found:
+                self.order += others
+                return whole, whole_limit
+        return found, limit
 
     def _timed(self, quantized: QuantizedModel) -> tuple[float, float]:
         """Its milliseconds, and those that it may take."""

@@ -81,8 +81,8 @@ def test_what_cannot_be_kept_and_what_float_keeps_is_refused(network, saves):
     least = FLOAT - sum(value for value in saves.values() if value > 0)
     with pytest.raises(UserError, match=rf"latency: found 1ms, but {least:.3g} ms is the least .* in clock here"):
         search(network, "1ms", clock(saves)).check()
-    with pytest.raises(UserError, match=rf"latency: found 1ms, but {least:.3g} ms is the least"):
-        next(search(network, "1ms", clock(saves)).floats())
+    # Once it is trained it is not lost, should the machine have become a slower one.
+    assert [*search(network, "1ms", clock(saves)).floats()] == [[list(saves)[2]]]
     with pytest.raises(UserError, match=r"latency: found 11ms, which the float32 network keeps with 10 ms in clock"):
         search(network, "11ms", clock(saves)).check()
     slower = dict.fromkeys(saves, -0.1)
