@@ -44,7 +44,7 @@ def search(arguments: argparse.Namespace) -> int:
     )
     cost = COSTS[space.minimize]
     for point in outcome.pareto:
-        row, found = point.row, f"{cost.of(point.row):,.2f} {cost.unit}"
+        row, found = point.row, f"{cost.in_units(point.row):,.2f} {cost.unit}"
         print(f"  {100 * row.validation_accuracy:6.2f} % {found:>14}  trial {point.trial}, {printable(row.name)}")
     if outcome.unfinished:
         print(f"note: {outcome.unfinished} not finished here; the same command goes on with them", file=sys.stderr)

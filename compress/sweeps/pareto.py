@@ -43,9 +43,13 @@ class Cost:
     is_about: Callable[[Row], bool] = lambda row: True
 
     def of(self, row: Row) -> float:
-        """So many `unit`s."""
+        """The value of the column."""
         value: float = getattr(row, self.column)
-        return self.share * value
+        return value
+
+    def in_units(self, row: Row) -> float:
+        """So many `unit`s."""
+        return self.share * self.of(row)
 
 
 # By the word of the search file. Torch computes all variants in float, which says nothing of their latency.
@@ -149,4 +153,4 @@ def _label(figure: Figure, axes: Axes, front: Sequence[Point], cost: Cost) -> No
 
 
 def _places(points: Sequence[Point], cost: Cost) -> tuple[list[float], list[float]]:
-    return [cost.of(p.row) for p in points], [100 * p.row.accuracy_on("validation") for p in points]
+    return [cost.in_units(p.row) for p in points], [100 * p.row.accuracy_on("validation") for p in points]
