@@ -52,8 +52,9 @@ def paired_latency_ms(
 ) -> list[float]:
     """Median milliseconds that each of `models` takes for `(batch, *input_shape)`, on one thread of this process.
 
-    The models take turns, so that whatever else the machine does falls on all of them alike. A model that torch does
-    not compute keeps the number of threads that it was read with.
+    The models take turns, so that whatever else the machine does falls on all of them alike. Each is called twice in a
+    turn, and the second call counts, so that none pays for the caches that the others have filled. A model that torch
+    does not compute keeps the number of threads that it was read with.
     """
     images = torch.randn(batch, *input_shape, generator=torch.Generator().manual_seed(0))
     threads = torch.get_num_threads()
@@ -61,11 +62,12 @@ def paired_latency_ms(
     times: list[list[float]] = [[] for _ in models]
     try:
         with torch.inference_mode():
-            for turn in range(repeats + 3):  # the first three warm up
+            for turn in range(repeats + 1):  # the first one warms up
                 for model, timings in zip(models, times, strict=True):
+                    model(images)
                     started = time.perf_counter()
                     model(images)
-                    if turn >= 3:
+                    if turn > 0:
                         timings.append(1000 * (time.perf_counter() - started))
     finally:
         torch.set_num_threads(threads)

@@ -140,11 +140,15 @@ class Variants:
                 started = time.perf_counter()
 
     def finish(self) -> None:
-        """Fills in the latencies, for which all variants take turns on one thread of the CPU."""
-        for column, (batch, repeats) in TIMED.items():
-            medians = paired_latency_ms(self._runnable, self.data.input_shape, batch, repeats)
-            pairs: Iterable[tuple[Row, Any]] = zip(self.rows, medians, strict=True)
-            self.rows = [replace(row, **{column: milliseconds}) for row, milliseconds in pairs]
+        """Fills in the latencies, for which all variants of a runtime take turns on one thread of the CPU."""
+        for runtime in dict.fromkeys(row.runtime for row in self.rows):
+            places = [place for place, row in enumerate(self.rows) if row.runtime == runtime]
+            models = [self._runnable[place] for place in places]
+            for column, (batch, repeats) in TIMED.items():
+                medians = paired_latency_ms(models, self.data.input_shape, batch, repeats)
+                pairs: Iterable[tuple[int, Any]] = zip(places, medians, strict=True)
+                for place, milliseconds in pairs:
+                    self.rows[place] = replace(self.rows[place], **{column: milliseconds})
         floats = {row.runtime: row for row in self.rows if row.quantizer == "none"}
         self.rows = [
             replace(
