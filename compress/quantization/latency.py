@@ -33,8 +33,8 @@ UNITS = {"s": 1000.0, "ms": 1.0, "us": 0.001}
 TOGETHER = 8
 # Images that the predictions are compared on.
 COMPARED = 64
-# Of the latency that is asked for, what is aimed at: two measurements differ by a few percent.
-AIM = 0.97
+# Of the latency that is asked for, what is aimed at: on a machine that others use, two measurements differ by so much.
+AIM = 0.9
 # Nats, below which rounding decides how far two predictions are from each other.
 LEAST = 1e-9
 

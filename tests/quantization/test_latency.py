@@ -14,7 +14,7 @@ from compress.quantization.options import silent
 
 IMAGES = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 FLOAT = 10.0
-QUANTIZER = Quantizer(bits=[8], activation_bits=8, latency="9ms")
+QUANTIZER = Quantizer(bits=[8], activation_bits=8, latency="9.5ms")
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def search(network, latency, runtime):
 def test_the_fewest_layers_go_on_integers_that_keep_the_latency_those_first_that_save_most_for_what_they_change(
     network, saves
 ):
-    found = search(network, "9ms", clock(saves))
+    found = search(network, "9.3ms", clock(saves))
     third = list(saves)[2]
     assert found.saved_ms == pytest.approx(saves)
     worth = [saves[name] / found._divergence(name) for name in found.order]
@@ -56,8 +56,8 @@ def test_the_fewest_layers_go_on_integers_that_keep_the_latency_those_first_that
     choices = [*found.floats()]
     integers = [saves.keys() - choice for choice in choices]
     assert integers[0] == {*found.order[: len(integers[0])]}
-    assert FLOAT - sum(saves[name] for name in integers[0]) <= AIM * 9
-    assert FLOAT - sum(saves[name] for name in found.order[: len(integers[0]) - 1]) > AIM * 9
+    assert FLOAT - sum(saves[name] for name in integers[0]) <= AIM * 9.3
+    assert FLOAT - sum(saves[name] for name in found.order[: len(integers[0]) - 1]) > AIM * 9.3
     assert all(fewer < more for fewer, more in itertools.pairwise(integers))
     assert choices[-1] == [third]
 
@@ -73,7 +73,7 @@ def test_speedups_and_times_are_kept(network, saves, latency, limit):
 
 def test_all_layers_are_taken_where_only_all_together_are_fast_enough(network, saves):
     mixed = clock(saves, lambda names: 3.0 * (0 < len(names) < len(saves)))
-    found = search(network, "9ms", mixed)
+    found = search(network, "9.3ms", mixed)
     assert [*found.floats()][-1] == []
 
 
@@ -92,7 +92,7 @@ def test_what_cannot_be_kept_and_what_float_keeps_is_refused(network, saves):
 
 
 def test_a_layer_that_stays_float_has_its_own_weight_and_input(network, saves):
-    found = search(network, "9ms", clock(saves))
+    found = search(network, "9.3ms", clock(saves))
     first, *others = saves
     partly = found._with(others)
     assert {*partly.layers} == {*others} == {*input_quantizers(partly.model)}
@@ -108,7 +108,7 @@ def test_a_quantizer_makes_one_network_and_says_what_its_layers_save(network, sa
     assert (variant.word, variant.bits, variant.levels) == ("latency", 8, 256)
     assert variant.saved_ms == pytest.approx(saves)
     assert variant.model.skipped
-    assert {*variant.model.skipped.values()} == {"latency: 9ms is kept without"}
+    assert {*variant.model.skipped.values()} == {"latency: 9.5ms is kept without"}
     assert variant.model.skipped.keys() | variant.model.layers.keys() == saves.keys()
 
 
@@ -116,7 +116,7 @@ def test_more_layers_follow_while_the_network_that_will_be_written_is_too_slow(n
     def later(networks):
         """What was not made for the search takes longer than that."""
         made = [{*getattr(each, "skipped", {}).values()} <= {"is float"} for each in networks]
-        return [time + 0.5 * (not one) for time, one in zip(clock(saves).latencies_ms(networks), made, strict=True)]
+        return [time + 1.4 * (not one) for time, one in zip(clock(saves).latencies_ms(networks), made, strict=True)]
 
     [first] = QUANTIZER.variants(network, [IMAGES], measured(clock(saves)), silent)
     [found] = QUANTIZER.variants(network, [IMAGES], measured(Runtime("clock", later)), silent)
