@@ -241,6 +241,7 @@ def test_300_changed_packed_files_are_refused_in_a_line_or_read(files, tmp_path)
     receive, send = PROCESSES.Pipe(duplex=False)
     process = PROCESSES.Process(target=read_changed, args=(path, 300, send))
     process.start()
+    send.close()  # so that a process that ends without a word is no endless wait
     refusals, longest, memory = receive.recv()
     process.join()
     print(f"{len(refusals)} of 300 refused; at most {memory / 1e9:.2f} GB and {longest:.1f} s")

@@ -45,8 +45,7 @@ class Variants:
     which reading a file takes; origin: what its files say of where they come from.
     `layers` says for each reference file which layers were quantized, to how many bits and with which relative output
     error, `quantized` has the networks by name, and `latency` says whether one that was asked for is kept; `test` is
-    the evaluation of the float32 network on the
-    test set.
+    the evaluation of the float32 network on the test set.
     """
 
     def __init__(
