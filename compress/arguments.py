@@ -95,7 +95,7 @@ def check_arguments(
         parameters = {name: (annotation, UNKNOWN) for name, annotation in target.items()}
     else:
         parameters = _parameters(target)
-    kinds = {name: _dataclass_of(annotation) or _yaml_type(annotation) for name, (annotation, _) in parameters.items()}
+    kinds = {name: dataclass_of(annotation) or _yaml_type(annotation) for name, (annotation, _) in parameters.items()}
     if accepted is None:
         accepted = [name for name, kind in kinds.items() if kind is not UNKNOWN]
 
@@ -194,6 +194,21 @@ def annotations(target: Callable[..., Any]) -> dict[str, Any]:
     return {name: annotation for name, (annotation, _) in _parameters(target).items()}
 
 
+def in_words(annotation: Any) -> str:
+    """What a YAML value has to be to meet `annotation`, such as "a number greater than 0"; empty where none can."""
+    if found := dataclass_of(annotation):
+        return f"a mapping of {', '.join(settable(found))}"
+    kind = _yaml_type(annotation)
+    return "" if kind is UNKNOWN else _described(kind)
+
+
+def dataclass_of(annotation: Any) -> Any:
+    """The dataclass that `annotation` is, or is beside None; None where it is no such thing."""
+    members = typing.get_args(annotation) if typing.get_origin(annotation) in (Union, types.UnionType) else [annotation]
+    named = [member for member in members if member is not types.NoneType]
+    return named[0] if len(named) == 1 and inspect.isclass(named[0]) and dataclasses.is_dataclass(named[0]) else None
+
+
 def arguments_of(node: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments in a configuration node, as plain values: its keys without `_target_`, `stem` and the like."""
     values = plain(node) if OmegaConf.is_config(node) else node
@@ -236,13 +251,6 @@ def _parameters(target: Callable[..., Any]) -> dict[str, tuple[Any, Any]]:
         if not any(one.kind is one.VAR_KEYWORD for one in parameters):
             break
     return named
-
-
-def _dataclass_of(annotation: Any) -> Any:
-    """The dataclass that `annotation` is, or is beside None; None where it is no such thing."""
-    members = typing.get_args(annotation) if typing.get_origin(annotation) in (Union, types.UnionType) else [annotation]
-    named = [member for member in members if member is not types.NoneType]
-    return named[0] if len(named) == 1 and inspect.isclass(named[0]) and dataclasses.is_dataclass(named[0]) else None
 
 
 def _yaml_type(annotation: Any) -> Any:
