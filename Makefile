@@ -4,7 +4,7 @@ BIN := .venv/bin
 
 FASHION_MNIST ?= /usr/share/datasets/fashion-mnist
 
-.PHONY: demo check test soak study quantizer-study lint audit format clean
+.PHONY: demo check test soak study quantizer-study docs reference lint audit format clean
 demo: .venv/installed
 	$(BIN)/python scripts/run.py method=dkd student=resnet18
 
@@ -34,6 +34,14 @@ quantizer-study: .venv/installed
 		trainer.precision=bf16-mixed hydra.sweep.dir=$(STUDIED)/wide
 	$(BIN)/python scripts/quantizer_study.py $(STUDIED) $(STUDIED)/narrow/[012] $(STUDIED)/wide/[012]
 
+# The pages of docs/ as a site in build/site; a link that leads nowhere is an error.
+docs: .venv/installed-docs
+	$(BIN)/mkdocs build --strict
+
+# docs/reference.md from conf/, which a test compares.
+reference: .venv/installed-dev
+	$(BIN)/python -m compress.config.reference docs/reference.md
+
 lint: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -62,4 +70,8 @@ clean:
 
 .venv/installed-dev: .venv/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	touch $@
+
+.venv/installed-docs: .venv/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[docs]'
 	touch $@
