@@ -102,6 +102,11 @@ class Classifier(pl.LightningModule, ABC):
         """The quantization grids that a method with these `options` trains `model` on."""
 
     @classmethod
+    def first_best_epoch(cls, options: Mapping[str, Any], epochs: int) -> int:
+        """The first of so many `epochs`, counted from 0, whose network is as small as the `options` ask for."""
+        return 0
+
+    @classmethod
     def check_networks(
         cls, options: Mapping[str, Any], student: nn.Module, teacher: nn.Module | None, input_shape: Shape
     ) -> None:

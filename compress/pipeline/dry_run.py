@@ -86,10 +86,15 @@ def _sizes(parts: Parts, student: nn.Module) -> dict[str, int]:
     """
     description = parts.description(student)
     sizes = {}
-    if parts.fake_quantization is not None:
+    grids = parts.fake_quantization
+    if grids is not None:
         input_shape = parts.data.input_shape
-        baked = parts.fake_quantization.bake(parts.fake_quantization.prepare(student, input_shape), input_shape)
+        baked = grids.bake(grids.prepare(student, input_shape), input_shape)
         sizes["lsq"] = file_bytes(baked, description)
+        if grids.weight_rate is not None:
+            # Training is what leads to the rate.
+            weights = sum(layer.codes.numel() for layer in baked.layers.values())
+            sizes["lsq"] += round((grids.weight_rate - baked.rate) * weights / 8)
     if parts.quantizer is not None:
         # A few images will do, and whatever the options do for the accuracy.
         quantizer = parts.quantizer.roughly()

@@ -130,15 +130,16 @@ def best_network(parts: Parts, path: Path) -> tuple[str, nn.Module]:
 
 
 def _add_trained(variants: Variants, parts: Parts, grids: FakeQuantization, trained: nn.Module) -> None:
-    widths = {"w": grids.weight_bits, "a": grids.activation_bits}
-    suffix = "".join(f"{letter}{bits}" for letter, bits in widths.items() if bits)
+    baked = grids.bake(trained, parts.data.input_shape)
+    weights = f"{baked.rate:.3}bpw" if grids.weight_rate else f"w{grids.weight_bits}" if grids.weight_bits else ""
+    inputs = f"a{grids.activation_bits}" if grids.activation_bits else ""
     variants.add(
-        f"student-lsq-{suffix}",
-        grids.bake(trained, parts.data.input_shape),
+        f"student-lsq-{weights}{inputs}",
+        baked,
         parts.data.calibration_batches(256),
         quantizer="lsq",
-        bits=grids.weight_bits or 32,
+        bits=baked.rate if grids.weight_rate else grids.weight_bits or 32,
         levels=grids.weight_bits and 2**grids.weight_bits,
-        first_last_bits=grids.first_last_bits,
+        first_last_bits=None if grids.weight_rate else grids.first_last_bits,
         activation_bits=grids.activation_bits or 32,
     )

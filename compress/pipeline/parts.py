@@ -121,9 +121,13 @@ class Parts:
 
     @property
     def first_best_epoch(self) -> int:
-        """The first epoch, counted from 0, that can be the best: the one at whose end pruning is complete."""
-        last = 0 if self.mask_recipe is None else self.mask_recipe.window(self.plain["trainer"]["max_epochs"])[1]
-        return max(last - 1, 0)
+        """The first epoch, counted from 0, that can be the best: the one at whose end the network is as small as asked.
+
+        That is when pruning is complete, and when a method that makes it smaller has done so.
+        """
+        epochs = self.plain["trainer"]["max_epochs"]
+        last = 0 if self.mask_recipe is None else self.mask_recipe.window(epochs)[1]
+        return max(last - 1, self.method.first_best_epoch(self.method_options, epochs))
 
     @cached_property
     def quantizer(self) -> Quantizer | None:

@@ -7,8 +7,8 @@ of a trained one. BatchNorm is folded when baking: a scale per output channel ta
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Annotated, Any
+from dataclasses import dataclass, replace
+from typing import Annotated
 
 import torch
 from pydantic import Field
@@ -21,14 +21,14 @@ from compress.models.baking import bake_parametrizations, copied
 from compress.models.canonical import LAYERS, canonical, layers
 from compress.models.folding import batch_norm_gain, batch_norm_of, find_foldable, fold_pairs
 from compress.quantization.activations import InputQuantizer, attach_input_quantizer, detach_input_quantizer
+from compress.quantization.coded_steps import CodedBits, CodedStep, Rate, coded_bits
 from compress.quantization.grid import Grid, code_dtype, per_channel
+from compress.quantization.learned_step import check_finite, fake_quantize, positive
 from compress.quantization.preparation import choose_layers
-from compress.quantization.quantized import QuantizedLayer, QuantizedModel, float_state
+from compress.quantization.quantized import SMALLEST, QuantizedLayer, QuantizedModel, float_state, in_half
 from compress.quantization.scales import mse_grid
 
 Width = Annotated[int, Field(ge=2, le=8)]
-# A step that training drives to zero or below counts as its distance from it, and at least this.
-SMALLEST_STEP = 1e-8
 
 
 @dataclass(frozen=True)
@@ -37,12 +37,20 @@ class FakeQuantization:
 
     `weight_bits` or `activation_bits` None leaves those float. `first_last_bits` is for both, in the first and the last
     layer in execution order; None: as in the others. `skip` names, or matches by globs, layers that stay float.
+    `weight_rate`, in place of `weight_bits`: coded bits of a weight in the mean, those of the first and the last layer
+    included, see `compress.quantization.coded_steps`.
     """
 
     weight_bits: Width | None = 4
     activation_bits: Width | None = None
     first_last_bits: Width | None = 8
     skip: tuple[str, ...] = ()
+    weight_rate: Rate | None = None
+
+    @property
+    def keeps_weights(self) -> bool:
+        """Whether weights stay float."""
+        return self.weight_bits is None and self.weight_rate is None
 
     def prepare(self, model: nn.Module, input_shape: Sequence[int]) -> nn.Module:
         """A copy of the float network `model`, for images (C, H, W), with fake-quantized weights and inputs of layers.
@@ -67,10 +75,14 @@ class FakeQuantization:
             wide = self.first_last_bits if name in (outer[0], outer[-1]) else None
             if self.activation_bits is not None:
                 attach_input_quantizer(layer, InputStep(wide or self.activation_bits))
-            if self.weight_bits is not None:
-                step = WeightStep(layer.weight, wide or self.weight_bits)
-                parametrize.register_parametrization(layer, "weight", step)
+            if not self.keeps_weights:
+                parametrize.register_parametrization(layer, "weight", self._step(layer.weight, wide))
         return prepared
+
+    def _step(self, weight: Tensor, wide: int | None) -> "CodedStep | WeightStep":
+        if self.weight_bits is None:
+            return CodedStep(weight)
+        return WeightStep(weight, wide or self.weight_bits)
 
     @torch.no_grad()
     def bake(self, prepared: nn.Module, input_shape: Sequence[int]) -> QuantizedModel:
@@ -88,19 +100,36 @@ class FakeQuantization:
             if not _is_on_grid(layer):
                 continue
             [step] = layer.parametrizations.weight
-            codes, grid = step.codes(layer.parametrizations.weight.original, name)
+            codes, grid, bits = step.codes(layer.parametrizations.weight.original, name)
             if name in norms:
                 codes, grid = _times(batch_norm_gain(norms[name]), codes, grid)
-            solved[name] = QuantizedLayer(codes, grid, step.bits, None)
-        reason = "weight_bits: none" if self.weight_bits is None else "has no weight of its own"
+            solved[name] = QuantizedLayer(codes, grid, bits, None)
+        reason = "weight_bits: none" if self.keeps_weights else "has no weight of its own"
         skipped.update((name, reason) for name in layers(plain) if name not in solved and name not in skipped)
         fold_pairs(plain, pairs)
+        if self.weight_rate is not None:
+            solved = {name: _shortened(layer, plain.get_submodule(name)) for name, layer in solved.items()}
         for name, layer in solved.items():
             plain.get_submodule(name).weight = nn.Parameter(layer.grid.dequantize(layer.codes))
         for name, layer in prepared.named_modules():
             if hasattr(layer, "input_quantizer"):
                 attach_input_quantizer(plain.get_submodule(name), layer.input_quantizer.fixed(name))
         return QuantizedModel(plain.eval(), solved, float_state(plain, solved), pairs, skipped)
+
+
+def _shortened(found: QuantizedLayer, layer: nn.Module) -> QuantizedLayer:
+    """`found` with scales of float16, and its `layer` with such a bias, where they are in its range.
+
+    Beside codes of few bits they would be much of the file. They change a weight by at most 2^-11 of it, and codes of
+    a rate by a large part of a step.
+    """
+    bias, scale = getattr(layer, "bias", None), in_half(found.grid.scale, least=SMALLEST)
+    if bias is not None:
+        shorter = in_half(bias.detach())
+        layer.bias = bias if shorter is None else nn.Parameter(shorter, requires_grad=bias.requires_grad)
+    if scale is None:
+        return found
+    return replace(found, grid=Grid(scale, found.grid.zero_point, found.grid.levels))
 
 
 def float_network(prepared: nn.Module) -> nn.Module:
@@ -119,12 +148,20 @@ def _is_plain(module: nn.Module | None) -> bool:
 
 def _is_on_grid(module: nn.Module) -> bool:
     is_parametrized = parametrize.is_parametrized(module, "weight")
-    return is_parametrized and isinstance(module.get_submodule("parametrizations.weight.0"), WeightStep)
+    return is_parametrized and isinstance(module.get_submodule("parametrizations.weight.0"), WeightStep | CodedStep)
 
 
 def steps(prepared: nn.Module) -> list[nn.Parameter]:
     """The learned steps of a network that `prepare` made; all its other parameters are those of the float network."""
-    return [module.step for module in prepared.modules() if isinstance(module, WeightStep | InputStep)]
+    modules = [*prepared.modules()]
+    coded = [module.log_step for module in modules if isinstance(module, CodedStep)]
+    return [*coded, *(module.step for module in modules if isinstance(module, WeightStep | InputStep))]
+
+
+def rate(prepared: nn.Module) -> CodedBits:
+    """`coded_bits` of a network that was prepared for a `weight_rate`."""
+    weights = (module for module in prepared.modules() if isinstance(module, parametrize.ParametrizationList))
+    return coded_bits([(weight[0], weight.original) for weight in weights if isinstance(weight[0], CodedStep)])
 
 
 class WeightStep(nn.Module):
@@ -142,17 +179,15 @@ class WeightStep(nn.Module):
     def forward(self, weight: Tensor) -> Tensor:
         low, high = self._range(weight)
         scale = (weight[0].numel() * (2 ** (self.bits - 1))) ** -0.5
-        quantized: Tensor = _FakeQuantize.apply(weight, per_channel(_positive(self.step), weight), low, high, scale)
-        return quantized
+        return fake_quantize(weight, per_channel(self.step, weight), low, high, scale)
 
-    def codes(self, weight: Tensor, name: str) -> tuple[Tensor, Grid]:
-        """Codes (N, ...) and grid of `weight`, exactly those that `forward` multiplies out."""
-        if not (torch.isfinite(weight).all() and torch.isfinite(self.step).all()):
-            raise UserError(f"{name}: found weights or steps that are not finite; training has diverged")
+    def codes(self, weight: Tensor, name: str) -> tuple[Tensor, Grid, int]:
+        """Codes (N, ...), grid and bits of `weight`, exactly those that `forward` multiplies out."""
+        check_finite(name, weight, self.step)
         low, high = self._range(weight)
-        step = _positive(self.step.detach().float())
+        step = positive(self.step.detach().float())
         codes = (weight.float() / per_channel(step, weight)).clamp(low, high).round() - low
-        return codes.to(code_dtype(2**self.bits)), Grid(step, self.zero_point.clone(), 2**self.bits)
+        return codes.to(code_dtype(2**self.bits)), Grid(step, self.zero_point.clone(), 2**self.bits), self.bits
 
     def _range(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         low = per_channel(-self.zero_point.float(), weight)
@@ -188,8 +223,7 @@ class InputStep(nn.Module):
         low = -self.zero_point.float()
         # Per image, so that the share of a step in the loss does not depend on the size of the batch.
         scale = (x[0].numel() * 2 ** (self.bits - 1)) ** -0.5
-        quantized: Tensor = _FakeQuantize.apply(x, _positive(self.step), low, low + 2**self.bits - 1, scale)
-        return quantized
+        return fake_quantize(x, self.step, low, low + 2**self.bits - 1, scale)
 
     @torch.no_grad()
     def _start(self, x: Tensor) -> None:
@@ -206,29 +240,7 @@ class InputStep(nn.Module):
         """The grid as it is now."""
         if not torch.isfinite(self.step):
             raise UserError(f"{name}: found a step of its input that is not finite; training has diverged")
-        return InputQuantizer(_positive(self.step.detach().float()), self.zero_point, 2**self.bits)
-
-
-class _FakeQuantize(torch.autograd.Function):
-    """`step * round(clamp(x / step, low, high))`, computed in float32 at least and returned in the type of `x`."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, step: Tensor, low: Tensor, high: Tensor, step_gradient: float) -> Tensor:
-        scaled = x.to(torch.promote_types(x.dtype, torch.float32)) / step
-        ctx.save_for_backward(scaled, step, low, high)
-        ctx.step_gradient = step_gradient
-        return (scaled.clamp(low, high).round() * step).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        scaled, step, low, high = ctx.saved_tensors
-        inside = (scaled >= low) & (scaled <= high)
-        of_step = torch.where(inside, scaled.round() - scaled, scaled.clamp(low, high)) * gradient
-        return gradient * inside, of_step.sum_to_size(step.shape).to(step.dtype) * ctx.step_gradient, None, None, None
-
-
-def _positive(step: Tensor) -> Tensor:
-    return step.abs().clamp_min(SMALLEST_STEP)
+        return InputQuantizer(positive(self.step.detach().float()), self.zero_point, 2**self.bits)
 
 
 def _times(gain: Tensor, codes: Tensor, grid: Grid) -> tuple[Tensor, Grid]:

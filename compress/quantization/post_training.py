@@ -16,7 +16,15 @@ from compress.quantization.grid import Grid
 from compress.quantization.layer import corrected_bias, layer_moments, solve_layer
 from compress.quantization.options import Options, Progress, silent
 from compress.quantization.preparation import Prepared, prepare
-from compress.quantization.quantized import QuantizedLayer, QuantizedModel, float_state, set_weight, share_weights
+from compress.quantization.quantized import (
+    SMALLEST,
+    QuantizedLayer,
+    QuantizedModel,
+    float_state,
+    in_half,
+    set_weight,
+    share_weights,
+)
 
 
 def quantize(
@@ -113,11 +121,11 @@ def _shortened(found: Answer, target: Layer, layer: Layer, quantized: Tensor, an
 
 def _in_half(found: Answer) -> Answer | None:
     """The answer with scales and bias of float16; None: not all of them are in its range."""
-    scale, bias = found.grid.scale.half().to(found.grid.scale.dtype), found.bias
-    half = None if bias is None else bias.half().to(bias.dtype)
-    if not bool(scale.isfinite().all() and (scale > 0).all() and (half is None or half.isfinite().all())):
+    scale = in_half(found.grid.scale, least=SMALLEST)
+    bias = None if found.bias is None else in_half(found.bias)
+    if scale is None or (bias is None and found.bias is not None):
         return None
-    return found._replace(grid=Grid(scale, found.grid.zero_point, found.grid.levels), bias=half)
+    return found._replace(grid=Grid(scale, found.grid.zero_point, found.grid.levels), bias=bias)
 
 
 class _Layers:

@@ -1,5 +1,6 @@
 """What quantization leaves: layers as integer codes on grids, and the network that computes with them."""
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -9,6 +10,9 @@ from torch.fx import GraphModule
 from compress.models.canonical import Layer
 from compress.models.masks import is_mask
 from compress.quantization.grid import Grid
+
+# The least scale that float16 has.
+SMALLEST = 2.0**-24
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,15 @@ class QuantizedModel:
         """Bits of a quantized weight in the mean."""
         bits = sum(layer.bits * layer.codes.numel() for layer in self.layers.values())
         return bits / sum(layer.codes.numel() for layer in self.layers.values())
+
+
+def in_half(values: Tensor, least: float = -math.inf) -> Tensor | None:
+    """`values` as float16 has them, which a file keeps in 2 bytes, in their own type.
+
+    None where one becomes infinite or less than `least`.
+    """
+    rounded = values.half().to(values.dtype)
+    return rounded if bool((rounded.isfinite() & (rounded >= least)).all()) else None
 
 
 def set_weight(layer: Layer, codes: Tensor, grid: Grid, bias: Tensor | None) -> None:

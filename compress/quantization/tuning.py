@@ -23,10 +23,7 @@ from compress.quantization.calibration import BATCH, walk
 from compress.quantization.grid import Grid, per_channel
 from compress.quantization.options import Progress, silent
 from compress.quantization.preparation import Prepared
-from compress.quantization.quantized import QuantizedLayer, QuantizedModel, float_state
-
-# The least scale that float16 has.
-SMALLEST = 2.0**-24
+from compress.quantization.quantized import SMALLEST, QuantizedLayer, QuantizedModel, float_state, in_half
 
 
 @dataclass(frozen=True)
@@ -167,9 +164,8 @@ class _Trained:
 
 def _as_precise(tuned: Tensor, before: Tensor, least: float = -math.inf) -> Tensor:
     """`tuned`, rounded to float16 where that has all of `before`, unless one becomes infinite or less than `least`."""
-    rounded = tuned.half().to(before.dtype)
-    fits = bool((rounded.isfinite() & (rounded >= least)).all())
-    return rounded if fits and torch.equal(before, before.half().to(before.dtype)) else tuned
+    rounded = in_half(tuned, least)
+    return tuned if rounded is None or not torch.equal(before, before.half().to(before.dtype)) else rounded
 
 
 class _StraightThrough(nn.Module):

@@ -33,12 +33,13 @@ METHODS = {
     "rkd": ["method=rkd", *TEACHER],
     "qat": ["method=qat", "method.activation_bits=4", "method.freeze_bn_epoch=1", "method.weight_bits=2"],
     "qat_int8": ["method=qat_int8"],
+    "qat_rate": ["method=qat_rate"],
     "qat_dkd": ["method=qat", "loss=dkd", "mixup=images", *TEACHER],
 }
 # Every kind of what a method keeps between two epochs: mixup of images and of logits, peers and their optimizers, a
-# teacher that learns, adapters of features, steps and frozen statistics, a loss that follows the epochs. The others
-# combine the same, or keep nothing; `make soak` has them all.
-KINDS = ("kd_mixup", "dml", "simultaneous", "update_teacher_mixup", "fitnet", "qat", "qat_dkd")
+# teacher that learns, adapters of features, steps and frozen statistics, the price of a bit, a loss that follows the
+# epochs. The others combine the same, or keep nothing; `make soak` has them all.
+KINDS = ("kd_mixup", "dml", "simultaneous", "update_teacher_mixup", "fitnet", "qat", "qat_rate", "qat_dkd")
 
 
 @pytest.mark.slow

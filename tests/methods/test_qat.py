@@ -67,6 +67,28 @@ def test_steps_are_saved_and_learned_without_decay(runs):
     assert len(free["params"]) == len(names)
 
 
+@pytest.mark.slow
+def test_a_rate_is_trained_to_a_file_of_about_as_many_bits(runs, tmp_path, monkeypatch):
+    """At fewer bytes than path following has at the same rate, as codes and weights are trained for them."""
+    folder, start, _ = runs
+    monkeypatch.chdir(tmp_path)
+    weights = f"student.checkpoint={folder / start.directory}/models/student-fp32.safetensors"
+    options = ["method.weight_rate=1", "quantizer=gpfq", "quantizer.bits=[]", "quantizer.rates=[1]"]
+    trained = compress.run(["student=resnet8", "method=qat_rate", weights, *options, "trainer.max_epochs=10"])
+    reference, own, gpfq = trained.rows
+    assert reference.test_accuracy == start.rows[0].test_accuracy
+    assert (own.quantizer, own.levels, own.first_last_bits, own.activation_bits) == ("lsq", None, None, 32)
+    assert own.name == f"lsq {own.bits:.3} bits/weight"
+    assert own.bits == pytest.approx(1, rel=0.2)
+    assert own.bytes < 1.2 * gpfq.bytes
+    assert own.test_accuracy > max(0.85, gpfq.test_accuracy)
+    layers = trained.record.layers[own.file.removeprefix("models/")].quantized
+    assert {layer.encoding for layer in layers.values()} == {"entropy"}
+    with (trained.directory / "metrics.csv").open() as stream:
+        rates = [float(row["train/bits_per_weight"]) for row in csv.DictReader(stream) if row["train/bits_per_weight"]]
+    assert rates[0] > 1.5 > 1.25 > rates[-1]
+
+
 def parts():
     torch.manual_seed(0)
     return {"optimizer": torch.optim.SGD, "scheduler": Schedule(), "num_classes": 10, "input_shape": (3, 8, 8)}
@@ -113,6 +135,8 @@ def test_what_does_not_fit_is_refused_in_one_line(tmp_path, monkeypatch, capsys)
     for mistake, words in {
         "method=qat method.weight_bits=1": "method.weight_bits: found 1; accepted: a whole number from 2 to 8",
         "method=qat method.weight_bits=null": "method.weight_bits: found null, and activation_bits too",
+        "method=qat method.weight_rate=1": "method.weight_rate: found 1.0 beside weight_bits=4; accepted: one of them",
+        "method=qat_rate method.weight_rate=9": "method.weight_rate: found 9",
         "method=qat method.skip=[layer9.*]": "method.skip: found 'layer9.*', which matches no layer",
         "method=qat student.checkpoint=absent.safetensors": "student.checkpoint: ",
         "method=qat teacher=resnet8": "teacher: found 'teacher=resnet8', but this method with this loss uses no",

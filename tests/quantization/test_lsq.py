@@ -12,7 +12,8 @@ from compress import models
 from compress.errors import UserError
 from compress.export.description import NetworkDescription
 from compress.export.packed import read_model, write_packed
-from compress.quantization.lsq import FakeQuantization, InputStep, WeightStep, _FakeQuantize, float_network, steps
+from compress.quantization.learned_step import fake_quantize
+from compress.quantization.lsq import FakeQuantization, InputStep, WeightStep, float_network, rate, steps
 
 ABOUT = NetworkDescription(
     architecture={"stem": "resnet8", "options": {}, "num_classes": 10},
@@ -61,7 +62,7 @@ def test_values_and_gradients_are_those_of_the_paper():
     step = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
     low, high = torch.tensor(-4.0, dtype=torch.float64), torch.tensor(3.0, dtype=torch.float64)
     upstream = torch.randn(200, dtype=torch.float64, generator=generator)
-    out = _FakeQuantize.apply(x, step, low, high, 0.25)
+    out = fake_quantize(x, step, low, high, 0.25)
     (out * upstream).sum().backward()
     expected_step = 0.0
     for index in range(200):
@@ -124,6 +125,26 @@ def test_what_is_baked_and_read_back_is_what_was_trained(tmp_path, stem, weight_
     assert torch.equal(read(images(64)), baked.model(images(64)))
     assert {each["name"] for each in description["layers"]} == set(baked.layers)
     assert len(description["inputs"]) == (0 if activation_bits is None else len(baked.skipped | baked.layers))
+
+
+@pytest.mark.parametrize("activation_bits", [None, 8])
+def test_a_network_of_a_rate_is_read_back_as_it_was_trained(tmp_path, activation_bits):
+    fake = FakeQuantization(None, activation_bits, weight_rate=2.0)
+    prepared = trained(network(), fake).eval()
+    baked = fake.bake(prepared, SHAPE)
+    expected, actual = prepared(images(64)).detach(), baked.model(images(64)).detach()
+    # Scales and biases are those of float16.
+    assert (actual - expected).square().mean().sqrt() < 2e-2 * expected.std()
+    assert baked.rate == pytest.approx(float(rate(prepared)[1]), rel=0.05)  # codes of mirrored channels are mirrored
+    halved = [layer.grid.scale for layer in baked.layers.values()]
+    halved += [value for name, value in baked.float_state.items() if name.endswith(".bias")]
+    assert all(torch.equal(values, values.half().float()) for values in halved)
+
+    path = tmp_path / "model.safetensors"
+    write_packed(path, baked, ABOUT)
+    read, _ = read_model(path)
+    assert torch.equal(read(images(64)), baked.model(images(64)))
+    assert path.stat().st_size < 1.1 * baked.rate * sum(each.codes.numel() for each in baked.layers.values()) / 8 + 4000
 
 
 def test_baking_leaves_what_was_trained_as_it_was():
