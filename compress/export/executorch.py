@@ -6,10 +6,7 @@ extra `executorch`.
 """
 
 import hashlib
-import os
-import sys
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -17,23 +14,18 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.export import ExportedProgram
-from torch.fx import GraphModule
 
 from compress.errors import UserError, first_line
 from compress.export.description import NetworkDescription, check_float32, grids_as_json
-from compress.export.executorch_graph import quantized_graph
-from compress.export.exporter import Exporter, import_package
+from compress.export.exporter import Exporter, import_package, silent_descriptor
 from compress.export.onnx_file import check_graph
+from compress.export.xnnpack_graph import BATCH, check_int8, exported, quantized_graph
 from compress.files import read_json, write_atomically, write_json
 from compress.models.folding import fold_batch_norm
 from compress.models.tracing import quiet
 from compress.quantization import QuantizedModel, Quantizer
 
 FORMAT = "compress-executorch-1"
-# The most images that a program takes in a call: it is exported for 1 to so many.
-BATCH = 32
-LEVELS = 256  # of an int8
 
 
 @dataclass(frozen=True)
@@ -61,20 +53,7 @@ program = Runtime.get().load_program({file})
                 "quantizer.activation_bits: found null for export=executorch, whose kernels take integer weights on "
                 "integer inputs; accepted: 2 to 8, or export=packed, onnx or openvino for weights alone"
             )
-        widths = [*quantizer.widths]
-        if widths and quantizer.first_last_bits:
-            widths.append(quantizer.first_last_bits)
-        bits = max(widths, default=0)
-        levels = quantizer.grid.levels(bits) if bits else 0
-        if levels > LEVELS:
-            raise UserError(
-                f"export: found executorch with {levels} levels at {bits} bits; accepted: up to {LEVELS} levels"
-            )
-        if quantizer.grid.zero_point == "affine" and quantizer.grid.scale == "mse" and levels > LEVELS // 2:
-            raise UserError(
-                f"quantizer.grid.zero_point: found affine at {bits} bits for export=executorch, whose weights are "
-                "steps from zero; accepted: symmetric or mirrored, or up to 7 bits in every layer"
-            )
+        check_int8(quantizer, "executorch")
 
     def write(
         self,
@@ -95,7 +74,7 @@ program = Runtime.get().load_program({file})
             with quiet(), torch.no_grad():
                 if isinstance(network, QuantizedModel):
                     check_float32(path, network)
-                    graph = quantized_graph(network, lambda module: _functional(module, shape))
+                    graph = quantized_graph(network, shape)
                     grids = grids_as_json(network)
                 else:
                     graph = fold_batch_norm(network, shape).float().cpu().eval()
@@ -159,44 +138,14 @@ def _runtime() -> Any:
         from executorch.runtime import Runtime
 
         # It tells the terminal, past Python, what it found in /sys and that it did as it was told.
-        with _silent_descriptor():
+        with silent_descriptor():
             portable_lib._unsafe_reset_threadpool(1)
         return Runtime.get()
-
-
-@contextmanager
-def _silent_descriptor() -> Iterator[None]:
-    """Nothing that is written to the standard error of this process arrives there."""
-    sys.stderr.flush()
-    kept = os.dup(2)
-    try:
-        with Path(os.devnull).open("wb") as nothing:
-            os.dup2(nothing.fileno(), 2)
-            yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
 
 
 def beside(path: Path) -> Path:
     """The JSON file that describes the program `path`."""
     return path.with_name(f"{path.name}.json")
-
-
-def _functional(module: nn.Module, shape: Sequence[int]) -> GraphModule:
-    """The ATen graph of `module`, without operations in place."""
-    graph: GraphModule = _exported(module, shape).run_decompositions({}).module(check_guards=False)
-    return graph
-
-
-def _exported(module: nn.Module, shape: Sequence[int]) -> ExportedProgram:
-    """`module` for 1 to BATCH images."""
-    # The backend takes tensors in their order of dimensions alone, and training may have left another.
-    module = module.to(memory_format=torch.contiguous_format)
-    # With fewer images as an example, PyTorch's choice of a convolution would limit the batch to 15.
-    images = torch.zeros(BATCH, *shape)
-    batch = {0: torch.export.Dim("batch", min=1, max=BATCH)}
-    return torch.export.export(module, (images,), dynamic_shapes=(batch,), strict=False)
 
 
 def _program(graph: nn.Module, shape: Sequence[int]) -> bytes:
@@ -205,7 +154,7 @@ def _program(graph: nn.Module, shape: Sequence[int]) -> bytes:
     from executorch.exir import ExecutorchBackendConfig, to_edge_transform_and_lower
     from executorch.exir.passes import MemoryPlanningPass
 
-    lowered = to_edge_transform_and_lower(_exported(graph, shape), partitioner=[XnnpackPartitioner()])
+    lowered = to_edge_transform_and_lower(exported(graph, shape), partitioner=[XnnpackPartitioner()])
     planning = MemoryPlanningPass(alloc_graph_input=False)
     return bytes(lowered.to_executorch(ExecutorchBackendConfig(memory_planning_pass=planning)).buffer)
 

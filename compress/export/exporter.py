@@ -1,7 +1,10 @@
 """What an export format is: a subclass of `Exporter`, in one Python file and one YAML file in `conf/export`."""
 
+import os
+import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, ClassVar
@@ -97,3 +100,17 @@ def import_package(package: str, extra: str | None) -> Any:
     except ImportError:
         wanted = package if extra is None else f"'compress[{extra}]'"
         raise UserError(f"{package} is not installed; pip install {wanted}") from None
+
+
+@contextmanager
+def silent_descriptor() -> Iterator[None]:
+    """Nothing that is written to the standard error of this process arrives there."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with Path(os.devnull).open("wb") as nothing:
+            os.dup2(nothing.fileno(), 2)
+            yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)

@@ -27,9 +27,8 @@ import compress
 from compress.checksums import file_digest
 from compress.cli import main
 from compress.errors import UserError
-from compress.export import executorch
 from compress.export.executorch import BATCH, ExecuTorch, beside
-from compress.export.executorch_graph import LAYERS, quantized_graph
+from compress.export.xnnpack_graph import LAYERS, quantized_graph
 from compress.files import read_json, write_json
 from compress.pipeline.check import checked_jobs
 from compress.predict import Predictor
@@ -107,7 +106,7 @@ def test_pictures_are_classified_with_the_two_files_alone(runs, tmp_path):
 
 
 def edited(quantized):
-    return quantized_graph(quantized, lambda module: executorch._functional(module, (3, 8, 8)))
+    return quantized_graph(quantized, (3, 8, 8))
 
 
 def weights_of(graph):

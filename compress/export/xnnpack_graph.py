@@ -1,4 +1,4 @@
-"""A quantized network as a graph that ExecuTorch's XNNPACK backend computes on integers, with the codes that it has.
+"""A quantized network as a graph that XNNPACK computes on integers, in ExecuTorch and LiteRT, with the codes it has.
 
 XNNPACK holds weights as int8 steps from zero with a scale for each output channel. Of its int8 kernels, one kind writes
 int8 on a fixed grid. A layer gets it where all that reads its output reads it on one grid, so that nothing is rounded
@@ -12,22 +12,24 @@ Which patterns of quantize and dequantize become which kernel: github.com/pytorc
 """
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
 from compress.errors import UserError
 from compress.models.baking import copied
+from compress.quantization import Quantizer
 from compress.quantization.activations import InputQuantizer, detach_input_quantizer, input_quantizers
 from compress.quantization.grid import per_channel
 from compress.quantization.quantized import QuantizedLayer, QuantizedModel
 
 aten = torch.ops.aten
-LOWEST, HIGHEST = -128, 127  # of an int8
+LOWEST, HIGHEST, LEVELS = -128, 127, 256  # of an int8
 CONVOLUTIONS = {aten.conv1d.default, aten.conv2d.default, aten.conv1d.padding, aten.conv2d.padding}
 LAYERS = {*CONVOLUTIONS, aten.linear.default}
 # Activations that a kernel applies itself, and the range that they cut out.
@@ -47,6 +49,7 @@ MONOTONE = {
 # The largest factor from a sum to a code of the output, and the largest code of a bias, that XNNPACK takes.
 LARGEST_GAIN, LARGEST_BIAS = 256.0, 2.0**31 - 1024
 SMALLEST = torch.finfo(torch.float32).tiny
+BATCH = 32  # a graph is for 1 to so many images
 
 
 @dataclass(frozen=True)
@@ -83,18 +86,35 @@ class Rounded:
     grid: TensorGrid
 
 
-def quantized_graph(quantized: QuantizedModel, export: Callable[[nn.Module], GraphModule]) -> GraphModule:
-    """The graph of `quantized`, to be exported once more: weights are int8 buffers wherever an int8 kernel fits.
+def check_int8(quantizer: Quantizer, name: str) -> None:
+    """Raises UserError, for the export `name`, where `quantizer` has grids whose steps from zero no int8 holds."""
+    widths = [*quantizer.widths]
+    if widths and quantizer.first_last_bits:
+        widths.append(quantizer.first_last_bits)
+    bits = max(widths, default=0)
+    levels = quantizer.grid.levels(bits) if bits else 0
+    if levels > LEVELS:
+        raise UserError(f"export: found {name} with {levels} levels at {bits} bits; accepted: up to {LEVELS} levels")
+    if quantizer.grid.zero_point == "affine" and quantizer.grid.scale == "mse" and levels > LEVELS // 2:
+        raise UserError(
+            f"quantizer.grid.zero_point: found affine at {bits} bits for export={name}, whose weights are "
+            "steps from zero; accepted: symmetric or mirrored, or up to 7 bits in every layer"
+        )
 
-    export: gives the ATen graph of a module. Raises UserError for a quantized weight beside a float input, and where
-    the graph has another weight for a layer than that layer.
+
+def quantized_graph(quantized: QuantizedModel, shape: Sequence[int], float_inputs: bool = False) -> GraphModule:
+    """The graph of `quantized` for images of that shape: weights are int8 buffers wherever an int8 kernel fits.
+
+    It is to be exported once more. float_inputs: the runtime takes any weight that an int8 holds, also for layers that
+    no int8 kernel fits, and dequantizes it. Raises UserError for a quantized weight beside a float input elsewhere, and
+    where the graph has another weight for a layer than that layer.
     """
     import torch.ao.quantization.fx._decomposed  # noqa: F401 - registers torch.ops.quantized_decomposed
 
     grids = {name: TensorGrid.of(quantizer) for name, quantizer in input_quantizers(quantized.model).items()}
     layers = quantized.layers | {name: quantized.layers[holder] for name, holder in quantized.tied.items()}
     alone = next((name for name in layers if name not in grids), None)
-    if alone is not None:
+    if alone is not None and not float_inputs:
         raise UserError(
             f"{alone}: found a quantized weight beside a float input; accepted for ExecuTorch: activation_bits from 2 "
             "to 8, as XNNPACK's kernels take integer weights on integer inputs"
@@ -102,10 +122,26 @@ def quantized_graph(quantized: QuantizedModel, export: Callable[[nn.Module], Gra
     plain = copied(quantized.model).float().cpu().eval()
     for name in grids:
         detach_input_quantizer(plain.get_submodule(name))
-    editor = _Editor(export(plain))
+    editor = _Editor(functional(plain, shape))
     editor.round_inputs(grids)
-    editor.use_kernels(layers)
+    editor.use_kernels(layers, float_inputs)
     return editor.finished()
+
+
+def functional(module: nn.Module, shape: Sequence[int]) -> GraphModule:
+    """The ATen graph of `module`, without operations in place."""
+    graph: GraphModule = exported(module, shape).run_decompositions({}).module(check_guards=False)
+    return graph
+
+
+def exported(module: nn.Module, shape: Sequence[int]) -> ExportedProgram:
+    """`module` for 1 to BATCH images."""
+    # The backend takes tensors in their order of dimensions alone, and training may have left another.
+    module = module.to(memory_format=torch.contiguous_format)
+    # With fewer images as an example, PyTorch's choice of a convolution would limit the batch to 15.
+    images = torch.zeros(BATCH, *shape)
+    batch = {0: torch.export.Dim("batch", min=1, max=BATCH)}
+    return torch.export.export(module, (images,), dynamic_shapes=(batch,), strict=False)
 
 
 class _Editor:
@@ -126,24 +162,29 @@ class _Editor:
                     made[key] = self._round_before(node, *key)
                 node.update_arg(0, made[key].last)
 
-    def use_kernels(self, layers: Mapping[str, QuantizedLayer]) -> None:
-        """Gives each of the `layers` its codes and the kernel that takes them, if there is one."""
+    def use_kernels(self, layers: Mapping[str, QuantizedLayer], float_inputs: bool) -> None:
+        """Gives each of the `layers` its codes and the kernel that takes them, if there is one.
+
+        float_inputs: without such a kernel, it gets its codes all the same.
+        """
         for node, name in self.layers:
             if name not in layers:
                 continue
             self._check(node, name, layers[name])
             steps = _steps(layers[name])
             source = self._rounding_of(node.args[0])
-            if steps is None or source is None:
+            if steps is None or (source is None and not float_inputs):
                 continue
             scale = torch.where(steps.flatten(1).any(1), layers[name].grid.scale.float().cpu(), 1.0)
             bias = self._tensor(node.args[2]) if len(node.args) > 2 and node.args[2] is not None else None
             if bool((scale < SMALLEST).any()):
                 continue
-            if self._write_integers(node, source.grid, scale, bias):
+            if source is not None and self._write_integers(node, source.grid, scale, bias):
                 self._set_weight(node, steps, scale)
-            elif self._can_span(node):
+            elif source is not None and self._can_span(node):
                 self._span(node, source, steps, scale)
+            elif float_inputs:
+                self._set_weight(node, steps, scale)
 
     def finished(self) -> GraphModule:
         """The edited graph, in which each reader of a rounded tensor dequantizes it on its own, as kernels ask for."""
