@@ -1,8 +1,8 @@
 """Files of LiteRT, `.tflite`: tensors and operators put together, and what such a file says of itself.
 
 The format is a FlatBuffer (ai.google.dev/edge/litert, `schema.fbs`); the package `ai_edge_litert` has the classes of
-its schema. A metadata buffer, the place for what an app should know, holds the description that packed files have too, as
-JSON, with a checksum over the file.
+its schema. A metadata buffer, the place for what an app should know, holds the description that packed files have too,
+as JSON, with a checksum over the file.
 """
 
 import json
@@ -25,6 +25,36 @@ IDENTIFIER, ALIGNMENT = b"TFL3", 16  # schema.fbs: file_identifier, force_align 
 VERSION = 3  # of the schema
 FIRST_VERSIONS = {"BROADCAST_TO": 2}  # of operators that a runtime does not have in version 1
 LAST_SMALL_CODE = 127  # schema.fbs: what the older field for the code of an operator says for all from there on
+# schema.fbs: the table with the options of an operator, if it has one.
+OPTIONS = {
+    "ADD": "AddOptions",
+    "AVERAGE_POOL_2D": "Pool2DOptions",
+    "BATCH_MATMUL": "BatchMatMulOptions",
+    "CONCATENATION": "ConcatenationOptions",
+    "CONV_2D": "Conv2DOptions",
+    "DEPTHWISE_CONV_2D": "DepthwiseConv2DOptions",
+    "DEQUANTIZE": "DequantizeOptions",
+    "DIV": "DivOptions",
+    "FULLY_CONNECTED": "FullyConnectedOptions",
+    "GELU": "GeluOptions",
+    "LEAKY_RELU": "LeakyReluOptions",
+    "MAXIMUM": "MaximumMinimumOptions",
+    "MAX_POOL_2D": "Pool2DOptions",
+    "MEAN": "ReducerOptions",
+    "MINIMUM": "MaximumMinimumOptions",
+    "MUL": "MulOptions",
+    "PAD": "PadOptions",
+    "PADV2": "PadV2Options",
+    "QUANTIZE": "QuantizeOptions",
+    "REDUCE_MAX": "ReducerOptions",
+    "RESHAPE": "ReshapeOptions",
+    "SHAPE": "ShapeOptions",
+    "SOFTMAX": "SoftmaxOptions",
+    "STRIDED_SLICE": "StridedSliceOptions",
+    "SUB": "SubOptions",
+    "SUM": "ReducerOptions",
+    "TRANSPOSE": "TransposeOptions",
+}
 
 
 @dataclass(frozen=True)
@@ -92,6 +122,7 @@ class GraphFile:
         operator = self.schema.OperatorT()
         operator.opcodeIndex = self._codes.setdefault(name, len(self._codes))
         operator.inputs, operator.outputs = [*inputs], [*outputs]
+        kind = OPTIONS.get(name)
         if kind is not None:
             operator.builtinOptionsType = getattr(self.schema.BuiltinOptions, kind)
             operator.builtinOptions = getattr(self.schema, f"{kind}T")()

@@ -27,6 +27,7 @@ from compress.export.xnnpack_graph import HIGHEST, RANGES
 
 aten = torch.ops.aten
 CHANNELS_LAST = (0, 2, 3, 1)
+HIGHEST_OF_4 = 7  # of an int4
 PADDING_SAME, PADDING_VALID = 0, 1  # schema.fbs
 NO_ACTIVATION, RELU, RELU_N1_TO_1, RELU6 = 0, 1, 2, 3  # schema.fbs: what an operator applies itself
 ACTIVATIONS = {(0.0, float("inf")): RELU, (0.0, 6.0): RELU6, (-1.0, 1.0): RELU_N1_TO_1}
@@ -95,6 +96,20 @@ class Spanned:
     """A float value that holds both ends of its grid, so that an operator may find that grid again."""
 
     value: Value
+
+
+@dataclass(frozen=True)
+class Layer:
+    """An operator with a weight: its name and options in schema.fbs, and the sizes and the order of its output.
+
+    layout: the order of dimensions in which it wants the weight.
+    """
+
+    name: str
+    options: dict[str, Any]
+    layout: tuple[int, ...]
+    sizes: tuple[int, ...]
+    order: tuple[int, ...]
 
 
 def write_graph(module: GraphModule, file: GraphFile) -> tuple[int, int]:
@@ -170,10 +185,7 @@ class _Writer:
         """The value of a node or number, or `source` itself if it is one."""
         found = self.values[source] if isinstance(source, Node) else source
         if isinstance(found, Weight):
-            scale = found.grid.scale
-            kind = "INT4" if _fits_4_bits(found.codes) else "INT8"
-            codes = self.file.constant(found.codes.numpy(), kind, found.grid)
-            assert len(scale) == len(found.codes)
+            codes = self.file.constant(found.codes.numpy(), "INT8", found.grid)
             return self.emit("DEQUANTIZE", [codes], tuple(found.codes.shape))
         if isinstance(found, Value):
             return found
@@ -206,9 +218,7 @@ class _Writer:
                 result = self._reshape(value.tensor, turned.stored, value.grid)
                 self._orders[key] = replace(turned, tensor=result)
             else:
-                self._orders[key] = self.emit(
-                    "TRANSPOSE", [value.tensor, axes], value.sizes, order, grid=value.grid, kind="TransposeOptions"
-                )
+                self._orders[key] = self.emit("TRANSPOSE", [value.tensor, axes], value.sizes, order, grid=value.grid)
         return self._orders[key]
 
     def emit(
@@ -239,7 +249,7 @@ class _Writer:
         if shape.count(-1) > 1:
             raise UserError("found a shape with the number of images in two of its sizes; accepted: export=onnx")
         result = self.file.tensor(sizes, "FLOAT32" if grid is None else "INT8", grid)
-        self.file.operator("RESHAPE", [tensor, self._integers(shape)], [result], kind="ReshapeOptions", newShape=shape)
+        self.file.operator("RESHAPE", [tensor, self._integers(shape)], [result], newShape=shape)
         return result
 
     def _integers(self, values: Sequence[int]) -> int:
@@ -273,10 +283,8 @@ class _Writer:
             else self._numbers(operand.permute(order).detach().cpu().numpy())
             for operand in (one, other)
         ]
-        kinds = {"ADD": "AddOptions", "SUB": "SubOptions", "MUL": "MulOptions", "DIV": "DivOptions"}
-        if name not in kinds:
-            return self.emit(name, pair, sizes, order, kind="MaximumMinimumOptions")
-        return self.emit(name, pair, sizes, order, kind=kinds[name], fusedActivationFunction=activation)
+        options: dict[str, Any] = {} if name in ("MAXIMUM", "MINIMUM") else {"fusedActivationFunction": activation}
+        return self.emit(name, pair, sizes, order, **options)
 
     def _operand(self, source: Any) -> Value | Tensor:
         """A value of floats, or what is known already."""
@@ -315,11 +323,11 @@ class _Writer:
 
     @lowers(aten.gelu)
     def _gelu(self, node: Node, x: Any, approximate: str = "none") -> Value:
-        return self._unary("GELU", x, kind="GeluOptions", approximate=approximate == "tanh")
+        return self._unary("GELU", x, approximate=approximate == "tanh")
 
     @lowers(aten.leaky_relu)
     def _leaky_relu(self, node: Node, x: Any, negative_slope: float = 0.01) -> Value:
-        return self._unary("LEAKY_RELU", x, kind="LeakyReluOptions", alpha=negative_slope)
+        return self._unary("LEAKY_RELU", x, alpha=negative_slope)
 
     @lowers(aten.silu)
     def _silu(self, node: Node, x: Any) -> Value:
@@ -353,16 +361,19 @@ class _Writer:
 
     @lowers(aten.permute)
     def _permute(self, node: Node, x: Any, dims: Sequence[int]) -> Value:
-        value = self.value(x)
+        return self._turned(node, self.value(x), dims)
+
+    def _turned(self, node: Node, value: Value, dims: Sequence[int]) -> Value:
         dims = [dimension % len(value.sizes) for dimension in dims]
         order = tuple(dims.index(dimension) for dimension in value.order)
         return replace(value, sizes=_sizes(node), order=order)
 
     @lowers(aten.transpose)
     def _transpose(self, node: Node, x: Any, dim0: int, dim1: int) -> Value:
-        dims = [*range(len(self.value(x).sizes))]
+        value = self.value(x)
+        dims = [*range(len(value.sizes))]
         dims[dim0], dims[dim1] = dims[dim1], dims[dim0]
-        return self._permute(node, x, dims)
+        return self._turned(node, value, dims)
 
     @lowers(aten.cat)
     def _cat(self, node: Node, tensors: Sequence[Any], dim: int = 0) -> Value:
@@ -370,7 +381,7 @@ class _Writer:
         lead = next((value for value in values if value.order != identity(len(value.sizes))), values[0])
         inputs = [self.ordered(value, lead.order).tensor for value in values]
         [axis] = lead.axes([dim])
-        return self.emit("CONCATENATION", inputs, _sizes(node), lead.order, kind="ConcatenationOptions", axis=axis)
+        return self.emit("CONCATENATION", inputs, _sizes(node), lead.order, axis=axis)
 
     def _part(self, value: Value, dimension: int, start: int, end: int, step: int = 1) -> Value:
         """Entries start, start + step ... below end of a dimension of a fixed size."""
@@ -397,7 +408,6 @@ class _Writer:
             tuple(sizes),
             value.order,
             value.grid,
-            kind="StridedSliceOptions",
             beginMask=all_but,
             endMask=all_but,
         )
@@ -434,14 +444,14 @@ class _Writer:
             raise UserError(f"found an expansion to {sizes}; accepted: the number of images, not a multiple of it")
         if min(sizes) < 0:
             whole, batch = (self.file.tensor([count], "INT32") for count in (len(self.images.sizes), 1))
-            self.file.operator("SHAPE", [self.images.tensor], [whole], kind="ShapeOptions", outType=2)
+            self.file.operator("SHAPE", [self.images.tensor], [whole], outType=2)
             ends = [self._integers([number]) for number in (0, 1, 1)]
-            self.file.operator("STRIDED_SLICE", [whole, *ends], [batch], kind="StridedSliceOptions")
+            self.file.operator("STRIDED_SLICE", [whole, *ends], [batch])
             shape = [batch if size < 0 else part for size, part in zip(sizes, shape, strict=True)]
         joined = self.file.tensor([len(sizes)], "INT32")
-        self.file.operator("CONCATENATION", shape, [joined], kind="ConcatenationOptions", axis=0)
+        self.file.operator("CONCATENATION", shape, [joined], axis=0)
         value = self.ordered(value)
-        return self.emit("BROADCAST_TO", [value.tensor, joined], sizes, kind="BroadcastToOptions")
+        return self.emit("BROADCAST_TO", [value.tensor, joined], sizes)
 
     @lowers(aten.roll)
     def _roll(self, node: Node, x: Any, shifts: Sequence[int], dims: Sequence[int] = ()) -> Value:
@@ -452,9 +462,7 @@ class _Writer:
             if at:
                 parts = [self._part(value, dim, at, size).tensor, self._part(value, dim, 0, at).tensor]
                 [axis] = value.axes([dim])
-                value = self.emit(
-                    "CONCATENATION", parts, value.sizes, value.order, kind="ConcatenationOptions", axis=axis
-                )
+                value = self.emit("CONCATENATION", parts, value.sizes, value.order, axis=axis)
         return value
 
     @lowers(aten.constant_pad_nd, aten.pad)
@@ -480,8 +488,7 @@ class _Writer:
         inputs = [value.tensor, self.file.constant(stored, "INT32")]
         if filler:
             inputs.append(self._numbers(np.array([filler])))
-        name, kind = ("PADV2", "PadV2Options") if filler else ("PAD", "PadOptions")
-        return self.emit(name, inputs, sizes, value.order, value.grid, kind=kind)
+        return self.emit("PADV2" if filler else "PAD", inputs, sizes, value.order, value.grid)
 
     # Sums, means and norms.
 
@@ -491,7 +498,7 @@ class _Writer:
         gone = {dimension % rank for dimension in dimensions}
         sizes = tuple(1 if index in gone else size for index, size in enumerate(value.sizes))
         axes = self._integers(value.axes(dimensions))
-        return self.emit(name, [value.tensor, axes], sizes, value.order, kind="ReducerOptions", keepDims=True)
+        return self.emit(name, [value.tensor, axes], sizes, value.order, keepDims=True)
 
     @lowers(aten.mean, aten.amax, aten.sum)
     def _reduce(self, node: Node, x: Any, dim: Any = None, keepdim: bool = False, **_: Any) -> Value:
@@ -504,7 +511,7 @@ class _Writer:
         value = self.floats(x)
         if dim % len(value.sizes) != value.order[-1]:
             value = self.ordered(value, _with_last(value.order, dim % len(value.sizes)))
-        return self.emit("SOFTMAX", [value.tensor], value.sizes, value.order, kind="SoftmaxOptions", beta=1.0)
+        return self.emit("SOFTMAX", [value.tensor], value.sizes, value.order, beta=1.0)
 
     def _normalised(self, value: Value, dimensions: Sequence[int], eps: float) -> Value:
         centred = self.binary("SUB", value, self._mean(value, dimensions))
@@ -625,7 +632,7 @@ class _Writer:
             "filterWidth": size[1],
         }
         value = self.ordered(value, CHANNELS_LAST)
-        return self.emit(name, [value.tensor], sizes, CHANNELS_LAST, value.grid, kind="Pool2DOptions", **options)
+        return self.emit(name, [value.tensor], sizes, CHANNELS_LAST, value.grid, **options)
 
     # Layers.
 
@@ -656,12 +663,11 @@ class _Writer:
         value = self.ordered(value, CHANNELS_LAST)
         options = {"padding": scheme, "strideH": step[0], "strideW": step[1]}
         options |= {"dilationHFactor": spread[0], "dilationWFactor": spread[1]}
+        layer = Layer("CONV_2D", options, (0, 2, 3, 1), sizes, CHANNELS_LAST)
         if groups == channels and groups > 1:
             options["depthMultiplier"] = sizes[1] // channels
-            layer = "DEPTHWISE_CONV_2D", "DepthwiseConv2DOptions"
-            return self._layer(node, layer, value, weight, bias, (1, 2, 3, 0), sizes, CHANNELS_LAST, options)
-        layer = "CONV_2D", "Conv2DOptions"
-        return self._layer(node, layer, value, weight, bias, (0, 2, 3, 1), sizes, CHANNELS_LAST, options)
+            layer = replace(layer, name="DEPTHWISE_CONV_2D", layout=(1, 2, 3, 0))
+        return self._layer(node, layer, value, weight, bias)
 
     @lowers(aten.linear)
     def _linear(self, node: Node, input: Any, weight: Any, bias: Any = None) -> Value:
@@ -669,9 +675,9 @@ class _Writer:
         last = len(sizes) - 1
         if value.order[-1] != last:
             value = self.ordered(value, _with_last(value.order, last))
-        layer = "FULLY_CONNECTED", "FullyConnectedOptions"
         options = {"keepNumDims": len(sizes) > 2, "asymmetricQuantizeInputs": isinstance(self.values[input], Spanned)}
-        return self._layer(node, layer, value, weight, bias, (0, 1), sizes, value.order, options)
+        layer = Layer("FULLY_CONNECTED", options, (0, 1), sizes, value.order)
+        return self._layer(node, layer, value, weight, bias)
 
     def _input(self, node: Node, source: Node) -> Value:
         """The input of a layer: codes where its kernel reads these, and floats elsewhere."""
@@ -681,99 +687,70 @@ class _Writer:
         value = self.value(source)
         return value if self._codes_behind(node) is not None and value.grid is not None else self.floats(value)
 
-    def _layer(
-        self,
-        node: Node,
-        layer: tuple[str, str],
-        value: Value,
-        weight: Node,
-        bias: Node | None,
-        layout: tuple[int, ...],
-        sizes: tuple[int, ...],
-        order: tuple[int, ...],
-        options: dict[str, Any],
-    ) -> Value:
-        """A layer on `value`, its weight stored in the order `layout`, with the activation behind it."""
-        name, kind = layer
-        held, shift = self.values[weight], None if bias is None else self.values[bias].detach().double().numpy()
-        outputs = (
-            len(held.codes) if isinstance(held, Weight) else len(self.value(weight).sizes) and _weight_sizes(held)[0]
-        )
-        shift = np.zeros(outputs) if shift is None else shift
+    def _layer(self, node: Node, layer: Layer, value: Value, weight: Node, bias: Node | None) -> Value:
+        """The output of a layer on `value`, with the activation behind it."""
+        held, source = self.values[weight], self.values[_arguments(node)["input"]]
+        shift = np.zeros(_weight_sizes(held)[0]) if bias is None else self.values[bias].detach().double().numpy()
         behind = self._codes_behind(node)
-        integers = isinstance(held, Weight) and value.grid is not None and behind is not None
-        spanned = isinstance(held, Weight) and isinstance(self.values[_arguments(node)["input"]], Spanned)
-        if isinstance(held, Weight) and (integers or spanned):
-            codes = held.codes.permute(layout).contiguous().numpy()
-            if name == "DEPTHWISE_CONV_2D":
-                codes = codes.reshape(1, *codes.shape[1:3], -1)
-            grid = replace(held.grid, dimension=codes.ndim - 1 if name == "DEPTHWISE_CONV_2D" else 0)
-            weights = self.file.constant(codes, "INT8", grid)
-        else:
-            weights = self._float_weight(held, layout, name == "DEPTHWISE_CONV_2D")
-        if not integers:
-            activation, last = self._activation(node)
-            inputs = [value.tensor, weights, self._numbers(shift)]
-            result = self.emit(name, inputs, sizes, order, kind=kind, fusedActivationFunction=activation, **options)
-            return self._as_last(last, result)
-        assert isinstance(held, Weight)
-        assert value.grid is not None
-        assert behind is not None
-        return self._written(node, behind, name, value, weights, held, shift, sizes, order, kind, options)
+        if isinstance(held, Weight) and value.grid is not None and behind is not None:
+            return self._written(layer, value, value.grid, held, shift, behind)
+        weights = self._stored(held, layer, isinstance(source, Spanned) or (isinstance(source, Value) and source.grid))
+        if isinstance(held, Weight) and not isinstance(source, Spanned):
+            weights = self.emit("DEQUANTIZE", [weights], self._layout(held.codes, layer).shape).tensor
+        activation, last = self._activation(node)
+        inputs = [value.tensor, weights, self._numbers(shift)]
+        options = layer.options | {"fusedActivationFunction": activation}
+        return self._as_last(last, self.emit(layer.name, inputs, layer.sizes, layer.order, **options))
 
-    def _float_weight(self, held: Any, layout: tuple[int, ...], by_channel: bool) -> int:
-        """The weight as floats: a constant, or codes that are dequantized when the file is loaded."""
-        if isinstance(held, Weight):
-            codes, dimension = held.codes.permute(layout).contiguous().numpy(), layout.index(0)
-            if by_channel:
-                codes = codes.reshape(1, *codes.shape[1:3], -1)
-            grid = replace(held.grid, dimension=dimension)
-            number = self.file.constant(codes, "INT4" if _fits_4_bits(held.codes) else "INT8", grid)
-            return self.emit("DEQUANTIZE", [number], codes.shape, kind="DequantizeOptions").tensor
-        values = held.detach().permute(layout).contiguous().numpy()
-        return self._numbers(values.reshape(1, *values.shape[1:3], -1) if by_channel else values)
+    def _stored(self, held: Any, layer: Layer, wide: bool) -> int:
+        """The constant with a weight, floats or codes, as the operator of `layer` wants it.
+
+        wide: codes have 8 bits in any case, as integer kernels are fast with these alone.
+        """
+        if not isinstance(held, Weight):
+            return self._numbers(self._layout(held, layer))
+        codes, kind = held.codes, "INT8"
+        grid = replace(held.grid, dimension=layer.layout.index(0))
+        shift = (codes.flatten(1).amax(1) - HIGHEST_OF_4).clamp(min=0)
+        shifted = codes - shift.reshape(-1, *[1] * (codes.dim() - 1))
+        if not wide and int(shifted.min()) >= -HIGHEST_OF_4 - 1:
+            codes, kind, grid = shifted, "INT4", replace(grid, zero_point=(-shift).tolist())
+        return self.file.constant(self._layout(codes, layer), kind, grid)
+
+    def _layout(self, weight: Tensor, layer: Layer) -> np.ndarray:
+        values = weight.detach().permute(layer.layout).contiguous().numpy()
+        return values.reshape(1, *values.shape[1:3], -1) if layer.name == "DEPTHWISE_CONV_2D" else values
 
     def _written(
         self,
-        node: Node,
-        behind: tuple[list[Node], Node],
-        name: str,
+        layer: Layer,
         value: Value,
-        weights: int,
+        input_grid: Quantization,
         held: Weight,
         shift: np.ndarray,
-        sizes: tuple[int, ...],
-        order: tuple[int, ...],
-        kind: str,
-        options: dict[str, Any],
+        behind: tuple[list[Node], Node],
     ) -> Value:
         """The layer as an operator that writes codes, with the range that is cut out `behind` it."""
-        assert value.grid is not None
         between, quantize = behind
         low, high = -float("inf"), float("inf")
         for one in between:
             bounds = _bounds(one)
             low, high = max(low, bounds[0]), min(high, bounds[1])
         scale, zero_point = _arguments(quantize)["scale"], _arguments(quantize)["zero_point"]
-        ends = {"MAXIMUM": low, "MINIMUM": high}
-        codes = {name: round(end / scale) + zero_point for name, end in ends.items() if np.isfinite(end)}
-        if (low, high) in ACTIVATIONS:
-            activation, codes = ACTIVATIONS[low, high], {}
-        else:
-            activation = RELU if low == 0 else NO_ACTIVATION
+        activation = ACTIVATIONS.get((low, high), RELU if low == 0 else NO_ACTIVATION)
+        if (low, high) not in ACTIVATIONS and np.isfinite(high):
             # An int8 cuts off at its own end, which is where the highest code is moved to.
-            zero_point += HIGHEST - codes.pop("MINIMUM", HIGHEST)
-            codes = {name: code for name, code in codes.items() if activation == NO_ACTIVATION}
+            zero_point = HIGHEST - round(high / scale)
         grid = Quantization([scale], [zero_point])
-        sums = np.float64(np.float32(value.grid.scale[0])) * np.array(held.grid.scale, np.float32).astype(np.float64)
-        shift_codes = np.rint(shift / sums).astype(np.int32)
-        bias = self.file.constant(shift_codes, "INT32", Quantization(sums.tolist(), [0] * len(sums)))
-        inputs = [value.tensor, weights, bias]
-        result = self.emit(name, inputs, sizes, order, grid, kind=kind, fusedActivationFunction=activation, **options)
-        if "MAXIMUM" in codes:
-            lowest = round(low / scale) + zero_point
-            number = self.file.constant(np.array([lowest], np.int8), "INT8", grid)
-            result = self.emit("MAXIMUM", [result.tensor, number], sizes, order, grid, kind="MaximumMinimumOptions")
+        sums = np.float64(np.float32(input_grid.scale[0])) * np.array(held.grid.scale, np.float32).astype(np.float64)
+        codes = np.rint(shift / sums).astype(np.int32)
+        bias = self.file.constant(codes, "INT32", Quantization(sums.tolist(), [0] * len(sums)))
+        options = layer.options | {"fusedActivationFunction": activation}
+        inputs = [value.tensor, self._stored(held, layer, True), bias]
+        result = self.emit(layer.name, inputs, layer.sizes, layer.order, grid, **options)
+        if activation == NO_ACTIVATION and np.isfinite(low):
+            lowest = self.file.constant(np.array([round(low / scale) + zero_point], np.int8), "INT8", grid)
+            result = self.emit("MAXIMUM", [result.tensor, lowest], layer.sizes, layer.order, grid)
         for one in (*between, quantize):
             self.values[one] = result
         return result
@@ -813,7 +790,7 @@ class _Writer:
     def _product(self, one: Value, other: Value, sizes: tuple[int, ...], turned: bool = False) -> Value:
         rank = len(sizes)
         pair = [self.ordered(self._with_rank(value, rank)).tensor for value in (one, other)]
-        return self.emit("BATCH_MATMUL", pair, sizes, kind="BatchMatMulOptions", adjY=turned)
+        return self.emit("BATCH_MATMUL", pair, sizes, adjY=turned)
 
     @lowers(aten.scaled_dot_product_attention)
     def _attention(
@@ -827,7 +804,7 @@ class _Writer:
         weights = self._product(scaled, keys, (*queries.sizes[:-1], keys.sizes[-2]), turned=True)
         if attn_mask is not None:
             weights = self.binary("ADD", weights, attn_mask)
-        shares = self.emit("SOFTMAX", [weights.tensor], weights.sizes, weights.order, kind="SoftmaxOptions", beta=1.0)
+        shares = self.emit("SOFTMAX", [weights.tensor], weights.sizes, weights.order, beta=1.0)
         return self._product(shares, self.floats(value), _sizes(node))
 
     # Grids.
@@ -848,9 +825,7 @@ class _Writer:
             return value
         if key not in self._rounded:
             given = self.floats(value)
-            self._rounded[key] = self.emit(
-                "QUANTIZE", [given.tensor], given.sizes, given.order, grid, kind="QuantizeOptions"
-            )
+            self._rounded[key] = self.emit("QUANTIZE", [given.tensor], given.sizes, given.order, grid)
         return self._rounded[key]
 
     @lowers(torch.ops.quantized_decomposed.dequantize_per_tensor)
@@ -1012,7 +987,3 @@ def _bounds(node: Node) -> tuple[float, float]:
 
 def _weight_sizes(held: Any) -> tuple[int, ...]:
     return tuple(held.codes.shape if isinstance(held, Weight) else held.shape)
-
-
-def _fits_4_bits(codes: Tensor) -> bool:
-    return int(codes.min()) >= -8 and int(codes.max()) <= 7
