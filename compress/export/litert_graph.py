@@ -694,7 +694,8 @@ class _Writer:
         behind = self._codes_behind(node)
         if isinstance(held, Weight) and value.grid is not None and behind is not None:
             return self._written(layer, value, value.grid, held, shift, behind)
-        weights = self._stored(held, layer, isinstance(source, Spanned) or (isinstance(source, Value) and source.grid))
+        on_grid = isinstance(source, Spanned) or (isinstance(source, Value) and source.grid is not None)
+        weights = self._stored(held, layer, on_grid)
         if isinstance(held, Weight) and not isinstance(source, Spanned):
             weights = self.emit("DEQUANTIZE", [weights], self._layout(held.codes, layer).shape).tensor
         activation, last = self._activation(node)
