@@ -33,7 +33,7 @@ TRAINED = [
 ]
 SHORT = [*TRAINED, "quantizer.calibration_images=16", "quantizer.bits=[4]"]
 RUN = [*SHORT, "method=kd", "teacher=resnet8", "teacher.training.epochs=1"]
-INTEGERS = ["quantizer.bits=[8]", "quantizer.activation_bits=8", "export=[onnx,openvino,executorch]"]
+INTEGERS = ["quantizer.bits=[8]", "quantizer.activation_bits=8", "export=[onnx,openvino,executorch,litert]"]
 BEGUN, DONE = "outputs/runs/begun", "outputs/runs/done"
 QUANTIZED = f"{DONE}/models/student-gpfq-8bit-a8"
 MODEL, PROGRAM = f"{QUANTIZED}.safetensors", f"{QUANTIZED}.pte"
@@ -57,6 +57,7 @@ READERS = {
     "ONNX model": (f"{QUANTIZED}.onnx", ("predict.py", f"{QUANTIZED}.onnx", "pictures")),
     "OpenVINO model": (f"{QUANTIZED}.openvino.onnx", ("predict.py", f"{QUANTIZED}.openvino.onnx", "pictures")),
     "program of ExecuTorch": (f"{PROGRAM}*", ("predict.py", PROGRAM, "pictures")),
+    "LiteRT model": (f"{QUANTIZED}.tflite", ("predict.py", f"{QUANTIZED}.tflite", "pictures")),
     "quantized model": (
         f"{DONE}/models/student-fp32.safetensors",
         (*QUANTIZE, f"checkpoint={DONE}/models/student-fp32.safetensors"),

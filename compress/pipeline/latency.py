@@ -27,7 +27,7 @@ def runtime_of(exporters: Sequence[Exporter], description: NetworkDescription, i
     if exporter is None:
         raise UserError(
             "quantizer.latency: found only packed files, which torch computes in float; accepted: beside an export "
-            "such as onnx, openvino or executorch"
+            "such as onnx, openvino, executorch or litert"
         )
     return Runtime(exporter.runtime, partial(_latencies_ms, exporter, description, images))
 

@@ -77,7 +77,7 @@ class Row:
     levels: Annotated[int | None, Column("values that a weight there can take; empty: floats or coded bits")]
     first_last_bits: Annotated[int | None, Column("width of the codes of the first and the last layer in bits")]
     activation_bits: Annotated[int, Column("width of the layers' inputs in bits; 32: floats", loggers="wandb")]
-    runtime: Annotated[str, Column("what ran the file: torch, onnxruntime, openvino or executorch")]
+    runtime: Annotated[str, Column("what ran the file: torch, onnxruntime, openvino, executorch or litert")]
     sparsity: Annotated[Share, Column("exact zeros in convolutions' and linear layers' weights", loggers="wandb")]
     macs: Annotated[int | None, Column("multiply-accumulates of an image, by zeros too", loggers="wandb")] = field(
         default=None, kw_only=True

@@ -108,7 +108,7 @@ MISTAKES = [
     (["+export.other={_target_: pathlib.Path}"], "export.other: found pathlib.Path; accepted: a class derived from"),
     (["+export.other={_target_: program_format.Other}"], "export.other: found 'program_format.Other', which cannot be"),
     (["+export.other=true"], "export.other: found True; accepted: its keys"),
-    (["export=[packed,zip]"], "export: found 'zip'; accepted: executorch, none, onnx, openvino, packed"),
+    (["export=[packed,zip]"], "export: found 'zip'; accepted: executorch, litert, none, onnx, openvino, packed"),
 ]
 
 

@@ -252,7 +252,7 @@ SAVING = [
     ({"mean": [0.5]}, "mean: found only one of mean and standard_deviation"),
     ({"mean": [0.5, 0.5], "standard_deviation": [1.0]}, "mean: found [0.5, 0.5]; accepted: 1 or 3 numbers"),
     ({"mean": [0.5], "standard_deviation": [0.0]}, "standard_deviation: found [0.0]; accepted: numbers greater"),
-    ({"format": "tflite"}, "format: found 'tflite'; accepted: executorch, onnx, openvino, packed"),
+    ({"format": "zip"}, "format: found 'zip'; accepted: executorch, litert, onnx, openvino, packed"),
     ({"format": "onnx"}, "found another suffix than that of onnx; accepted: .onnx"),
 ]
 
@@ -265,7 +265,8 @@ def test_a_mistake_in_what_a_file_says_is_one_line_and_writes_nothing(tmp_path):
         assert message in one_line(mistake)
     with pytest.raises(
         UserError,
-        match=r"net\.bin: found no suffix .*; accepted: \.onnx or \.openvino\.onnx or \.pte or \.safetensors",
+        match=r"net\.bin: found no suffix .*; accepted: \.onnx or \.openvino\.onnx or \.pte or \.safetensors or "
+        r"\.tflite",
     ):
         quantized.export(tmp_path / "net.bin")
     assert list(Path(tmp_path).iterdir()) == []

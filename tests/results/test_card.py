@@ -37,7 +37,7 @@ def run(tmp_path_factory):
         result = compress.run(
             [
                 *("method=kd", "student=resnet8", "teacher=resnet8", "teacher.training.epochs=1"),
-                *("trainer.max_epochs=2", "data.limit=200", "export=[onnx,openvino,executorch]"),
+                *("trainer.max_epochs=2", "data.limit=200", "export=[onnx,openvino,executorch,litert]"),
                 *("quantizer.bits=[8]", "quantizer.activation_bits=8", "quantizer.calibration_images=32"),
             ]
         )
@@ -70,7 +70,8 @@ def test_the_card_of_a_run_has_its_rows_and_the_metadata_of_the_hub(run):
     [*results] = card.data.eval_results
     assert [result.metric_value for result in results] == [row.test_accuracy for row in record.rows]
     assert {result.task_type for result in results} == {card.data.pipeline_tag} == {"image-classification"}
-    assert {"distillation", "quantization", "onnxruntime", "openvino", "executorch", "torch"} <= set(card.data.tags)
+    runtimes = {"onnxruntime", "openvino", "executorch", "litert", "torch"}
+    assert {"distillation", "quantization", *runtimes} <= set(card.data.tags)
     assert "license" not in yaml.safe_load(text.split("---")[1])
     assert "- the images, Digits: CC BY 4.0" in text
     assert "- teacher: resnet8, right for " in text
