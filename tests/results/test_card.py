@@ -89,7 +89,7 @@ def test_the_lines_of_the_card_give_the_logits_that_were_measured(run, monkeypat
     pictures = np.random.default_rng(0).random((2, 3, 8, 8))
     images = ((pictures - mean[:, None, None]) / deviation[:, None, None]).astype(np.float32)
     blocks = re.findall(r"```python\n(.*?)\n```", text, re.DOTALL)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     for lines in blocks:
         names = {"images": images}
         exec(lines, names)
