@@ -131,10 +131,13 @@ def best_network(parts: Parts, path: Path) -> tuple[str, nn.Module]:
 
 def _add_trained(variants: Variants, parts: Parts, grids: FakeQuantization, trained: nn.Module) -> None:
     baked = grids.bake(trained, parts.data.input_shape)
-    weights = f"{baked.rate:.3}bpw" if grids.weight_rate else f"w{grids.weight_bits}" if grids.weight_bits else ""
     inputs = f"a{grids.activation_bits}" if grids.activation_bits else ""
+    if grids.weight_rate:
+        word = f"{baked.rate:.3}bpw" + (f"-{inputs}" if inputs else "")
+    else:
+        word = (f"w{grids.weight_bits}" if grids.weight_bits else "") + inputs
     variants.add(
-        f"student-lsq-{weights}{inputs}",
+        f"student-lsq-{word}",
         baked,
         parts.data.calibration_batches(256),
         quantizer="lsq",
