@@ -95,5 +95,7 @@ def test_it_learns_the_digits_in_seconds(folder, monkeypatch, stem):
         options += ["teacher=wrn_16_1", "teacher.training.epochs=4"]
     # Its weight is for maps of up to 32x32 pixels; on the few pixels here the mean square is that much larger.
     options += ["method.beta=100"] if stem == "at" else []
+    # Fewer bits are for weights that are trained.
+    options += ["method.weight_rate=3"] if stem == "qat_rate" else []
     result = compress.run(options)
     assert result.rows[-1].test_accuracy > 0.7, result.rows
