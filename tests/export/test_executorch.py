@@ -3,7 +3,6 @@
 import json
 import shutil
 
-import numpy as np
 import pytest
 import torch
 from executorch.exir._serialize._program import deserialize_pte_binary
@@ -13,96 +12,23 @@ from networks import (
     Repeater,
     TokenMixer,
     describe,
-    digits,
     distance,
     logits,
     lone_convolution,
     make,
     with_inputs,
 )
-from PIL import Image
 from torch import nn
 
-import compress
 from compress.checksums import file_digest
-from compress.cli import main
 from compress.errors import UserError
 from compress.export.executorch import BATCH, ExecuTorch, beside
 from compress.export.xnnpack_graph import LAYERS, quantized_graph
 from compress.files import read_json, write_json
 from compress.pipeline.check import checked_jobs
-from compress.predict import Predictor
 from compress.quantization import quantize
-from compress.results.record import Record
 
 decomposed = torch.ops.quantized_decomposed
-TRAINED = ["student=resnet8", "trainer.max_epochs=4", "logger=none", "export=executorch"]
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """The directories of a trained network, quantized at a width and a rate, and of the same trained on grids."""
-    folder = tmp_path_factory.mktemp("runs")
-    widths = ["quantizer.bits=[8]", "quantizer.rates=[4]", "quantizer.activation_bits=8"]
-    start = f"student.checkpoint={folder}/post/models/student-fp32.safetensors"
-    trained = ["method=qat", "teacher=none", "method.weight_bits=8", "method.activation_bits=8", start]
-    for name, overrides in (("post", ["method=supervised", *widths]), ("trained", trained)):
-        assert main([*TRAINED, *overrides, f"hydra.run.dir={folder}/{name}"]) == 0
-    return folder
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("file", "furthest"),
-    [
-        ("post/models/student-fp32", 1e-5),
-        ("post/models/student-gpfq-8bit-a8", 0.02),
-        ("post/models/student-gpfq-4.0bpw-a8", 0.02),
-        ("trained/models/student-lsq-w8a8", 0.02),
-    ],
-)
-def test_a_trained_network_has_its_classes(runs, file, furthest):
-    network, _ = compress.load(runs / f"{file}.safetensors")
-    found, about = compress.load(runs / f"{file}.pte")
-    images = digits()
-    expected, computed = logits(network, images), found(images)
-    assert distance(computed, expected) < furthest
-    assert (computed.argmax(1) == expected.argmax(1)).double().mean() >= 0.995
-    assert about["class_names"] == [str(digit) for digit in range(10)]
-
-
-@pytest.mark.slow
-def test_every_file_is_a_row_beside_the_float_network_in_the_same_runtime(runs):
-    record = Record.read(runs / "post" / "result.json")
-    assert [row.name for row in record.rows] == [
-        *("fp32", "fp32 executorch"),
-        *("gpfq 8 bit a8", "gpfq 8 bit a8 executorch"),
-        *("gpfq 4.0 bits/weight a8", "gpfq 4.0 bits/weight a8 executorch"),
-    ]
-    packed, row = record.rows[2:4]
-    assert row.bytes == (runs / "post" / row.file).stat().st_size
-    assert row.runtime_agreement >= 0.995
-    assert abs(row.test_accuracy - packed.test_accuracy) <= 0.005
-    assert row.speedup == pytest.approx(record.rows[1].latency_ms / row.latency_ms)
-    assert list(record.runtimes) == ["torch", "executorch"]
-
-
-@pytest.mark.slow
-def test_the_files_of_a_run_are_verified_in_their_runtime(runs, capsys):
-    assert main(["--verify", str(runs / "post")]) == 0
-    assert "student-gpfq-8bit-a8.pte: bytes, hashes and accuracy" in " ".join(capsys.readouterr().out.split())
-
-
-@pytest.mark.slow
-def test_pictures_are_classified_with_the_two_files_alone(runs, tmp_path):
-    draw = np.random.default_rng(0)
-    Image.fromarray(draw.integers(0, 256, (20, 20), np.uint8)).save(tmp_path / "grey.png")
-    for suffix in (".pte", ".pte.json"):
-        shutil.copy(runs / f"post/models/student-fp32{suffix}", tmp_path / f"net{suffix}")
-    [found] = Predictor.read(tmp_path / "net.pte")([tmp_path / "grey.png"], top=10)
-    [expected] = Predictor.read(runs / "post/models/student-fp32.safetensors")([tmp_path / "grey.png"], top=10)
-    assert found.classes == expected.classes
-    assert found.probabilities == pytest.approx(expected.probabilities, abs=1e-4)
 
 
 def edited(quantized):

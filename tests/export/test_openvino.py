@@ -17,7 +17,6 @@ from networks import (
     Repeater,
     TokenMixer,
     describe,
-    digits,
     distance,
     logits,
     lone_convolution,
@@ -25,97 +24,15 @@ from networks import (
     with_inputs,
 )
 from onnx import TensorProto, numpy_helper
-from PIL import Image
 
-import compress
-from compress.cli import main
 from compress.cpu import sums_hold
 from compress.errors import UserError
 from compress.export import openvino
 from compress.export.onnx import Onnx
 from compress.export.onnx_file import Containers
 from compress.export.openvino import OpenVino
-from compress.predict import Predictor
 from compress.quantization import Options, quantize
 from compress.quantization.rates import RateQuantization
-from compress.results.record import Record
-
-TRAINED = ["student=resnet8", "trainer.max_epochs=4", "logger=none", "export=openvino"]
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """The directories of a trained network, of the same trained on grids of 8 bits, and of its weights quantized."""
-    folder = tmp_path_factory.mktemp("runs")
-    post = [*TRAINED, "method=supervised", "quantizer.bits=[8]", "quantizer.activation_bits=8"]
-    start = f"student.checkpoint={folder}/post/models/student-fp32.safetensors"
-    trained = [*TRAINED, "method=qat", "teacher=none", "method.weight_bits=8", "method.activation_bits=8", start]
-    weights = [*TRAINED, "method=supervised", "trainer.max_epochs=1", start, "quantizer.bits=[8,4,2]"]
-    for name, overrides in (("post", post), ("trained", trained), ("weights", weights)):
-        assert main([*overrides, f"hydra.run.dir={folder}/{name}"]) == 0
-    return folder
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("file", "furthest"),
-    [
-        ("post/models/student-fp32", 1e-5),
-        ("post/models/student-gpfq-8bit-a8", 0.05),
-        ("trained/models/student-lsq-w8a8", 0.05),
-        ("weights/models/student-gpfq-8bit", 1e-5),
-        ("weights/models/student-gpfq-4bit", 1e-5),
-        ("weights/models/student-gpfq-2bit", 1e-5),
-    ],
-)
-def test_a_trained_network_has_its_classes(runs, file, furthest):
-    network, _ = compress.load(runs / f"{file}.safetensors")
-    found, about = compress.load(runs / f"{file}.openvino.onnx")
-    images = digits()
-    expected, computed = logits(network, images), found(images)
-    assert distance(computed, expected) < furthest
-    assert (computed.argmax(1) == expected.argmax(1)).double().mean() >= 0.995
-    assert about["class_names"] == [str(digit) for digit in range(10)]
-
-
-@pytest.mark.slow
-def test_the_float_network_has_a_row_that_others_of_its_runtime_are_compared_with(runs):
-    record = Record.read(runs / "post" / "result.json")
-    assert [row.name for row in record.rows] == [
-        *("fp32", "fp32 openvino"),
-        *("gpfq 8 bit a8", "gpfq 8 bit a8 openvino"),
-    ]
-    *others, row = record.rows
-    assert [other.speedup for other in others] == [None] * 3
-    assert row.speedup == pytest.approx(others[1].latency_ms / row.latency_ms)
-    assert row.speedup_32 == pytest.approx(others[1].latency_32_ms / row.latency_32_ms)
-    assert row.bytes == (runs / "post" / row.file).stat().st_size
-    assert row.runtime_agreement >= 0.99
-    assert abs(row.test_accuracy - others[2].test_accuracy) <= 0.01
-    assert list(record.runtimes) == ["torch", "openvino"]
-    assert record.runtimes["openvino"].accuracy_precision == "f32"
-    assert record.runtimes["openvino"].latency_precision in ("f32", "bf16", "f16")
-    capabilities = torch.cpu.get_capabilities()
-    assert record.hardware.features == sorted(name for name, present in capabilities.items() if present is True)
-
-
-@pytest.mark.slow
-def test_the_files_of_a_run_are_verified_in_their_runtime(runs, capsys):
-    assert main(["--verify", str(runs / "post")]) == 0
-    assert "student-gpfq-8bit-a8.openvino.onnx: bytes, hashes and accuracy" in " ".join(capsys.readouterr().out.split())
-
-
-@pytest.mark.slow
-def test_pictures_are_classified_with_the_file_alone(runs, tmp_path):
-    draw = np.random.default_rng(0)
-    Image.fromarray(draw.integers(0, 256, (20, 20), np.uint8)).save(tmp_path / "grey.png")
-    path = tmp_path / "net.openvino.onnx"
-    path.write_bytes((runs / "weights/models/student-gpfq-4bit.openvino.onnx").read_bytes())
-    [found] = Predictor.read(path)([tmp_path / "grey.png"], top=10)
-    packed = Predictor.read(runs / "weights/models/student-gpfq-4bit.safetensors")
-    [expected] = packed([tmp_path / "grey.png"], top=10)
-    assert found.classes == expected.classes
-    assert found.probabilities == pytest.approx(expected.probabilities, abs=1e-4)
 
 
 @pytest.fixture(scope="module")
