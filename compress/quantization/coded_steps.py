@@ -22,7 +22,8 @@ from compress.quantization.grid import Grid, code_dtype
 from compress.quantization.learned_step import check_finite, fake_quantize
 from compress.quantization.rate_distortion import entropy
 
-Rate = Annotated[float, Field(ge=0.1, le=8)]
+# More would need more codes than there are.
+Rate = Annotated[float, Field(ge=0.1, le=6)]
 # Codes lie in -LARGEST..LARGEST. A weight that wants more costs as many bits as the last.
 LARGEST = 127
 # How much oftener than it is seen each code counts: all of them together by one weight.
