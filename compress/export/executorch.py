@@ -51,7 +51,7 @@ program = Runtime.get().load_program({file})
         if quantizer.activation_bits is None:
             raise UserError(
                 "quantizer.activation_bits: found null for export=executorch, whose kernels take integer weights on "
-                "integer inputs; accepted: 2 to 8, or export=packed, onnx or openvino for weights alone"
+                "integer inputs; accepted: 2 to 8, or export=packed, onnx, openvino or litert for weights alone"
             )
         check_int8(quantizer, "executorch")
 
