@@ -40,6 +40,8 @@ NEAR, WALKS = 0.02, 4
 EMPTY = 1.0
 # What a walk tells about predictions holds for one to at most so many times its bits, or that fewer.
 ALIKE = 1.1
+# And so another walk for a rate aims at so many times that of the one before at most, or that fewer.
+AIMED = 1.08
 
 
 class RateControl:
@@ -126,11 +128,16 @@ class RateQuantization:
 
         With few images for many inputs the bits can leap as the price changes; then it is the nearest of WALKS.
         """
-        best = self.walk(rate, progress)
+        aim = rate
+        best = found = self.walk(aim, progress)
         for _ in range(WALKS - 1):
             if abs(best.rate - rate) <= NEAR * rate:
                 break
-            best = min(best, self.walk(rate, progress), key=lambda found: abs(found.rate - rate))
+            # What was missed has moved the predictions by half already.
+            missed = math.sqrt(rate / max(found.rate, rate / 2))
+            aim *= min(max(missed, 1 / AIMED), AIMED)
+            found = self.walk(aim, progress)
+            best = min(best, found, key=lambda one: abs(one.rate - rate))
         return best
 
     @full_float32()

@@ -1,0 +1,78 @@
+"""Columns decided one after the other, each in view of those that come after it.
+
+The error of a column is passed on to the columns that are still open, and each is decided for what these will then make
+up for: their values may be any real numbers, at the price of `ridge` times the square of how far they leave what they
+were. With a ridge of zero that is error diffusion as in GPTQ, which finds the nearest plane of Babai (Chen et al. 2025,
+2507.18553); with an infinite one the others stay, and it is path following for the first pass and coordinate descent
+for those that come after. Where bits have a price an open column will mostly be zero again, whatever it could make up
+for, and what lies in between is better than both ends.
+"""
+
+import torch
+from torch import Tensor
+
+from compress.quantization.problem import DecideBlock, product
+from compress.quantization.solvers.path_following import follow
+
+# The least part of the energy of a column that the others cannot make up for.
+OWN = 1e-4
+# The ridge is at least this share of the sum of the diagonal, which mostly keeps rounding from leaving the matrix
+# indefinite; otherwise it is taken ten times as large, up to TIMES - 1 times.
+ROUNDING, TIMES = 1e-6, 8
+
+
+class Lookahead:
+    """One order of the columns of a layer, for any number of passes.
+
+    gram: (d, d), or (N, d, d) for rows with inputs of their own. ridge: 0-dimensional, or (N,). order: (d,), the
+    columns as they are decided.
+    """
+
+    def __init__(self, gram: Tensor, ridge: Tensor, order: Tensor) -> None:
+        self.order = order
+        ordered = gram[..., order[:, None], order]
+        energy = ordered.diagonal(dim1=-2, dim2=-1)
+        smallest = (ROUNDING * energy.sum(-1)).clamp_min(torch.finfo(gram.dtype).tiny)
+        ridge = torch.maximum(ridge, smallest)[..., None]
+        self.factor, ridge = _factor(ordered, ridge)
+        weight = self.factor.diagonal(dim1=-2, dim2=-1)  # its square: what the column weighs with all that follow
+        self.scale = weight.T if gram.dim() == 3 else weight[:, None]
+        # The ridge is on the open columns only, so that its part of the column itself is taken off again.
+        own = torch.maximum(weight.square() - ridge, OWN * energy)
+        self.matrix = self.factor * weight[..., None]
+        self.matrix.diagonal(dim1=-2, dim2=-1).copy_(own)
+
+    def __call__(
+        self, reference: Tensor, gradient: Tensor, keep: Tensor | None, block_size: int, decide_block: DecideBlock
+    ) -> Tensor:
+        """What has been decided of all columns, (d, N).
+
+        reference: (d, N), where they are. gradient: (d, N), half of what the error falls by for a unit more of each.
+        keep: (d, N), 0 where a weight is pruned and its reference is zero. `decide_block` as for `follow`.
+        """
+        passed = _solve(self.factor, gradient[self.order]) * self.scale
+        values = product(self.matrix, reference[self.order]).add_(passed)
+        decided = follow(values, self.matrix, None if keep is None else keep[self.order], block_size, decide_block)
+        return torch.empty_like(decided).index_copy_(0, self.order, decided)
+
+
+def _factor(gram: Tensor, ridge: Tensor) -> tuple[Tensor, Tensor]:
+    """(the lower triangular R with gram + ridge = R^T R, the ridge that was needed), ridge (..., 1)."""
+    for _ in range(TIMES):
+        # R^T R is the product of a Cholesky factor with the columns in the opposite order.
+        turned = gram.flip(-2, -1)
+        turned.diagonal(dim1=-2, dim2=-1).add_(ridge)
+        factor, failed = torch.linalg.cholesky_ex(turned)
+        if not bool(failed.any()):
+            return factor.mT.flip(-2, -1), ridge
+        ridge = 10 * ridge
+    raise ArithmeticError("a Gram matrix that no ridge makes positive definite")
+
+
+def _solve(factor: Tensor, columns: Tensor) -> Tensor:
+    """The solution y of R^T y = columns, (d, N)."""
+    if factor.dim() == 2:
+        solution: Tensor = torch.linalg.solve_triangular(factor.mT, columns, upper=True)
+        return solution
+    apart: Tensor = torch.linalg.solve_triangular(factor.mT, columns.T[..., None], upper=True)
+    return apart[..., 0].T
