@@ -74,8 +74,14 @@ def test_the_project_of_the_readme_is_one(tmp_path):
     drawing = BLOCKS[0][1]
     python(tmp_path, drawing)
     (tmp_path / "pictures/test/circle/circle-000.jpg").rename(tmp_path / "photo.jpg")
-    typed = re.sub(r"max_epochs=\d+", "max_epochs=1 teacher.training.epochs=1", typed)
-    typed = typed.replace("data=folder", "data=folder quantizer.calibration_images=16")
+    shorter = [
+        "trainer.max_epochs=1",
+        "teacher.training.epochs=1",
+        "quantizer.bits=4",
+        "quantizer.calibration_images=16",
+    ]
+    typed = re.sub(r"trainer\.max_epochs=\d+", " ".join(shorter), typed)
+    typed = typed.replace("quantizer.budget", f"{shorter[-1]} quantizer.budget")
     dry, train, budget, predicted, reported = (shell(tmp_path, line) for line in commands(typed))
     assert "resnet8" in dry
     assert "gpfq 4 bit" in train
@@ -83,9 +89,6 @@ def test_the_project_of_the_readme_is_one(tmp_path):
     assert re.match(r"photo\.jpg: (circle|square|triangle) ", predicted)
     assert reported.startswith("1 run")
 
-    shorter = (
-        '"student=resnet8", "trainer.max_epochs=1", "teacher.training.epochs=1", "quantizer.calibration_images=16"'
-    )
-    lines = lines.replace('"student=resnet8"', shorter)
+    lines = lines.replace('"student=resnet8"', ", ".join(f'"{word}"' for word in ["student=resnet8", *shorter]))
     assert re.search(r"\[Prediction\(path='photo\.jpg', classes=\(", python(tmp_path, lines))
     assert (tmp_path / "small.safetensors").stat().st_size < 30_000
