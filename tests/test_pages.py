@@ -1,14 +1,19 @@
 """README.md is short, and a table of measured figures stands beside the command that makes it."""
 
 import re
+import shlex
 import textwrap
 from pathlib import Path
 
 import pytest
 
+from compress.config.compose import compose_jobs
+
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 LONGEST_README = 150
+# Of the command line beside options.
+SWITCHES = ("--dry-run", "--cfg", "job")
 
 FENCED = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 INDENTED = re.compile(r"^ {4}.*$", re.MULTILINE)
@@ -65,3 +70,21 @@ SETTINGS = "| key | default |\n|---|---|\n| `lr` | `0.05` |\n| from | 0 to 1.5 |
 )
 def test_a_table_without_its_command_is_found(page, headings):
     assert unsourced(page) == headings
+
+
+def commands():
+    """The commands of all pages that begin a run or a sweep, with their page."""
+    for page in PAGES:
+        text = FENCED.sub(lambda block: textwrap.indent(block[0], "    "), page.read_text(encoding="utf-8"))
+        code = "\n".join(INDENTED.findall(text)).replace("\\\n", "")
+        for line in re.findall(r"python scripts/run\.py (.*)", code):
+            words = shlex.split(line, comments=True)
+            # What goes on with a run is about a directory of the reader's.
+            if not any(re.match(r"resume=|sweep=|--verify|--help", word) for word in words):
+                yield pytest.param([word for word in words if word not in SWITCHES], id=f"{page.stem}: {line[:60]}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", commands())
+def test_a_run_of_a_page_has_options_and_keys_that_there_are(words):
+    assert compose_jobs([word for word in words if word != "-m"], multirun="-m" in words)
