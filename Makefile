@@ -25,7 +25,7 @@ study: .venv/installed
 	$(BIN)/python scripts/study.py outputs/study data.root=$(FASHION_MNIST)
 
 # Every quantizer on trained networks, three seeds: about an hour on two cores. What is measured is not measured again.
-# With the package nncodec (see the README) the ISO codec, too.
+# With the package nncodec (see docs/results.md) the ISO codec, too.
 STUDIED := outputs/quantizer-study
 SWEEP := scripts/run.py -m experiment=fashion_mnist_resnet20 seed=0,1,2 quantizer=none data.root=$(FASHION_MNIST)
 quantizer-study: .venv/installed

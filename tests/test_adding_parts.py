@@ -13,25 +13,11 @@ from compress.export.packed import read_model
 
 pytestmark = pytest.mark.slow
 
-README = Path(__file__).parent.parent / "README.md"
+PAGE = (Path(__file__).parents[1] / "docs/extending.md").read_text(encoding="utf-8")
 SHORT = ["student=resnet8", "trainer.max_epochs=1", "quantizer=none"]
 TEACHER = ["teacher=resnet8", "teacher.training.epochs=1", "data.limit=100"]
 
-LOSS = """
-    from dataclasses import dataclass
-    from typing import Annotated, ClassVar
-
-    from pydantic import Field
-    from torch.nn import functional as F
-
-    @dataclass(frozen=True)
-    class SquaredError:
-        weight: Annotated[float, Field(gt=0)] = 1.0
-        compares_with: ClassVar[str | None] = "teacher"
-
-        def __call__(self, logits, target, teacher_logits, epoch=0):
-            return {"squared_error": self.weight * F.mse_loss(logits, teacher_logits)}
-"""
+BLOCKS = [text for _, text in re.findall(r"^```(python|yaml)\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)]
 LOSS_OPTION = """
     _target_: squared_error.SquaredError
     weight: 0.5
@@ -111,8 +97,9 @@ def refused(overrides, capsys):
     return line.removeprefix("error: ")
 
 
-def test_a_loss_of_the_users_is_trained_with_and_its_values_are_checked(folder, capsys):
-    add(folder, "loss", "squared_error", LOSS, LOSS_OPTION)
+def test_the_loss_that_the_guide_shows_is_trained_with_and_its_values_are_checked(folder, capsys):
+    [python] = [block for block in BLOCKS if "class SquaredError" in block]
+    add(folder, "loss", "squared_error", python, LOSS_OPTION)
     chosen = ["loss=squared_error"]
     result = compress.run([*SHORT, *TEACHER, "method=kd", *chosen], config_dir=folder)
     metrics = final_metrics(result)
@@ -124,11 +111,9 @@ def test_a_loss_of_the_users_is_trained_with_and_its_values_are_checked(folder, 
     assert unfit.startswith("loss: found one that compares with teacher")
 
 
-def test_the_method_that_the_readme_shows_is_trained_with_and_its_values_are_checked(folder, capsys):
-    section = README.read_text(encoding="utf-8").partition("## Extending")[2]
-    blocks = [textwrap.dedent(block) for block in re.findall(r"(?:^(?: {4}.*)?\n)+", section, re.MULTILINE)]
-    [python] = [block for block in blocks if "class LogitRegression" in block]
-    [option] = [block for block in blocks if "LogitRegression" in block and block is not python]
+def test_the_method_that_the_guide_shows_is_trained_with_and_its_values_are_checked(folder, capsys):
+    [python] = [block for block in BLOCKS if "class LogitRegression" in block]
+    [option] = [block for block in BLOCKS if "LogitRegression" in block and block is not python]
     add(folder, "method", "logit_regression", python, option.replace("compress.methods.", ""))
     chosen = ["method=logit_regression"]
     unfit = refused([*SHORT, *chosen, "loss=kd"], capsys)

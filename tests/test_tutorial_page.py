@@ -1,4 +1,4 @@
-"""docs/tutorial.md from pictures to files that classify them: every command, with fewer pictures and epochs."""
+"""docs/tutorial.md and README.md from pictures to files that classify them, with fewer pictures and epochs."""
 
 import os
 import re
@@ -17,7 +17,9 @@ PAGE = (
     .replace('("train", 160), ("test", 40)', '("train", 40), ("test", 10)')
 )
 PAGE = re.sub(r"(max_epochs|training\.epochs)=\d+", r"\1=1", PAGE)
-BLOCKS = re.findall(r"^```(python|sh)\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+FENCED = re.compile(r"^```(python|sh)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+BLOCKS = FENCED.findall(PAGE)
+README = FENCED.findall((ROOT / "README.md").read_text(encoding="utf-8"))
 
 pytestmark = pytest.mark.slow
 
@@ -34,16 +36,24 @@ def shell(folder, line):
     return output
 
 
+def python(folder, text):
+    """What a new interpreter prints."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", text]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=True).stdout
+
+
+def commands(text):
+    return text.replace("\\\n", "").splitlines()
+
+
 def test_every_command_does_what_the_page_says(tmp_path):
     printed = []
     for language, text in BLOCKS:
         if language == "python":
-            environment = os.environ | {"PYTHONPATH": str(ROOT)}
-            command = [sys.executable, "-c", text]
-            done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
-            printed.append(done.stdout)
+            printed.append(python(tmp_path, text))
         else:
-            printed += [shell(tmp_path, line) for line in text.replace("\\\n", "").splitlines()]
+            printed += [shell(tmp_path, line) for line in commands(text)]
     draw, dry, train, predicted, in_python, budget, _, _, elsewhere, verified, reported = printed
     assert not draw
     assert "resnet8" in dry
@@ -57,3 +67,28 @@ def test_every_command_does_what_the_page_says(tmp_path):
     assert verified
     assert reported.startswith("1 run")
     assert "shapes" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def test_the_project_of_the_readme_is_one(tmp_path):
+    [(_, typed), (_, lines)] = README
+    drawing = BLOCKS[0][1]
+    python(tmp_path, drawing)
+    (tmp_path / "pictures/test/circle/circle-000.jpg").rename(tmp_path / "photo.jpg")
+    shorter = [
+        "trainer.max_epochs=1",
+        "teacher.training.epochs=1",
+        "quantizer.bits=4",
+        "quantizer.calibration_images=16",
+    ]
+    typed = re.sub(r"trainer\.max_epochs=\d+", " ".join(shorter), typed)
+    typed = typed.replace("quantizer.budget", f"{shorter[-1]} quantizer.budget")
+    dry, train, budget, predicted, reported = (shell(tmp_path, line) for line in commands(typed))
+    assert "resnet8" in dry
+    assert "gpfq 4 bit" in train
+    assert "gpfq" in budget
+    assert re.match(r"photo\.jpg: (circle|square|triangle) ", predicted)
+    assert reported.startswith("1 run")
+
+    lines = lines.replace("student=resnet8", " ".join(["student=resnet8", *shorter]))
+    assert re.search(r"\[Prediction\(path='photo\.jpg', classes=\(", python(tmp_path, lines))
+    assert (tmp_path / "small.safetensors").stat().st_size < 30_000

@@ -608,7 +608,7 @@ def test_a_description_of_gigabytes_in_a_small_file_is_refused(files, tmp_path):
     assert "a description that is not a JSON object" in refused(path.read_bytes(), path)
 
 
-def test_a_path_may_be_text_as_in_the_readme(tmp_path):
+def test_a_path_may_be_text_as_in_the_guide(tmp_path):
     with pytest.raises(UserError, match=r"absent\.safetensors: found no such file"):
         read_model(str(tmp_path / "absent.safetensors"))
 

@@ -15,7 +15,7 @@ from compress.paths import CONF
 from compress.pipeline.parts import Parts
 
 ROOT = Path(os.environ.get("FASHION_MNIST", "/usr/share/datasets/fashion-mnist"))
-# Points of test accuracy that a width may cost; the figures of the full training are in the README.
+# Points of test accuracy that a width may cost; the figures of the full training are in docs/results.md.
 ALLOWED = {8: 0.3, 4: 0.6, 3: 1.0, 2: 2.5}
 
 
@@ -49,7 +49,7 @@ def test_gpfq_keeps_the_accuracy_that_rounding_loses(images, batch_size, tmp_pat
     accuracy = evaluate(rounded, data.test_dataloader(), data.num_classes).accuracy
     assert 100 * (variants[-1].test_accuracy - accuracy) >= 10
 
-    # Training on two-bit grids from there; the README has what a longer training gives.
+    # Training on two-bit grids from there; docs/results.md has what a longer training gives.
     start = f"student.checkpoint={result.directory / reference.file}"
     options = ["method=qat", "method.weight_bits=2", start, "trainer.max_epochs=1", "optimizer.lr=0.02"]
     options += [f"data.batch_size={2 * batch_size}"]

@@ -1,4 +1,4 @@
-"""The README's table of models against the models."""
+"""The guides against what they describe: a table of options has a row for each of them."""
 
 import re
 from pathlib import Path
@@ -8,16 +8,24 @@ import torch
 
 from compress.models import available, build, count_macs, count_parameters
 from compress.models.timm_model import TimmModel
+from compress.paths import options
 
-README = Path(__file__).parent.parent / "README.md"
+DOCS = Path(__file__).parents[1] / "docs"
 ROW = re.compile(
     r"^\| `(\w+)`[^|]*\| ([^|]+) \| ([\d,]+) \| ([\d,]+) \| (torchvision|mdistiller|timm) \|$", re.MULTILINE
 )
-ROWS = {stem: rest for stem, *rest in ROW.findall(README.read_text(encoding="utf-8"))}
+ROWS = {stem: rest for stem, *rest in ROW.findall((DOCS / "models.md").read_text(encoding="utf-8"))}
 
 
 # A class of the user's has no size of its own.
 STEMS = [stem for stem in available() if stem != "module"]
+
+
+def first_cells(page, heading):
+    """The words in code that begin the rows of the table below `heading`."""
+    text = (DOCS / page).read_text(encoding="utf-8")
+    table = re.search(rf"^\| `{heading}=`.*\n(?:\|.*\n)+", text, re.MULTILINE)[0]
+    return re.findall(r"`(\w+)`", " ".join(re.findall(r"^\| ([^|]+) \|", table, re.MULTILINE)))
 
 
 def test_every_model_has_a_row():
@@ -43,3 +51,22 @@ def _needs_8(model):
     except RuntimeError:
         return True
     return False
+
+
+@pytest.mark.parametrize(
+    ("page", "group"),
+    [
+        ("data.md", "data"),
+        ("methods.md", "method"),
+        ("methods.md", "mixup"),
+        ("training.md", "optimizer"),
+        ("pruning.md", "pruning"),
+        ("quantization.md", "quantizer"),
+        ("runtimes.md", "export"),
+        ("wandb.md", "logger"),
+        ("sweeps.md", "hydra/launcher"),
+    ],
+)
+def test_every_option_has_a_row_in_its_guide(page, group):
+    optional = {"none"}  # leaves the group out
+    assert set(first_cells(page, group)) - optional == set(options(group)) - optional

@@ -1,4 +1,4 @@
-"""The README's way from a class and pictures of one's own to small files, in five commands and in ten lines."""
+"""docs/models.md from a class and pictures of one's own to small files, in five commands and in ten lines."""
 
 import os
 import re
@@ -14,8 +14,9 @@ from PIL import Image
 from processes import Script
 
 ROOT = Path(__file__).parents[1]
-SECTION = (ROOT / "README.md").read_text(encoding="utf-8").split("### Your own network\n")[1].split("\n### ")[0]
-COMMANDS, LINES = (textwrap.dedent(block) for block in re.findall(r"(?:^    .*\n)+", SECTION, re.MULTILINE))
+SECTION = (ROOT / "docs/models.md").read_text(encoding="utf-8").split("## Your own network\n")[1].split("\n## ")[0]
+COMMANDS = textwrap.dedent(re.search(r"(?:^    .*\n)+", SECTION, re.MULTILINE)[0])
+LINES = re.search(r"^```python\n(.*?)^```$", SECTION, re.MULTILINE | re.DOTALL)[1]
 NETWORK = """
 from torch import nn
 
@@ -94,7 +95,7 @@ def test_five_commands_lead_to_files_that_classify(folder):
 
 
 def test_ten_lines_of_python_lead_there_too(folder):
-    lines = LINES.strip().splitlines()
+    lines = [line for line in LINES.splitlines() if line]
     assert len(lines) == 10
     check = "assert torch.equal(network(images), quantized.network(images)); print(about['class_names'])"
     printed = ran(folder, sys.executable, "-c", "\n".join([*lines, check]))
