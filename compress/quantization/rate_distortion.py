@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from compress.quantization.lookahead import Lookahead
+from compress.quantization.lookahead import Lookahead, both_ways
 from compress.quantization.problem import Decide, DecideBlock, product, rows_last
 from compress.quantization.refinement import sweep_once
 
@@ -29,8 +29,6 @@ TOGETHER = 1 << 20
 LONGER = 1.7
 # The share of a step by which rounding is drawn to zero before the lengths of the codes are known.
 DEAD_ZONE = 0.1
-# The ridge of the lookahead, in units of the variance of rounding over that of the weights. 1 to 4 are alike.
-RIDGE = 2.0
 
 
 class Part(NamedTuple):
@@ -138,7 +136,7 @@ def solve_for_price(
     step = step_of(price, energy) if energy > 0 else 1.0
     step = max(step, largest / LARGEST, torch.finfo(torch.float32).tiny)
     for rows in layer:
-        rows.start(step, RIDGE * step**2 / 12 / spread if spread else 1.0)
+        rows.start(step, step**2 / 12 / spread if spread else 1.0)
     lengths = CodeLengths.of([rows.rounded(step) for rows in layer])
     for left in reversed(range(max(sweeps, 1))):
         for rows in layer:
@@ -157,7 +155,7 @@ class _Rows:
 
     codes: Tensor
     moments: Tensor
-    lookaheads: list[Lookahead]
+    lookaheads: tuple[Lookahead, Lookahead]
 
     def __init__(self, part: Part, block_size: int) -> None:
         self.part, self.block_size = part, block_size
@@ -169,13 +167,11 @@ class _Rows:
         size = self.weight.abs() / step
         return (size - DEAD_ZONE).clamp_min_(0).round_().clamp_max_(LARGEST).mul_(self.weight.sign())
 
-    def start(self, step: float, ridge: float) -> None:
-        """From the weights as they are; the `ridge` of the lookahead is in units of the mean energy of a column."""
+    def start(self, step: float, rounding: float) -> None:
+        """From the weights as they are; `rounding` as for `both_ways`."""
         self.codes = self.weight.T / step
         self.moments = product(self.part.gram, self.codes)
-        energy = self.part.gram.diagonal(dim1=-2, dim2=-1)
-        order = energy.reshape(-1, energy.shape[-1]).mean(0).argsort(stable=True)
-        self.lookaheads = [Lookahead(self.part.gram, ridge * energy.mean(-1), way) for way in (order.flip(0), order)]
+        self.lookaheads = both_ways(self.part.gram, rounding)
 
     def look_ahead(self, way: int, step: float, price: float, lengths: CodeLengths) -> None:
         keep = None if self.part.mask is None else self.part.mask.T.to(self.weight.dtype)

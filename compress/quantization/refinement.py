@@ -4,6 +4,7 @@ The error is that of `compress.quantization.problem.Problem.error`; rows do not 
 be tried as so many rows.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated
@@ -14,15 +15,16 @@ from torch import Tensor
 
 from compress.arguments import check_fields
 from compress.quantization.grid import Grid
+from compress.quantization.lookahead import both_ways
 from compress.quantization.problem import Decide, DecideBlock, Problem, Solver, product, reciprocal, rows_last
 
 
 @dataclass(frozen=True)
 class Refinement:
-    """What becomes of a solver's answer: the best of `scale_candidates` scales, then `sweeps` of coordinate descent.
+    """What becomes of a solver's answer: the best of `scale_candidates` scales, then `sweeps` over its codes.
 
-    Candidates are spread evenly from 0.7 to 1.2 times the scale that the grid came with. With `refit` the scales are
-    fitted to the codes after every sweep. One candidate and no sweep leave the answer as it is.
+    Candidates are spread evenly from 0.7 to 1.2 times the scale that the grid came with. Sweeps, and `refit`, are those
+    of `refine_codes`. One candidate and no sweep leave the answer as it is.
     """
 
     scale_candidates: Annotated[int, Field(ge=1, le=64)] = 1
@@ -41,7 +43,7 @@ class Refinement:
             codes, grid = solver(problem), problem.grid
         if self.sweeps:
             problem = replace(problem, grid=grid)
-            codes, grid = coordinate_descent(problem, codes, self.sweeps, refit=self.refit, shared=shared)
+            codes, grid = refine_codes(problem, codes, self.sweeps, refit=self.refit, shared=shared)
         return codes, grid
 
 
@@ -66,13 +68,14 @@ def search_scales(
 
 
 @torch.no_grad()
-def coordinate_descent(
+def refine_codes(
     problem: Problem, codes: Tensor, sweeps: int = 4, block_size: int = 128, refit: bool = False, shared: bool = False
 ) -> tuple[Tensor, Grid]:
-    """Codes (N, d) and their grid: each column in turn replaced by the best one given all others, `sweeps` times over.
+    """Codes (N, d) and their grid after `sweeps`: all but the last with a lookahead, the last by coordinate descent.
 
-    With `refit` the scales are fitted to the codes after every sweep, see `refit_scales`. No step raises the error of a
-    row. It ends early where a sweep changes nothing. Columns without inputs stay, and so do pruned weights.
+    Coordinate descent replaces each column in turn by the best one given all others. With `refit` the scales are fitted
+    to the codes after every sweep, see `refit_scales`. No sweep raises the error of a row: with a lookahead, a row
+    stays as it is where it would. Pruned weights stay zero.
     """
     grid, gram = problem.grid, problem.gram
     zero_point = grid.zero_point.to(gram.dtype)
@@ -89,11 +92,19 @@ def coordinate_descent(
     solved = (codes.T.to(gram.dtype) - zero_point).contiguous()
     target = product(problem.cross, problem.weight.T.to(gram.dtype))
     moments = product(gram, solved)
-    for sweep in range(sweeps):
+    keep = None if problem.mask is None else problem.mask.T.to(gram.dtype)
+    rounding = float(grid.scale.square().mean() / 12 / problem.weight.square().mean())
+    lookaheads = both_ways(gram, rounding) if sweeps > 1 and 0 < rounding < math.inf else None
+    for left in reversed(range(sweeps)):
         scaled = target / grid.scale.to(gram.dtype)
-        changed = sweep_once(scaled, gram, problem.mask, solved, moments, block_size, decide_block)
-        if not changed and (sweep or not refit):
-            break
+        if left and lookaheads:
+            lookahead = lookaheads[(left - 1) % 2]
+            found = lookahead(solved, scaled - moments, keep, block_size, decide_block)
+            after = product(gram, found)
+            better = (found * (after - 2 * scaled)).sum(0) < (solved * (moments - 2 * scaled)).sum(0)
+            solved, moments = torch.where(better, found, solved), torch.where(better, after, moments)
+        else:
+            sweep_once(scaled, gram, problem.mask, solved, moments, block_size, decide_block)
         if refit:
             grid = refit_scales(grid, (target * solved).sum(0), (moments * solved).sum(0), shared)
     return (solved + zero_point).T.to(codes.dtype).contiguous(), grid
@@ -107,15 +118,14 @@ def sweep_once(
     moments: Tensor,
     block_size: int,
     decide_block: DecideBlock,
-) -> bool:
-    """One pass over the columns of `solved` (d, N), in units of the scales, as `target`; whether a code has changed.
+) -> None:
+    """One pass over the columns of `solved` (d, N), in units of the scales, as `target`.
 
     It changes `solved` and `moments` = G solved, both (d, N). What `decide_block` makes turns what would be best of a
     column into codes.
     """
     inverse = reciprocal(rows_last(gram).diagonal().T)  # (d, 1) or (d, N)
     count = len(inverse)
-    changed = False
     if gram.dim() == 3:  # of few columns
         block_size = count
     for start in range(0, count, block_size):
@@ -132,13 +142,11 @@ def sweep_once(
             best[column + 1 :].addcmul_(inner[column, column + 1 :], values - before, value=-1)
         moved = best - codes
         if bool(moved.any()):
-            changed = True
             codes.copy_(best)
             if gram.dim() == 2:
                 moments.addmm_(gram[:, start:stop], moved)
             else:
                 moments += product(gram, moved)
-    return changed
 
 
 def refit_scales(grid: Grid, overlap: Tensor, energy: Tensor, shared: bool = False) -> Grid:

@@ -7,7 +7,7 @@ from torch import nn
 from compress.quantization import Activations, GramOptions, GridOptions, Problem, Refinement, quantize
 from compress.quantization.activations import input_quantizers
 from compress.quantization.patches import spread
-from compress.quantization.refinement import coordinate_descent
+from compress.quantization.refinement import refine_codes
 from compress.quantization.scales import mse_grid
 from compress.quantization.solvers import GPFQ, GPTQ, RTN, SPFQ, Qronos
 
@@ -27,7 +27,7 @@ def test_a_pruned_weight_stays_zero_through_every_solver_and_descent(solver):
     grid = mse_grid(weight, 4, gram.diagonal())
     task = Problem(weight, gram, cross, grid, mask)
     codes = solver(task)
-    better, _ = coordinate_descent(task, codes)
+    better, _ = refine_codes(task, codes)
     for each in (codes, better):
         assert bool((grid.dequantize(each)[~mask] == 0).all())
         assert bool((grid.dequantize(each)[mask] != 0).any())

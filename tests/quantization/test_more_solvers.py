@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from compress.quantization import Grid, GridOptions, Problem, quantize
-from compress.quantization.refinement import Refinement, coordinate_descent, refit_scales, search_scales
+from compress.quantization.refinement import Refinement, refine_codes, refit_scales, search_scales
 from compress.quantization.scales import mse_grid
 from compress.quantization.solvers import GPFQ, GPTQ, RTN, SPFQ, Qronos
 
@@ -134,15 +134,13 @@ def test_descent_never_raises_the_error_and_ends_where_no_single_code_helps(bits
     codes = start(task)
     errors = [task.error(codes)]
     for _ in range(3):
-        codes, same = coordinate_descent(task, codes, sweeps=1, block_size=7)
+        codes, same = refine_codes(task, codes, sweeps=1, block_size=7)
         assert same is grid
         errors.append(task.error(codes))
         assert (errors[-1] <= errors[-2] + 1e-9).all()
-    together, _ = coordinate_descent(task, start(task), sweeps=3)
-    assert torch.equal(together, codes)
-
-    final, _ = coordinate_descent(task, codes, sweeps=100)
-    least = task.error(final)
+    for _ in range(50):
+        codes, _ = refine_codes(task, codes, sweeps=1)
+    least, final = task.error(codes), codes
     for t in range(weight.shape[1]):
         for code in {0, grid.levels - 1, *final[:, t].tolist()}:
             other = final.clone()
@@ -176,21 +174,35 @@ def test_refitted_scales_are_the_best_for_their_codes():
     assert (least <= Problem(weight, gram, cross, grid).error(codes) + 1e-9).all()
 
 
+@pytest.mark.parametrize("bits", [2, 3, 8])
+@pytest.mark.parametrize("start", [RTN(), GPFQ(), Qronos()])
+def test_a_lookahead_never_raises_the_error_of_a_row_and_lowers_it_more_than_descent(bits, start):
+    weight, *_, gram, cross = problem(5 + bits, dead=(3,))
+    task = Problem(weight, gram, cross, mse_grid(weight, 2**bits, gram.diagonal()))
+    before = task.error(start(task))
+    descended, _ = refine_codes(task, start(task), sweeps=1)
+    for _ in range(3):
+        descended, _ = refine_codes(task, descended, sweeps=1)
+    ahead, _ = refine_codes(task, start(task), sweeps=4, block_size=7)
+    assert (task.error(ahead) <= before + 1e-9).all()
+    assert task.error(ahead).sum() < task.error(descended).sum()
+
+
 @pytest.mark.parametrize("shared", [False, True])
-def test_descent_with_refitted_scales_is_one_sweep_and_one_fit_after_the_other(shared):
+def test_scales_are_refitted_to_the_codes_of_each_sweep(shared):
     weight, *_, gram, cross = problem(22, dead=(3,))
     grid = mse_grid(weight, 8)
-    start = RTN()(Problem(weight, gram, cross, grid))
-    codes, expected = start, grid
-    for _ in range(4):
-        codes, _ = coordinate_descent(Problem(weight, gram, cross, expected), codes, sweeps=1)
-        z = codes.double() - expected.zero_point[:, None]
-        expected = refit_scales(expected, ((weight @ cross.T) * z).sum(1), ((z @ gram) * z).sum(1), shared)
     task = Problem(weight, gram, cross, grid)
-    together, found = coordinate_descent(task, start, sweeps=4, refit=True, shared=shared)
-    assert torch.equal(together, codes)
+    start = RTN()(task)
+    codes, found = refine_codes(task, start, sweeps=1, refit=True, shared=shared)
+    assert torch.equal(codes, refine_codes(task, start, sweeps=1)[0])
+    z = codes.double() - grid.zero_point[:, None]
+    expected = refit_scales(grid, ((weight @ cross.T) * z).sum(1), ((z @ gram) * z).sum(1), shared)
     assert not torch.equal(found.scale, grid.scale)
     torch.testing.assert_close(found.scale, expected.scale)
+    codes, found = refine_codes(task, start, sweeps=4, refit=True, shared=shared)
+    fitted = Problem(weight, gram, cross, found)
+    assert fitted.error(codes).sum() < task.error(refine_codes(task, start, sweeps=4)[0]).sum()
 
 
 SMALL_BLOCKS = [GPFQ(block_size=16), GPTQ(block_size=16), Qronos(block_size=16)]
@@ -217,7 +229,7 @@ def test_a_grid_of_several_candidates_gets_the_answer_of_each(solver, pruned):
 
 
 @pytest.mark.parametrize("solver", [GPFQ(), GPFQ(soft_threshold=0.1, hard_threshold=0.2)])
-@pytest.mark.parametrize("refinement", [Refinement(), Refinement(scale_candidates=5, sweeps=3, refit=True)])
+@pytest.mark.parametrize("refinement", [Refinement(), Refinement(scale_candidates=5, sweeps=1, refit=True)])
 @pytest.mark.parametrize("pruned", [False, True])
 def test_rows_with_inputs_of_their_own_get_the_answers_that_each_gets_alone(solver, refinement, pruned):
     each = [problem(seed, rows=1, depth=9, dead=(seed % 9,) if seed % 2 else ()) for seed in range(7)]
