@@ -33,7 +33,7 @@ class Lookahead:
 
     def __init__(self, gram: Tensor, ridge: Tensor, order: Tensor) -> None:
         self.order = order
-        ordered = gram[..., order[:, None], order]
+        ordered = gram.index_select(-2, order).index_select(-1, order)
         energy = ordered.diagonal(dim1=-2, dim2=-1)
         smallest = (ROUNDING * energy.sum(-1)).clamp_min(torch.finfo(gram.dtype).tiny)
         ridge = torch.maximum(ridge, smallest)[..., None]
