@@ -19,7 +19,9 @@ NETWORK = "network="
 def main() -> int:
     parser = argparse.ArgumentParser(description=" ".join(__doc__.split()))
     parser.add_argument("files", nargs="+", type=Path, metavar="file", help="model files from a run's models/")
-    parser.add_argument("--host", default="127.0.0.1", help="the address to serve on (default 127.0.0.1: this machine)")
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="the address to serve on, such as ::1 (default 127.0.0.1: this machine)"
+    )
     parser.add_argument("--port", type=int, default=7860, help="the port, 0 for a free one (default 7860)")
     parser.add_argument("--config-dir", type=Path, metavar="D", help="a folder of YAML files with your own network")
     typed = [word for word in sys.argv[1:] if word.startswith(NETWORK)]
