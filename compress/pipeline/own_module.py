@@ -96,23 +96,25 @@ class QuantizedNetwork:
 def quantize(
     network: nn.Module, images: Any, bits: int | None = None, quantizer: str = "gpfq", **keys: Any
 ) -> QuantizedNetwork:
-    """`network`, which stays as it is, quantized on the first `calibration_images` of `images`.
+    """`network`, which stays as it is, quantized on so many of `images` as the key `calibration_images` says.
 
     It gets `bits` bits, or else the `rates=` bits a weight or the `budget=` bytes among the keys, or else 4 bits. With
     `tune={"images": 4096}` among the keys it is then tuned on so many.
 
     images: a tensor (N, C, H, W), an iterable of such batches, or of sequences that begin with one, as a DataLoader is;
-    normalised as the network takes them. quantizer: an option of `conf/quantizer`. keys: the keys of its file, nested
-    ones as mappings, `grid={"scale": "max_abs"}`, or with dots, `**{"grid.scale": "max_abs"}`. Raises UserError for
-    whatever cannot be done, and where folding its BatchNorm or rounding to 16 bits already changes what the network
-    computes.
+    normalised as the network takes them. Of a tensor, or of a list of batches, those that are used are spread evenly
+    over the whole, the same ones each time, so that images sorted by class are of all classes. Of a DataLoader and of
+    any other iterable they are the first, which then have to be of all classes: shuffle it.
+
+    quantizer: an option of `conf/quantizer`. keys: the keys of its file, nested ones as mappings,
+    `grid={"scale": "max_abs"}`, or with dots, `**{"grid.scale": "max_abs"}`. Raises UserError for whatever cannot be
+    done, and where folding its BatchNorm or rounding to 16 bits already changes what the network computes.
     """
     if not isinstance(network, nn.Module):
         raise UserError(f"network: found a {type(network).__name__}; accepted: a torch.nn.Module")
     default = [] if "rates" in keys else [4]
     built = _quantizer(quantizer, {**keys, "bits": default if bits is None else bits})
-    tuning = _first(images, max(built.calibration_images, built.tune.images if built.tune else 0))
-    calibration = tuning[: built.calibration_images]
+    calibration, *tuning = _chosen(images, built.calibration_images, *([built.tune.images] if built.tune else []))
     described = _about(network, calibration)
     network = _returning_one_width(network, calibration[:2])
     compare(network, [calibration], built.skip)
@@ -122,7 +124,7 @@ def quantize(
     )
     float_bytes = file_bytes(network, description) if built.budget is not None else 0
     measures = Measures(partial(file_bytes, description=description), float_bytes)
-    [variant] = built.variants(network, [calibration], measures, silent, [tuning])
+    [variant] = built.variants(network, [calibration], measures, silent, tuning)
     return QuantizedNetwork(variant.model, built, calibration, description)
 
 
@@ -158,30 +160,55 @@ def _quantizer(stem: str, keys: Mapping[str, Any]) -> Quantizer:
     return built
 
 
-def _first(images: Any, count: int) -> Tensor:
-    """The first `count` of `images`, (N, C, H, W). Raises UserError for what are no images."""
+def _chosen(images: Any, *counts: int) -> list[Tensor]:
+    """For each of `counts` so many of `images`, (N, C, H, W), or all if there are fewer.
+
+    Of a tensor or a sequence of batches one from each of `count` equal parts; of what can only be iterated the first.
+    Raises UserError for what are no images.
+    """
     if not isinstance(images, Iterable):
         raise UserError(f"images: found a {type(images).__name__}; {IMAGES}")
-    chosen: list[Tensor] = []
-    missing = count
+    whole = isinstance(images, Tensor | Sequence)
+    batches: list[Tensor] = []
     for batch in [images] if isinstance(images, Tensor) else images:
         tensor = batch[0] if isinstance(batch, Sequence) and len(batch) else batch
         if not isinstance(tensor, Tensor) or tensor.dim() != 4 or not tensor.is_floating_point():
             shape = f"{tensor.dtype} {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
             raise UserError(f"images: found {shape}; {IMAGES}")
-        if chosen and tensor.shape[1:] != chosen[0].shape[1:]:
-            shapes = f"{tuple(chosen[0].shape[1:])} and {tuple(tensor.shape[1:])}"
+        if batches and tensor.shape[1:] != batches[0].shape[1:]:
+            shapes = f"{tuple(batches[0].shape[1:])} and {tuple(tensor.shape[1:])}"
             raise UserError(f"images: found the shapes {shapes}; accepted: images of one shape")
-        chosen.append(tensor.detach()[:missing])
-        missing -= len(chosen[-1])
-        if missing == 0:
+        batches.append(tensor.detach())
+        if not whole and sum(map(len, batches)) >= max(counts):
             break
-    if missing == count:
+    total = sum(map(len, batches))
+    if not total:
         raise UserError(f"images: found none; {IMAGES}")
-    found = torch.cat(chosen).contiguous()
-    if not found.isfinite().all():
+    chosen = [_at(batches, _spread(total, count) if whole else torch.arange(min(total, count))) for count in counts]
+    if not all(part.isfinite().all() for part in chosen):
         raise UserError("images: found values that are not finite; accepted: finite ones")
-    return found
+    return chosen
+
+
+def _spread(total: int, count: int) -> Tensor:
+    """Ascending indices below `total`, one in each of `count` equal parts, or all of them.
+
+    Where in its part is drawn, always alike: images of ten classes in turn would be of one class at a fixed distance.
+    """
+    starts = torch.arange(min(total, count) + 1) * total // min(total, count)
+    draws = torch.rand(len(starts) - 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    return starts[:-1] + (draws * starts.diff()).long()
+
+
+def _at(batches: Sequence[Tensor], indices: Tensor) -> Tensor:
+    """The images at these ascending `indices` of all `batches` one after the other."""
+    ends = torch.tensor([len(batch) for batch in batches]).cumsum(0).tolist()
+    return torch.cat(
+        [
+            batch[indices[(indices >= end - len(batch)) & (indices < end)] - (end - len(batch))]
+            for batch, end in zip(batches, ends, strict=True)
+        ]
+    )
 
 
 def _returning_one_width(network: nn.Module, images: Tensor) -> nn.Module:
