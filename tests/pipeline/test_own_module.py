@@ -1,6 +1,7 @@
 """`compress.quantize` and `compress.load`: networks of the user's own, quantized, saved and read back."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -203,6 +204,28 @@ def test_a_rate_and_a_budget_are_kept(tmp_path):
     assert within.save(tmp_path / "b.safetensors") <= size
 
 
+def test_a_budget_counts_what_the_file_says_or_the_file_is_refused(tmp_path):
+    model, path = make(CalledAgain), tmp_path / "net.safetensors"
+    about = {"class_names": [f"{name} {'of a long name ' * 9}{name}" for name in NAMES], "mean": [0.123456789]}
+    about["standard_deviation"] = [0.987654321]
+    size = compress.quantize(model, images(), rates=3).save(path)
+    path.unlink()
+    blind = compress.quantize(model, images(), budget=size)
+    over = file_bytes(blind.quantized, replace(blind.description, **about)) - size
+    assert over > 0
+    with pytest.raises(UserError) as mistake:
+        blind.save(path, **about)
+    assert f"net.safetensors: found a file {over:,} bytes over the budget of {size:,}; accepted: " in one_line(mistake)
+    assert not path.exists()
+    assert blind.export(tmp_path / "net.onnx", **about) > size
+    seeing = compress.quantize(model, images(), budget=size, **about)
+    assert seeing.save(path) <= size
+    _, read = compress.load(path, network=CalledAgain)
+    assert {key: read[key] for key in about} == about
+    assert seeing.quantized.rate < blind.quantized.rate
+    assert blind.save(path) <= size
+
+
 def test_the_table_has_a_line_for_each_layer_and_the_share_that_stayed_float():
     lines = compress.quantize(make(Attention), images(), skip=["head"]).table().splitlines()
     assert lines[0].split() == ["layer", "bits", "error", "bytes"]
@@ -251,6 +274,8 @@ MISTAKES = [
     ({"images": 3}, "images: found a int"),
     ({"images": images()[:, :1]}, "found a forward that fails for images (1, 12, 12)"),
     ({"network": "resnet18"}, "network: found a str; accepted: a torch.nn.Module"),
+    ({"class_names": ["a"]}, "class_names: found ['a']; accepted: 4 different names"),
+    ({"mean": [0.5]}, "mean: found only one of mean and standard_deviation"),
 ]
 
 
