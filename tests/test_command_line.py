@@ -107,6 +107,7 @@ MISTAKES = {
     ],
     "~method.skip": ["method.skip: found an unknown key of method=dkd", "accepted: teacher_cache"],
     "student=resnet8 ~student.skip": ["student.skip: found an unknown key of student=resnet8", "accepted: ", "widths"],
+    f"{QUICK} method=qat_rate ~method.weight_rate": ["method.weight_rate", "found null for all three"],
     "+data.device=cuda": ["data.device:", "batch_size"],
     "method=null": ["method:"],
     "~optimizer": ["optimizer:"],
