@@ -8,8 +8,8 @@ import json
 import sys
 from pathlib import Path
 
-from compress.arguments import imported
 from compress.errors import UserError, add_debug, exit_code, printable
+from compress.models import own_class
 from compress.paths import import_from_here, searching
 from compress.predict import Predictor, pictures
 
@@ -35,7 +35,7 @@ def main() -> int:
 
 def predict(arguments: argparse.Namespace) -> None:
     """Prints the classes of the images, as lines or as JSON. Raises UserError at the end where some were not read."""
-    network = None if arguments.network is None else imported(arguments.network, "network")
+    network = None if arguments.network is None else own_class.typed(arguments.network)
     predictor, files = Predictor.read(arguments.file, network=network), pictures(arguments.images)
     content, unread = [], 0
     for answer in predictor.answers(files, arguments.top):

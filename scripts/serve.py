@@ -9,7 +9,6 @@ import argparse
 import sys
 from pathlib import Path
 
-from compress.arguments import imported
 from compress.errors import add_debug, exit_code
 from compress.paths import import_from_here, searching
 
@@ -32,9 +31,10 @@ def main() -> int:
     import_from_here()
 
     def work() -> None:
+        from compress.models import own_class
         from compress.serve import serve
 
-        network = None if name is None else imported(name, "network")
+        network = None if name is None else own_class.typed(name)
         serve(arguments.files, arguments.host, arguments.port, network)
 
     with searching(folders):
