@@ -62,7 +62,8 @@ def quantize(
     """Quantizes any `network` on some `images`, without training; see `compress.pipeline.own_module.quantize`.
 
     `quantize(network, images, rates=2).save("net.safetensors")`, or `bits=3`; images are normalised as the network
-    takes them. Raises `compress.errors.UserError` for a mistake.
+    takes them. `class_names=`, `mean=` and `standard_deviation=` are for its files. Raises `compress.errors.UserError`
+    for a mistake.
     """
     from compress.pipeline import own_module
 

@@ -181,6 +181,15 @@ def settable(target: Callable[..., Any]) -> tuple[str, ...]:
     return tuple(name for name, (annotation, _) in _parameters(target).items() if not has_mark(annotation, _SUPPLIED))
 
 
+def defaults(target: Callable[..., Any]) -> dict[str, Any]:
+    """The defaults of those parameters of `target` that a YAML node sets, as in `settable`."""
+    return {
+        name: default
+        for name, (annotation, default) in _parameters(target).items()
+        if default is not UNKNOWN and not has_mark(annotation, _SUPPLIED)
+    }
+
+
 def has_mark(annotation: Any, mark: Any) -> bool:
     """Whether `annotation` is an `Annotated[...]` that carries `mark`."""
     return any(item is mark for item in getattr(annotation, "__metadata__", ()))

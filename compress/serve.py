@@ -31,7 +31,7 @@ EXTRA = "demo"
 TOP = 3
 CALLS = 9  # whose median is the latency
 SHOWN_SIDE = 256  # pixels of the picture on the page
-# What waits behind the one picture that is answered; more are refused with a line.
+# What waits behind the one picture that is answered, and the size of a picture; the page refuses more with a line.
 WAITING = 16
 MAX_UPLOAD = "200mb"
 # Uploads older than this are deleted while the page runs, and all of them when it ends.
@@ -76,7 +76,11 @@ def read_files(paths: Sequence[Path], network: OwnNetwork | None = None) -> list
 
 
 def serve(paths: Sequence[Path], host: str, port: int, network: OwnNetwork | None = None) -> None:
-    """Serves the page until Ctrl-C or SIGTERM. Raises UserError before that for what cannot be served."""
+    """Serves the page until Ctrl-C or SIGTERM. Raises UserError before that for what cannot be served.
+
+    host: a name, an IPv4 address, or one of IPv6, with or without the brackets that it has in a URL.
+    """
+    host = host.removeprefix("[").removesuffix("]")
     try:
         with stoppable(), _bound(host, port) as listener, TemporaryDirectory(prefix="compress-serve-") as uploads:
             os.environ["GRADIO_TEMP_DIR"] = uploads

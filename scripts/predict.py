@@ -8,8 +8,8 @@ import json
 import sys
 from pathlib import Path
 
-from compress.arguments import imported
 from compress.errors import UserError, add_debug, exit_code, printable
+from compress.models import own_class
 from compress.paths import import_from_here, searching
 from compress.predict import Predictor, pictures
 
@@ -35,13 +35,14 @@ def main() -> int:
 
 def predict(arguments: argparse.Namespace) -> None:
     """Prints the classes of the images, as lines or as JSON. Raises UserError at the end where some were not read."""
-    network = None if arguments.network is None else imported(arguments.network, "network")
+    network = None if arguments.network is None else own_class.typed(arguments.network)
     predictor, files = Predictor.read(arguments.file, network=network), pictures(arguments.images)
-    content, unread = [], 0
+    content, unread = [], []
     for answer in predictor.answers(files, arguments.top):
         if isinstance(answer, UserError):
-            unread += 1
-            print(f"error: {printable(str(answer))}", file=sys.stderr)
+            unread.append(answer)
+            if len(files) > 1:
+                print(f"error: {printable(str(answer))}", file=sys.stderr)
             continue
         pairs = list(zip(answer.classes, answer.probabilities, strict=True))
         if arguments.json:
@@ -52,8 +53,12 @@ def predict(arguments: argparse.Namespace) -> None:
             print(printable(f"{answer.path}: {classes}"))
     if arguments.json:
         print(json.dumps(content, indent=2))
+    if unread and len(files) == 1:
+        raise unread[0]
     if unread:
-        raise UserError(f"{unread} of {len(files)} images could not be read; accepted: those that are not named above")
+        raise UserError(
+            f"{len(unread)} of {len(files)} images could not be read; accepted: those that are not named above"
+        )
 
 
 if __name__ == "__main__":

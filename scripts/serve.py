@@ -9,7 +9,6 @@ import argparse
 import sys
 from pathlib import Path
 
-from compress.arguments import imported
 from compress.errors import add_debug, exit_code
 from compress.paths import import_from_here, searching
 
@@ -19,7 +18,9 @@ NETWORK = "network="
 def main() -> int:
     parser = argparse.ArgumentParser(description=" ".join(__doc__.split()))
     parser.add_argument("files", nargs="+", type=Path, metavar="file", help="model files from a run's models/")
-    parser.add_argument("--host", default="127.0.0.1", help="the address to serve on (default 127.0.0.1: this machine)")
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="the address to serve on, such as ::1 (default 127.0.0.1: this machine)"
+    )
     parser.add_argument("--port", type=int, default=7860, help="the port, 0 for a free one (default 7860)")
     parser.add_argument("--config-dir", type=Path, metavar="D", help="a folder of YAML files with your own network")
     typed = [word for word in sys.argv[1:] if word.startswith(NETWORK)]
@@ -30,9 +31,10 @@ def main() -> int:
     import_from_here()
 
     def work() -> None:
+        from compress.models import own_class
         from compress.serve import serve
 
-        network = None if name is None else imported(name, "network")
+        network = None if name is None else own_class.typed(name)
         serve(arguments.files, arguments.host, arguments.port, network)
 
     with searching(folders):

@@ -101,6 +101,13 @@ MISTAKES = {
     "method=kd method.update_teacher=true method.teacher_cache=2": ["method.teacher_cache:", "learns"],
     "method=qat method.teacher_cache=2": ["method.teacher_cache:", "without a teacher"],
     "+method.seed=1": ["method.seed:", "accepted"],
+    "method=supervised method.teacher_cache=2": [
+        "method.teacher_cache: found an unknown key of method=supervised",
+        "no",
+    ],
+    "~method.skip": ["method.skip: found an unknown key of method=dkd", "accepted: teacher_cache"],
+    "student=resnet8 ~student.skip": ["student.skip: found an unknown key of student=resnet8", "accepted: ", "widths"],
+    f"{QUICK} method=qat_rate ~method.weight_rate": ["method.weight_rate", "found null for all three"],
     "+data.device=cuda": ["data.device:", "batch_size"],
     "method=null": ["method:"],
     "~optimizer": ["optimizer:"],

@@ -187,6 +187,10 @@ def test_the_script_ends_with_status_2_and_one_line_on_a_mistake(folder, tmp_pat
     line, last = error.splitlines()
     assert line.startswith(f"error: {folder / 'model.onnx'}: cannot be read")
     assert last.startswith("error: 1 of 2 images could not be read")
+    alone = Script(SCRIPT, folder / "packed.safetensors", folder / "model.onnx", "--json", folder=tmp_path)
+    out, error = alone.said()
+    assert (alone.wait(), out) == (2, "[]\n")
+    assert error == f"{line}\n"
     other = Script(SCRIPT, folder / "none.safetensors", folder / "same.png", folder=tmp_path)
     out, error = other.said()
     assert (other.wait(), out) == (2, "")

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 from urllib.request import urlopen
@@ -18,6 +19,7 @@ import torch
 from PIL import Image
 from playwright.sync_api import sync_playwright
 from processes import Script
+from starlette.testclient import TestClient
 from torch import nn
 
 import compress
@@ -25,12 +27,13 @@ from compress import models
 from compress.data.image_file import MAX_PIXELS
 from compress.errors import UserError
 from compress.export.description import NetworkDescription
+from compress.export.litert import LiteRt
 from compress.export.onnx import Onnx
 from compress.export.openvino import OpenVino
 from compress.export.packed import write_float, write_packed
 from compress.predict import Predictor
 from compress.quantization import quantize
-from compress.serve import answer, read_files, serve
+from compress.serve import answer, import_gradio, read_files, serve
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "serve.py"
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium")
@@ -49,7 +52,7 @@ ABOUT = NetworkDescription(
     standard_deviation=[0.2, 0.25, 0.3],
     input_shape=(3, 16, 16),
 )
-FILES = ["float.safetensors", "packed.safetensors", "model.onnx", "model.openvino.onnx"]
+FILES = ["float.safetensors", "packed.safetensors", "model.onnx", "model.openvino.onnx", "model.tflite"]
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +69,7 @@ def folder(tmp_path_factory):
     write_packed(directory / "packed.safetensors", quantized, ABOUT)
     Onnx().write(directory / "model.onnx", quantized, ABOUT)
     OpenVino().write(directory / "model.openvino.onnx", quantized, ABOUT)
+    LiteRt().write(directory / "model.tflite", quantized, ABOUT)
     write_packed(directory / "others.safetensors", quantized, replace(ABOUT, class_names=NAMES[::-1]))
     write_packed(directory / "larger.safetensors", quantized, replace(ABOUT, input_shape=(3, 32, 32)))
     draw = np.random.default_rng(0)
@@ -91,7 +95,7 @@ def likeliest(path, picture):
 def test_every_file_has_its_name_runtime_and_bytes(folder):
     found = served(folder)
     assert [file.name for file in found] == FILES
-    assert [file.runtime for file in found] == ["torch", "torch", "onnxruntime", "openvino"]
+    assert [file.runtime for file in found] == ["torch", "torch", "onnxruntime", "openvino", "litert"]
     assert [file.bytes for file in found] == [(folder / name).stat().st_size for name in FILES]
 
 
@@ -226,6 +230,53 @@ def test_a_port_that_is_taken_is_one_line(folder):
             serve([folder / "float.safetensors"], "127.0.0.1", port)
 
 
+@pytest.fixture
+def client(folder, tmp_path, monkeypatch):
+    """The page of one file, as a program asks it, that takes 10 kB and lets one picture wait."""
+    monkeypatch.setattr(compress.serve, "MAX_UPLOAD", "10kb")
+    monkeypatch.setattr(compress.serve, "WAITING", 1)
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    with TestClient(compress.serve.page(import_gradio(), read_files([folder / "float.safetensors"]))) as client:
+        yield client
+
+
+def test_a_picture_of_more_bytes_than_the_page_takes_is_refused_and_not_kept(client, tmp_path):
+    def upload(count):
+        return client.post("/gradio_api/upload", files={"files": ("picture.jpg", bytes(count))})
+
+    before = {path for path in tmp_path.rglob("*") if path.is_file()}
+    refused = upload(20_000)
+    assert (refused.status_code, refused.text) == (413, "File size exceeded maximum allowed size of 10240 bytes.")
+    assert {path for path in tmp_path.rglob("*") if path.is_file()} == before
+    [path] = upload(10_000).json()
+    assert Path(path).stat().st_size == 10_000
+
+
+def test_a_picture_is_refused_while_enough_others_wait(client, monkeypatch):
+    answering, answered = threading.Event(), threading.Event()
+
+    def wait(files, path):
+        answering.set()
+        answered.wait()
+        return "", ""
+
+    monkeypatch.setattr(compress.serve, "answer", wait)
+
+    def ask(session):
+        about = {"data": [None], "fn_index": 0, "session_hash": session}
+        return client.post("/gradio_api/queue/join", json=about)
+
+    try:
+        assert ask("answered").status_code == 200
+        answering.wait()
+        assert ask("waiting").status_code == 200
+        refused = ask("too many")
+        assert refused.status_code == 503
+        assert refused.json()["detail"].startswith("Queue is full.")
+    finally:
+        answered.set()
+
+
 @pytest.mark.slow
 def test_the_script_ends_with_status_2_and_one_line_on_a_mistake(folder, tmp_path):
     script = Script(SCRIPT, folder / "float.safetensors", folder / "none.onnx", "--port", 0, folder=tmp_path)
@@ -336,6 +387,23 @@ def test_nothing_sticks_out_sideways(folder, page, width):
     page.wait_for_selector(".bar")
     page.set_viewport_size({"width": width, "height": 900})
     assert page.evaluate("document.documentElement.scrollWidth") == width
+
+
+def has_ipv6():
+    try:
+        with socket.create_server(("::1", 0), family=socket.AF_INET6):
+            return True
+    except OSError:
+        return False
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6")
+@pytest.mark.parametrize("host", ["::1", "[::1]"])
+def test_an_address_of_ipv6_has_its_brackets_in_the_url(folder, tmp_path, host):
+    with running(folder / "float.safetensors", "--host", host, temporary=tmp_path) as (_, address):
+        assert re.fullmatch(r"http://\[::1\]:\d+/", address)
+        assert b"float.safetensors" in urlopen(address).read()
 
 
 @pytest.mark.slow

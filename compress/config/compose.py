@@ -246,7 +246,7 @@ def _expand(overrides: Sequence[str]) -> list[list[str]]:
 
 def _unknown_key(failure: ConfigCompositionException, overrides: list[str]) -> str:
     """Hydra says what it could not override; this says what it could."""
-    match = re.search(r"Could not \w+(?: \w+)? '([^']+)'", str(failure))
+    match = re.search(r"Could not [\w ]+\.? '([^']+)'", str(failure))
     if match is None:
         return first_line(failure)
     key = match[1].lstrip("+~")
@@ -267,4 +267,6 @@ def _unknown_key(failure: ConfigCompositionException, overrides: list[str]) -> s
     if not isinstance(node, DictConfig):
         return f"{key}: found an unknown key; {parent or 'the configuration'} has no keys here"
     accepted = sorted(str(name) for name in node if name not in ("_target_", "_partial_", "stem", "hydra"))
-    return f"{key}: found an unknown key; accepted: {', '.join(accepted) or 'no keys'}"
+    option = config.hydra.runtime.choices.get(parent)
+    of_option = f" of {parent}={option}" if option else ""
+    return f"{key}: found an unknown key{of_option}; accepted: {', '.join(accepted) or 'no keys'}"

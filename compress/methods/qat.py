@@ -73,7 +73,10 @@ class QAT(Classifier):
                 "accepted: one of them, the other null"
             )
         if cls.grids(options).keeps_weights and options["activation_bits"] is None:
-            raise UserError("method.weight_bits: found null, and activation_bits too; accepted: 2 to 8 for one of them")
+            raise UserError(
+                "method.weight_bits, method.weight_rate, method.activation_bits: found null for all three; accepted: "
+                "2 to 8 for weight_bits or activation_bits, or 0.1 to 6 for weight_rate"
+            )
         check_layers(student, input_shape, options["skip"], "method.skip")
 
     def on_train_epoch_start(self) -> None:

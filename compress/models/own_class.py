@@ -34,6 +34,13 @@ def _name(name: str) -> str:
 ClassName = Annotated[str, AfterValidator(_name)]
 
 
+def typed(name: str) -> OwnNetwork:
+    """The class or function that `network=name` on a command line names. Raises UserError where that is none."""
+    check_arguments({"network": ClassName}, {"network": name}, "")
+    network: OwnNetwork = imported(name, "network")
+    return network
+
+
 def own_network(
     num_classes: int, target: ClassName, arguments: dict[str, Any] | None = None, from_python: bool = False
 ) -> nn.Module:

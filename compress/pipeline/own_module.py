@@ -18,13 +18,14 @@ from compress.errors import UserError
 from compress.export.description import NetworkDescription
 from compress.export.encodings import layer_bytes
 from compress.export.formats import exporter_called, exporter_of, read_any
-from compress.export.packed import file_bytes
+from compress.export.packed import Packed, file_bytes
 from compress.models import own_class
 from compress.models.baking import copied
 from compress.models.outputs import finding_logits, logits
 from compress.quantization import Measures, QuantizedModel, Quantizer
 from compress.quantization.comparisons import compare
 from compress.quantization.options import silent
+from compress.quantization.rate_search import budget_bytes
 from compress.results.surroundings import versions_in_files
 
 # The share of the weights that may stay float without a word.
@@ -34,12 +35,16 @@ IMAGES = "accepted: images (N, C, H, W) as the network takes them, in batches of
 
 @dataclass(frozen=True)
 class QuantizedNetwork:
-    """What `compress.quantize` returns. `quantized` has the codes; `images` are those that it was calibrated on."""
+    """What `compress.quantize` returns. `quantized` has the codes; `images` are those that it was calibrated on.
+
+    budget: the bytes that a packed file may have, None where no budget was given.
+    """
 
     quantized: QuantizedModel
     quantizer: Quantizer
     images: Tensor
     description: NetworkDescription
+    budget: int | None = None
 
     @property
     def network(self) -> nn.Module:
@@ -79,9 +84,8 @@ class QuantizedNetwork:
     ) -> int:
         """Writes a file of the format that its suffix says, or of that option of `conf/export`; returns its bytes.
 
-        class_names: of the network's outputs, in their order; their numbers if left out. mean and standard_deviation:
-        by which images in 0..1 are normalised for the network, one value or one per channel; without them it takes
-        images in 0..1. Raises UserError for values that do not fit, and where the format cannot hold the network.
+        class_names, mean and standard_deviation: in place of those that `quantize` was given. Raises UserError for
+        values that do not fit, where the format cannot hold the network, and for a packed file beyond the budget.
         """
         path = Path(path)
         exporter = exporter_of(path) if format is None else exporter_called(format)
@@ -89,41 +93,62 @@ class QuantizedNetwork:
             raise UserError(f"{path}: found another suffix than that of {format}; accepted: {exporter.suffix}")
         exporter.check(self.quantizer)
         about = _described(self.description, class_names, mean, standard_deviation)
+        if self.budget is not None and isinstance(exporter, Packed):
+            over = file_bytes(self.quantized, about) - self.budget
+            if over > 0:
+                raise UserError(
+                    f"{path}: found a file {over:,} bytes over the budget of {self.budget:,}; accepted: class_names, "
+                    "mean and standard_deviation where compress.quantize is called, whose budget then counts them"
+                )
         exporter.write(path, self.quantized, about, [self.images])
         return path.stat().st_size
 
 
 def quantize(
-    network: nn.Module, images: Any, bits: int | None = None, quantizer: str = "gpfq", **keys: Any
+    network: nn.Module,
+    images: Any,
+    bits: int | None = None,
+    quantizer: str = "gpfq",
+    class_names: Sequence[str] | None = None,
+    mean: Sequence[float] | None = None,
+    standard_deviation: Sequence[float] | None = None,
+    **keys: Any,
 ) -> QuantizedNetwork:
-    """`network`, which stays as it is, quantized on the first `calibration_images` of `images`.
+    """`network`, which stays as it is, quantized on so many of `images` as the key `calibration_images` says.
 
     It gets `bits` bits, or else the `rates=` bits a weight or the `budget=` bytes among the keys, or else 4 bits. With
     `tune={"images": 4096}` among the keys it is then tuned on so many.
 
     images: a tensor (N, C, H, W), an iterable of such batches, or of sequences that begin with one, as a DataLoader is;
-    normalised as the network takes them. quantizer: an option of `conf/quantizer`. keys: the keys of its file, nested
-    ones as mappings, `grid={"scale": "max_abs"}`, or with dots, `**{"grid.scale": "max_abs"}`. Raises UserError for
-    whatever cannot be done, and where folding its BatchNorm or rounding to 16 bits already changes what the network
-    computes.
+    normalised as the network takes them. Of a tensor, or of a list of batches, those that are used are spread evenly
+    over the whole, the same ones each time, so that images sorted by class are of all classes. Of a DataLoader and of
+    any other iterable they are the first, which then have to be of all classes: shuffle it.
+
+    class_names, mean and standard_deviation are what files say, and count in a budget: the names of the network's
+    outputs, in their order, or their numbers if left out; and by which images in 0..1 are normalised for the network,
+    one value or one per channel, or nothing, where it takes images in 0..1.
+
+    quantizer: an option of `conf/quantizer`. keys: the keys of its file, nested ones as mappings,
+    `grid={"scale": "max_abs"}`, or with dots, `**{"grid.scale": "max_abs"}`. Raises UserError for whatever cannot be
+    done, and where folding its BatchNorm or rounding to 16 bits already changes what the network computes.
     """
     if not isinstance(network, nn.Module):
         raise UserError(f"network: found a {type(network).__name__}; accepted: a torch.nn.Module")
     default = [] if "rates" in keys else [4]
     built = _quantizer(quantizer, {**keys, "bits": default if bits is None else bits})
-    tuning = _first(images, max(built.calibration_images, built.tune.images if built.tune else 0))
-    calibration = tuning[: built.calibration_images]
+    calibration, *tuning = _chosen(images, built.calibration_images, *([built.tune.images] if built.tune else []))
     described = _about(network, calibration)
     network = _returning_one_width(network, calibration[:2])
     compare(network, [calibration], built.skip)
     description = replace(
-        _with_classes(described, network, calibration[:1]),
+        _described(_with_classes(described, network, calibration[:1]), class_names, mean, standard_deviation),
         extra={"configuration": digest(repr(built)), "versions": versions_in_files()},
     )
     float_bytes = file_bytes(network, description) if built.budget is not None else 0
+    budget = None if built.budget is None else budget_bytes(built.budget, float_bytes)
     measures = Measures(partial(file_bytes, description=description), float_bytes)
-    [variant] = built.variants(network, [calibration], measures, silent, [tuning])
-    return QuantizedNetwork(variant.model, built, calibration, description)
+    [variant] = built.variants(network, [calibration], measures, silent, tuning)
+    return QuantizedNetwork(variant.model, built, calibration, description, budget)
 
 
 def load(path: str | Path, network: own_class.OwnNetwork | None = None) -> tuple[Any, dict[str, Any]]:
@@ -158,30 +183,55 @@ def _quantizer(stem: str, keys: Mapping[str, Any]) -> Quantizer:
     return built
 
 
-def _first(images: Any, count: int) -> Tensor:
-    """The first `count` of `images`, (N, C, H, W). Raises UserError for what are no images."""
+def _chosen(images: Any, *counts: int) -> list[Tensor]:
+    """For each of `counts` so many of `images`, (N, C, H, W), or all if there are fewer.
+
+    Of a tensor or a sequence of batches one from each of `count` equal parts; of what can only be iterated the first.
+    Raises UserError for what are no images.
+    """
     if not isinstance(images, Iterable):
         raise UserError(f"images: found a {type(images).__name__}; {IMAGES}")
-    chosen: list[Tensor] = []
-    missing = count
+    whole = isinstance(images, Tensor | Sequence)
+    batches: list[Tensor] = []
     for batch in [images] if isinstance(images, Tensor) else images:
         tensor = batch[0] if isinstance(batch, Sequence) and len(batch) else batch
         if not isinstance(tensor, Tensor) or tensor.dim() != 4 or not tensor.is_floating_point():
             shape = f"{tensor.dtype} {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
             raise UserError(f"images: found {shape}; {IMAGES}")
-        if chosen and tensor.shape[1:] != chosen[0].shape[1:]:
-            shapes = f"{tuple(chosen[0].shape[1:])} and {tuple(tensor.shape[1:])}"
+        if batches and tensor.shape[1:] != batches[0].shape[1:]:
+            shapes = f"{tuple(batches[0].shape[1:])} and {tuple(tensor.shape[1:])}"
             raise UserError(f"images: found the shapes {shapes}; accepted: images of one shape")
-        chosen.append(tensor.detach()[:missing])
-        missing -= len(chosen[-1])
-        if missing == 0:
+        batches.append(tensor.detach())
+        if not whole and sum(map(len, batches)) >= max(counts):
             break
-    if missing == count:
+    total = sum(map(len, batches))
+    if not total:
         raise UserError(f"images: found none; {IMAGES}")
-    found = torch.cat(chosen).contiguous()
-    if not found.isfinite().all():
+    chosen = [_at(batches, _spread(total, count) if whole else torch.arange(min(total, count))) for count in counts]
+    if not all(part.isfinite().all() for part in chosen):
         raise UserError("images: found values that are not finite; accepted: finite ones")
-    return found
+    return chosen
+
+
+def _spread(total: int, count: int) -> Tensor:
+    """Ascending indices below `total`, one in each of `count` equal parts, or all of them.
+
+    Where in its part is drawn, always alike: images of ten classes in turn would be of one class at a fixed distance.
+    """
+    starts = torch.arange(min(total, count) + 1) * total // min(total, count)
+    draws = torch.rand(len(starts) - 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    return starts[:-1] + (draws * starts.diff()).long()
+
+
+def _at(batches: Sequence[Tensor], indices: Tensor) -> Tensor:
+    """The images at these ascending `indices` of all `batches` one after the other."""
+    ends = torch.tensor([len(batch) for batch in batches]).cumsum(0).tolist()
+    return torch.cat(
+        [
+            batch[indices[(indices >= end - len(batch)) & (indices < end)] - (end - len(batch))]
+            for batch, end in zip(batches, ends, strict=True)
+        ]
+    )
 
 
 def _returning_one_width(network: nn.Module, images: Tensor) -> nn.Module:

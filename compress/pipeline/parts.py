@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from compress import models
-from compress.arguments import arguments_of, build, plain
+from compress.arguments import arguments_of, build, defaults, plain
 from compress.checksums import digest
 from compress.config import ensemble
 from compress.config.class_map import mapped
@@ -88,8 +88,8 @@ class Parts:
 
     @property
     def method_options(self) -> dict[str, Any]:
-        """The arguments of the method that the configuration gives."""
-        return arguments_of(self.plain["method"])
+        """The arguments of the method that the configuration gives, and the defaults of those that it leaves out."""
+        return defaults(self.method) | arguments_of(self.plain["method"])
 
     @cached_property
     def loss(self) -> Any:

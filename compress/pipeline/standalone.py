@@ -214,6 +214,7 @@ def _own_class(path: Path | None, typed: Mapping[str, str], node: Mapping[str, A
             f"{path}: found a network of the class {str(node.get('target'))!r}, and no file may name code to run; "
             "accepted: network=mynet.MyNet, that class"
         )
+    own_class.typed(typed["network"])
     return {"stem": node["stem"], "target": typed["network"], "arguments": node.get("arguments")}
 
 

@@ -23,9 +23,12 @@ def describe(stem, classes=10):
     )
 
 
-def make(stem):
+def make(network):
+    """A network of that class, or of that option of `conf/model` with statistics in its BatchNorms."""
     torch.manual_seed(0)
-    model = models.build(stem, 10).train()
+    if not isinstance(network, str):
+        return network().eval()
+    model = models.build(network, 10).train()
     with torch.no_grad():
         for _ in range(3):
             model(IMAGES)
@@ -45,6 +48,12 @@ def with_inputs(quantized, levels=256):
         scale = (high - low) / (levels - 1)
         attach_input_quantizer(layer, InputQuantizer(scale, round(-low / scale), levels))
     return quantized
+
+
+def steps(layer):
+    """The codes of a convolution as a runtime that wants channels last holds them: bytes from its zero point on."""
+    signed = layer.codes.int() - layer.grid.zero_point.reshape(-1, 1, 1, 1)
+    return signed.to(torch.int8).permute(0, 2, 3, 1).contiguous().numpy().tobytes()
 
 
 def logits(model, images=IMAGES):
@@ -91,17 +100,21 @@ class Repeater(TokenMixer):
         return self.head(tokens.mean(1))
 
 
-def lone_convolution(weight_scale, bias):
-    """A Conv2d (3, 2 channels) on 8-bit weights and inputs, and its codes."""
+def lone_convolution(weight_scale, bias, highest=254):
+    """A Conv2d (3, 2 channels) on 8-bit weights, codes from 1 to `highest`, and inputs.
+
+    The highest steps over the zero point of the second channel, which are 128 for 255, are too wide for an int8.
+    """
     torch.manual_seed(0)
-    codes = torch.randint(0, 256, (2, 3, 3, 3), dtype=torch.uint8)
+    codes = torch.randint(0, 256, (2, 3, 3, 3), dtype=torch.uint8).clamp(1, 254)
+    codes[1, 0, 0, 0] = highest
     grid = Grid(torch.tensor(weight_scale), torch.tensor([128, 127], dtype=torch.int32), 256)
     model = nn.Sequential(nn.Conv2d(3, 2, 3))
     model[0].weight = nn.Parameter(grid.dequantize(codes))
     model[0].bias = nn.Parameter(torch.tensor(bias))
     attach_input_quantizer(model[0], InputQuantizer(0.03, 120, 256))
     layer = QuantizedLayer(codes, grid, 8, None)
-    return QuantizedModel(model.eval(), {"0": layer}, float_state(model, ["0"]), [], {}), codes
+    return QuantizedModel(model.eval(), {"0": layer}, float_state(model, ["0"]), [], {})
 
 
 class LateReader(nn.Module):
@@ -115,3 +128,7 @@ class LateReader(nn.Module):
         shared = torch.relu(self.stem(images))
         total = self.other(images) + shared
         return (torch.relu(total) + self.last(shared)).mean((2, 3))
+
+
+# What every runtime of integers is tried with.
+SHAPES = ["resnet8", "mobilenetv2", "vgg8", "shufflenetv2", TokenMixer, Repeater, LateReader]

@@ -10,14 +10,14 @@ import torch
 from ai_edge_litert import schema_py_generated as schema
 from networks import (
     IMAGES,
-    LateReader,
-    Repeater,
+    SHAPES,
     TokenMixer,
     describe,
     distance,
     logits,
     lone_convolution,
     make,
+    steps,
     with_inputs,
 )
 from torch import nn
@@ -65,14 +65,12 @@ def kernels(path):
 
 
 WRITES, READS = (INT8, INT8, INT8), (FLOAT32, INT8, FLOAT32)
-SHAPES = ["resnet8", "mobilenetv2", "vgg8", "shufflenetv2", TokenMixer, Repeater, LateReader]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("network", [shape for shape in SHAPES if shape != "shufflenetv2"])
 def test_a_float_network_and_weights_alone_are_exact(network, tmp_path):
-    torch.manual_seed(0)
-    model = make(network) if isinstance(network, str) else network().eval()
+    model = make(network)
     assert distance(written(model, tmp_path / "float.tflite")(IMAGES), logits(model)) < 1e-5
     for bits in (8, 4):
         quantized = quantize(model, [IMAGES], bits, first_last_bits=None)
@@ -88,8 +86,7 @@ def test_a_float_network_and_weights_alone_are_exact(network, tmp_path):
     ("network", "levels"), [*((network, 256) for network in SHAPES), ("resnet8", 16), ("vgg8", 16), ("mobilenetv2", 16)]
 )
 def test_integers_compute_what_the_simulation_does(network, levels, tmp_path):
-    torch.manual_seed(0)
-    model = make(network) if isinstance(network, str) else network().eval()
+    model = make(network)
     unrounded = logits(quantize(model, [IMAGES], 8).model)
     quantized = with_inputs(quantize(model, [IMAGES], 8), levels)
     expected = logits(quantized.model)
@@ -112,12 +109,10 @@ def test_files_hold_the_codes_scales_and_zero_points_of_the_network(tmp_path):
     written(quantized, path)
     assert path.stat().st_size < 1.4 * sum(layer.codes.numel() for layer in quantized.layers.values())
     layer, codes = quantized.layers["layer2.0.conv1"], None
-    steps = layer.codes.int() - layer.grid.zero_point.reshape(-1, 1, 1, 1)
-    expected = steps.to(torch.int8).permute(0, 2, 3, 1).contiguous().numpy().tobytes()
     [(inputs, output)] = [
         (inputs, output)
         for name, inputs, output in operators(path)
-        if name == "CONV_2D" and inputs[1][1].tobytes() == expected
+        if name == "CONV_2D" and inputs[1][1].tobytes() == steps(layer)
     ]
     assert np.array_equal(inputs[1][2].scale, layer.grid.scale.numpy())
     assert not inputs[1][2].zeroPoint.any()
@@ -155,11 +150,7 @@ def weight_of(quantized):
 )
 def test_what_no_int8_holds_stays_float(scale, bias, highest, kind):
     """A step of 128 and a scale below the normal numbers, but not a bias that 32 bits do not hold beside its weight."""
-    quantized, codes = lone_convolution(scale, [bias, -0.4])
-    codes[:] = codes.clamp(1, 254)
-    codes[1, 0, 0, 0] = highest
-    quantized.model.get_submodule("0").weight = nn.Parameter(quantized.layers["0"].grid.dequantize(codes))
-    assert weight_of(quantized) == kind
+    assert weight_of(lone_convolution(scale, [bias, -0.4], highest)) == kind
 
 
 class Pieces(nn.Module):

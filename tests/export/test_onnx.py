@@ -149,11 +149,11 @@ def test_a_layer_called_again_and_one_that_sees_no_image_keep_their_codes(bits, 
 
 def test_a_convolution_on_quantized_inputs_computes_the_sum_of_its_codes(tmp_path):
     """Against integers: scale_x scale_w sum (x - x0)(w - w0) + bias, the bias rounded to a step of that product."""
-    quantized, codes = lone_convolution([0.01, 0.02], [0.7, -0.4])
+    quantized = lone_convolution([0.01, 0.02], [0.7, -0.4])
     path = tmp_path / "model.onnx"
     Onnx().write(path, quantized, describe("conv", 6))
     x = ((IMAGES.double() / 0.03).round() + 120).clamp(0, 255) - 120
-    weight = codes.double() - torch.tensor([128.0, 127.0]).reshape(2, 1, 1, 1)
+    weight = quantized.layers["0"].codes.double() - torch.tensor([128.0, 127.0]).reshape(2, 1, 1, 1)
     step = torch.tensor([0.0003, 0.0006], dtype=torch.float64)
     bias = (torch.tensor([0.7, -0.4], dtype=torch.float64) / step).round()
     expected = F.conv2d(x, weight, bias) * step.reshape(2, 1, 1)
@@ -163,7 +163,7 @@ def test_a_convolution_on_quantized_inputs_computes_the_sum_of_its_codes(tmp_pat
 @pytest.mark.slow
 @pytest.mark.parametrize("weight_scale", [1e-12, 1e-9])
 def test_the_bias_of_a_channel_that_is_almost_off_is_not_cut(weight_scale, tmp_path):
-    quantized, _ = lone_convolution([weight_scale, 0.01], [3.0, -2.0])
+    quantized = lone_convolution([weight_scale, 0.01], [3.0, -2.0])
     path = tmp_path / "model.onnx"
     Onnx().write(path, quantized, describe("conv", 6))
     found, expected = OnnxModel.read(path)(IMAGES), logits(quantized.model)

@@ -137,7 +137,7 @@ def test_networks_of_other_shapes_have_their_logits(network, inputs, tmp_path):
 @pytest.mark.parametrize("exact_sums", sorted({sums_hold(), False}))
 def test_a_processor_whose_sums_saturate_computes_in_float(exact_sums, monkeypatch, tmp_path):
     monkeypatch.setattr(openvino, "sums_hold", lambda: exact_sums)
-    quantized, _ = lone_convolution([0.01, 0.02], [0.7, -0.4])
+    quantized = lone_convolution([0.01, 0.02], [0.7, -0.4])
     path = tmp_path / "model.openvino.onnx"
     OpenVino().write(path, quantized, describe("conv", 6))
     assert distance(OpenVino().read(path)[0](IMAGES), logits(quantized.model)) < 1e-3

@@ -134,7 +134,8 @@ def test_what_does_not_fit_is_refused_in_one_line(tmp_path, monkeypatch, capsys)
     monkeypatch.chdir(tmp_path)
     for mistake, words in {
         "method=qat method.weight_bits=1": "method.weight_bits: found 1; accepted: a whole number from 2 to 8",
-        "method=qat method.weight_bits=null": "method.weight_bits: found null, and activation_bits too",
+        "method=qat method.weight_bits=null": "method.weight_bits, method.weight_rate, method.activation_bits: fo",
+        "method=qat_rate method.weight_rate=null": "method.weight_bits, method.weight_rate, method.activation_bits: fo",
         "method=qat method.weight_rate=1": "method.weight_rate: found 1.0 beside weight_bits=4; accepted: one of them",
         "method=qat_rate method.weight_rate=9": "method.weight_rate: found 9",
         "method=qat method.skip=[layer9.*]": "method.skip: found 'layer9.*', which matches no layer",

@@ -1,6 +1,7 @@
 """`compress.quantize` and `compress.load`: networks of the user's own, quantized, saved and read back."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -144,28 +145,44 @@ def test_a_network_with_other_tensors_is_refused_in_one_line(tmp_path):
 def test_images_come_as_a_tensor_in_batches_or_from_a_loader():
     model, pictures = make(CalledAgain), images(40)
     labelled = DataLoader(TensorDataset(pictures, torch.zeros(40)), batch_size=7)
-    ways = [pictures, pictures.split(16), ((part, 0) for part in pictures.split(9)), labelled, images(40)]
-    found = [compress.quantize(model, way, bits=3, calibration_images=32).network(images(4, 2)) for way in ways]
-    assert all(torch.equal(one, found[0]) for one in found)
-    fewer = compress.quantize(model, pictures, bits=3, calibration_images=8).network(images(4, 2))
-    assert not torch.equal(fewer, found[0])
+    first = [pictures[:32], ((part, 0) for part in pictures.split(9)), labelled]
+    spread = [pictures, pictures.split(16), [(part, 0) for part in pictures.split(9)], images(40)]
+    for ways in (first, spread):
+        found = [compress.quantize(model, way, bits=3, calibration_images=32) for way in ways]
+        assert all(torch.equal(one.images, found[0].images) for one in found)
+        assert all(torch.equal(one.network(images(4, 2)), found[0].network(images(4, 2))) for one in found)
+        assert len(found[0].images) == 32
+    assert torch.equal(compress.quantize(model, pictures.split(7)).images, pictures)
 
 
-def test_tuning_sees_the_first_images_and_the_walk_fewer():
+@pytest.mark.parametrize("classes", [torch.arange(100) // 10, torch.arange(100) % 10], ids=["sorted", "in turn"])
+def test_images_of_all_classes_calibrate_whatever_their_order(classes):
+    """Each image holds the number of its class; ten of a hundred, ten of each class, cannot be of one or of two."""
+    pictures = images(100)
+    pictures[:, 0, 0, 0] = classes
+    for whole in (pictures, pictures.split(16)):
+        seen = compress.quantize(make(CalledAgain), whole, calibration_images=10).images[:, 0, 0, 0]
+        assert len(seen) == 10
+        assert len(seen.unique()) > 4
+
+
+def test_tuning_sees_more_images_than_the_walk():
     model, pictures = make(CalledAgain), images(48)
     keys = {"rates": 2, "calibration_images": 16}
-    plain = compress.quantize(model, pictures, **keys)
-    tuned, again = (
-        compress.quantize(model, few.split(10), **keys, tune={"images": 32, "batch_size": 8})
-        for few in (pictures, pictures[:32])
-    )
-    assert torch.equal(tuned.images, plain.images)
-    size, before = (file_bytes(each.quantized, plain.description) for each in (tuned, plain))
-    assert size == before
-    for name, layer in tuned.quantized.layers.items():
-        assert torch.equal(layer.codes, plain.quantized.layers[name].codes)
-    assert torch.equal(tuned.network(images(4)), again.network(images(4)))
-    assert not torch.equal(tuned.network(images(4)), plain.network(images(4)))
+    for wrap in (lambda some: some.split(10), lambda some: iter(some.split(10))):
+        plain = compress.quantize(model, wrap(pictures), **keys)
+        tuned, again = (
+            compress.quantize(model, wrap(pictures), **keys, tune={"images": 32, "batch_size": 8}) for _ in range(2)
+        )
+        assert torch.equal(tuned.images, plain.images)
+        size, before = (file_bytes(each.quantized, plain.description) for each in (tuned, plain))
+        assert size == before
+        for name, layer in tuned.quantized.layers.items():
+            assert torch.equal(layer.codes, plain.quantized.layers[name].codes)
+        assert torch.equal(tuned.network(images(4)), again.network(images(4)))
+        assert not torch.equal(tuned.network(images(4)), plain.network(images(4)))
+    fewer = compress.quantize(model, iter([pictures[:32]]), **keys, tune={"images": 32, "batch_size": 8})
+    assert torch.equal(fewer.network(images(4)), tuned.network(images(4)))
 
 
 def test_keys_of_the_quantizer_are_given_by_name_nested_or_with_dots():
@@ -185,6 +202,28 @@ def test_a_rate_and_a_budget_are_kept(tmp_path):
     size = at_rate.save(tmp_path / "a.safetensors")
     within = compress.quantize(model, images(), budget=size)
     assert within.save(tmp_path / "b.safetensors") <= size
+
+
+def test_a_budget_counts_what_the_file_says_or_the_file_is_refused(tmp_path):
+    model, path = make(CalledAgain), tmp_path / "net.safetensors"
+    about = {"class_names": [f"{name} {'of a long name ' * 9}{name}" for name in NAMES], "mean": [0.123456789]}
+    about["standard_deviation"] = [0.987654321]
+    size = compress.quantize(model, images(), rates=3).save(path)
+    path.unlink()
+    blind = compress.quantize(model, images(), budget=size)
+    over = file_bytes(blind.quantized, replace(blind.description, **about)) - size
+    assert over > 0
+    with pytest.raises(UserError) as mistake:
+        blind.save(path, **about)
+    assert f"net.safetensors: found a file {over:,} bytes over the budget of {size:,}; accepted: " in one_line(mistake)
+    assert not path.exists()
+    assert blind.export(tmp_path / "net.onnx", **about) > size
+    seeing = compress.quantize(model, images(), budget=size, **about)
+    assert seeing.save(path) <= size
+    _, read = compress.load(path, network=CalledAgain)
+    assert {key: read[key] for key in about} == about
+    assert seeing.quantized.rate < blind.quantized.rate
+    assert blind.save(path) <= size
 
 
 def test_the_table_has_a_line_for_each_layer_and_the_share_that_stayed_float():
@@ -235,6 +274,8 @@ MISTAKES = [
     ({"images": 3}, "images: found a int"),
     ({"images": images()[:, :1]}, "found a forward that fails for images (1, 12, 12)"),
     ({"network": "resnet18"}, "network: found a str; accepted: a torch.nn.Module"),
+    ({"class_names": ["a"]}, "class_names: found ['a']; accepted: 4 different names"),
+    ({"mean": [0.5]}, "mean: found only one of mean and standard_deviation"),
 ]
 
 

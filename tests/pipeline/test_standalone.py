@@ -204,6 +204,8 @@ def test_networks_without_some_channels_or_weights_are_quantized_as_they_are(run
         (["checkpoint={run}", "quantizer.budget=1kB"], "the smallest file of this network has"),
         (["checkpoint={run}", "quantizer=rtn", "quantizer.max_drop=1"], "quantizer.max_drop: found 1.0 for rtn"),
         (["checkpoint={packed}"], "is a packed model and no checkpoint"),
+        (["checkpoint={state}", "network=absent.MyNet"], "^network: found 'absent.MyNet', which cannot be imported"),
+        (["checkpoint={state}", "network=MyNet"], "^network: found 'MyNet'; accepted: MODULE.CLASS, such as"),
         (["checkpoint={text}", "model=resnet8"], "damaged or no checkpoint"),
         (["checkpoint={truncated}"], "truncated.safetensors: found a truncated file"),
         (["checkpoint={altered}"], "altered.safetensors: found content that does not match its checksum"),
