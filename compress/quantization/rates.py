@@ -38,28 +38,27 @@ DRIFT = 1.25
 NEAR, WALKS = 0.02, 4
 # How many octaves a prediction is moved by where a layer took no bits at all.
 EMPTY = 1.0
-# What a walk tells about predictions holds for one to at most so many times its bits, or that fewer.
+# A walk for at most so many times the bits of the one before, or that fewer, is for about as many.
 ALIKE = 1.1
-# And so another walk for a rate aims at so many times that of the one before at most, or that fewer.
-AIMED = 1.08
 
 
 class RateControl:
     """The price for each layer, in units of divergence per bit, so that all of them take a number of bits together.
 
-    Bits of a layer at a price are predicted by the entropy of its rounded weights: at that price or, after a walk for
-    about as many bits, at the price at which they were what the layer took then, so many octaves of the step away.
+    Bits of a layer at a price are predicted by the entropy of its rounded weights: at that price or, after a walk, at
+    the price at which they were what the layer took then, so many octaves of the step away.
     """
 
     def __init__(self, weights: Mapping[str, Tensor], sensitivities: Mapping[str, LayerSensitivity]) -> None:
         self.predicted = {name: _curve(weight, sensitivities[name]) for name, weight in weights.items()}
         self.shifts: dict[str, float] = {}
+        self.alike: set[str] = set()  # the layers whose shift comes from a walk for about as many bits
         self.target = 0.0
 
     def start(self, bits: float) -> None:
         """From here on the layers are solved again, to take `bits` in all."""
         if not 1 / ALIKE < bits / (self.target or bits) < ALIKE:
-            self.shifts = {}
+            self.alike = set()
         self.target, self.left, self.remaining = bits, bits, dict.fromkeys(self.predicted)
         self.price = self.first = 0.0
 
@@ -83,9 +82,10 @@ class RateControl:
         if curve[-1] < bits < curve[0]:
             shift = float(np.interp(bits, curve[::-1], PRICES[::-1])) - math.log(self.price, 4)
             # Where bits fall twice as fast as predicted, the whole shift would lead to and fro.
-            self.shifts[name] = (shift + self.shifts.get(name, shift)) / 2
+            self.shifts[name] = (shift + self.shifts[name]) / 2 if name in self.alike else shift
         elif bits <= curve[-1]:
             self.shifts[name] = self.shifts.get(name, 0.0) + EMPTY
+        self.alike.add(name)
 
 
 def _curve(weight: Tensor, sensitivity: LayerSensitivity) -> np.ndarray:
@@ -128,16 +128,11 @@ class RateQuantization:
 
         With few images for many inputs the bits can leap as the price changes; then it is the nearest of WALKS.
         """
-        aim = rate
-        best = found = self.walk(aim, progress)
+        best = self.walk(rate, progress)
         for _ in range(WALKS - 1):
             if abs(best.rate - rate) <= NEAR * rate:
                 break
-            # What was missed has moved the predictions by half already.
-            missed = math.sqrt(rate / max(found.rate, rate / 2))
-            aim *= min(max(missed, 1 / AIMED), AIMED)
-            found = self.walk(aim, progress)
-            best = min(best, found, key=lambda one: abs(one.rate - rate))
+            best = min(best, self.walk(rate, progress), key=lambda found: abs(found.rate - rate))
         return best
 
     @full_float32()
