@@ -41,7 +41,7 @@ class Lookahead:
         weight = self.factor.diagonal(dim1=-2, dim2=-1)  # its square: what the column weighs with all that follow
         self.scale = weight.T if gram.dim() == 3 else weight[:, None]
         # The ridge is on the open columns only, so that its part of the column itself is taken off again.
-        own = torch.maximum(weight.square() - ridge, OWN * energy)
+        own = torch.maximum(weight.square() - ridge, OWN * energy).masked_fill_(energy <= 0, 0)
         self.matrix = self.factor * weight[..., None]
         self.matrix.diagonal(dim1=-2, dim2=-1).copy_(own)
 

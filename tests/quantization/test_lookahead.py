@@ -13,9 +13,9 @@ from compress.quantization.solvers.path_following import GPFQ
 def layer(rows=12, columns=30, samples=200, seed=0):
     draws = torch.Generator().manual_seed(seed)
     inputs = torch.randn(samples, columns, generator=draws)
-    inputs = inputs + 2 * inputs[:, :1] + inputs.roll(1, 1)
+    inputs = (inputs + inputs[:, :1] + 0.9 * inputs.roll(1, 1)).double()
     weight = 2 * torch.randn(rows, columns, generator=draws)
-    return weight.double(), (inputs.T @ inputs).double()
+    return weight.double(), inputs.T @ inputs
 
 
 def rounded(inverse):
