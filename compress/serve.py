@@ -9,6 +9,7 @@ import io
 import os
 import socket
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -229,15 +230,17 @@ def _bound(host: str, port: int) -> socket.socket:
     """A socket on that address that does not listen yet. Raises UserError where it cannot be had."""
     if not 0 <= port <= 65535:
         raise UserError(f"--port: found {port}; accepted: 0 to 65535, 0 for a free one")
-    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-    try:
-        if os.name == "posix":  # elsewhere it would share the port of another program
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((host, port))
-    except (OSError, UnicodeError) as failure:
-        listener.close()
-        reason = getattr(failure, "strerror", None) or failure
-        raise UserError(
-            f"--host, --port: found {host} and {port} ({reason}); accepted: an address of this machine and a free port"
-        ) from None
+    with ExitStack() as unless_bound:
+        try:
+            listener = unless_bound.enter_context(socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET))
+            if os.name == "posix":  # elsewhere it would share the port of another program
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind((host, port))
+        except (OSError, UnicodeError) as failure:
+            reason = getattr(failure, "strerror", None) or failure
+            raise UserError(
+                f"--host, --port: found {host} and {port} ({reason}); accepted: an address of this machine and a free "
+                "port"
+            ) from None
+        unless_bound.pop_all()
     return listener

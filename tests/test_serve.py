@@ -1,6 +1,7 @@
 """The page of `scripts/serve.py`: what it says of pictures and files, and the page itself in a real browser."""
 
 import contextlib
+import errno
 import os
 import re
 import shutil
@@ -398,12 +399,27 @@ def has_ipv6():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6")
 @pytest.mark.parametrize("host", ["::1", "[::1]"])
-def test_an_address_of_ipv6_has_its_brackets_in_the_url(folder, tmp_path, host):
+def test_an_address_of_ipv6_has_its_brackets_in_the_url_or_is_refused_where_there_is_none(folder, tmp_path, host):
+    if not has_ipv6():
+        with pytest.raises(UserError, match="found ::1 and 0 "):
+            serve([folder / "float.safetensors"], host, 0)
+        return
     with running(folder / "float.safetensors", "--host", host, temporary=tmp_path) as (_, address):
         assert re.fullmatch(r"http://\[::1\]:\d+/", address)
         assert b"float.safetensors" in urlopen(address).read()
+
+
+def test_a_kind_of_address_that_the_machine_does_not_have_is_one_line(folder, monkeypatch):
+    class Without(socket.socket):
+        def __init__(self, family):
+            if family == socket.AF_INET6:
+                raise OSError(errno.EAFNOSUPPORT, "Address family not supported by protocol")
+            super().__init__(family)
+
+    monkeypatch.setattr(socket, "socket", Without)
+    with pytest.raises(UserError, match=r"found ::1 and 0 \(Address family not supported"):
+        serve([folder / "float.safetensors"], "::1", 0)
 
 
 @pytest.mark.slow
