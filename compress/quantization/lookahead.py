@@ -38,11 +38,12 @@ class Lookahead:
         smallest = (ROUNDING * energy.sum(-1)).clamp_min(torch.finfo(gram.dtype).tiny)
         ridge = torch.maximum(ridge, smallest)[..., None]
         self.factor, ridge = _factor(ordered, ridge)
-        weight = self.factor.diagonal(dim1=-2, dim2=-1)  # its square: what the column weighs with all that follow
-        self.scale = weight.T if gram.dim() == 3 else weight[:, None]
+        # Its square is what is left of a column's energy, and the ridge, once those after it have made up for theirs.
+        diagonal = self.factor.diagonal(dim1=-2, dim2=-1)
         # The ridge is on the open columns only, so that its part of the column itself is taken off again.
-        own = torch.maximum(weight.square() - ridge, OWN * energy).masked_fill_(energy <= 0, 0)
-        self.matrix = self.factor * weight[..., None]
+        own = torch.maximum(diagonal.square() - ridge, OWN * energy).masked_fill_(energy <= 0, 0)
+        self.scale = diagonal.reshape(-1, len(order)).T  # (d, 1) or (d, N)
+        self.matrix = self.factor * diagonal[..., None]
         self.matrix.diagonal(dim1=-2, dim2=-1).copy_(own)
 
     def __call__(

@@ -114,7 +114,8 @@ def follow_path(problem: Problem, block_size: int, rounded: Round) -> Tensor:
 def follow(target: Tensor, gram: Tensor, keep: Tensor | None, block_size: int, decide_block: DecideBlock) -> Tensor:
     """Steps (d, M), in place of the numerators `target` (d, M) that they come from; `keep` (d, M) is 0 where pruned.
 
-    Columns lie along dimension 0, which keeps the row of one step contiguous.
+    Columns lie along dimension 0, which keeps the row of one step contiguous. Of `gram` what lies above the diagonal is
+    not read.
     """
     inverse = reciprocal(rows_last(gram).diagonal().T)  # (d, 1) or (d, N)
     count, rows = inverse.shape
