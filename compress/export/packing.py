@@ -20,6 +20,7 @@ from compress.export.numbers import NumberReader, NumberWriter
 from compress.models.canonical import Layer, layers
 from compress.models.folding import find_foldable, fold_pairs
 from compress.quantization.activations import InputQuantizer, attach_input_quantizer, input_quantizers
+from compress.quantization.biases import LEVELS, rounded, short_biases
 from compress.quantization.grid import Grid, code_dtype
 from compress.quantization.quantized import QuantizedLayer, QuantizedModel, float_state
 
@@ -58,9 +59,10 @@ def pack_network(
         entries.append(entry)
     shared = _shared(quantized)
     names = sorted(quantized.float_state.keys() - shared.keys())
+    kept = quantized.float_state | short_biases(quantized)
     content = {
         LAYERS: entries,
-        STATE: [numbers.add(quantized.float_state[name]) for name in names],
+        STATE: [numbers.add(kept[name]) for name in names],
         STRUCTURE: _structure(every, quantized.float_state, quantized.folded),
         WORDS: words,
     }
@@ -103,6 +105,11 @@ def unpack_network(
     numbers.finish()
     state |= {name: state[other] for name, other in shared.items()}
     state |= {f"{name}.weight": layer.grid.dequantize(layer.codes) for name, layer in coded.items()}
+    for name in [*coded, *tied]:
+        if f"{name}.bias" in state and entries[name].get("inputs") == LEVELS:
+            scale = coded[tied.get(name, name)].grid.scale
+            bias, input_scale = state[f"{name}.bias"], state[f"{name}.input_quantizer.scale"]
+            state[f"{name}.bias"] = rounded(bias, scale, input_scale)
     state |= {f"{name}.weight": state[f"{holder}.weight"] for name, holder in tied.items()}
     skipped = description.get("skipped", {})
     grids = grids_as_json(QuantizedModel(model, coded, state, folded, skipped, tied))

@@ -21,6 +21,7 @@ from compress.models.baking import bake_parametrizations, copied
 from compress.models.canonical import LAYERS, canonical, layers
 from compress.models.folding import batch_norm_gain, batch_norm_of, find_foldable, fold_pairs
 from compress.quantization.activations import InputQuantizer, attach_input_quantizer, detach_input_quantizer
+from compress.quantization.biases import round_biases
 from compress.quantization.coded_steps import CodedBits, CodedStep, Rate, coded_bits
 from compress.quantization.grid import Grid, code_dtype, per_channel
 from compress.quantization.learned_step import check_finite, fake_quantize, positive
@@ -86,7 +87,8 @@ class FakeQuantization:
 
     @torch.no_grad()
     def bake(self, prepared: nn.Module, input_shape: Sequence[int]) -> QuantizedModel:
-        """Integer codes of a network that `prepare` made: what they compute is what it computes in eval mode.
+        """Integer codes of a network that `prepare` made: what they compute is what it computes in eval mode, but for
+        the biases of layers on integers, which are rounded, see `compress.quantization.biases`.
 
         Where the factor of a BatchNorm is negative, a channel's codes are mirrored. Raises UserError, naming the layer,
         for values that are not finite.
@@ -114,6 +116,7 @@ class FakeQuantization:
         for name, layer in prepared.named_modules():
             if hasattr(layer, "input_quantizer"):
                 attach_input_quantizer(plain.get_submodule(name), layer.input_quantizer.fixed(name))
+        round_biases(plain, solved, {})
         return QuantizedModel(plain.eval(), solved, float_state(plain, solved), pairs, skipped)
 
 

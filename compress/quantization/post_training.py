@@ -11,6 +11,7 @@ from compress.models.canonical import Layer, layer_of
 from compress.models.inference import full_float32
 from compress.quantization.activations import attach_input_quantizer
 from compress.quantization.batch_norm import match_output_statistics, move_statistics
+from compress.quantization.biases import round_bias
 from compress.quantization.calibration import CalibrationBatches, walk
 from compress.quantization.grid import Grid
 from compress.quantization.layer import corrected_bias, layer_moments, solve_layer
@@ -166,6 +167,7 @@ class _Layers:
             found = found._replace(grid=grid, bias=bias)
         self.solved[name] = found = _shortened(found, target, layer, quantized_inputs[0], analog_inputs[0])
         set_weight(target, found.codes, found.grid, found.bias)
+        round_bias(target, found.grid)
         self.progress(len(self.solved), len(self.prepared.order), f"{found.bits:.3g} bit  {name}")
 
     def _share(self, name: str, holder: str, quantized: list[Tensor], analog: list[Tensor]) -> None:
@@ -175,6 +177,7 @@ class _Layers:
         if self.options.correction.bias:
             moments = self.options.grams.moments(layer, quantized, analog, centre=True)
             target.bias = nn.Parameter(corrected_bias(layer, target.weight, moments), requires_grad=False)
+        round_bias(target, self.solved[holder].grid)
 
     def _quantize_inputs(self, target: Layer, name: str, inputs: list[Tensor]) -> list[Tensor]:
         inputs_and_later = inputs + self.repeated.get(name, [])

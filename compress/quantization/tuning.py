@@ -19,6 +19,7 @@ from compress.errors import UserError, first_line
 from compress.models.canonical import layer_of
 from compress.models.inference import full_float32
 from compress.quantization.activations import InputQuantizer, attach_input_quantizer, input_quantizers
+from compress.quantization.biases import round_biases, short_biases
 from compress.quantization.calibration import BATCH, walk
 from compress.quantization.grid import Grid, per_channel
 from compress.quantization.options import Progress, silent
@@ -49,7 +50,7 @@ class Tuner:
 
     Trained are the scales of the grids (one for a layer whose channels all have the same), and all parameters of one
     dimension: biases and what norms multiply and add. Codes, zero points, statistics of norms, matrices and kernels
-    that stayed float and the grids of inputs stay. Numbers that float16 held exactly are float16 again afterwards.
+    that stayed float and the grids of inputs stay. Numbers that a file kept in float16 are float16 again afterwards.
     """
 
     @full_float32()
@@ -155,9 +156,11 @@ class _Trained:
             scale = _as_precise(tuned, grid.scale, least=SMALLEST)
             layers[name] = replace(layer, grid=Grid(scale, grid.zero_point, grid.levels))
             layer_of(network, name).weight.copy_(layers[name].grid.dequantize(layer.codes))
+        short = short_biases(quantized)
         for name, value in self.vectors.items():
             parameter = network.get_parameter(name)
-            parameter.copy_(_as_precise(value, parameter))
+            parameter.copy_(_as_precise(value, short.get(name, parameter)))
+        round_biases(network, layers, quantized.tied)
         state = float_state(network, [*layers, *quantized.tied])
         return replace(quantized, model=network, layers=layers, float_state=state)
 

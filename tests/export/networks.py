@@ -8,6 +8,7 @@ from compress.data.digits import Digits
 from compress.export.description import NetworkDescription
 from compress.quantization import Grid
 from compress.quantization.activations import InputQuantizer, attach_input_quantizer
+from compress.quantization.biases import round_bias
 from compress.quantization.quantized import QuantizedLayer, QuantizedModel, float_state
 
 IMAGES = torch.randn(32, 3, 8, 8, generator=torch.Generator().manual_seed(1))
@@ -47,6 +48,7 @@ def with_inputs(quantized, levels=256):
         low, high = min(0.0, seen[0].min().item()), max(0.0, seen[0].max().item())
         scale = (high - low) / (levels - 1)
         attach_input_quantizer(layer, InputQuantizer(scale, round(-low / scale), levels))
+        round_bias(layer, quantized.layers[name].grid)
     return quantized
 
 
@@ -113,6 +115,7 @@ def lone_convolution(weight_scale, bias, highest=254):
     model[0].weight = nn.Parameter(grid.dequantize(codes))
     model[0].bias = nn.Parameter(torch.tensor(bias))
     attach_input_quantizer(model[0], InputQuantizer(0.03, 120, 256))
+    round_bias(model[0], grid)
     layer = QuantizedLayer(codes, grid, 8, None)
     return QuantizedModel(model.eval(), {"0": layer}, float_state(model, ["0"]), [], {})
 

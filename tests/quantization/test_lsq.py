@@ -133,11 +133,12 @@ def test_a_network_of_a_rate_is_read_back_as_it_was_trained(tmp_path, activation
     prepared = trained(network(), fake).eval()
     baked = fake.bake(prepared, SHAPE)
     expected, actual = prepared(images(64)).detach(), baked.model(images(64)).detach()
-    # Scales and biases are those of float16.
-    assert (actual - expected).square().mean().sqrt() < 2e-2 * expected.std()
+    # Scales and biases are those of float16, and the biases are rounded to sums of codes.
+    assert (actual - expected).square().mean().sqrt() < 4e-2 * expected.std()
     assert baked.rate == pytest.approx(float(rate(prepared)[1]), rel=0.05)  # codes of mirrored channels are mirrored
     halved = [layer.grid.scale for layer in baked.layers.values()]
-    halved += [value for name, value in baked.float_state.items() if name.endswith(".bias")]
+    if activation_bits is None:
+        halved += [value for name, value in baked.float_state.items() if name.endswith(".bias")]
     assert all(torch.equal(values, values.half().float()) for values in halved)
 
     path = tmp_path / "model.safetensors"
