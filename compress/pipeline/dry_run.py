@@ -19,8 +19,8 @@ from compress.pipeline.parts import Parts
 from compress.pipeline.teacher_cache import cached_views
 from compress.pipeline.teachers import cache_path
 from compress.progress import console
-from compress.quantization import Measures
-from compress.quantization.options import silent
+from compress.quantization import QuantizedModel
+from compress.quantization.rate_search import budget_bytes
 
 
 def show(job: Job, data_sets: DataSets) -> None:
@@ -90,22 +90,30 @@ def _sizes(parts: Parts, student: nn.Module) -> dict[str, int]:
     if grids is not None:
         input_shape = parts.data.input_shape
         baked = grids.bake(grids.prepare(student, input_shape), input_shape)
-        sizes["lsq"] = file_bytes(baked, description)
-        if grids.weight_rate is not None:
-            # Training is what leads to the rate.
-            weights = sum(layer.codes.numel() for layer in baked.layers.values())
-            sizes["lsq"] += round((grids.weight_rate - baked.rate) * weights / 8)
-    if parts.quantizer is not None:
-        # A few images will do, and whatever the options do for the accuracy.
-        quantizer = parts.quantizer.roughly()
-        batches = parts.data.calibration_batches(parts.data.num_classes)
-        size = partial(file_bytes, description=description)
-        measures = Measures(size, size(student))
-        # What a drop allows is not known before the training, and which layers a latency leaves in float takes a while.
-        unknown = quantizer.max_drop is not None or quantizer.latency is not None
-        for variant in [] if unknown else quantizer.variants(student, batches, measures, silent):
-            sizes[variant.label] = size(variant.model)
+        # Training is what leads to a rate.
+        rate = baked.rate if grids.weight_rate is None else grids.weight_rate
+        sizes["lsq"] = _size_at(rate, baked, file_bytes(baked, description))
+    quantizer = parts.quantizer
+    # What a drop allows is not known before the training, and which layers a latency leaves in float takes a while.
+    if quantizer is None or quantizer.max_drop is not None or quantizer.latency is not None:
+        return sizes
+    if quantizer.budget is not None:
+        return sizes | {"budget": budget_bytes(quantizer.budget, file_bytes(student, description))}
+    # A few images will do, and whatever the options do for the accuracy.
+    quantizer, batches = quantizer.roughly(), parts.data.calibration_batches(parts.data.num_classes)
+    for width in quantizer.widths:
+        sizes[f"{width} bit"] = file_bytes(quantizer(student, batches, width), description)
+    if quantizer.coded_rates:
+        quantized = quantizer.at_rates(student, batches).walk(quantizer.coded_rates[0])
+        size = file_bytes(quantized, description)
+        sizes |= {f"{rate} bits/weight": _size_at(rate, quantized, size) for rate in quantizer.coded_rates}
     return sizes
+
+
+def _size_at(rate: float, quantized: QuantizedModel, size: int) -> int:
+    """Bytes of a file like that of `quantized`, of `size` bytes, at another rate."""
+    weights = sum(layer.codes.numel() for layer in quantized.layers.values())
+    return size + round((rate - quantized.rate) * weights / 8)
 
 
 def _add(printed: Table, role: str, stem: str, network: nn.Module, input_shape: tuple[int, int, int]) -> None:

@@ -23,6 +23,7 @@ from compress.export.packed import read_model
 from compress.methods.supervised import Supervised
 from compress.pipeline.check import checked_jobs
 from compress.pipeline.parts import Parts
+from compress.pipeline.standalone import quantize_checkpoint
 from compress.quantization.post_training import quantize
 from compress.results.record import Record
 
@@ -274,6 +275,23 @@ def test_the_dry_run_knows_about_the_size_of_the_packed_files(finished, capsys):
         [kilobytes] = re.findall(rf"{row.bits} bit ([\d.]+) kB", said)
         assert float(kilobytes) == pytest.approx(row.bytes / 1000, rel=0.1)
     assert sorted(Path("outputs/runs").iterdir()) == before
+
+
+def test_the_dry_run_knows_about_the_size_at_rates_and_under_a_budget(finished, tmp_path, capsys):
+    _, result = finished
+    options = ["quantizer.bits=[]", "quantizer.rates=[3,1.5]"]
+    checkpoint = result.directory / "models" / "student-fp32.safetensors"
+    quantize_checkpoint([f"checkpoint={checkpoint}", "data=digits", f"output_directory={tmp_path}", *options])
+    [written] = tmp_path.glob("**/tradeoff.csv")
+    rows = {row["bits"]: int(row["bytes"]) for row in csv.DictReader(written.open())}
+    capsys.readouterr()
+    assert main([*SMALL, "--dry-run", *options]) == 0
+    said = capsys.readouterr().out
+    for rate in ("3.0", "1.5"):
+        [kilobytes] = re.findall(rf"{rate} bits/weight ([\d.]+) kB", said)
+        assert float(kilobytes) == pytest.approx(rows[rate] / 1000, rel=0.1)
+    assert main([*SMALL, "--dry-run", "quantizer.budget=30kB", "quantizer.bits=null"]) == 0
+    assert "budget 30.0 kB" in capsys.readouterr().out
 
 
 def test_a_given_checkpoint_is_the_teacher(finished, tmp_path):
