@@ -75,6 +75,7 @@ def _points(seeds: Sequence[Mapping[str, Mapping[str, Any]]]) -> dict[str, list[
     for name in [name for name in seeds[0] if all(name in measured for measured in seeds)]:
         for index, row in enumerate(seeds[0][name]["rows"]):
             kind = CODEC if row["quantizer"] == CODEC else RATES if row["levels"] is None else WIDTHS
+            kind = name if name.startswith(RATES) else kind
             rows = [(measured[name]["rows"][index], measured[name]["float"]) for measured in seeds]
             validation, test = (
                 statistics.mean(100 * (row[column] - reference[column]) for row, reference in rows)
@@ -82,7 +83,7 @@ def _points(seeds: Sequence[Mapping[str, Mapping[str, Any]]]) -> dict[str, list[
             )
             size = statistics.mean(row["bytes"] for row, _ in rows)
             kinds.setdefault(kind, []).append(Point(size, validation, drop=-test))
-    return {kind: kinds[kind] for kind in (WIDTHS, RATES, CODEC) if kind in kinds}
+    return {kind: kinds[kind] for kind in sorted(kinds, key=lambda kind: (kind == CODEC, kind != WIDTHS, kind))}
 
 
 def _kilobytes(size: float | None, points: Sequence[Point], drop: float) -> str:

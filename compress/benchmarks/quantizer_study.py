@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from compress.benchmarks import nncodec
-from compress.benchmarks.bytes_at_drop import CODEC, drop_table
+from compress.benchmarks.bytes_at_drop import CODEC, RATES, drop_table
 from compress.config.compose import compose_jobs
 from compress.config.recorded import read_config
 from compress.data.module import DataModule
@@ -32,6 +32,10 @@ MAIN = {
     "gpfq, all layers": ["quantizer=gpfq", *TUNED, "quantizer.bits=[2]", "quantizer.first_last_bits=null"],
     "gpfq, inputs 8 bit": ["quantizer=gpfq", *TUNED, "quantizer.bits=[8]", "quantizer.activation_bits=8"],
     "gpfq, rates": ["quantizer=gpfq", *TUNED, "quantizer.bits=[]", "quantizer.rates=[3,2.04,1.4,1.03,0.74,0.6]"],
+    f"{RATES}, 8 survivors": [
+        *("quantizer=gpfq", *TUNED, "quantizer.bits=[]", "quantizer.rates=[2.04,1.4,1.03,0.74,0.6]"),
+        "quantizer.refinement.survivors=8",
+    ],
     # Within the size of 3 bit.
     "gpfq, budget": ["quantizer=gpfq", *TUNED],
 }
@@ -39,6 +43,7 @@ COMPARED = {
     "gpfq, without search and sweeps": ["quantizer=gpfq", *PLAIN, LOW],
     "gpfq, norms re-estimated": ["quantizer=gpfq", *TUNED, LOW, "quantizer.correction.batch_norm=true"],
     "gpfq, without bias correction": ["quantizer=gpfq", *TUNED, LOW, "quantizer.correction.bias=false"],
+    "gpfq, 8 survivors": ["quantizer=gpfq", *TUNED, LOW, "quantizer.refinement.survivors=8"],
     "gptq": ["quantizer=gptq", *TUNED, LOW],
     "qronos": ["quantizer=qronos", *TUNED, LOW],
     "rtn": ["quantizer=rtn", LOW],

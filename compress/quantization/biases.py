@@ -10,6 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from compress.models.canonical import Layer, layer_of
 from compress.quantization.activations import InputQuantizer
 from compress.quantization.grid import Grid
 from compress.quantization.quantized import QuantizedLayer, QuantizedModel, in_half
@@ -23,36 +24,34 @@ def rounded(bias: Tensor, scale: Tensor, input_scale: Tensor) -> Tensor:
     return ((bias.double() / step).round() * step).to(bias.dtype)
 
 
-def round_bias(layer: nn.Module, grid: Grid) -> None:
+def round_bias(layer: Layer, grid: Grid) -> None:
     """Rounds the bias of a `layer` with its weight on `grid`, if it has one and a fixed grid of 8 bits for inputs."""
-    inputs = _wide_inputs(layer)
-    if inputs is not None:
-        value = rounded(layer.bias.detach(), grid.scale, inputs.scale)
-        layer.bias = nn.Parameter(value, requires_grad=layer.bias.requires_grad)
+    bias, inputs = layer.bias, _wide_inputs(layer)
+    if bias is not None and inputs is not None:
+        layer.bias = nn.Parameter(rounded(bias.detach(), grid.scale, inputs.scale), requires_grad=bias.requires_grad)
 
 
 def round_biases(network: nn.Module, layers: Mapping[str, QuantizedLayer], tied: Mapping[str, str]) -> None:
     """`round_bias` for all `layers` of `network`, and those that are `tied` to them."""
     for name in [*layers, *tied]:
-        round_bias(network.get_submodule(name), layers[tied.get(name, name)].grid)
+        round_bias(layer_of(network, name), layers[tied.get(name, name)].grid)
 
 
 def short_biases(quantized: QuantizedModel) -> dict[str, Tensor]:
     """By name, values of float16 that are rounded to a bias of `quantized`, for each rounded bias that has such."""
     found = {}
     for name in [*quantized.layers, *quantized.tied]:
-        layer = quantized.model.get_submodule(name)
-        inputs = _wide_inputs(layer)
-        short = None if inputs is None else in_half(layer.bias.detach())
-        if inputs is not None and short is not None:
+        layer = layer_of(quantized.model, name)
+        bias, inputs = layer.bias, _wide_inputs(layer)
+        short = None if bias is None or inputs is None else in_half(bias.detach())
+        if bias is not None and inputs is not None and short is not None:
             scale = quantized.layers[quantized.tied.get(name, name)].grid.scale
-            if torch.equal(rounded(short, scale, inputs.scale), layer.bias):
+            if torch.equal(rounded(short, scale, inputs.scale), bias):
                 found[f"{name}.bias"] = short
     return found
 
 
-def _wide_inputs(layer: nn.Module) -> InputQuantizer | None:
-    """The grid of the inputs of a `layer` with a bias, if it has the most levels."""
+def _wide_inputs(layer: Layer) -> InputQuantizer | None:
+    """The grid of the inputs of `layer`, if it has the most levels."""
     inputs = getattr(layer, "input_quantizer", None)
-    is_wide = isinstance(inputs, InputQuantizer) and inputs.levels == LEVELS
-    return inputs if is_wide and getattr(layer, "bias", None) is not None else None
+    return inputs if isinstance(inputs, InputQuantizer) and inputs.levels == LEVELS else None

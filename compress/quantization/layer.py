@@ -75,7 +75,8 @@ def solve_layer_for_price(
     # The ridge adds to the error of every weight, which is worth no bits: on other images there is none of it. And the
     # Grams may be of a part of the patches only.
     price *= (1 + moments.grown_ridge) * moments.count / moments.seen
-    answers, step = solve_for_price(parts, price, options.refinement.sweeps)
+    refinement = options.refinement
+    answers, step = solve_for_price(parts, price, refinement.sweeps, survivors=refinement.survivors)
     codes = torch.zeros(weight.shape, dtype=torch.int32, device=weight.device)
     for rows, answer in zip(slices, answers, strict=True):
         codes[rows, live] = answer.to(torch.int32)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from compress.quantization.problem import DecideBlock, product
 from compress.quantization.solvers.path_following import follow
+from compress.quantization.survivors import ChooseBlock, follow_survivors
 
 # The least part of the energy of a column that the others cannot make up for.
 OWN = 1e-4
@@ -45,6 +46,8 @@ class Lookahead:
         self.scale = diagonal.reshape(-1, len(order)).T  # (d, 1) or (d, N)
         self.matrix = self.factor * diagonal[..., None]
         self.matrix.diagonal(dim1=-2, dim2=-1).copy_(own)
+        # What is lost by a unit of its square where an open column leaves its reference, and others do not follow.
+        self.credit = (ridge * own / (ridge + own)).reshape(-1, len(order)).T
 
     def __call__(
         self, reference: Tensor, gradient: Tensor, keep: Tensor | None, block_size: int, decide_block: DecideBlock
@@ -54,9 +57,22 @@ class Lookahead:
         reference: (d, N), where they are. gradient: (d, N), half of what the error falls by for a unit more of each.
         keep: (d, N), 0 where a weight is pruned and its reference is zero. `decide_block` as for `follow`.
         """
+        values, keep = self._values(reference, gradient), None if keep is None else keep[self.order]
+        return self._in_place(follow(values, self.matrix, keep, block_size, decide_block))
+
+    def with_survivors(
+        self, reference: Tensor, gradient: Tensor, keep: Tensor | None, count: int, choose_block: ChooseBlock
+    ) -> Tensor:
+        """The same with `count` survivors of each row, see `follow_survivors`."""
+        values, keep = self._values(reference, gradient), None if keep is None else keep[self.order]
+        ordered = reference[self.order]
+        return self._in_place(follow_survivors(values, self.matrix, self.credit, ordered, keep, count, choose_block))
+
+    def _values(self, reference: Tensor, gradient: Tensor) -> Tensor:
         passed = _solve(self.factor, gradient[self.order]) * self.scale
-        values = product(self.matrix, reference[self.order]).add_(passed)
-        decided = follow(values, self.matrix, None if keep is None else keep[self.order], block_size, decide_block)
+        return product(self.matrix, reference[self.order]).add_(passed)
+
+    def _in_place(self, decided: Tensor) -> Tensor:
         return torch.empty_like(decided).index_copy_(0, self.order, decided)
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from compress.quantization.lookahead import Lookahead, both_ways
 from compress.quantization.problem import Decide, DecideBlock, product, rows_last
 from compress.quantization.refinement import sweep_once
+from compress.quantization.survivors import NEVER, Choose
 
 # Codes lie in -LARGEST..LARGEST, so that a 16-bit grid holds them.
 LARGEST = 2**15 - 1
@@ -81,6 +82,26 @@ class CodeLengths:
 
         return decide
 
+    def choose_block(self, price: Tensor) -> Choose:
+        """What finds for values (B, M) of a column the best code, as `decide_block` does, and the better neighbour."""
+        margin = self.bits.new_full((1,), NEVER)
+        bits = torch.cat([margin, self.bits, margin])
+        borders = self._borders(price)
+
+        def choose(column: int, values: Tensor) -> tuple[Tensor, Tensor]:
+            # Rows of borders are of rows of a layer, or one for all.
+            turned = values.T if len(borders[column]) > 1 else values
+            first = self._between(borders[column], turned.contiguous()).view_as(turned)
+            first = first.T if len(borders[column]) > 1 else first
+            around = torch.stack([first, first - 1, first + 1])
+            penalties = price[column] * bits[(around - (self.first - 1)).long()]
+            below, above = (around[1:] - values).square() + penalties[1:]
+            second = torch.where(below <= above, -1.0, 1.0)
+            other = torch.where(below <= above, penalties[1], penalties[2])
+            return torch.stack([first, first + second]), torch.stack([penalties[0], other])
+
+        return choose
+
     def _borders(self, price: Tensor) -> Tensor:
         """Of the codes' intervals, at each price: (..., K - 1)."""
         return torch.cummax(self._midpoints + price[..., None] * self._half_differences, -1).values
@@ -119,14 +140,15 @@ def _histogram(codes: Sequence[Tensor], margin: int = 0) -> tuple[int, Tensor]:
 
 @torch.no_grad()
 def solve_for_price(
-    parts: Sequence[Part], price: float, sweeps: int, block_size: int = 128
+    parts: Sequence[Part], price: float, sweeps: int, block_size: int = 128, survivors: int = 1
 ) -> tuple[list[Tensor], float]:
     """(codes (N, d) of each part, step): floats of whole numbers; a weight is `step` times its code.
 
     price: the output error, in the unit of the Grams, that a bit is worth. A first pass over the columns and as many
     more as there are `sweeps` minimise one objective: those with a lookahead, in turn from the columns of least energy
     to those of most and back, the last of them back, and the last of all by coordinate descent. After each the step is
-    fitted to the codes as `refit_scales` does, and the lengths of the codes are counted anew.
+    fitted to the codes as `refit_scales` does, and the lengths of the codes are counted anew. survivors: how many
+    answers to a row are in the race in passes with a lookahead, see `compress.quantization.survivors`.
     """
     layer = [_Rows(part, block_size) for part in parts]
     count = sum(part.weight.numel() for part in parts)
@@ -140,7 +162,7 @@ def solve_for_price(
     lengths = CodeLengths.of([rows.rounded(step) for rows in layer])
     for left in reversed(range(max(sweeps, 1))):
         for rows in layer:
-            rows.look_ahead(left % 2, step, price, lengths)
+            rows.look_ahead(left % 2, step, price, lengths, survivors)
         step = _fitted(layer, step)
         lengths = CodeLengths.of([rows.codes for rows in layer])
     if sweeps:
@@ -173,11 +195,19 @@ class _Rows:
         self.moments = product(self.part.gram, self.codes)
         self.lookaheads = both_ways(self.part.gram, rounding)
 
-    def look_ahead(self, way: int, step: float, price: float, lengths: CodeLengths) -> None:
+    def look_ahead(self, way: int, step: float, price: float, lengths: CodeLengths, survivors: int) -> None:
         keep = None if self.part.mask is None else self.part.mask.T.to(self.weight.dtype)
         gradient = self.target / step - self.moments
-        decide_block = self._decide_block(step, price, lengths)
-        self.codes = self.lookaheads[way](self.codes, gradient, keep, self.block_size, decide_block)
+        lookahead = self.lookaheads[way]
+        if survivors > 1:
+
+            def choose_block(inverse: Tensor, rows: slice) -> Choose:
+                return lengths.choose_block(price / step**2 * inverse)
+
+            self.codes = lookahead.with_survivors(self.codes, gradient, keep, survivors, choose_block)
+        else:
+            decide_block = self._decide_block(step, price, lengths)
+            self.codes = lookahead(self.codes, gradient, keep, self.block_size, decide_block)
         self.moments = product(self.part.gram, self.codes)
 
     def sweep(self, step: float, price: float, lengths: CodeLengths) -> None:

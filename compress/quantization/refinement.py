@@ -17,6 +17,7 @@ from compress.arguments import check_fields
 from compress.quantization.grid import Grid
 from compress.quantization.lookahead import both_ways
 from compress.quantization.problem import Decide, DecideBlock, Problem, Solver, product, reciprocal, rows_last
+from compress.quantization.survivors import NEVER, Choose
 
 
 @dataclass(frozen=True)
@@ -24,12 +25,14 @@ class Refinement:
     """What becomes of a solver's answer: the best of `scale_candidates` scales, then `sweeps` over its codes.
 
     Candidates are spread evenly from 0.7 to 1.2 times the scale that the grid came with. Sweeps, and `refit`, are those
-    of `refine_codes`. One candidate and no sweep leave the answer as it is.
+    of `refine_codes`. One candidate and no sweep leave the answer as it is. survivors: how many answers to a row are in
+    the race in sweeps with a lookahead, and in the first pass of a rate, see `compress.quantization.survivors`.
     """
 
     scale_candidates: Annotated[int, Field(ge=1, le=64)] = 1
     sweeps: Annotated[int, Field(ge=0)] = 0
     refit: bool = False
+    survivors: Annotated[int, Field(ge=1, le=64)] = 1
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -43,7 +46,9 @@ class Refinement:
             codes, grid = solver(problem), problem.grid
         if self.sweeps:
             problem = replace(problem, grid=grid)
-            codes, grid = refine_codes(problem, codes, self.sweeps, refit=self.refit, shared=shared)
+            codes, grid = refine_codes(
+                problem, codes, self.sweeps, refit=self.refit, shared=shared, survivors=self.survivors
+            )
         return codes, grid
 
 
@@ -69,13 +74,19 @@ def search_scales(
 
 @torch.no_grad()
 def refine_codes(
-    problem: Problem, codes: Tensor, sweeps: int = 4, block_size: int = 128, refit: bool = False, shared: bool = False
+    problem: Problem,
+    codes: Tensor,
+    sweeps: int = 4,
+    block_size: int = 128,
+    refit: bool = False,
+    shared: bool = False,
+    survivors: int = 1,
 ) -> tuple[Tensor, Grid]:
     """Codes (N, d) and their grid after `sweeps`: all but the last with a lookahead, the last by coordinate descent.
 
     Coordinate descent replaces each column in turn by the best one given all others. With `refit` the scales are fitted
     to the codes after every sweep, see `refit_scales`. No sweep raises the error of a row: with a lookahead, a row
-    stays as it is where it would. Pruned weights stay zero.
+    stays as it is where it would. Pruned weights stay zero. survivors: of each row, in passes with a lookahead.
     """
     grid, gram = problem.grid, problem.gram
     zero_point = grid.zero_point.to(gram.dtype)
@@ -86,6 +97,17 @@ def refine_codes(
 
     def decide_block(inverse: Tensor) -> Decide:
         return decide
+
+    def choose_block(inverse: Tensor, rows: slice) -> Choose:
+        low, high = lowest[rows], highest[rows]
+
+        def choose(column: int, values: Tensor) -> tuple[Tensor, Tensor]:
+            first = torch.clamp(values.round(), low, high)
+            second = first + torch.where(values < first, -1.0, 1.0)
+            off = (second < low) | (second > high)
+            return torch.stack([first, second]), torch.stack([torch.zeros_like(values), NEVER * off])
+
+        return choose
 
     # Columns along dimension 0, in units of each row's scale: (d, N). The products with the Grams outlive a change of
     # the scales, and a change of the codes is added to them.
@@ -99,7 +121,11 @@ def refine_codes(
         scaled = target / grid.scale.to(gram.dtype)
         if left and lookaheads:
             lookahead = lookaheads[(left - 1) % 2]
-            found = lookahead(solved, scaled - moments, keep, block_size, decide_block)
+            gradient = scaled - moments
+            if survivors > 1:
+                found = lookahead.with_survivors(solved, gradient, keep, survivors, choose_block)
+            else:
+                found = lookahead(solved, gradient, keep, block_size, decide_block)
             after = product(gram, found)
             better = (found * (after - 2 * scaled)).sum(0) < (solved * (moments - 2 * scaled)).sum(0)
             solved, moments = torch.where(better, found, solved), torch.where(better, after, moments)
