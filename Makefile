@@ -4,7 +4,7 @@ BIN := .venv/bin
 
 FASHION_MNIST ?= /usr/share/datasets/fashion-mnist
 
-.PHONY: demo check test soak study quantizer-study docs reference lint audit format clean
+.PHONY: demo check test soak study figures quantizer-study docs reference lint audit format clean
 demo: .venv/installed
 	$(BIN)/python scripts/run.py method=dkd student=resnet18
 
@@ -20,9 +20,16 @@ test: .venv/installed-dev lint
 soak: .venv/installed-dev
 	$(BIN)/python -m pytest -m soak
 
-# Every method at every width, three seeds: under an hour and a half on two cores. Interrupted, it goes on where it was.
-study: .venv/installed
-	$(BIN)/python scripts/study.py outputs/study data.root=$(FASHION_MNIST)
+# Teachers, methods, students, pruning, orders, runtimes and quantizers, three seeds: about seven hours on two cores, of
+# which `scripts/study.py outputs/study --dry-run` tells the parts. Interrupted, it goes on where it was.
+STUDY := scripts/study.py outputs/study data.root=$(FASHION_MNIST) hydra/launcher=joblib
+study: .venv/installed-study
+	$(BIN)/python $(STUDY)
+	$(MAKE) quantizer-study
+
+# docs/study.md from what `make study` has finished.
+figures: .venv/installed-study
+	$(BIN)/python $(STUDY) --page docs/study.md --quantizers $(STUDIED)/quantizers.md
 
 # Every quantizer on trained networks, three seeds: about an hour on two cores. What is measured is not measured again.
 # With the package nncodec (see docs/results.md) the ISO codec, too.
@@ -74,4 +81,8 @@ clean:
 
 .venv/installed-docs: .venv/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[docs]'
+	touch $@
+
+.venv/installed-study: .venv/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[executorch,joblib,litert,onnx,openvino]'
 	touch $@

@@ -32,7 +32,7 @@ def _write_run(directory: Path, index: int, epochs: int, layers: int) -> Path:
     best = 0.8 + 0.03 * list(STUDENTS).index(student) + draw.gauss(0, 0.004)
     rows = [_row(32, STUDENTS[student], best)]
     rows += [_row(bits, STUDENTS[student], best - draw.uniform(0.5, 1) * 2.0 ** (-bits)) for bits in (8, 4, 3, 2)]
-    overrides = ["experiment=fashion_mnist_study", f"method={method}", f"student={student}"]
+    overrides = ["experiment=fashion_mnist_resnet20", f"method={method}", f"student={student}"]
     about = {
         "overrides": [*overrides, f"seed={seed}", f"optimizer.lr={rate}"],
         "started": f"2026-01-{1 + index // 24 % 28:02}T{index % 24:02}:00:00+00:00",

@@ -80,6 +80,13 @@ def compose_jobs(overrides: Sequence[str], multirun: bool = False) -> list[Job]:
         return _compose_sweep(overrides) if multirun else [compose_job(overrides)]
 
 
+def expand(overrides: Sequence[str]) -> list[list[str]]:
+    """What is typed for each job of a sweep over `overrides`, but for the keys of `grid`; nothing is composed."""
+    register()
+    with initialized():
+        return _expand(overrides)
+
+
 def parse(override: str) -> Override:
     """`key=value` in Hydra's grammar. Raises UserError where it cannot be read."""
     try:

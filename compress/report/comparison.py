@@ -103,7 +103,7 @@ def groups(runs: Sequence[Run]) -> tuple[Group, ...]:
         latest = {run.seed: run for run in sorted(members, key=lambda run: run.record.started)}
         chosen = tuple(latest[seed] for seed in sorted(latest))
         repeated = tuple(run for run in members if run not in chosen)
-        result.append(Group(chosen, repeated, settings, _variants(chosen)))
+        result.append(Group(chosen, repeated, settings, variants(chosen)))
     return tuple(result)
 
 
@@ -119,7 +119,7 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
     return front
 
 
-def _variants(runs: Sequence[Run]) -> tuple[Variant, ...]:
+def variants(runs: Sequence[Run]) -> tuple[Variant, ...]:
     """The variants that any of the runs has, in the order of the rows."""
     rows: dict[Any, list[Row]] = defaultdict(list)
     for run in runs:

@@ -6,7 +6,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from compress.report.collect import Collection, relative
-from compress.report.comparison import Group, groups, pareto_front, statistic
+from compress.report.comparison import Group, Variant, groups, pareto_front, statistic
 from compress.report.finished import Run
 from compress.report.replaced_project import FIGURES
 from compress.results.markdown import escaped, markdown_table
@@ -60,23 +60,28 @@ def means_table(data: str, compared: Sequence[Group]) -> Table:
     """A line per variant of each group, all of them on the same data, with the Pareto front marked."""
     variants = [(group, variant) for group in compared for variant in group.variants]
     front = set(pareto_front([(variant.bytes, variant.test_accuracy) for _, variant in variants]))
-    columns = columns_of("markdown")
     lines = []
     for index, (group, variant) in enumerate(variants):
         run = group.runs[0]
-        means = figures("markdown", variant.mean, group.reference(variant))
         cells = [run.method, run.student, group.settings, variant.row.name, str(len(variant.rows))]
-        for key, column in columns.items():
-            deviation = variant.deviation(key) if column.deviation else None
-            cells.append(column.printed(means[key]) + ("" if deviation is None else f" ± {column.printed(deviation)}"))
-        lines.append((*cells, "●" if index in front else ""))
-    headings = [column.heading for column in columns.values()]
+        lines.append((*cells, *figure_cells(group, variant), "●" if index in front else ""))
+    headings = [column.heading for column in columns_of("markdown").values()]
     head = ("method", "student", "settings", "variant", "seeds", *headings, "front")
     note = (
         "Mean ± sample deviation over seeds. ● no other variant is both smaller and more accurate (Pareto front). "
         "Speed: against fp32 in the same runtime, with ! where it is slower."
     )
     return Table(data, note, head, tuple(lines))
+
+
+def figure_cells(group: Group, variant: Variant) -> list[str]:
+    """Of a `variant` of the `group`, the mean in each column of Markdown, with its deviation where that is shown."""
+    means = figures("markdown", variant.mean, group.reference(variant))
+    cells = []
+    for key, column in columns_of("markdown").items():
+        deviation = variant.deviation(key) if column.deviation else None
+        cells.append(column.printed(means[key]) + ("" if deviation is None else f" ± {column.printed(deviation)}"))
+    return cells
 
 
 def reference_tables(compared: Sequence[Group]) -> list[Table]:

@@ -91,7 +91,7 @@ def resume(directory: Path, overrides: Sequence[str] = (), allowed: Collection[s
     overrides: of trainer.* and logger.* for these jobs, and of the launcher. allowed: names of code that were typed for
     them, see `compress.config.received`.
     """
-    sweep = _read(directory)
+    sweep = read(directory)
     check_overrides(chain.from_iterable(sweep.jobs), directory / SWEEP, allowed)
     launcher = list(filter(_is_for_launcher, overrides))
     settings = tuple(override for override in overrides if override not in launcher)
@@ -116,7 +116,7 @@ def latest(output_directory: Path) -> Path:
     """The sweep with jobs to run that was started last and is not going on."""
     paths = output_directory.glob(f"sweeps/*/{SWEEP}")
     for path in sorted(paths, key=lambda path: (path.stat().st_mtime_ns, str(path)), reverse=True):
-        if _read(path.parent).missing() and not _is_running(path.parent):
+        if read(path.parent).missing() and not _is_running(path.parent):
             return path.parent
     raise UserError(
         f"sweep: found no unfinished sweep in {output_directory}/sweeps; accepted: sweep=DIRECTORY, or "
@@ -254,7 +254,8 @@ def _report(sweep: Sweep) -> int:
     return exit_code(outcomes)
 
 
-def _read(directory: Path) -> Sweep:
+def read(directory: Path) -> Sweep:
+    """The sweep in `directory`. Raises UserError where there is none that can be read."""
     path = directory / SWEEP
     if not path.is_file() and (directory / "config.yaml").is_file():
         raise UserError(f"sweep: found {directory}, the directory of a run; accepted: resume={directory}")

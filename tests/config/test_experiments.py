@@ -5,7 +5,6 @@ import hashlib
 import os
 import pickle
 import re
-import runpy
 import shutil
 import subprocess
 import sys
@@ -16,16 +15,12 @@ import pytest
 from omegaconf import OmegaConf
 from sklearn.datasets import load_digits
 
-from compress.benchmarks.study_table import study_table
 from compress.cli import main
 from compress.data.cifar import CIFAR10
 from compress.paths import CONF
 from compress.pipeline.check import checked_jobs
-from compress.results.tradeoff import Row
 
 ROOT = Path(__file__).parents[2]
-STUDIED = ("supervised", "kd", "kd_mixup", "dkd", "dml", "qat")
-FASHION_MNIST = Path(os.environ.get("FASHION_MNIST", "/usr/share/datasets/fashion-mnist"))
 
 
 def write_cifar10(root, monkeypatch):
@@ -120,7 +115,7 @@ def test_the_fast_recipe_composes_for_each_of_its_data_sets(data, capsys):
     assert composed.student.stem == "resnet20"
 
 
-@pytest.mark.parametrize("name", ["capstone_cifar10", "capstone_cifar100", "fashion_mnist_study"])
+@pytest.mark.parametrize("name", ["capstone_cifar10", "capstone_cifar100"])
 def test_an_experiment_for_every_method_names_neither_method_nor_teacher(name):
     node = OmegaConf.load(CONF / "experiment" / f"{name}.yaml")
     overridden = {key.removeprefix("override /") for each in node.defaults for key in each}
@@ -133,53 +128,6 @@ def test_every_experiment_composes(name, capsys):
     composed = OmegaConf.create(capsys.readouterr().out)
     assert composed.student.stem
     assert composed.quantizer or composed.method._target_.endswith("QAT")
-
-
-def row(quantizer, bits, accuracy, levels=0):
-    values = dict.fromkeys(Row.__dataclass_fields__, 0) | {"quantizer": quantizer, "bits": bits, "levels": levels}
-    return Row(**values | {"test_accuracy": accuracy})
-
-
-def test_the_study_table_has_mean_and_deviation_over_the_seeds():
-    float_rows = [[row("none", 32, accuracy)] for accuracy in (0.90, 0.92, 0.94)]
-    trained = [[row("lsq", 4, 0.5), row("lsq", 2, 0.25), row("gpfq", 2.0, 0.75, levels=None)]]
-    assert study_table({"kd": float_rows, "qat": trained}).splitlines() == [
-        "| method | fp32 | 4 bit | 2 bit | 2.0 bits/weight |",
-        "|---|---|---|---|---|",
-        "| `kd` | 92.00 ± 2.00 |  |  |  |",
-        "| `qat` |  | 50.00 | 25.00 | 75.00 |",
-    ]
-
-
-@pytest.mark.slow
-@pytest.mark.fashion_mnist
-@pytest.mark.skipif(not FASHION_MNIST.exists(), reason=f"no Fashion-MNIST in {FASHION_MNIST}")
-@pytest.mark.parametrize(
-    "methods", [["kd", "qat"], pytest.param([*STUDIED], marks=pytest.mark.soak, id="every method")]
-)
-def test_the_study_runs_on_a_slice_and_goes_on_where_it_was(methods, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    options = [f"data.root={FASHION_MNIST}", "data.limit=600", "data.image_size=8", "trainer.max_epochs=4"]
-    monkeypatch.setattr(sys, "argv", ["study.py", "study", *options, "--seeds", "0", "--methods", *methods])
-
-    def study():
-        with pytest.raises(SystemExit) as ended:
-            runpy.run_path(str(ROOT / "scripts" / "study.py"), run_name="__main__")
-        assert ended.value.code == 0
-        return capsys.readouterr().out
-
-    first = study()
-    table = (tmp_path / "study" / "study.md").read_text()
-    assert table in first
-    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
-    assert lines[0] == ["method", "fp32", "8 bit", "4 bit", "3 bit", "2 bit", "2.0 bits/weight", "1.0 bits/weight"]
-    assert [line[0].strip("`") for line in lines[2:]] == methods
-    for line in lines[2:]:
-        accuracies = [float(cell) for cell in line[1:] if cell]
-        assert len(accuracies) == (4 if "qat" in line[0] else 7)
-        assert max(accuracies) > 15  # chance is 10
-    assert "epoch" not in study()
-    assert (tmp_path / "study" / "study.md").read_text() == table
 
 
 @pytest.mark.slow
