@@ -27,7 +27,7 @@ from compress.models.baking import copied
 from compress.pipeline.parts import Parts
 from compress.results.markdown import markdown_table
 
-PEERS = ("ours", "brevitas", "nncf", "mct", "torchao", "aimet")
+PEERS = ("ours", "brevitas", "nncf", "aimet")
 IMAGES = 512
 HEAD = (
     "by",

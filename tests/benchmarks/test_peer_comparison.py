@@ -70,16 +70,18 @@ def row(accuracy, weights, inputs=None, seconds=(4.0, 8.0, 30.0), **files):
 
 def test_the_tables_have_changes_and_all_bytes_with_the_widest_weights_first():
     rows = {"narrow": row(0.9, 2, bin=20_000), "wide": row(0.921, 8, 8, xml=1_500, bin=40_000), "also": row(0.92, 8)}
-    text = tables({"resnet20": {"float": 0.92, "rows": {"nncf": rows, "mct": {"other": row(0.91, 2, 8, onnx=30_000)}}}})
+    text = tables(
+        {"resnet20": {"float": 0.92, "rows": {"nncf": rows, "aimet": {"other": row(0.91, 2, 8, onnx=30_000)}}}}
+    )
     assert text.startswith("resnet20, fp32 92.00 % on the test set\n\nWeights of 8 bits:\n\n| by | setting |")
-    assert [line for line in text.splitlines() if line.startswith(("Weights", "| nncf", "| mct"))] == [
+    assert [line for line in text.splitlines() if line.startswith(("Weights", "| nncf", "| aimet"))] == [
         "Weights of 8 bits:",
         "| nncf | also | float | 92.00 | +0.00 | 0.0 | 8.0 | 3.00 | .xml and .bin: openvino |",
         "Weights and inputs of 8 bits:",
         "| nncf | wide | 8 | 92.10 | +0.10 | 41.5 | 8.0 | 3.00 | .xml and .bin: openvino |",
         "Weights of 2 bits:",
         "| nncf | narrow | float | 90.00 | -2.00 | 20.0 | 8.0 | 3.00 | .xml and .bin: openvino |",
-        "| mct | other | 8 | 91.00 | -1.00 | 30.0 | 8.0 | 3.00 | .xml and .bin: openvino |",
+        "| aimet | other | 8 | 91.00 | -1.00 | 30.0 | 8.0 | 3.00 | .xml and .bin: openvino |",
     ]
 
 
@@ -88,8 +90,6 @@ def test_the_tables_have_changes_and_all_bytes_with_the_widest_weights_first():
     [
         ("brevitas", "onnxoptimizer"),
         ("nncf", "nncf"),
-        ("mct", "model_compression_toolkit"),
-        ("torchao", "executorch"),
         ("aimet", "aimet_torch"),
     ],
 )

@@ -4,8 +4,6 @@ As in that example: BatchNorm is merged and the graph equalized in 20 iterations
 minimises their squared error, and biases are corrected in the end. The first and the last layer have 8 bits, as here.
 """
 
-from argparse import Namespace
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,36 +18,19 @@ PACKAGES = ("brevitas",)
 
 
 def settings() -> dict[str, Setting]:
-    """GPFQ, GPTQ and learned rounding at 8 bits with inputs of 8, and at 4 and 2 bits of the weights alone."""
+    """GPTQ at 8 bits with inputs of 8, and at 4 and 2 bits of the weights alone."""
     import onnxoptimizer  # noqa: F401  # its export imports it, after all the work
-    from brevitas_examples.imagenet_classification.ptq import learned_round_utils, ptq_common
+    from brevitas_examples.imagenet_classification.ptq import ptq_common  # noqa: F401
 
-    round_options = Namespace(
-        learned_round="hard_sigmoid",
-        learned_round_mode="layerwise",
-        learned_round_loss="regularised_mse",
-        learned_round_iters=1000,
-        learned_round_lr=1e-3,
-        learned_round_lr_scheduler=None,
-        learned_round_batch_size=1,
-    )
-    solvers = {
-        "GPTQ": lambda model, loader: ptq_common.apply_gptq(loader, model),
-        "GPFQ": lambda model, loader: ptq_common.apply_gpfq(loader, model, act_order=False),
-        "learned round": lambda model, loader: learned_round_utils.apply_learned_round(model, loader, round_options),
-    }
     return {
-        f"{name}, {bits} bit": Setting(
-            bits, inputs, partial(_quantized, solver, bits, inputs), _write, _read, ".onnx, QCDQ", "onnxruntime"
+        f"GPTQ, {bits} bit": Setting(
+            bits, inputs, partial(_quantized, bits, inputs), _write, _read, ".onnx, QCDQ", "onnxruntime"
         )
         for bits, inputs in ((8, 8), (4, None), (2, None))
-        for name, solver in solvers.items()
     }
 
 
-def _quantized(
-    solver: Callable[[Any, Any], None], bits: int, inputs: int | None, network: nn.Module, images: Tensor
-) -> tuple[Any, Tensor]:
+def _quantized(bits: int, inputs: int | None, network: nn.Module, images: Tensor) -> tuple[Any, Tensor]:
     """The quantized network, and an image to export it with."""
     from brevitas.graph.quantize import layerwise_quantize, preprocess_for_quantize
     from brevitas_examples.imagenet_classification.ptq import ptq_common
@@ -61,7 +42,7 @@ def _quantized(
         model(images[:64])  # which makes the scales, as the example does
     if inputs is not None:
         ptq_common.calibrate(loader, model)
-    solver(model, loader)
+    ptq_common.apply_gptq(loader, model)
     ptq_common.apply_bias_correction(loader, model)
     return model.eval(), images[:1]
 
