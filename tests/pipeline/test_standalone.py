@@ -260,7 +260,8 @@ def test_the_study_measures_the_networks_of_runs_and_goes_on_where_it_was(run, t
     measured = json.loads(path.read_text())
     del measured["sha256"]
     [known] = measured["resnet8"].values()
-    assert set(known) == {"gpfq", "gpfq, all layers", "gpfq, inputs 8 bit", "gpfq, rates", "gpfq, budget"}
+    options = {"gpfq", "gpfq, all layers", "gpfq, inputs 8 bit", "gpfq, rates", "rates, 8 survivors", "gpfq, budget"}
+    assert set(known) == options
     assert [row["bits"] for row in known["gpfq"]["rows"]] == [8, 4, 3, 2]
     uniform, coded = known["gpfq"]["rows"][2], known["gpfq, budget"]["rows"][0]
     assert coded["bytes"] <= uniform["bytes"]
@@ -275,7 +276,7 @@ def test_the_study_measures_the_networks_of_runs_and_goes_on_where_it_was(run, t
     change = 100 * (uniform["test_accuracy"] - run.rows[0].test_accuracy) / 2
     [line] = [line for line in output.splitlines() if line.startswith("| gpfq | 3 |")]
     assert f"| {change:+.2f} ± {abs(change) * 2**0.5:.2f} |" in line
-    assert "| drop, points | fixed widths, kB | rates, kB |\n" in output
+    assert "| drop, points | fixed widths, kB | rates, kB | rates, 8 survivors, kB |\n" in output
     code, _, said = study(tmp_path)
     assert (code, said) == (2, f"error: {tmp_path}: found no finished run; accepted: directories with a result.json\n")
 
