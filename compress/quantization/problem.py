@@ -17,6 +17,8 @@ from compress.quantization.grid import Grid
 
 # Columns of a symmetric product that are made at once.
 STRIPE = 512
+# Columns of a block on a GPU, where the first two of a walk are launched and all others replayed.
+FEW = 32
 # Turns the best values (M,) of the column of that number in a block, in units of the scales, to codes in place.
 Decide = Callable[[int, Tensor], None]
 # Makes it for a block, given 1 / G[t, t] of its columns: (b, 1), or (b, N) where rows have Grams of their own.
@@ -90,6 +92,16 @@ def product(matrix: Tensor, columns: Tensor) -> Tensor:
         return matrix @ columns
     apart: Tensor = torch.linalg.vecdot(matrix, columns.T[:, None])
     return apart.T.contiguous()
+
+
+def columns_together(gram: Tensor, block_size: int) -> int:
+    """How many columns of a layer are decided before the later ones are told: `block_size`, and on a GPU at most FEW.
+
+    All of them where rows have Grams (N, d, d) of their own, which have few columns.
+    """
+    if gram.dim() == 3:
+        return gram.shape[-1]
+    return min(block_size, FEW) if gram.is_cuda else block_size
 
 
 def rows_last(matrix: Tensor) -> Tensor:

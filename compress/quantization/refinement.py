@@ -14,9 +14,19 @@ from pydantic import Field
 from torch import Tensor
 
 from compress.arguments import check_fields
+from compress.cuda_graph import Walk
 from compress.quantization.grid import Grid
 from compress.quantization.lookahead import both_ways
-from compress.quantization.problem import Decide, DecideBlock, Problem, Solver, product, reciprocal, rows_last
+from compress.quantization.problem import (
+    Decide,
+    DecideBlock,
+    Problem,
+    Solver,
+    columns_together,
+    product,
+    reciprocal,
+    rows_last,
+)
 from compress.quantization.survivors import NEVER, Choose
 
 
@@ -152,20 +162,24 @@ def sweep_once(
     """
     inverse = reciprocal(rows_last(gram).diagonal().T)  # (d, 1) or (d, N)
     count = len(inverse)
-    if gram.dim() == 3:  # of few columns
-        block_size = count
+    block_size = columns_together(gram, block_size)
+
+    def walk(best: Tensor, codes: Tensor, scale: Tensor, inner: Tensor, kept: Tensor | None = None) -> None:
+        decide = decide_block(scale)
+        for column, (values, before) in enumerate(zip(best.unbind(0), codes.unbind(0), strict=True)):
+            decide(column, values)
+            if kept is not None:
+                torch.where(kept[column], values, before, out=values)
+            best[column + 1 :].addcmul_(inner[column, column + 1 :], values - before, value=-1)
+
+    walk_block = Walk(walk)
     for start in range(0, count, block_size):
         stop = min(start + block_size, count)
         codes, scale = solved[start:stop], inverse[start:stop]
         best = torch.addcmul(codes, target[start:stop] - moments[start:stop], scale)
         # What a unit of the code of one column takes from what is best of another.
         inner = rows_last(gram[..., start:stop, start:stop]) * scale
-        decide = decide_block(scale)
-        for column, (values, before) in enumerate(zip(best.unbind(0), codes.unbind(0), strict=True)):
-            decide(column, values)
-            if mask is not None:
-                torch.where(mask[:, start + column], values, before, out=values)
-            best[column + 1 :].addcmul_(inner[column, column + 1 :], values - before, value=-1)
+        walk_block(best, codes, scale, inner, *([] if mask is None else [mask.T[start:stop].contiguous()]))
         moved = best - codes
         if bool(moved.any()):
             codes.copy_(best)

@@ -14,6 +14,8 @@ from compress.quantization.grid import Grid
 
 # Elements worked on at a time, so that a pass over the candidates stays in the cache.
 CHUNK = 1 << 16
+# And on a GPU, which is to have enough to do.
+CHUNK_OF_GPU = 1 << 24
 # From so many levels on, one level more on a side is no gain.
 FINE = 64
 ZeroPoint = Literal["symmetric", "mirrored", "affine"]
@@ -102,7 +104,7 @@ def mse_grid(
         importance = importance.expand_as(weight)
         # So it must not set the range either, unless nothing else does.
         weight = torch.where(used | ~(used & (weight != 0)).any(1, keepdim=True), weight, 0.0)
-    rows = max(1, CHUNK // max(1, weight.shape[1]))
+    rows = max(1, (CHUNK_OF_GPU if weight.is_cuda else CHUNK) // max(1, weight.shape[1]))
     chunks = weight.split(rows)
     shares = [None] * len(chunks) if importance is None else importance.split(rows)
     parts = [_mse_rows(chunk, levels, share, candidates) for chunk, share in zip(chunks, shares, strict=True)]

@@ -13,8 +13,19 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from compress.cuda_graph import Walk
 from compress.quantization.grid import code_dtype
-from compress.quantization.problem import STRIPE, Decide, DecideBlock, Problem, Solver, product, reciprocal, rows_last
+from compress.quantization.problem import (
+    STRIPE,
+    Decide,
+    DecideBlock,
+    Problem,
+    Solver,
+    columns_together,
+    product,
+    reciprocal,
+    rows_last,
+)
 
 Threshold = Annotated[float, Field(ge=0)]
 BlockSize = Annotated[int, Field(ge=1)]
@@ -66,18 +77,15 @@ class SPFQ(Solver):
     block_size: BlockSize = 128
 
     def __call__(self, problem: Problem) -> Tensor:
-        generator = torch.Generator(problem.gram.device).manual_seed(self.seed)
-
-        def decide(values: Tensor) -> Tensor:
-            draws = torch.rand(values.shape, generator=generator, dtype=values.dtype, device=values.device)
-            return values.add_(draws).floor_()
-
-        return follow_path(problem, self.block_size, decide)
+        return follow_path(problem, self.block_size, Tensor.floor_, torch.Generator().manual_seed(self.seed))
 
 
 @torch.no_grad()
-def follow_path(problem: Problem, block_size: int, rounded: Round) -> Tensor:
-    """Codes (N, d) by path following; `rounded` rounds the values of a step."""
+def follow_path(problem: Problem, block_size: int, rounded: Round, generator: torch.Generator | None = None) -> Tensor:
+    """Codes (N, d) by path following; `rounded` rounds the values of a step.
+
+    generator: on the CPU, whose draws from 0 to 1 are added to the values before; None: nothing is.
+    """
     grid, dtype = problem.grid, problem.gram.dtype
     codes = grid.zero_point.to(code_dtype(grid.levels))[:, None].repeat(1, problem.weight.shape[1])
     gram, keep, index = problem.gram, None, None
@@ -95,6 +103,10 @@ def follow_path(problem: Problem, block_size: int, rounded: Round) -> Tensor:
     # Where rows have Grams of their own, a dead column has a numerator of 0 and takes zero.
     target = numerators(problem.weight.to(dtype), problem.cross, index, block_size)
     target = target.repeat(1, scale.shape[0] // problem.weight.shape[0]) / scale
+    if generator is not None:
+        draws = torch.rand(target.shape, generator=generator, dtype=dtype).to(target.device)
+        diagonal = rows_last(gram).diagonal().T[:, None]
+        target.unflatten(1, (-1, diagonal.shape[2])).addcmul_(draws.unflatten(1, (-1, diagonal.shape[2])), diagonal)
     lowest, highest = -zero_point, grid.levels - 1 - zero_point
 
     def decide(column: int, values: Tensor) -> None:
@@ -119,10 +131,20 @@ def follow(target: Tensor, gram: Tensor, keep: Tensor | None, block_size: int, d
     """
     inverse = reciprocal(rows_last(gram).diagonal().T)  # (d, 1) or (d, N)
     count, rows = inverse.shape
-    if gram.dim() == 3:  # of few columns
-        block_size = count
+    block_size = columns_together(gram, block_size)
     # Where rows have Grams of their own, these are shared by the candidates, which lie along a dimension in between.
     apart = (-1, rows)
+
+    def walk(block: Tensor, scale: Tensor, inner: Tensor, keep: Tensor | None = None) -> None:
+        decide = decide_block(scale)
+        later = block.unflatten(1, apart)
+        for step, values in enumerate(block.unbind(0)):
+            decide(step, values)
+            if keep is not None:
+                values.mul_(keep[step])
+            later[step + 1 :].addcmul_(inner[step, step + 1 :], values.view(apart), value=-1)
+
+    walk_block = Walk(walk)
     for start in range(0, count, block_size):
         stop = min(start + block_size, count)
         block = target[start:stop]
@@ -132,13 +154,7 @@ def follow(target: Tensor, gram: Tensor, keep: Tensor | None, block_size: int, d
         block.unflatten(1, apart).mul_(scale[:, None])
         # What a unit of one step takes from a later one. Of the transposed copy a step reads what lies together.
         inner = (rows_last(gram[..., start:stop, start:stop].transpose(-1, -2)) * scale)[:, :, None]
-        decide = decide_block(scale)
-        later = block.unflatten(1, apart)
-        for step, values in enumerate(block.unbind(0)):
-            decide(step, values)
-            if keep is not None:
-                values.mul_(keep[start + step])
-            later[step + 1 :].addcmul_(inner[step, step + 1 :], values.view(apart), value=-1)
+        walk_block(block, scale, inner, *([] if keep is None else [keep[start:stop]]))
     return target
 
 
