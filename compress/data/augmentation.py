@@ -116,10 +116,13 @@ def crop_and_mirror(
     """Pads `(B, C, H, W)` with zeros, cuts image b out at row `top[b]`, column `left[b]`, and mirrors where asked.
 
     `top`, `left`: int64 `(B,)` in 0..2*padding, None for the middle; `mirrored`: bool `(B,)`, None for no image.
-    All crops are one gather of rows: a strided view of the padded batch has a row starting at every byte, and the
-    rows that begin where the crops do are taken from it. Mirrored images are padded mirrored (their crop then begins
-    at `2 * padding - left`) at the end of the padded batch; the gather restores the order.
+    On a CPU all crops are one gather of rows: a strided view of the padded batch has a row starting at every byte, and
+    the rows that begin where the crops do are taken from it. Mirrored images are padded mirrored (their crop then
+    begins at `2 * padding - left`) at the end of the padded batch; the gather restores the order. On a GPU it is one
+    of pixels, see `gathered`.
     """
+    if images.is_cuda:
+        return gathered(images, top, left, mirrored, padding)
     batch, channels, height, width = images.shape
     pixels = images.permute(0, 2, 3, 1)
     padded = images.new_zeros((batch, height + 2 * padding, width + 2 * padding, channels))
@@ -142,6 +145,25 @@ def crop_and_mirror(
     every_row = padded.as_strided((padded.numel() - run + 1, run), (1, 1))
     cropped = every_row.index_select(0, starts.flatten())
     return cropped.view(batch, height, width, channels).permute(0, 3, 1, 2)
+
+
+def gathered(images: Tensor, top: Tensor | None, left: Tensor | None, mirrored: Tensor | None, padding: int) -> Tensor:
+    """`crop_and_mirror` in fewer and larger operations, which a GPU is faster at and a CPU is not."""
+    batch, channels, height, width = images.shape
+    middle = torch.full((batch,), padding)
+    straight = torch.zeros(batch, dtype=torch.bool)
+    chosen = [middle if top is None else top, middle if left is None else left]
+    chosen.append(width * (straight if mirrored is None else mirrored).long())
+    first_row, first_column, turned = moved(torch.stack(chosen), images.device)[:, :, None]
+    rows = torch.arange(-padding, height - padding, device=images.device) + first_row
+    columns = torch.arange(width, device=images.device)
+    columns = (columns - turned).abs() - (turned > 0).long() - padding + first_column
+    inside = ((rows >= 0) & (rows < height))[:, :, None] & ((columns >= 0) & (columns < width))[:, None]
+    place = rows.clamp(0, height - 1)[:, :, None] * width + columns.clamp(0, width - 1)[:, None]
+    place = place + torch.arange(0, batch * height * width, height * width, device=images.device)[:, None, None]
+    pixels = images.permute(0, 2, 3, 1).reshape(-1, channels).index_select(0, place.flatten())
+    pixels *= inside.view(-1, 1)
+    return pixels.view(batch, height, width, channels).permute(0, 3, 1, 2)
 
 
 def cut_out_(images: Tensor, row: Tensor, column: Tensor, side: int) -> Tensor:

@@ -65,18 +65,19 @@ class ImageBatches(Dataset[Batch]):
         else:
             # (n, H, W, C): selecting along the first dimension then copies one run of bytes per image.
             pixels = self.images.permute(0, 2, 3, 1)
-            images = pixels.index_select(0, moved(index, self.device)).permute(0, 3, 1, 2)
+            here = moved(index, self.device)
+            return self.finish(index, pixels.index_select(0, here).permute(0, 3, 1, 2), here)
         return self.finish(index, images)
 
-    def finish(self, index: Tensor, images: Tensor) -> Batch:
-        """The batch of the images at `index`, given as uint8 `(B, 3, S, S)` on the device."""
+    def finish(self, index: Tensor, images: Tensor, here: Tensor | None = None) -> Batch:
+        """The batch of the images at `index`, given as uint8 `(B, 3, S, S)` on the device; `here` is `index` there."""
         if self._augmentation is None:
             images = self._normalisation(resized_rgb(images, self._normalisation.width))
         else:
             images = self._augmentation(images, self._choices[index], self._normalisation)
-        index = moved(index, self.device)
-        labels = self.labels.index_select(0, index)
-        return (images, labels) if self._views is None else (images, labels, index)
+        here = moved(index, self.device) if here is None else here
+        labels = self.labels.index_select(0, here)
+        return (images, labels) if self._views is None else (images, labels, here)
 
 
 @dataclass(frozen=True)

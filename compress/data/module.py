@@ -16,6 +16,7 @@ from compress.data.augmentation import Augmentation
 from compress.data.dataset import Batch, EpochSampler, ImageBatches, Share, evaluation_batches, identity_collate
 from compress.data.disk_loader import DiskLoader, cores
 from compress.data.draws import stratified_order
+from compress.data.grouped_loader import GroupedLoader
 from compress.data.memory import free_bytes
 from compress.data.normalisation import Normalisation
 from compress.data.randaugment import GREATEST_MAGNITUDE
@@ -224,6 +225,8 @@ class DataModule(pl.LightningDataModule):
     def _loader(self, images: ImageBatches, **options: Any) -> DataLoader[Batch]:
         if isinstance(images.images, OnDisk):
             return DiskLoader(images, workers=self.workers, **options)
+        if images.device.type == "cuda":
+            return GroupedLoader(images, **options)
         return DataLoader(images, collate_fn=identity_collate, **options)
 
     def calibration_batches(self, count: int, batch_size: int = 128) -> list[Tensor]:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torchvision.transforms.v2 import RandAugment, functional
 
-from compress.data.augmentation import Augmentation, crop_and_mirror, cut_out_
+from compress.data.augmentation import Augmentation, crop_and_mirror, cut_out_, gathered
 from compress.data.normalisation import Normalisation
 from compress.data.randaugment import OPERATIONS, rand_augment
 
@@ -51,6 +51,20 @@ def test_the_corners_of_the_padding_are_reachable():
     assert torch.equal(shifted[0, :, 4:, 4:], images[0, :, :-4, :-4])
     assert torch.equal(shifted[1, :, :-4, :-4], images[1, :, 4:, 4:])
     assert (shifted[0, :, :4] == 0).all()
+
+
+@pytest.mark.parametrize(("height", "width", "padding"), [(32, 32, 4), (8, 8, 1), (7, 9, 2), (8, 8, 0)])
+@pytest.mark.parametrize("shifted", [True, False])
+@pytest.mark.parametrize("flip", [True, False])
+def test_what_a_gpu_gathers_is_what_a_cpu_does(height, width, padding, shifted, flip):
+    generator = torch.Generator().manual_seed(0)
+    images = some_images(64, max(height, width))[:, :, :height, :width].contiguous(memory_format=torch.channels_last)
+    top, left = torch.randint(2 * padding + 1, (2, 64), generator=generator) if shifted else (None, None)
+    mirrored = torch.randint(2, (64,), generator=generator).bool() if flip else None
+    expected = crop_and_mirror(images, top, left, mirrored, padding)
+    actual = gathered(images, top, left, mirrored, padding)
+    assert torch.equal(actual, expected)
+    assert actual.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_cut_out_fills_a_square_around_its_centre_and_stops_at_the_border():

@@ -2,7 +2,10 @@
 
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
+from compress.data import grouped_loader
+from compress.data.dataset import identity_collate
 from compress.data.digits import Digits
 from compress.data.draws import stratified_order
 from compress.errors import UserError
@@ -36,6 +39,20 @@ def test_epochs_and_seeds_differ_in_order_and_augmentation():
     first = epoch_of(data_module(seed=0), 0)
     for other in (epoch_of(data_module(seed=0), 1), epoch_of(data_module(seed=1), 0)):
         assert not torch.equal(first[1], other[1])
+
+
+@pytest.mark.parametrize("together", [1, 3 * 32 * 8 * 8 * 3 * 4, 1 << 26])
+def test_batches_made_together_are_those_made_one_by_one(together, monkeypatch):
+    monkeypatch.setattr(grouped_loader, "BYTES", together)
+    data = data_module(batch_size=32, randaugment=1)
+    data.replay(2)
+    images = data.train_dataloader().dataset
+    for options in ({"batch_size": 32, "drop_last": True}, {"batch_sampler": [[3, 1], [5], [2, 0, 9], [4]]}):
+        one_by_one = list(DataLoader(images, collate_fn=identity_collate, **options))
+        grouped = list(grouped_loader.GroupedLoader(images, **options))
+        assert [len(batch) for batch in grouped] == [3] * len(one_by_one)
+        for batch, expected in zip(grouped, one_by_one, strict=True):
+            assert all(map(torch.equal, batch, expected))
 
 
 def test_an_epoch_visits_every_image_once_but_for_the_last_smaller_batch():
