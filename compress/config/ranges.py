@@ -51,6 +51,7 @@ TRAINER = {
     "early_stopping": Count | None,
     "log_every": Annotated[int, Field(ge=0)],
     "compile": bool,
+    "cuda_graph": bool,
     "ema_decay": Annotated[float, Field(gt=0, lt=1)] | None,
 }
 TRAINER_REQUIRED = (

@@ -56,8 +56,12 @@ class CachedTeacher:
         """The logits of the training images at `index`, int64 `(B,)`, which are `images` in the epoch begun last."""
         if index is None or self.table is None:
             return self.teacher(images).half().float()
-        self.read += len(index)
         return self.table.index_select(0, index).float()
+
+    def note(self, index: Tensor | None) -> None:
+        """Counts the logits that are read for a batch."""
+        if index is not None and self.table is not None:
+            self.read += len(index)
 
     def begin_epoch(self, epoch: int) -> None:
         """Has the logits of this epoch's view ready."""

@@ -19,6 +19,7 @@ from compress.methods.cached_teacher import CachedTeacher
 from compress.methods.frozen_teacher import FrozenEnsemble, FrozenTeacher
 from compress.methods.learning_teacher import LearningTeacher
 from compress.methods.mixup import Blend, CutMix, Mixup
+from compress.methods.step_graph import StepGraph
 from compress.models.memory_format import lay_out
 from compress.optim.schedules import Schedule
 from compress.quantization.lsq import FakeQuantization
@@ -79,6 +80,8 @@ class Classifier(pl.LightningModule, ABC):
         self.teacher = teacher
         # Of the images of the batch, int64 (B,), where batches have them.
         self.index: Tensor | None = None
+        # What takes the steps that it can replay, see there.
+        self.step_graph: StepGraph | None = None
         for network in self.learning_networks:
             lay_out(network, input_shape)
 
@@ -86,6 +89,11 @@ class Classifier(pl.LightningModule, ABC):
     def learning_networks(self) -> list[nn.Module]:
         """The student, its peers, and a teacher that learns on."""
         return [*self.networks.values(), *([self.teacher.network] if isinstance(self.teacher, LearningTeacher) else [])]
+
+    @property
+    def hinders_record(self) -> str | None:
+        """Why a step of this method cannot stand for all of an epoch, see `StepGraph`; None where it can."""
+        return None
 
     @classmethod
     def number_of_peers(cls, options: Mapping[str, Any]) -> int:
@@ -155,6 +163,8 @@ class Classifier(pl.LightningModule, ABC):
     def on_train_epoch_start(self) -> None:
         if isinstance(self.teacher, CachedTeacher):
             self.teacher.begin_epoch(self.current_epoch)
+        if self.step_graph is not None:
+            self.step_graph.begin_epoch()
         # Dropout draws from the global generator: seeding it by epoch makes a resumed run draw the same masks.
         # Processes that train together draw different masks.
         torch.manual_seed(1_000_003 * self.seed + self.current_epoch + 7_368_787 * self.global_rank)
@@ -162,8 +172,19 @@ class Classifier(pl.LightningModule, ABC):
     def training_step(self, batch: tuple[Tensor, ...], batch_index: int) -> Tensor | None:
         images, target = batch[:2]
         self.index = batch[2] if len(batch) > 2 else None
-        logits, terms = self.losses(images, target, self.blend(images, batch_index))
-        return self.total_loss(logits, target, terms)
+        if isinstance(self.teacher, CachedTeacher):
+            self.teacher.note(self.index)
+        total = None if self.step_graph is None else self.step_graph(*batch)
+        if total is None:
+            values = self.values_of(images, target, self.blend(images, batch_index))
+            self.note(values)
+            total = values["loss"]
+        return total
+
+    def values_of(self, images: Tensor, target: Tensor, blend: Blend | None) -> dict[str, Tensor]:
+        """The loss terms of a batch by name, and `loss`, which is minimised, and `accuracy`."""
+        logits, terms = self.losses(images, target, blend)
+        return summed(logits, target, terms)
 
     def blend(self, images: Tensor, batch_index: int) -> Blend | None:
         """How this batch is blended, if it is."""
@@ -172,13 +193,10 @@ class Classifier(pl.LightningModule, ABC):
         place = batch_index + 1_000_003 * self.global_rank
         return self.mixup.draw(len(images), self.seed, self.current_epoch, place, images.shape[-2:])
 
-    def total_loss(self, logits: Tensor, target: Tensor, terms: dict[str, Tensor]) -> Tensor:
-        """The sum of the terms; all of them, and the accuracy, are recorded for the end of the epoch."""
-        total = torch.stack(list(terms.values())).sum()
-        accuracy = (logits.detach().argmax(1) == target).float().mean()
-        for name, value in (terms | {"loss": total, "accuracy": accuracy}).items():
+    def note(self, values: Mapping[str, Tensor]) -> None:
+        """Keeps values of a batch for the end of the epoch."""
+        for name, value in values.items():
             self.train_terms.setdefault(name, []).append(value.detach())
-        return total
 
     def on_train_epoch_end(self) -> None:
         # All batches have the same number of images.
@@ -244,3 +262,9 @@ class Classifier(pl.LightningModule, ABC):
         steps_per_epoch = int(self.trainer.estimated_stepping_batches) // epochs
         schedule: LRScheduler = self.schedule(optimizer, max(steps_per_epoch, 1), epochs)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def summed(logits: Tensor, target: Tensor, terms: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The `terms`, their sum as `loss`, and the `accuracy` of the logits `(B, C)`."""
+    accuracy = (logits.detach().argmax(1) == target).float().mean()
+    return {**terms, "loss": torch.stack(list(terms.values())).sum(), "accuracy": accuracy}

@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from compress.methods.classifier import Classifier
+from compress.methods.classifier import Classifier, summed
 from compress.methods.mixup import Blend
 
 
@@ -37,6 +37,10 @@ class DML(Classifier):
         # Several optimizers that take turns within a batch.
         self.automatic_optimization = False
 
+    @property
+    def hinders_record(self) -> str | None:
+        return "networks take turns"
+
     @classmethod
     def number_of_peers(cls, options: Mapping[str, Any]) -> int:
         return int(options["peers"])
@@ -62,7 +66,7 @@ class DML(Classifier):
             all_logits.append(logits)
             all_terms.append(terms)
         mean = {name: torch.stack([terms[name] for terms in all_terms]).mean() for name in all_terms[0]}
-        self.total_loss(all_logits[0], target, mean)
+        self.note(summed(all_logits[0], target, mean))
         schedules: Any = self.lr_schedulers()
         for schedule in schedules:
             schedule.step()

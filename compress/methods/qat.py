@@ -54,6 +54,10 @@ class QAT(Classifier):
         self.freeze_bn_epoch = freeze_bn_epoch
         self.rate_training = None if weight_rate is None else RateTraining(weight_rate)
 
+    @property
+    def hinders_record(self) -> str | None:
+        return None if self.rate_training is None else "the price of a bit follows from step to step"
+
     @classmethod
     def grids(cls, options: Mapping[str, Any]) -> FakeQuantization:
         names = ("weight_bits", "activation_bits", "first_last_bits", "weight_rate")

@@ -205,7 +205,7 @@ class _Member:
         )
         directory = path.with_suffix("")
         # Of the student's options only those that say where and how talkatively; the rest is not in the teacher's key.
-        options = {key: trainer[key] for key in ("accelerator", "devices", "log_every")}
+        options = {key: trainer[key] for key in ("accelerator", "devices", "log_every", "cuda_graph") if key in trainer}
         options |= {"max_epochs": training["epochs"], "precision": training["precision"], "early_stopping": None}
         macs = models.count_macs(network, data.input_shape)
         with threads_for(macs * data.batch_size):

@@ -17,6 +17,7 @@ from compress.checksums import check_archive
 from compress.errors import UserError, in_one_line
 from compress.files import write_atomically
 from compress.methods.classifier import Classifier
+from compress.methods.step_graph import StepGraph, hindrance
 from compress.progress import console
 from compress.training import processes
 from compress.training.averaging import MovingAverage
@@ -42,13 +43,15 @@ def fit(
 
     `directory` receives `best.ckpt` (highest validation accuracy, the earliest of equals) and `last.ckpt`, written
     at the end of every epoch. Training that diverges ends, with the best epoch before that. `trainer_options` are
-    Lightning's, and `early_stopping`, `log_every`, `ema_decay` and `compile`. Epochs before `first_best`, counted from
-    0, are not yet what is wanted: none of them can be the best, and none counts for early stopping.
+    Lightning's, and `early_stopping`, `log_every`, `ema_decay`, `compile` and `cuda_graph`. Epochs before `first_best`,
+    counted from 0, are not yet what is wanted: none of them can be the best, and none counts for early stopping.
 
     Raises UserError where training diverges in the first epoch.
     """
     options = arguments_of(trainer_options)
     called = _callbacks(options, directory, label, callbacks, first_best)
+    if options.pop("cuda_graph", True) and device(options["accelerator"]).type == "cuda":
+        replay(module, options)
     if options.pop("compile", False):
         compile_networks(module.learning_networks)
     if device(options["accelerator"]).type == "cuda" and options.get("deterministic") is None:
@@ -83,6 +86,8 @@ def fit(
         if restoring.is_going_on and in_one_line(failure) is None:
             raise damaged(last) from failure
         raise
+    finally:
+        module.step_graph = None  # whose memory on the GPU others may need now
     return trainer
 
 
@@ -222,6 +227,15 @@ class AtomicCheckpoints(TorchCheckpointIO):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         write_atomically(Path(path), lambda temporary: torch.save(checkpoint, temporary))
+
+
+def replay(module: Classifier, options: dict[str, Any]) -> None:
+    """Has `module` replay its steps where it can be under the Trainer's `options`."""
+    reason = hindrance(module, options)
+    if reason is None:
+        module.step_graph = StepGraph(module)
+    elif not processes.is_worker():
+        console.print(f"trainer.cuda_graph: off, as {reason}")
 
 
 def device(accelerator: str) -> torch.device:

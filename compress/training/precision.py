@@ -4,12 +4,16 @@ A processor that computes in bfloat16 gains on large convolutions, and may lose 
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
 from statistics import median
 
 import torch
 from torch import Tensor, nn
 
+from compress.cuda_graph import Recorded
+from compress.methods.step_graph import WARMING
 from compress.models.memory_format import lay_out
 
 # As trainer.precision has them.
@@ -38,23 +42,39 @@ def speedup_of_bfloat16(
     images = torch.randn(batch_size, *input_shape, device=device).contiguous(memory_format=torch.channels_last)
     for network in networks:
         lay_out(network.to(device).train(), input_shape)
-    started = time.perf_counter()
     pairs: list[tuple[float, float]] = []
+    steps = [_step(networks, images, autocast) for autocast in (False, True)]
+    started = time.perf_counter()
     while len(pairs) < 2 or (len(pairs) < STEPS and time.perf_counter() - started < SECONDS):
-        pairs.append((_seconds(networks, images, False), _seconds(networks, images, True)))
-    float32, bfloat16 = zip(*pairs[1:], strict=True)
-    speedup: float = median(float32) / median(bfloat16)
+        float32, bfloat16 = (_seconds(step, images.device) for step in steps)
+        pairs.append((float32, bfloat16))
+    float32, bfloat16 = (median(times) for times in zip(*pairs[1:], strict=True))
+    speedup: float = float32 / bfloat16
     return speedup
 
 
-def _seconds(networks: Sequence[nn.Module], images: Tensor, autocast: bool) -> float:
+def _step(networks: Sequence[nn.Module], images: Tensor, autocast: bool) -> Callable[[], object]:
+    """A step, on a GPU one that is replayed, as it is in training, where it can be."""
+
+    def step(images: Tensor) -> None:
+        for network in networks:
+            with torch.autocast(images.device.type, torch.bfloat16, enabled=autocast):
+                logits: Tensor = network(images)
+            logits.float().square().mean().backward()
+            network.zero_grad()
+
+    if images.device.type == "cuda":
+        for _ in range(WARMING):
+            step(images)
+        with suppress(RuntimeError):
+            return partial(Recorded(step, images), images)
+    return partial(step, images)
+
+
+def _seconds(step: Callable[[], object], device: torch.device) -> float:
     """The time of one step."""
     started = time.perf_counter()
-    for network in networks:
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=autocast):
-            logits: Tensor = network(images)
-        logits.float().square().mean().backward()
-        network.zero_grad()
-    if images.device.type == "cuda":
-        torch.cuda.synchronize(images.device)
+    step()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     return time.perf_counter() - started

@@ -15,7 +15,7 @@ from compress.cli import main
 from compress.config.ranges import TRAINER, TRAINER_REFUSED
 from compress.training.epoch_lines import EpochLines
 
-OURS = {"compile", "early_stopping", "ema_decay", "log_every"}
+OURS = {"compile", "cuda_graph", "early_stopping", "ema_decay", "log_every"}
 SHORT = ["method=supervised", "student=resnet8", "data.limit=100", "data.batch_size=16", "trainer.max_epochs=2"]
 SHORT += ["trainer.accelerator=cpu", "quantizer=none", "export=none", "hydra.run.dir=run"]
 IMAGES = {"validation": 15, "train": 85}
