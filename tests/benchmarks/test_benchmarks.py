@@ -218,7 +218,7 @@ def test_without_a_gpu_it_is_said_what_could_not_be_done(run_benchmark, tmp_path
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     code, output, _ = run_benchmark("gpu")
     assert code == 0
-    parts = ["tests", "distilling", "quantization"]
+    parts = ["distilling", "quantization", "recipe", "tests"]
     assert output.splitlines() == [f"{name}: not done, found no GPU" for name in parts]
     figures = json.loads((tmp_path / "gpu.json").read_text())
     assert (figures["done"], list(figures["not_done"])) == ({}, parts)
