@@ -52,23 +52,27 @@ def paired_latency_ms(
 ) -> list[float]:
     """Median milliseconds that each of `models` takes for `(batch, *input_shape)`, on one thread of this process.
 
-    The models take turns, so that whatever else the machine does falls on all of them alike. Each is called twice in a
-    turn, and the second call counts, so that none pays for the caches that the others have filled. A model that torch
-    does not compute keeps the number of threads that it was read with.
+    The models take turns, so that whatever else the machine does falls on all of them alike: medians are those of the
+    share of each in its turn, times the median turn, as a machine may change its speed within the turns. Each is called
+    twice in a turn, and the second call counts, so that none pays for the caches that the others have filled. A model
+    that torch does not compute keeps the number of threads that it was read with.
     """
     images = torch.randn(batch, *input_shape, generator=torch.Generator().manual_seed(0))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    times: list[list[float]] = [[] for _ in models]
+    turns: list[list[float]] = []
     try:
         with torch.inference_mode():
-            for turn in range(repeats + 1):  # the first one warms up
-                for model, timings in zip(models, times, strict=True):
+            for _ in range(repeats + 1):
+                turn = []
+                for model in models:
                     model(images)
                     started = time.perf_counter()
                     model(images)
-                    if turn > 0:
-                        timings.append(1000 * (time.perf_counter() - started))
+                    turn.append(1000 * (time.perf_counter() - started))
+                turns.append(turn)
     finally:
         torch.set_num_threads(threads)
-    return [statistics.median(timings) for timings in times]
+    del turns[0]  # which warms up
+    typical = statistics.median(map(sum, turns))
+    return [typical * statistics.median(turn[number] / sum(turn) for turn in turns) for number in range(len(models))]

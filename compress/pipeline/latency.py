@@ -15,7 +15,8 @@ from compress.export.formats import REFERENCE
 from compress.quantization import QuantizedModel
 from compress.quantization.latency import Runtime
 
-REPEATS = 30
+# Turns for two networks; more networks have fewer, down to the least.
+TURNS, LEAST_TURNS = 120, 30
 
 
 def runtime_of(exporters: Sequence[Exporter], description: NetworkDescription, images: Tensor) -> Runtime:
@@ -41,4 +42,5 @@ def _latencies_ms(
             path = Path(folder) / f"{number}{exporter.suffix}"
             exporter.write(path, network, description, [images])
             models.append(exporter.read_for_latency(path))
-        return paired_latency_ms(models, description.input_shape, repeats=REPEATS)
+        repeats = max(LEAST_TURNS, 2 * TURNS // len(models))
+        return paired_latency_ms(models, description.input_shape, repeats=repeats)

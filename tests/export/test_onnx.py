@@ -1,6 +1,7 @@
 """ONNX files: the integers that were evaluated, the logits of the network, integer kernels, and one file only."""
 
 import dataclasses
+import itertools
 import json
 import subprocess
 import sys
@@ -356,6 +357,25 @@ def test_latencies_are_one_per_model_and_the_models_take_turns():
     # Each is called once before the call that counts.
     assert calls == [(index, (4, 3, 8, 8)) for index in (0, 0, 1, 1)] * 6
     assert torch.get_num_threads() == threads
+
+
+def test_a_machine_that_changes_its_speed_leaves_latencies_in_proportion(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr("compress.evaluation.time.perf_counter", lambda: clock[0])
+    # Of each turn; the first warms up, and in the last the speed changes between the two.
+    seconds = {"quick": iter([9, 1, 1, 3, 3, 1]), "slow": iter([9, 2, 2, 6, 6, 6])}
+
+    def model(name):
+        calls = itertools.count()
+
+        def call(images):
+            if next(calls) % 2:
+                clock[0] += next(seconds[name]) / 1000
+
+        return call
+
+    quick, slow = paired_latency_ms([model("quick"), model("slow")], (3, 8, 8), repeats=5)
+    assert (quick, slow) == pytest.approx((7 / 3, 14 / 3))
 
 
 def test_the_metadata_is_json_that_any_reader_of_onnx_finds(file):
