@@ -6,7 +6,7 @@ FASHION_MNIST ?= /usr/share/datasets/fashion-mnist
 
 .PHONY: demo check test soak study figures quantizer-study docs reference lint audit format clean
 demo: .venv/installed
-	$(BIN)/python scripts/run.py method=dkd student=resnet18
+	$(BIN)/python scripts/run.py experiment=quickstart
 
 # The linters, and what needs neither a training nor a process nor seconds.
 check: .venv/installed-dev lint

@@ -14,7 +14,7 @@ from compress.quantization.solvers import RTN
 BATCH_NORM = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 SMALL, WIDE = (16, 16, 32, 64), (32, 64, 128, 256)
 CIFAR = {f"resnet{depth}": (depth, SMALL) for depth in (8, 20, 32, 44, 56, 110)}
-CIFAR |= {"resnet8x4": (8, WIDE), "resnet32x4": (32, WIDE)}
+CIFAR |= {"resnet8x4": (8, WIDE), "resnet32x4": (32, WIDE), "resnet8_narrow": (8, (8, 8, 16, 32))}
 WRN = {"wrn_16_1": (16, 1), "wrn_16_2": (16, 2), "wrn_40_1": (40, 1), "wrn_40_2": (40, 2)}
 TORCHVISION = {"resnet18": (18, [2, 2, 2, 2]), "resnet34": (34, [3, 4, 6, 3]), "resnet50": (50, [3, 4, 6, 3])}
 VGG_WIDE = (64, 128, 256, 512, 512)
