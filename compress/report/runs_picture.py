@@ -25,7 +25,7 @@ def draw_runs(path: Path, runs: Sequence[Run]) -> None:
         axes = figure.add_subplot(len(data), 1, index + 1)
         _draw_panel(axes, [group for group in compared if group.runs[0].data == name])
         axes.margins(x=0.06, y=0.12)
-        name_axes(axes, name, "size of the file, MB", "test accuracy, %")
+        name_axes(axes, name, "size of the file, kB", "test accuracy, %")
         axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=7, frameon=False)
     write_atomically(path, figure.savefig)
 
@@ -37,7 +37,7 @@ def _draw_panel(axes: Axes, compared: Sequence[Group]) -> None:
         colour = colours(number / (len(compared) - 1) * 0.92 if many else number)
         variants = [variant for variant in group.variants if variant.row.runtime == "torch"]
         variants.sort(key=lambda variant: variant.bytes)
-        megabytes = [variant.bytes / 1e6 for variant in variants]
+        kilobytes = [variant.bytes / 1e3 for variant in variants]
         accuracies = [100 * variant.test_accuracy for variant in variants]
         deviations = [100 * (variant.deviation("test_accuracy") or 0.0) for variant in variants]
         style: dict[str, Any] = {
@@ -46,10 +46,10 @@ def _draw_panel(axes: Axes, compared: Sequence[Group]) -> None:
             "markersize": 4,
             "linewidth": 1.2,
         }
-        axes.errorbar(megabytes, accuracies, yerr=deviations, capsize=2, label=label, **style)
+        axes.errorbar(kilobytes, accuracies, yerr=deviations, capsize=2, label=label, **style)
         if number == 0:  # the widths beside the points of one line
             offset: dict[str, Any] = {"textcoords": "offset points", "xytext": (0, 7), "ha": "center"}
-            for variant, point in zip(variants, zip(megabytes, accuracies, strict=True), strict=True):
+            for variant, point in zip(variants, zip(kilobytes, accuracies, strict=True), strict=True):
                 axes.annotate(variant.row.width, point, fontsize=7, color="0.35", **offset)
 
 

@@ -27,21 +27,21 @@ def draw_tradeoff(path: Path, rows: Sequence[Row], title: str, teacher_accuracy:
         axes.axhline(100 * teacher_accuracy, color="0.2", linewidth=1, linestyle=":", label="teacher, fp32")
     for family in dict.fromkeys(map(_family, variants)):
         members = sorted((row for row in variants if _family(row) == family), key=lambda row: row.bytes)
-        megabytes, accuracies = [row.bytes / 1e6 for row in members], [percent(row) for row in members]
-        axes.plot(megabytes, accuracies, marker="o", label=family)
-    axes.plot(reference.bytes / 1e6, percent(reference), marker="s", color="0.35", linestyle="none")
+        kilobytes, accuracies = [row.bytes / 1e3 for row in members], [percent(row) for row in members]
+        axes.plot(kilobytes, accuracies, marker="o", label=family)
+    axes.plot(reference.bytes / 1e3, percent(reference), marker="s", color="0.35", linestyle="none")
     for row in rows:
         axes.annotate(
             row.width.removesuffix(" bits/weight"),
-            (row.bytes / 1e6, percent(row)),
+            (row.bytes / 1e3, percent(row)),
             textcoords="offset points",
-            # The packed file of the same network is just as accurate and about as large.
-            xytext=(0, -14 if row.runtime == "torch" else 7),
+            # The packed file of the same network is as accurate and about as large, and rates lie among widths.
+            xytext=(0, -14 if row.runtime == "torch" and not row.coded else 7),
             ha="center",
             fontsize=8,
         )
     axes.margins(x=0.08, y=0.25)
-    name_axes(axes, title, "size of the file, MB", "test accuracy, %" if labelled else "same class as fp32, %")
+    name_axes(axes, title, "size of the file, kB", "test accuracy, %" if labelled else "same class as fp32, %")
     axes.legend(loc="lower right", fontsize=8, framealpha=0.9)
     write_atomically(path, figure.savefig)
 
@@ -56,7 +56,7 @@ def name_axes(axes: Axes, title: str, cost: str, accuracy: str) -> None:
     """The `cost`, logarithmic, below, and the `accuracy` on the left."""
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.9g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel(f"{cost} (logarithmic)")
     axes.set_ylabel(accuracy)
