@@ -4,7 +4,7 @@ import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -26,6 +26,9 @@ class Recorded:
         stream = _stream(current.device)
         stream.wait_stream(current)
         pool = None if instead_of is None else instead_of.graph.pool()
+        if instead_of is None:
+            # What is cached cannot become a part of the record, nor be given back while that is made.
+            torch.cuda.empty_cache()
         with torch.cuda.stream(stream), _without_collector():
             # Threads that load images may go on with what they do.
             self.graph.capture_begin(pool, capture_error_mode="thread_local")
@@ -48,27 +51,38 @@ class Recorded:
 class Walk:
     """`work` in place on the first of its arguments, a block of a tensor, for one block after the other.
 
-    On a GPU it is recorded at the second block of a shape and replayed from then on.
+    On a GPU it is recorded at the second block of a shape and replayed from then on. Where there is no memory for that,
+    it is done as usual.
     """
+
+    # The last of all walks: the next ones have its memory, of which nothing is needed between two calls.
+    last: ClassVar[Recorded | None] = None
 
     def __init__(self, work: Callable[..., None]) -> None:
         self.work = work
         self.recorded: dict[tuple[torch.Size, ...], Recorded | None] = {}
+        self.has_room = True
 
     def __call__(self, block: Tensor, *others: Tensor) -> None:
-        if not block.is_cuda:
+        recorded = self._recorded(block, *others) if block.is_cuda and self.has_room else None
+        if recorded is None:
             self.work(block, *others)
-            return
-        shapes = tuple(tensor.shape for tensor in (block, *others))
+        else:
+            recorded(block, *others)
+            block.copy_(recorded.inputs[0])
+
+    def _recorded(self, *inputs: Tensor) -> Recorded | None:
+        shapes = tuple(tensor.shape for tensor in inputs)
         if shapes not in self.recorded:
             self.recorded[shapes] = None
-            self.work(block, *others)
-            return
-        recorded = self.recorded[shapes]
-        if recorded is None:
-            recorded = self.recorded[shapes] = Recorded(self.work, block, *others)
-        recorded(block, *others)
-        block.copy_(recorded.inputs[0])
+            return None
+        if self.recorded[shapes] is None:
+            try:
+                self.recorded[shapes] = Walk.last = Recorded(self.work, *inputs, instead_of=Walk.last)
+            except torch.OutOfMemoryError:
+                self.has_room = False
+                torch.cuda.empty_cache()
+        return self.recorded[shapes]
 
 
 @contextmanager

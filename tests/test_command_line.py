@@ -300,7 +300,7 @@ def test_cfg_job_prints_the_composed_configuration(tmp_path, capsys, monkeypatch
 def test_dry_run_prints_sizes_and_times_and_writes_nothing(tmp_path, capsys):
     assert main(["--dry-run", "experiment=quickstart"]) == 0
     said = capsys.readouterr().out
-    for part in ("resnet20", "272,474", "resnet8", "78,042", "2 bit", "on this machine"):
+    for part in ("resnet8x4", "1,210,410", "resnet8_narrow", "19,954", "2 bit", "on this machine"):
         assert part in said
     assert list(tmp_path.iterdir()) == []
 

@@ -198,6 +198,9 @@ class Classifier(pl.LightningModule, ABC):
         for name, value in values.items():
             self.train_terms.setdefault(name, []).append(value.detach())
 
+    def on_train_end(self) -> None:
+        self.step_graph = None  # whose memory on the GPU is needed for what follows
+
     def on_train_epoch_end(self) -> None:
         # All batches have the same number of images.
         metrics: dict[str, Any] = {name: torch.stack(values).mean() for name, values in self.train_terms.items()}

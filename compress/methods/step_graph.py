@@ -23,9 +23,9 @@ PRECISIONS = frozenset({"32-true", "bf16-mixed", "bf16-true", "64-true"})
 
 
 class StepGraph:
-    """Steps of `module`, replayed for all batches of an epoch but the first, for which one is recorded.
+    """Steps of `module`: one is recorded in each epoch, after the first WARMING of a training, and replayed.
 
-    Each epoch has a record of its own, so that what changes from epoch to epoch may do so in Python.
+    As each epoch has a record of its own, what changes from epoch to epoch may do so in Python.
     """
 
     def __init__(self, module: "Classifier") -> None:
@@ -33,6 +33,8 @@ class StepGraph:
         self.steps = 0
         self.recorded: Recorded | None = None
         self.is_of_this_epoch = self.has_failed = False
+        self.parameters: list[nn.Parameter] = []
+        self.addresses: list[int] = []
 
     def begin_epoch(self) -> None:
         self.is_of_this_epoch = False
@@ -42,7 +44,7 @@ class StepGraph:
         self.steps += 1
         if self.has_failed or self.steps <= WARMING:
             return None
-        if not self.is_of_this_epoch:
+        if not self.is_of_this_epoch or self.addresses != [parameter.data_ptr() for parameter in self.parameters]:
             try:
                 self._record(batch)
             except Exception as failure:  # a network can do anything that a record cannot hold
@@ -52,14 +54,17 @@ class StepGraph:
         assert self.recorded is not None
         if [tensor.shape for tensor in batch] != [tensor.shape for tensor in self.recorded.inputs]:
             return None
+        for parameter in self.parameters:
+            parameter.grad = None  # the record's own, which an optimizer may be about to fill with zeros
         values = self.recorded(*batch).clone()
         self.module.note(dict(zip(self.names, values.unbind(), strict=True)))
         total: Tensor = _Replayed.apply(self._leaf, values[self.names.index("loss")], self.gradients)
         return total
 
     def _record(self, batch: tuple[Tensor, ...]) -> None:
-        parameters = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
-        for parameter in parameters:
+        self.parameters = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+        self.addresses = [parameter.data_ptr() for parameter in self.parameters]
+        for parameter in self.parameters:
             parameter.grad = None
 
         def work(images: Tensor, target: Tensor, index: Tensor | None = None) -> Tensor:
@@ -72,9 +77,10 @@ class StepGraph:
 
         try:
             self.recorded = Recorded(work, *batch, instead_of=self.recorded)
-            self.gradients = [(parameter, parameter.grad) for parameter in parameters if parameter.grad is not None]
+            of_all = ((parameter, parameter.grad) for parameter in self.parameters)
+            self.gradients = [(parameter, gradient) for parameter, gradient in of_all if gradient is not None]
         finally:
-            for parameter in parameters:
+            for parameter in self.parameters:
                 parameter.grad = None
         self._leaf = torch.zeros((), device=batch[0].device, requires_grad=True)
         self.is_of_this_epoch = True

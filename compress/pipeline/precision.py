@@ -81,12 +81,16 @@ def decide(parts: Parts) -> tuple[str, str]:
             "processor": _identity(device),
             "torch": torch.__version__,
         }
+        # The batches of a method that blends or takes turns are not replayed; that is not told apart here.
+        replayed = device.type == "cuda" and parts.plain["trainer"].get("cuda_graph", True)
+        if replayed:
+            identity["cuda_graph"] = True
         name = f"precision-{digest(json.dumps(identity, sort_keys=True))[:12]}.json"
         path = Path(parts.plain["output_directory"]) / "teachers" / name
         speedup = _kept(path, identity)
         if speedup is None:
             try:
-                speedup = speedup_of_bfloat16([*networks.values()], share, parts.data.input_shape, device)
+                speedup = speedup_of_bfloat16([*networks.values()], share, parts.data.input_shape, device, replayed)
             except Exception as failure:  # a class of the user's can fail with anything
                 raise_if_stopped()
                 return FLOAT32, f": a step with bf16 fails ({type(failure).__name__}: {first_line(failure)})"

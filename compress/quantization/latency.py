@@ -110,7 +110,10 @@ class LatencySearch:
 
         Of a latency that nothing keeps, after all, it is the fastest network.
         """
-        self._fastest()
+        fastest, limit = self._fastest()
+        if fastest > SURE * limit:
+            yield [name for name in self.names if name not in self.order]
+            return
         every = len(self.order)
         low, high = 0, every
         while high - low > 1:

@@ -87,7 +87,7 @@ def fit(
             raise damaged(last) from failure
         raise
     finally:
-        module.step_graph = None  # whose memory on the GPU others may need now
+        module.step_graph = None  # after a failure; the end of the training does so before its callbacks
     return trainer
 
 
@@ -231,10 +231,12 @@ class AtomicCheckpoints(TorchCheckpointIO):
 
 def replay(module: Classifier, options: dict[str, Any]) -> None:
     """Has `module` replay its steps where it can be under the Trainer's `options`."""
+    if processes.is_worker():
+        return
     reason = hindrance(module, options)
     if reason is None:
         module.step_graph = StepGraph(module)
-    elif not processes.is_worker():
+    else:
         console.print(f"trainer.cuda_graph: off, as {reason}")
 
 

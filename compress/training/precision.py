@@ -31,19 +31,31 @@ def faster(speedup: float) -> str:
 
 
 def speedup_of_bfloat16(
-    networks: Sequence[nn.Module], batch_size: int, input_shape: tuple[int, int, int], device: torch.device
+    networks: Sequence[nn.Module],
+    batch_size: int,
+    input_shape: tuple[int, int, int],
+    device: torch.device,
+    replayed: bool = False,
 ) -> float:
     """How many times as fast a step of all `networks` is under bfloat16 autocast: the ratio of the median times.
 
     A step is forward and backward for random images of `input_shape`, (C, H, W), as training lays them out. Steps of
-    both kinds take turns, so that whatever else the machine does slows both. The networks are used up: they are moved
-    to `device`, and their BatchNorm has other statistics. Random numbers are drawn from the global generator.
+    both kinds take turns, so that whatever else the machine does slows both. On a GPU they are `replayed`, where they
+    can be, as those of the training are. The networks are used up: they are moved to `device`, and their BatchNorm has
+    other statistics. Random numbers are drawn from the global generator.
     """
     images = torch.randn(batch_size, *input_shape, device=device).contiguous(memory_format=torch.channels_last)
     for network in networks:
         lay_out(network.to(device).train(), input_shape)
     pairs: list[tuple[float, float]] = []
-    steps = [_step(networks, images, autocast) for autocast in (False, True)]
+    steps: list[Callable[[], object]] = [partial(_step, networks, autocast, images) for autocast in (False, True)]
+    if replayed:
+        for step in WARMING * steps:
+            step()
+        with suppress(RuntimeError):
+            steps = [
+                partial(Recorded(partial(_step, networks, autocast), images), images) for autocast in (False, True)
+            ]
     started = time.perf_counter()
     while len(pairs) < 2 or (len(pairs) < STEPS and time.perf_counter() - started < SECONDS):
         float32, bfloat16 = (_seconds(step, images.device) for step in steps)
@@ -53,22 +65,12 @@ def speedup_of_bfloat16(
     return speedup
 
 
-def _step(networks: Sequence[nn.Module], images: Tensor, autocast: bool) -> Callable[[], object]:
-    """A step, on a GPU one that is replayed, as it is in training, where it can be."""
-
-    def step(images: Tensor) -> None:
-        for network in networks:
-            with torch.autocast(images.device.type, torch.bfloat16, enabled=autocast):
-                logits: Tensor = network(images)
-            logits.float().square().mean().backward()
-            network.zero_grad()
-
-    if images.device.type == "cuda":
-        for _ in range(WARMING):
-            step(images)
-        with suppress(RuntimeError):
-            return partial(Recorded(step, images), images)
-    return partial(step, images)
+def _step(networks: Sequence[nn.Module], autocast: bool, images: Tensor) -> None:
+    for network in networks:
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=autocast):
+            logits: Tensor = network(images)
+        logits.float().square().mean().backward()
+        network.zero_grad()
 
 
 def _seconds(step: Callable[[], object], device: torch.device) -> float:

@@ -13,8 +13,10 @@ class TorchFlags(pl.Callback):
         self.deterministic = torch.are_deterministic_algorithms_enabled()
         self.warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
         self.benchmark = torch.backends.cudnn.benchmark
-        # Every new tensor would be filled with NaN, one more kernel for each.
         self.filling = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+
+    def setup(self, *arguments: Any, **options: Any) -> None:
+        # Every new tensor would be filled with NaN, one more kernel for each.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
     def on_fit_end(self, *arguments: Any) -> None:

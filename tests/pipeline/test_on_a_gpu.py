@@ -59,7 +59,14 @@ def test_a_run_on_the_gpu_is_close_to_the_one_on_the_cpu():
     assert gpu.record.hardware.accelerator == torch.cuda.get_device_name()
 
 
-@pytest.mark.parametrize("options", [KD, [*KD, "method.teacher_cache=2", "data.crop_padding=1"], ["method=qat"]])
+@pytest.mark.parametrize(
+    "options",
+    [
+        [*KD, "student.dropout=0.2", "trainer.ema_decay=0.9", "trainer.gradient_clip_val=1", "optimizer.fused=false"],
+        [*KD, "method.teacher_cache=2", "data.crop_padding=1"],
+        ["method=qat"],
+    ],
+)
 def test_a_run_that_is_resumed_on_the_gpu_ends_as_the_undisturbed_one(options):
     typed = [*RUN, *options, "quantizer=none", f"trainer.accelerator={GPU}"]
     whole = compress.run([*typed, "hydra.run.dir=whole"])
@@ -221,9 +228,10 @@ class Waiting(torch.nn.Module):
     def __init__(self):
         super().__init__()
         self.layer = torch.nn.Linear(192, 10)
+        self.dropout = torch.nn.Dropout(0.1)
 
     def forward(self, images):
-        logits = self.layer(images.flatten(1))
+        logits = self.layer(self.dropout(images.flatten(1)))
         return logits if logits.sum().item() < float("inf") else -logits
 
 
@@ -243,7 +251,7 @@ def test_a_step_that_cannot_be_recorded_is_taken(capsys, monkeypatch, tmp_path):
     said = capsys.readouterr().out
     assert said.count("trainer.cuda_graph: off, as a step cannot be recorded") == 1
     assert "epoch 2/2" in said
-    torch.testing.assert_close(torch.ones(2, device=GPU) + 1, torch.full((2,), 2.0, device=GPU))
+    assert 0 <= float(torch.rand((), device=GPU)) < 1
 
 
 def test_a_record_that_nobody_needs_is_not_destroyed_within_another():

@@ -33,6 +33,7 @@ SCRIPT = Path(__file__).parents[2] / "scripts" / "quantize.py"
 SMALL = [
     "experiment=quickstart",
     "method=supervised",
+    "student=resnet8",
     "trainer.max_epochs=3",
     "data.limit=400",
     "quantizer.calibration_images=64",
