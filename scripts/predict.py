@@ -56,9 +56,7 @@ def predict(arguments: argparse.Namespace) -> None:
     if unread and len(files) == 1:
         raise unread[0]
     if unread:
-        raise UserError(
-            f"{len(unread)} of {len(files)} images could not be read; accepted: those that are not named above"
-        )
+        raise UserError(f"{len(unread)} of {len(files)} images could not be read, as said above; accepted: pictures")
 
 
 if __name__ == "__main__":

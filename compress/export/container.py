@@ -103,7 +103,9 @@ def read(path: Path) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
     if not {"format", "sha256"} <= metadata.keys() or DESCRIPTION not in metadata | tensors:
         raise NoDescriptionError(f"{path}: found a safetensors file without a description of its model; {accepted}")
     if _checksum(metadata, tensors) != metadata["sha256"]:
-        raise UserError(f"{path}: found content that does not match its checksum, so it was altered; {accepted}")
+        raise UserError(
+            f"{path}: found content that does not match its checksum, so it was cut short or altered; {accepted}"
+        )
     try:
         text = metadata[DESCRIPTION] if DESCRIPTION in metadata else inflate(bytes(_bytes(tensors.pop(DESCRIPTION))))
         description = json.loads(text)

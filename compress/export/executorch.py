@@ -39,7 +39,8 @@ class ExecuTorch(Exporter):
 import torch
 from executorch.runtime import Runtime
 program = Runtime.get().load_program({file})
-[logits] = program.load_method("forward").execute([torch.from_numpy(images)])"""
+batch = torch.from_numpy(images[:32]).contiguous()  # as it reads memory; a call takes 1 to 32 images
+[logits] = program.load_method("forward").execute([batch])"""
 
     def companions(self, path: Path) -> list[Path]:
         return [beside(path)]
@@ -171,5 +172,7 @@ def _read(path: Path) -> tuple[bytes, dict[str, Any]]:
         raise UserError(f"{beside(path)}: found no description of a program; {accepted}")
     content = path.read_bytes()
     if hashlib.sha256(content).hexdigest() != description.pop("program_sha256", None):
-        raise UserError(f"{path}: found content that does not match its checksum, so it was altered; {accepted}")
+        raise UserError(
+            f"{path}: found content that does not match its checksum, so it was cut short or altered; {accepted}"
+        )
     return content, description

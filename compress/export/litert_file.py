@@ -215,7 +215,9 @@ def read_litert(path: Path, suffix: str) -> tuple[bytes, dict[str, Any]]:
     start = 1 + len(SIGNED)
     stated = texts[0][start : start + len(UNSIGNED)]
     if sha256(content.replace(SIGNED + stated, SIGNED + UNSIGNED)).hexdigest().encode() != stated:
-        raise UserError(f"{path}: found content that does not match its checksum, so it was altered; {accepted}")
+        raise UserError(
+            f"{path}: found content that does not match its checksum, so it was cut short or altered; {accepted}"
+        )
     try:
         description: dict[str, Any] = json.loads(texts[0])
         del description["sha256"]

@@ -41,7 +41,7 @@ def read_onnx(path: Path, suffix: str) -> tuple[bytes, dict[str, Any]]:
     another file, which no checksum here covers, and for operators that hold a graph, which may run for ever, or
     functions, which may hold one: runtimes compute what is constant while they load a file.
     """
-    accepted = f"accepted: an {suffix} file that compress wrote"
+    accepted = f"accepted: a {suffix} file that compress wrote"
     if not path.is_file():
         raise UserError(f"{path}: found no such file; {accepted}")
     content = path.read_bytes()
@@ -77,7 +77,9 @@ def read_onnx(path: Path, suffix: str) -> tuple[bytes, dict[str, Any]]:
         raise UserError(f"{path}: found an ONNX file without a description of its model; {accepted}")
     stated = metadata["sha256"]
     if len(stated) != len(UNSIGNED) or sha256(content.replace(stated.encode(), UNSIGNED)).hexdigest() != stated:
-        raise UserError(f"{path}: found content that does not match its checksum, so it was altered; {accepted}")
+        raise UserError(
+            f"{path}: found content that does not match its checksum, so it was cut short or altered; {accepted}"
+        )
     try:
         return content, {"format": FORMAT, **json.loads(metadata["description"])}
     except (TypeError, ValueError, RecursionError):

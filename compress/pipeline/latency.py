@@ -27,8 +27,8 @@ def runtime_of(exporters: Sequence[Exporter], description: NetworkDescription, i
     exporter = next((exporter for exporter in exporters if exporter != REFERENCE), None)
     if exporter is None:
         raise UserError(
-            "quantizer.latency: found only packed files, which torch computes in float; accepted: beside an export "
-            "such as onnx, openvino, executorch or litert"
+            "quantizer.latency: found it without a runtime that computes on integers; accepted: with export=onnx, "
+            "openvino, executorch or litert"
         )
     return Runtime(exporter.runtime, partial(_latencies_ms, exporter, description, images))
 

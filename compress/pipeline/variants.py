@@ -173,7 +173,8 @@ class Variants:
         kept = row.latency_ms <= limit
         if not kept:
             console.print(
-                f"note: quantizer.latency: {wanted} was not kept: {row.latency_ms:.3g} ms, of {limit:.3g}, in {runtime}"
+                f"note: quantizer.latency: {wanted} was not kept: {row.latency_ms:.3g} ms in {runtime}, where "
+                f"{limit:.3g} ms were asked for"
             )
         return Latency(
             runtime=runtime,

@@ -60,7 +60,9 @@ def limit_ms(latency: str | float, float_ms: float) -> float:
         return float_ms / number
     if unit in UNITS and number > 0:
         return number * UNITS[unit]
-    raise UserError(f"latency: found {latency!r}; accepted: a time such as 1.5ms or 800us, or a speedup such as 2x")
+    raise UserError(
+        f"latency: found {latency!r}; accepted: a time above 0, such as 1.5ms or 800us, or a speedup such as 2x"
+    )
 
 
 class LatencySearch:
@@ -101,8 +103,9 @@ class LatencySearch:
         fastest_ms, limit = self._fastest()
         if fastest_ms > limit:
             raise UserError(
-                f"quantizer.latency: found {self.latency}, but {fastest_ms:.3g} ms is the least that this network "
-                f"takes in {self.runtime.name} here; accepted: more"
+                f"quantizer.latency: found {self.latency}, at most {limit:.3g} ms, but {fastest_ms:.3g} ms is the "
+                f"least that this network takes in {self.runtime.name} here; accepted: a longer time or a smaller "
+                "speedup"
             )
 
     def floats(self) -> Iterator[list[str]]:

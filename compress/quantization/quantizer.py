@@ -240,7 +240,7 @@ class Quantizer(Options):
             found = tuned(partly(model, batches, width, progress), progress)
             if search.keeps(found):
                 break
-        reasons = found.skipped | dict.fromkeys(floats, f"latency: {latency} is kept without")
+        reasons = found.skipped | dict.fromkeys(floats, f"latency: float, for {latency}")
         found = replace(found, skipped=reasons)
         label = f"{width} bit for {latency}"
         return Variant(label, "latency", found, width, self.grid.levels(width), search.saved_ms)

@@ -116,13 +116,16 @@ def _conditions(record: Record, rows: list[Row]) -> str:
 
 
 def _use(record: Record, rows: list[Row], digests: Mapping[str, str]) -> str:
-    """A picture on the command line, and three lines of Python for each runtime."""
+    """A picture on the command line, and a few lines of Python for each runtime."""
     present = [row for row in rows if row.file in digests]
     if not present:
         return "The run kept no model files."
     statistics = (record.data.mean, record.data.standard_deviation)
     mean, deviation = (" ".join(f"{value:.6g}" for value in values) for values in statistics)
-    parts = [f"    python scripts/predict.py {shlex.quote(present[-1].file)} picture.png"]
+    parts = [
+        "In a clone of compress, with the path of this folder before that of the file:",
+        f"    python scripts/predict.py {shlex.quote(present[-1].file)} picture.png",
+    ]
     parts.append(
         "In Python, `images` are a NumPy array of float32, (images, channels, height, width), in 0..1 and normalised: "
         f"less the means {mean} of the channels and divided by their deviations {deviation}."

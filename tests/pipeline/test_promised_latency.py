@@ -24,7 +24,7 @@ SHORT += ["quantizer=rtn", "quantizer.calibration_images=16", "quantizer.activat
     [
         (
             ["export=onnx", "quantizer.latency=1us"],
-            r"quantizer\.latency: found 1us, but .* ms is the least .*onnxruntime",
+            r"quantizer\.latency: found 1us, at most 0\.001 ms, but .* ms is the least .*onnxruntime",
         ),
         (
             ["export=onnx", "quantizer.latency=1000s"],
@@ -32,9 +32,12 @@ SHORT += ["quantizer=rtn", "quantizer.calibration_images=16", "quantizer.activat
         ),
         (
             ["export=packed", "quantizer.latency=2x"],
-            r"quantizer\.latency: found only packed files, .*; accepted: beside",
+            r"quantizer\.latency: found it without a runtime .*; accepted: with export=onnx",
         ),
-        (["export=onnx", "quantizer.latency=2y"], r"^quantizer\.latency: found '2y'; accepted: a time such as"),
+        (
+            ["export=onnx", "quantizer.latency=2y"],
+            r"^quantizer\.latency: found '2y'; accepted: a time above 0, such as",
+        ),
     ],
 )
 def test_what_cannot_be_promised_is_refused_before_any_work(overrides, message, tmp_path, monkeypatch):
@@ -73,7 +76,7 @@ def test_a_run_leaves_one_file_with_layers_in_float_and_says_what_it_takes(tmp_p
     layers = record.layers["student-rtn-latency-a8.safetensors"]
     assert len(layers.quantized) == 4
     assert found.saved_ms.keys() == layers.quantized.keys() | layers.skipped.keys()
-    assert {*layers.skipped.values()} == {"latency: 1.5x is kept without"}
+    assert {*layers.skipped.values()} == {"latency: float, for 1.5x"}
 
 
 @pytest.mark.slow
