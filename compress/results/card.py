@@ -112,7 +112,23 @@ def _conditions(record: Record, rows: list[Row]) -> str:
         precision = f" (floats in {about.latency_precision})" if about and about.latency_precision else ""
         parts.append(f"{runtime}{version}{precision}")
     where = (hardware.processor or "a processor that is not known") + (f" ({features})" if features else "")
-    return f"{measured}Latencies are of one thread of {escaped(where)}, in {escaped(', '.join(parts))}."
+    said = f"{measured}Latencies are of one thread of {escaped(where)}, in {escaped(', '.join(parts))}."
+    return said + _promise(record)
+
+
+def _promise(record: Record) -> str:
+    """What became of the latency that was asked for, and the layers that it left float."""
+    latency = record.latency
+    if latency is None:
+        return ""
+    kept = "which it keeps" if latency.kept else "which it does not keep"
+    reasons = {name: reason for file in record.layers.values() for name, reason in file.skipped.items()}
+    floats = [name for name, reason in reasons.items() if reason.startswith("latency:")]
+    layers = f" Float for it: {escaped(', '.join(floats))}." if floats else ""
+    return (
+        f"\n\nAsked for was {escaped(latency.wanted)}, at most {latency.limit_ms:.3g} ms for an image in "
+        f"{latency.runtime}, {kept} with {latency.measured_ms:.3g} ms.{layers}"
+    )
 
 
 def _use(record: Record, rows: list[Row], digests: Mapping[str, str]) -> str:

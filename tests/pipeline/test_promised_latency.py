@@ -77,6 +77,8 @@ def test_a_run_leaves_one_file_with_layers_in_float_and_says_what_it_takes(tmp_p
     assert len(layers.quantized) == 4
     assert found.saved_ms.keys() == layers.quantized.keys() | layers.skipped.keys()
     assert {*layers.skipped.values()} == {"latency: float, for 1.5x"}
+    [card] = tmp_path.glob("outputs/runs/*/README.md")
+    assert f"Float for it: {', '.join(layers.skipped)}." in card.read_text()
 
 
 @pytest.mark.slow
@@ -86,6 +88,8 @@ def test_a_promise_that_the_file_does_not_keep_is_said(tmp_path, monkeypatch, ca
     assert not record.latency.kept
     assert record.latency.measured_ms > record.latency.limit_ms == 1e-9
     assert "note: quantizer.latency: 0.000001us was not kept" in " ".join(capsys.readouterr().out.split())
+    [card] = tmp_path.glob("outputs/runs/*/README.md")
+    assert "onnxruntime, which it does not keep with" in card.read_text()
 
 
 @pytest.mark.slow
