@@ -85,19 +85,8 @@ def _tests() -> dict[str, Any]:
 def _distilling() -> dict[str, Any]:
     parser = argparse.ArgumentParser()
     step.add_arguments(parser)
-    networks = [
-        "--teacher",
-        "resnet50",
-        "--student",
-        "resnet18",
-        "--batch-size",
-        "128",
-        "--images",
-        "12800",
-        "--repeats",
-        "2",
-    ]
-    return step.measured(parser.parse_args([*networks, "--precision", "bf16-mixed", "--accelerator", "gpu"]))
+    options = "--teacher resnet50 --student resnet18 --batch-size 128 --images 12800 --repeats 2"
+    return step.measured(parser.parse_args([*options.split(), "--precision", "bf16-mixed", "--accelerator", "gpu"]))
 
 
 def _quantization() -> dict[str, float]:

@@ -29,7 +29,7 @@ class DiskLoader(DataLoader[Batch]):
             _Decoding(images.images),
             num_workers=workers,
             # A loader draws a number from its generator for each new set of workers, and from the global one if it has
-            # none: as often as a loader of images in memory, unless it keeps its workers.
+            # none: as often as a loader of images in memory on a CPU, unless it keeps its workers.
             persistent_workers=workers > 0 and options.get("generator") is not None,
             pin_memory=images.device.type == "cuda",
             collate_fn=identity_collate,

@@ -251,7 +251,7 @@ def test_a_step_that_cannot_be_recorded_is_taken(capsys, monkeypatch, tmp_path):
     said = capsys.readouterr().out
     assert said.count("trainer.cuda_graph: off, as a step cannot be recorded") == 1
     assert "epoch 2/2" in said
-    assert 0 <= float(torch.rand((), device=GPU)) < 1
+    torch.rand((), device=GPU)  # which a generator that is left within a recording refuses
 
 
 def test_a_record_that_nobody_needs_is_not_destroyed_within_another():
