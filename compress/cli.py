@@ -132,6 +132,9 @@ def _inspect(arguments: list[str], overrides: list[str]) -> int:
 def _run(overrides: list[str], multirun: bool, dry_run: bool) -> int:
     from compress.config.compose import compose_jobs
     from compress.config.received import allowing
+
+    jobs = compose_jobs(overrides, multirun)
+    # What was mistyped has been said by now; from here on PyTorch is needed.
     from compress.data.shared import DataSets
     from compress.pipeline.check import check_job
     from compress.pipeline.dry_run import show
@@ -139,7 +142,6 @@ def _run(overrides: list[str], multirun: bool, dry_run: bool) -> int:
     from compress.pipeline.resume import check_place, requeued, run_directory
     from compress.sweeps.jobs import check_launcher, start
 
-    jobs = compose_jobs(overrides, multirun)
     if not multirun and not dry_run:
         interrupted = requeued(Path(str(jobs[0].config.get("output_directory"))), overrides)
         if interrupted is not None:

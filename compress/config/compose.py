@@ -1,10 +1,14 @@
-"""Composing the configuration of each job of a command line, and saying in one line why one cannot be composed."""
+"""Composing the configuration of each job of a command line, and saying in one line why one cannot be composed.
+
+Nothing here imports PyTorch, which takes seconds: a mistyped word is refused before.
+"""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
 
 from hydra import compose, version
@@ -22,19 +26,21 @@ from hydra.errors import ConfigCompositionException, HydraException, MissingConf
 from hydra.plugins.config_source import ConfigResult
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
-from torch import nn
 from yaml import YAMLError
 
 from compress import yaml_file
 from compress.arguments import check_arguments
 from compress.config.ranges import TOP_LEVEL
-from compress.config.reserved import check_stems
 from compress.config.roles import register
-from compress.config.values import GROUPS
 from compress.errors import UserError, first_line
 from compress.paths import CONF, of_the_user, options, user_folders
 
+if TYPE_CHECKING:
+    from torch import nn
+
 SEARCH_PATH = "hydra.searchpath"
+# In the order of conf/run.yaml, which chooses an option of each.
+GROUPS = tuple(next(iter(entry)) for entry in OmegaConf.load(CONF / "run.yaml").defaults if entry != "_self_")
 # The groups of which a run may have several options at once.
 SEVERAL = ("export", "logger", "experiment")
 
@@ -64,7 +70,7 @@ class Job:
     hydra: DictConfig | None = None
     stages: tuple["Job", ...] = ()
     name: str = ""
-    networks: Mapping[str, nn.Module] = field(default_factory=dict)
+    networks: Mapping[str, "nn.Module"] = field(default_factory=dict)
 
 
 def compose_jobs(overrides: Sequence[str], multirun: bool = False) -> list[Job]:
@@ -154,7 +160,7 @@ def compose_job(overrides: Sequence[str]) -> Job:
         with open_dict(config):
             del config["hydra"]
             _add_stems(config, composed.hydra.runtime.choices)
-        check_stems(config, composed.hydra.runtime.choices)
+        _check_stems(config, composed.hydra.runtime.choices)
         OmegaConf.resolve(config)
         missing = OmegaConf.missing_keys(config)
     except MissingConfigException as failure:
@@ -228,6 +234,15 @@ def _add_stems(config: DictConfig, choices: Mapping[str, str]) -> None:
                     f"{package}.stem: found {node.stem!r}; accepted: no such key, it is the word of the option"
                 )
             node.stem = stem
+
+
+def _check_stems(config: DictConfig, choices: Mapping[str, str]) -> None:
+    """Raises UserError for a network whose `stem` is not the word that chose it."""
+    for role, key in (("student", "student"), ("peer", "peer"), ("teacher", "teacher.model")):
+        node = OmegaConf.select(config, key)
+        if not isinstance(node, DictConfig) or node.get("stem", choices.get(role)) == choices.get(role):
+            continue
+        raise UserError(f"{key}.stem: found {node.stem!r}; accepted: no such key, {role}=STEM chooses a network")
 
 
 def _compose_sweep(overrides: Sequence[str]) -> list[Job]:

@@ -40,15 +40,6 @@ def check_target(node: Mapping[str, Any], where: str) -> None:
         )
 
 
-def check_stems(config: DictConfig, choices: Mapping[str, str]) -> None:
-    """Raises UserError for a network whose `stem` is not the word that chose it."""
-    for role, key in (("student", "student"), ("peer", "peer"), ("teacher", "teacher.model")):
-        node = OmegaConf.select(config, key)
-        if not isinstance(node, DictConfig) or node.get("stem", choices.get(role)) == choices.get(role):
-            continue
-        raise UserError(f"{key}.stem: found {node.stem!r}; accepted: no such key, {role}=STEM chooses a network")
-
-
 def _refuse(word: str, node: Mapping[str, Any], where: str) -> None:
     if word in node:
         raise UserError(f"{where}.{word}: found {node[word]!r}, which nothing reads; accepted: no such key")

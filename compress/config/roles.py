@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
-from compress import models
+from compress.paths import options
 
 # How a teacher is trained where none has been yet.
 TRAINING = {"epochs": 8, "batch_size": 64, "seed": 0, "precision": "32-true", "label_smoothing": 0.0}
@@ -16,7 +16,7 @@ TRAINING = {"epochs": 8, "batch_size": 64, "seed": 0, "precision": "32-true", "l
 
 def register() -> None:
     """Tells Hydra the roles, for every file in a folder `model`, and the resolvers that the YAML files use."""
-    stems = models.available()
+    stems = options("model")
     store = ConfigStore.instance()
     # The store is one for the whole process, and the user's folders may be others than before.
     if set(store.repo.get("student", ())) != {f"{stem}.yaml" for stem in stems}:

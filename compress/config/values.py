@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from compress import models
 from compress.arguments import annotations, build, check_arguments, imported, plain, settable
 from compress.config import ensemble
+from compress.config.compose import GROUPS
 from compress.config.pretrained import take_over, take_over_teacher
 from compress.config.ranges import (
     ENSEMBLE,
@@ -30,10 +31,6 @@ from compress.config.reserved import check_reserved, check_target
 from compress.errors import UserError, first_line
 from compress.models import own_class
 from compress.optim.groups import DECAY
-from compress.paths import CONF
-
-# In the order of conf/run.yaml, which chooses an option of each.
-GROUPS = tuple(next(iter(entry)) for entry in OmegaConf.load(CONF / "run.yaml").defaults if entry != "_self_")
 
 
 def check_values(config: DictConfig) -> None:

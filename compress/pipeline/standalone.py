@@ -15,13 +15,14 @@ from yaml import YAMLError
 from compress import models, yaml_file
 from compress.arguments import arguments_of
 from compress.checksums import read_text
-from compress.config import values
+from compress.config import compose
 from compress.config.compose import compose_jobs
 from compress.config.pretrained import class_names
 from compress.config.ranges import STUDENT
 from compress.config.received import allowed_targets, check_content, check_overrides
 from compress.config.recorded import apply_override, read_config, write_config
 from compress.config.rules import check_rules
+from compress.config.values import check_values
 from compress.data.folder import Folder
 from compress.data.unlabelled import Unlabelled, has_labels
 from compress.errors import UserError, first_line
@@ -38,7 +39,7 @@ from compress.results.writing import show, write_results
 
 GROUPS = ("data", "quantizer", "export")
 # What scripts/run.py takes besides.
-OF_TRAINING = {*values.GROUPS, "stages", "grid"} - {*GROUPS}
+OF_TRAINING = {*compose.GROUPS, "stages", "grid"} - {*GROUPS}
 # What config.yaml has of the configuration.
 RECORDED = ("seed", "data", "student", "quantizer", "export")
 UNLABELLED = f"{Unlabelled.__module__}.{Unlabelled.__name__}"
@@ -104,7 +105,7 @@ def read_written(directory: Path, allowed: Collection[str]) -> DictConfig:
     [job] = compose_jobs(["method=supervised"])
     with open_dict(job.config):
         job.config.update({key: recorded[key] for key in RECORDED})
-    values.check_values(job.config)
+    check_values(job.config)
     return job.config
 
 
@@ -133,7 +134,7 @@ def _composed(
     # What its file takes depends on the network that is loaded, which may be pruned.
     for override in budgets:
         apply_override(job.config, override)
-    values.check_values(job.config)
+    check_values(job.config)
     check_rules(job.config)
     return job.config
 
