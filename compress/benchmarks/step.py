@@ -4,7 +4,7 @@ Every way trains the same student for an epoch of the same pictures, cropped and
 has one epoch of each, the first warms up, and ratios are those of one repeat. On the CPU one thread computes, and its
 own seconds count; on a GPU those of the clock. The peer's way is that of mdistiller's trainer: PIL images one by one,
 float32, channels first, the teacher with its BatchNorm unfolded, both accuracies after every step; on a GPU with
-workers that make its batches.
+workers that make its batches. Where torchdistill is installed, its own loop is a further way, on the same PIL images.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from compress import models
-from compress.benchmarks import spread
+from compress.benchmarks import spread, torchdistill
 from compress.benchmarks.data import DEVIATION, MEAN, PerSample
 from compress.data.module import DataModule
 from compress.data.source import Source
@@ -51,7 +51,10 @@ COMPARED = (
     ("student", "cached"),
     ("bare live", "live"),
     ("bare student", "student"),
+    ("torchdistill", "live"),
+    ("torchdistill", "cached"),
 )
+SGD: dict[str, Any] = {"lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -113,7 +116,7 @@ def measured(arguments: argparse.Namespace) -> dict[str, Any]:
     print(f"{arguments.teacher} -> {arguments.student}, batch {arguments.batch_size}, {what}")
     for name, speed in speeds.items():
         print(f"  {name}: {speed:,.0f} images/s")
-    ratios = {f"{fast} / {slow}": _ratios(times[slow], times[fast]) for slow, fast in COMPARED}
+    ratios = {f"{fast} / {slow}": _ratios(times[slow], times[fast]) for slow, fast in COMPARED if slow in times}
     for name, pairs in ratios.items():
         print(f"  {name}: {spread(pairs)}")
     pairs_of_student = zip(times["student"], times["bare student"], strict=True)
@@ -189,10 +192,9 @@ def _ways(data: Pictures, arguments: argparse.Namespace, folder: Path) -> dict[s
     workers: dict[str, Any] = (
         {} if device.type == "cpu" else {"num_workers": WORKERS, "persistent_workers": True, "pin_memory": True}
     )
-    per_sample: DataLoader[Any] = DataLoader(
-        PerSample(pixels), arguments.batch_size, shuffle=True, drop_last=True, **workers
-    )
-    return {
+    loader: dict[str, Any] = {"batch_size": arguments.batch_size, "drop_last": True, **workers}
+    per_sample: DataLoader[Any] = DataLoader(PerSample(pixels), shuffle=True, **loader)
+    ways: dict[str, Callable[[], float]] = {
         "peer": lambda: _epoch(student().train().to(device), per_sample, _loss(original), device, metrics=True),
         "live": partial(trainer, data, KD, loss=kd.KD(), teacher=teacher),
         "bare live": partial(bare, teacher),
@@ -200,6 +202,16 @@ def _ways(data: Pictures, arguments: argparse.Namespace, folder: Path) -> dict[s
         "student": partial(trainer, data, Supervised, loss=CrossEntropy()),
         "bare student": partial(bare, None),
     }
+    if torchdistill.installed():
+        box = torchdistill.distillation_box(original, student(), PerSample(pixels), device, loader, {**SGD})
+        ways["torchdistill"] = partial(_seconds, partial(torchdistill.train, box, device), device)
+    return ways
+
+
+def _seconds(work: Callable[[], None], device: torch.device) -> float:
+    started = _now(device)
+    work()
+    return _now(device) - started
 
 
 class _Clock(pl.Callback):
@@ -226,7 +238,7 @@ def _now(device: torch.device) -> float:
 
 
 def _sgd(parameters: Any) -> torch.optim.Optimizer:
-    return torch.optim.SGD(parameters, lr=0.05, momentum=0.9, weight_decay=5e-4, fused=True)
+    return torch.optim.SGD(parameters, **SGD, fused=True)
 
 
 def _loss(teacher: Callable[[Tensor], Tensor] | None) -> Callable[[Tensor, Tensor, Tensor], Tensor]:

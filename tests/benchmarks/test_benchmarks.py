@@ -206,7 +206,7 @@ def test_steps_are_timed_in_every_way(run_benchmark, tmp_path):
     code, output, _ = run_benchmark("step", *networks, "--images", 128, "--repeats", 1, "--json", "step.json")
     assert code == 0
     figures = json.loads((tmp_path / "step.json").read_text())
-    ways = ["peer", "live", "bare live", "cached", "student", "bare student"]
+    ways = ["peer", "live", "bare live", "cached", "student", "bare student", "torchdistill"]
     assert list(figures["images_per_second"]) == ways
     assert all(f"  {way}: {speed:,.0f} images/s" in output for way, speed in figures["images_per_second"].items())
     assert all(len(times) == 1 and times[0] > 0 for times in figures["seconds"].values())
