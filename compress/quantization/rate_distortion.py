@@ -30,6 +30,8 @@ TOGETHER = 1 << 20
 LONGER = 1.7
 # The share of a step by which rounding is drawn to zero before the lengths of the codes are known.
 DEAD_ZONE = 0.1
+# How often the lengths of codes are counted where every value is decided by itself.
+COUNTED = 2
 
 
 class Part(NamedTuple):
@@ -125,6 +127,20 @@ def entropy(codes: Sequence[Tensor]) -> float:
     _, counts = _histogram(codes)
     counts = counts[counts > 0].double()
     return 0.0 - float((counts * (counts / counts.sum()).log2()).sum())  # not -0.0 for a single code
+
+
+def entropy_alone(values: Tensor) -> float:
+    """The bits of the codes of `values` (M,), in steps, each of least error + price * bits by itself.
+
+    The price is that for which `step_of` gives the step.
+    """
+    price = values.new_full((1, 1), math.log(2) / (6 * LONGER**2))
+    codes = values.round()
+    for _ in range(COUNTED):
+        decide = CodeLengths.of([codes]).decide_block(price)
+        codes = values.clone()
+        decide(0, codes)
+    return entropy([codes])
 
 
 def _histogram(codes: Sequence[Tensor], margin: int = 0) -> tuple[int, Tensor]:

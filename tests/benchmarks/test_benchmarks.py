@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+import compress
 from compress.benchmarks import convergence, quantization, timm_families
 from compress.benchmarks.convergence import Point, verdict
 from compress.quantization.preparation import prepare
@@ -212,6 +213,20 @@ def test_steps_are_timed_in_every_way(run_benchmark, tmp_path):
     assert all(len(times) == 1 and times[0] > 0 for times in figures["seconds"].values())
     assert figures["ratios"]["cached / peer"] == figures["seconds"]["peer"][0] / figures["seconds"]["cached"][0]
     assert {"hardware", "versions", "options"} < set(figures)
+
+
+@pytest.mark.slow
+def test_rates_are_timed_beside_a_width(run_benchmark, tmp_path):
+    trained = ["method=supervised", "student=resnet8_narrow", "data.limit=300", "trainer.max_epochs=1"]
+    done = compress.run([*trained, "quantizer=none", "trainer.accelerator=cpu", f"output_directory={tmp_path / 'run'}"])
+    options = ["--rates", 2, 1, "--images", 64, "--repeats", 1]
+    code, output, errors = run_benchmark("rates", done.directory, *options)
+    assert (code, errors) == (0, "")
+    lines = output.splitlines()[-4:]
+    assert "64 images, times a pass to 2 bits" in lines[0]
+    ratios = {name.strip(): float(rest.split()[0]) for name, rest in (line.split(": ") for line in lines[1:])}
+    assert list(ratios) == ["2 bits/weight", "1 bits/weight", "all, each"]
+    assert all(ratio > 0 for ratio in ratios.values())
 
 
 def test_without_a_gpu_it_is_said_what_could_not_be_done(run_benchmark, tmp_path, monkeypatch):
