@@ -27,7 +27,7 @@ from compress.models.baking import copied
 from compress.pipeline.parts import Parts
 from compress.results.markdown import markdown_table
 
-PEERS = ("ours", "brevitas", "nncf", "aimet")
+PEERS = ("ours", "brevitas", "nncf", "aimet", "mct", "torchao")
 IMAGES = 512
 HEAD = (
     "by",

@@ -5,10 +5,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
 import compress
 from compress.benchmarks.peer_comparison import measure, opened, tables
-from compress.benchmarks.peers import ours
+from compress.benchmarks.peers import ours, torchao
 from compress.evaluation import evaluate
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "comparison.py"
@@ -91,6 +93,8 @@ def test_the_tables_have_changes_and_all_bytes_with_the_widest_weights_first():
         ("brevitas", "onnxoptimizer"),
         ("nncf", "nncf"),
         ("aimet", "aimet_torch"),
+        ("mct", "model_compression_toolkit"),
+        ("torchao", "torchao"),
     ],
 )
 def test_a_library_that_is_missing_is_named_with_the_command_that_installs_it(
@@ -103,6 +107,23 @@ def test_a_library_that_is_missing_is_named_with_the_command_that_installs_it(
     assert line.startswith(f"error: {peer}: found no {package}")
     assert "accepted: pip install " in line
     assert not (tmp_path / "output").exists()
+
+
+@pytest.mark.slow
+def test_a_program_of_torchao_computes_what_was_quantized_from_images_in_any_layout(tmp_path):
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 10)
+    ).eval()
+    images = torch.randn(40, 3, 8, 8).contiguous(memory_format=torch.channels_last)
+    [setting] = torchao.settings().values()
+    with torch.no_grad():
+        result = setting.quantize(network, images)
+        expected, original = result[0](images[:32]), network(images[:32])
+    setting.write(result, tmp_path)
+    logits = setting.read(tmp_path, network)(images)
+    torch.testing.assert_close(logits[:32], expected, rtol=0, atol=0.02)
+    assert not torch.equal(expected, original)
 
 
 def test_a_directory_without_a_finished_run_is_refused(compare, tmp_path):
