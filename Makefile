@@ -22,7 +22,9 @@ soak: .venv/installed-dev
 
 # Teachers, methods, students, pruning, orders, runtimes and quantizers, three seeds: about seven hours on two cores, of
 # which `scripts/study.py outputs/study --dry-run` tells the parts. Interrupted, it goes on where it was.
-STUDY := scripts/study.py outputs/study data.root=$(FASHION_MNIST) hydra/launcher=joblib
+# OVERRIDES=data.limit=12000 takes a fifth of the images for training, and as little time; `make figures` needs it too.
+OVERRIDES ?=
+STUDY := scripts/study.py outputs/study data.root=$(FASHION_MNIST) hydra/launcher=joblib $(OVERRIDES)
 study: .venv/installed-study
 	$(BIN)/python $(STUDY)
 	$(MAKE) quantizer-study

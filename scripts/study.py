@@ -83,7 +83,7 @@ def main() -> int:
         tables = arguments.quantizers
         quantizers = tables.read_text(encoding="utf-8") if tables and tables.exists() else None
         path = arguments.page or arguments.output / "study.md"
-        write_text(path, page(study, quantizers))
+        write_text(path, page(study, quantizers, arguments.overrides))
         print(f"the tables are in {path}")
         return code
 

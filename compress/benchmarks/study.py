@@ -25,6 +25,8 @@ from compress.sweeps import jobs
 NOT_IN_A_LABEL = ("seed", "teacher.checkpoint", "method.teacher_cache")
 # Columns that describe a line; where they agree in all lines, they are said once.
 ABOUT = ("variant", "epochs", "precision", "seeds")
+# What the Makefile types by itself.
+SET_BY_MAKE = ("data.root", "hydra/launcher")
 SPLITS = {"train": "images to train on", "validation": "to validate on", "test": "to test on"}
 
 
@@ -97,7 +99,7 @@ def parts(output: Path, typed: Sequence[str] = (), seeds: int = 3) -> list[Part]
             sweeps.append(Sweep(output / f"{name}-{number}", (*kept, *typed)))
         return Part(name, title, text, minutes, tuple(sweeps))
 
-    recipe = "experiment=fashion_mnist_resnet20 optimizer.lr=0.1"
+    recipe = "experiment=fashion_mnist_resnet20 data.batch_size=64 optimizer.lr=0.05"
     floats = f"{recipe} quantizer=none"
     until_no_better = "scheduler=exponential scheduler.gamma=0.6 trainer.early_stopping=2 trainer.max_epochs=30"
     # The number of a teacher's job is its seed.
@@ -105,7 +107,7 @@ def parts(output: Path, typed: Sequence[str] = (), seeds: int = 3) -> list[Part]
     narrow = f"teacher=resnet20 teacher.checkpoint={output}/teachers-1/{file}"
     wide = f"teacher=resnet8x4 teacher.checkpoint={output}/teachers-2/{file}"
     # A view of each image for each epoch: the teacher answers as it would in every step, but once for several runs.
-    methods = f"{floats} trainer.max_epochs=4 student=resnet8"
+    methods = f"{floats} trainer.max_epochs=8 student=resnet8"
     students = f"{floats} trainer.max_epochs=3 student=resnet8,resnet20,resnet8x4,mobilenetv2"
     # Minutes for three seeds, two jobs at a time. From steps in bfloat16 on one core of a busy Intel Xeon with AMX
     # (images/s: resnet8 990, resnet20 390, mobilenetv2 200, resnet8x4 140), taken to be 1.5 times as fast on an idle
@@ -127,8 +129,8 @@ def parts(output: Path, typed: Sequence[str] = (), seeds: int = 3) -> list[Part]
             "on the grids of each width from the start.",
             70,
             f"{methods} method=supervised,dml",
-            f"{methods} method=kd,dkd method.teacher_cache=4 {narrow}",
-            f"{methods} method=kd loss.standardise=true method.teacher_cache=4 {narrow}",
+            f"{methods} method=kd,dkd method.teacher_cache=8 {narrow}",
+            f"{methods} method=kd loss.standardise=true method.teacher_cache=8 {narrow}",
             f"{methods} method=kd_mixup,at {narrow}",
             f"{methods} method=qat method.weight_bits=8,4,3,2",
         ),
@@ -168,23 +170,23 @@ def parts(output: Path, typed: Sequence[str] = (), seeds: int = 3) -> list[Part]
     ]
 
 
-def page(study: Sequence[Part], quantizers: str | None) -> str:
+def page(study: Sequence[Part], quantizers: str | None, typed: Sequence[str] = ()) -> str:
     """The tables of the finished parts as Markdown, each with its commands, and the names of the others.
 
-    `quantizers` are the tables of `make quantizer-study`, where they are there.
+    `quantizers` are the tables of `make quantizer-study`, where they are there, `typed` what was typed for all runs.
     """
     finished = [part for part in study if part.finished]
     sections = [section for part in finished for section in _section(part)]
     missing = [part.title for part in study if part not in finished]
     if quantizers:
         sections += ["## Quantizers and rates", "    make quantizer-study", quantizers.strip()]
-    else:
-        missing.append("Quantizers and rates (`make quantizer-study`)")
+    given = shlex.join(word for word in typed if key_of(word) not in SET_BY_MAKE)
+    both = f", both with `OVERRIDES={shlex.quote(given)}`" if given else ""
     intro = (
-        "Written by `make figures` from what `make study` has run: Fashion-MNIST and short schedules. Accuracies in "
-        "float32 are means ± sample deviations over the seeds; epochs and variants are chosen on validation, and "
-        "within a table all lines have the same images. A table is made alone by the commands below it, once its "
-        "teachers are there."
+        f"Written by `make figures` from what `make study` has run{both}: Fashion-MNIST and short schedules. "
+        "Accuracies in float32 are means ± sample deviations over the seeds; epochs and variants are chosen on "
+        "validation, and within a table all lines have the same images. A table is made alone by the commands below "
+        "it, once its teachers are there."
     )
     left_out = [f"Not finished, and left out: {'; '.join(missing)}."] if missing else []
     return "\n\n".join(["# Study", textwrap.fill(intro, 120), *left_out, *sections]) + "\n"
