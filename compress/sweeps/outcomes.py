@@ -38,7 +38,9 @@ class Outcome:
 
     def __str__(self) -> str:
         if self.rows:
-            return f"finished, {COLUMNS['test_accuracy'].printed(self.rows[0].test_accuracy)} % on test"
+            # Where weights were trained on grids, the float ones behind them were never meant to be used.
+            trained = next((row for row in self.rows if row.quantizer == "lsq"), self.rows[0])
+            return f"finished, {COLUMNS['test_accuracy'].printed(trained.test_accuracy)} % on test"
         return f"{self.state}: {self.reason}" if self.reason else self.state
 
 
