@@ -109,9 +109,8 @@ def parts(output: Path, typed: Sequence[str] = (), seeds: int = 3) -> list[Part]
     # A view of each image for each epoch: the teacher answers as it would in every step, but once for several runs.
     methods = f"{floats} trainer.max_epochs=8 student=resnet8"
     students = f"{floats} trainer.max_epochs=3 student=resnet8,resnet20,resnet8x4,mobilenetv2"
-    # Minutes for three seeds, two jobs at a time. From steps in bfloat16 on one core of a busy Intel Xeon with AMX
-    # (images/s: resnet8 990, resnet20 390, mobilenetv2 200, resnet8x4 140), taken to be 1.5 times as fast on an idle
-    # one, and half a minute for what follows the training of a run.
+    # Minutes for three seeds, two jobs at a time: from steps in bfloat16 on one core of an Intel Xeon with AMX
+    # (images/s: resnet8 2,100, resnet20 860, mobilenetv2 450, resnet8x4 320), and half a minute for what follows.
     return [
         part(
             "teachers",
@@ -127,7 +126,7 @@ def parts(output: Path, typed: Sequence[str] = (), seeds: int = 3) -> list[Part]
             "Methods",
             "A ResNet-8 by each method under one budget; the teacher is the ResNet-20 of the same seed. `qat` trains "
             "on the grids of each width from the start.",
-            70,
+            90,
             f"{methods} method=supervised,dml",
             f"{methods} method=kd,dkd method.teacher_cache=8 {narrow}",
             f"{methods} method=kd loss.standardise=true method.teacher_cache=8 {narrow}",
@@ -138,7 +137,7 @@ def parts(output: Path, typed: Sequence[str] = (), seeds: int = 3) -> list[Part]
             "students",
             "Students",
             "Four networks on the labels alone, and from the ResNet-8x4 of the same seed.",
-            100,
+            70,
             f"{students} method=supervised",
             f"{students} method=kd method.teacher_cache=3 {wide}",
         ),
