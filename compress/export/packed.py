@@ -35,6 +35,8 @@ COUNTER = "num_batches_tracked"
 PROBED = 3  # images that `canonical` runs the network on
 # Numbers of 4 bytes that reading holds of a weight at most: itself, its tensor and its codes on their way.
 HELD = {PACKED: 5, FLOAT: 3}
+# The attribute of a network that has what its file said of it.
+SAID = "said_by_its_file"
 
 
 @dataclass(frozen=True)
@@ -105,8 +107,9 @@ def read_model(path: str | Path, network: OwnNetwork | None = None) -> tuple[nn.
     """(model in eval mode, description) of a packed or a float32 file; description["format"] says which.
 
     The weights are bit for bit those that were evaluated. `network`, or its class, is needed for a file of one of the
-    user's own class, see `compress.models.rebuild`; it stays as it is. Raises UserError, naming the file, where it is
-    damaged, altered, of another format, or does not fit its network.
+    user's own class, see `compress.models.rebuild`; it stays as it is. A float32 network of another class keeps the
+    description as its attribute SAID, from which a further file of it can be written. Raises UserError, naming the
+    file, where it is damaged, altered, of another format, or does not fit its network.
     """
     path = Path(path)
     kind, description, tensors = container.read(path)
@@ -134,6 +137,8 @@ def read_model(path: str | Path, network: OwnNetwork | None = None) -> tuple[nn.
             f"{path}: found {described} that its tensors do not fit ({first_line(error)}); accepted: those that "
             "belong together"
         ) from error
+    if kind == FLOAT and network is None:
+        setattr(model, SAID, description)
     return model.eval(), {"format": kind, **description}
 
 

@@ -11,6 +11,7 @@ import torch
 from omegaconf import OmegaConf, open_dict
 from torch import Tensor, nn
 
+from compress import models
 from compress.arguments import build
 from compress.checksums import digest
 from compress.config.compose import compose_jobs
@@ -18,7 +19,7 @@ from compress.errors import UserError
 from compress.export.description import NetworkDescription
 from compress.export.encodings import layer_bytes
 from compress.export.formats import exporter_called, exporter_of, read_any
-from compress.export.packed import Packed, file_bytes
+from compress.export.packed import SAID, Packed, file_bytes
 from compress.models import own_class
 from compress.models.baking import copied
 from compress.models.outputs import finding_logits, logits
@@ -126,7 +127,8 @@ def quantize(
 
     class_names, mean and standard_deviation are what files say, and count in a budget: the names of the network's
     outputs, in their order, or their numbers if left out; and by which images in 0..1 are normalised for the network,
-    one value or one per channel, or nothing, where it takes images in 0..1.
+    one value or one per channel, or nothing, where it takes images in 0..1. Of a network that `load` or a `Predictor`
+    has read and nobody has changed, the file that it came from says all three.
 
     quantizer: an option of `conf/quantizer`. keys: the keys of its file, nested ones as mappings,
     `grid={"scale": "max_abs"}`, or with dots, `**{"grid.scale": "max_abs"}`. Raises UserError for whatever cannot be
@@ -242,13 +244,32 @@ def _returning_one_width(network: nn.Module, images: Tensor) -> nn.Module:
 
 
 def _about(network: nn.Module, images: Tensor) -> NetworkDescription:
-    """What is known before the network is traced: neither the number nor the names of its classes."""
+    """What is known before the network is traced: without a file of it neither the number nor the names of classes."""
+    said = getattr(network, SAID, None)
+    if said is not None and _is_as_its_file_says(network, said["architecture"], images[:2]):
+        kept = {key: said[key] for key in ("architecture", "class_names", "mean", "standard_deviation")}
+        return NetworkDescription(**kept, input_shape=images.shape[1:])
     architecture = {"stem": own_class.STEM, "options": own_class.options_of(network), "num_classes": 0}
     return NetworkDescription(architecture, [], [0.0], [1.0], images.shape[1:])
 
 
+def _is_as_its_file_says(network: nn.Module, architecture: Mapping[str, Any], images: Tensor) -> bool:
+    """Whether `network`, which may have been changed since, computes what one of that `architecture` does."""
+    quiet = copied(network).eval()
+    images = images.to(next(quiet.parameters(), images))
+    try:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            again = models.rebuild(architecture).eval().to(images)
+            again.load_state_dict(quiet.state_dict())
+            return torch.allclose(logits(again(images)), logits(quiet(images)), rtol=1e-4, atol=1e-5)
+    except (RuntimeError, UserError):
+        return False
+
+
 def _with_classes(about: NetworkDescription, network: nn.Module, images: Tensor) -> NetworkDescription:
-    """`about` with as many classes as `network` has logits, called by their numbers."""
+    """`about` with as many classes as `network` has logits, called by their numbers where nothing is known of them."""
+    if about.class_names:
+        return about
     quiet = copied(network).eval()
     with torch.no_grad():
         outputs = logits(quiet(images.to(next(quiet.parameters(), images))))

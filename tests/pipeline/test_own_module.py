@@ -9,11 +9,14 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 import compress
+from compress import models
 from compress.errors import UserError
+from compress.export.description import NetworkDescription
 from compress.export.formats import exporter_of
-from compress.export.packed import file_bytes
+from compress.export.packed import SAID, file_bytes, write_float
 from compress.models.canonical import difference
 from compress.models.outputs import logits
+from compress.pipeline.own_module import _is_as_its_file_says
 from tests.models.odd_networks import (
     CLASSES,
     EVERY,
@@ -311,3 +314,31 @@ def test_a_mistake_in_what_a_file_says_is_one_line_and_writes_nothing(tmp_path):
     ):
         quantized.export(tmp_path / "net.bin")
     assert list(Path(tmp_path).iterdir()) == []
+
+
+class TestNetworkFromAFile:
+    @pytest.fixture
+    def read(self, tmp_path):
+        """A network that was read from a float32 file."""
+        torch.manual_seed(0)
+        architecture = {"stem": "resnet8_narrow", "options": {}, "num_classes": CLASSES}
+        description = NetworkDescription(architecture, NAMES, [0.5], [0.2], SHAPE)
+        write_float(tmp_path / "float.safetensors", models.build("resnet8_narrow", CLASSES), description)
+        return compress.load(tmp_path / "float.safetensors")[0]
+
+    def test_what_its_file_said_is_in_the_next_one(self, read, tmp_path):
+        quantized = compress.quantize(read, images(), bits=8)
+        quantized.save(tmp_path / "small.safetensors")
+        again, about = compress.load(tmp_path / "small.safetensors")
+        assert (about["class_names"], about["mean"], about["standard_deviation"]) == (NAMES, [0.5], [0.2])
+        with torch.no_grad():
+            assert torch.equal(again(images(8, 2)), quantized.network(images(8, 2)))
+        compress.quantize(read, images(), bits=8, class_names=NAMES[::-1]).save(tmp_path / "other.safetensors")
+        assert compress.load(tmp_path / "other.safetensors")[1]["class_names"] == NAMES[::-1]
+
+    def test_a_network_that_was_changed_is_one_of_the_users_own(self, read, tmp_path):
+        read.conv1.register_forward_hook(lambda module, inputs, output: 2 * output + 1)
+        assert not _is_as_its_file_says(read, getattr(read, SAID)["architecture"], images(2))
+        [name] = [name for name, module in read.named_modules() if isinstance(module, torch.nn.Linear)]
+        setattr(read, name, torch.nn.Linear(read.get_submodule(name).in_features, 3))
+        assert not _is_as_its_file_says(read, getattr(read, SAID)["architecture"], images(2))
