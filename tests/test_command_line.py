@@ -37,6 +37,8 @@ MISTAKES = {
     "+method.foo=1": ["method.foo:", "accepted"],
     "+foo=1": ["foo:", "seed"],
     "optimiser=sgd": ["optimiser:", "optimizer"],
+    "trainr.max_epochs=3": ["trainr:", "trainer"],
+    "teacher.trainig.epochs=3": ["teacher.trainig:", "training"],
     "method=supervised teacher=resnet50": ["teacher:", "no teacher"],
     "method=kd teacher=none": ["teacher:", "resnet50"],
     "method=supervised loss=kd": ["loss:", "cross_entropy"],

@@ -5,6 +5,7 @@ import re
 import shlex
 import subprocess
 import sys
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -30,7 +31,9 @@ def shell(folder, line):
     if words[0] != "python":
         subprocess.run(["bash", "-ec", line], cwd=folder, check=True)
         return ""
-    process = Script(ROOT / words[1], *words[2:], folder=folder)
+    found = [[str(path.relative_to(folder)) for path in folder.glob(word)] if "*" in word else [word] for word in words]
+    _, script, *rest = chain.from_iterable(found)
+    process = Script(ROOT / script, *rest, folder=folder)
     output, problems = process.said()
     assert process.wait() == 0, problems
     return output
@@ -87,8 +90,10 @@ def test_the_project_of_the_readme_is_one(tmp_path):
     assert "gpfq 4 bit" in train
     assert "gpfq" in budget
     assert re.match(r"photo\.jpg: (circle|square|triangle) ", predicted)
-    assert reported.startswith("1 run")
+    assert reported.startswith("2 runs")
 
-    lines = lines.replace("student=resnet8", " ".join(["student=resnet8", *shorter]))
+    lines = lines.replace("trainer.max_epochs=30", " ".join(shorter))
     assert re.search(r"\[Prediction\(path='photo\.jpg', classes=\(", python(tmp_path, lines))
     assert (tmp_path / "small.safetensors").stat().st_size < 30_000
+    answer = shell(tmp_path, "python scripts/predict.py small.safetensors photo.jpg")
+    assert re.match(r"photo\.jpg: (circle|square|triangle) ", answer)

@@ -286,6 +286,10 @@ def _unknown_key(failure: ConfigCompositionException, overrides: list[str]) -> s
         node = OmegaConf.select(config, parent) if parent else config
     except (HydraException, OmegaConfBaseException):
         return first_line(failure)
+    above = parent.rpartition(".")[0]
+    around = OmegaConf.select(config, above) if above else config
+    if node is None and isinstance(around, DictConfig) and parent.rpartition(".")[2] not in around:
+        key, parent, node = parent, above, around  # what is mistyped is the node itself
     if not isinstance(node, DictConfig):
         return f"{key}: found an unknown key; {parent or 'the configuration'} has no keys here"
     accepted = sorted(str(name) for name in node if name not in ("_target_", "_partial_", "stem", "hydra"))

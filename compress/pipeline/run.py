@@ -101,7 +101,7 @@ def run(job: Job, directory: Path, data_sets: DataSets, float_checkpoint: Path |
             title = f"{parts.plain['method']['stem']} {record.student.model} on {record.data.name}"
             record = write_results(directory, record, title, measured.panels(), loggers)
             (directory / resume.STARTED).unlink()
-            show(directory, record.rows, title)
+            show(directory, record, title)
             return Result(directory, record)
 
 
@@ -186,7 +186,7 @@ def finished(directory: Path) -> Result:
     # Which is left where it was killed just before; a finished run may well be read-only.
     with suppress(OSError):
         (directory / resume.STARTED).unlink(missing_ok=True)
-    show(directory, record.rows, f"{record.student.model}: this run was finished before")
+    show(directory, record, f"{record.student.model}: this run was finished before")
     return Result(directory, record)
 
 

@@ -86,5 +86,5 @@ def _write(job: Job, directory: Path, started: Mapping[str, Any], results: Seque
     title = f"{record.student.model}: {', '.join(stage.name for stage in stages)}"
     record = write_results(directory, record, title)
     (directory / resume.STARTED).unlink()
-    show(directory, record.rows, title)
+    show(directory, record, title)
     return Result(directory, record)

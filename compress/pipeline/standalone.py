@@ -92,7 +92,7 @@ def quantize_checkpoint(overrides: Sequence[str]) -> Path:
     title = f"{label} of {path.name}"
     record = Record(overrides=list(overrides), teacher=None, **result.record(parts, checkpoint=str(path)))
     write_results(directory, record, title, result.panels())
-    show(directory, record.rows, title)
+    show(directory, record, title)
     return directory
 
 

@@ -15,7 +15,7 @@ from compress.results.layer_pictures import Panel, draw_layers, draw_weights
 from compress.results.loggers import log_results
 from compress.results.metrics_csv import FILE as METRICS
 from compress.results.record import FILE, Record
-from compress.results.tradeoff import Row, table, write_tradeoff
+from compress.results.tradeoff import table, write_tradeoff
 from compress.results.tradeoff_picture import draw_tradeoff
 
 FILES = (card.FILE, "tradeoff.csv", "tradeoff.png", "layers.png", "weights.png", "result.json", "config.yaml")
@@ -59,10 +59,14 @@ def _digests(directory: Path) -> dict[str, str]:
     return {path.relative_to(directory).as_posix(): file_digest(path) for path in paths if path.is_file()}
 
 
-def show(directory: Path, rows: Sequence[Row], title: str) -> None:
-    """Prints the table, and what lies in `directory`."""
+def show(directory: Path, record: Record, title: str) -> None:
+    """Prints the table, of how many images its accuracies are, and what lies in `directory`."""
     console.print()
-    console.print(table(rows, escape(title)))
+    console.print(table(record.rows, escape(title)))
+    images = record.data.images
+    counts = [f"{images[split]:,} {split}" for split in ("validation", "test") if split in images]
+    if counts:
+        console.print(f"accuracies are of {' and '.join(counts)} images")
     present = ", ".join(name for name in (*FILES, "models/", "checkpoints/") if (directory / name).exists())
     here = Path.cwd()
     place = directory.relative_to(here) if directory.is_relative_to(here) else directory
