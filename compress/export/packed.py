@@ -46,7 +46,7 @@ class Packed(Exporter):
     suffix, runtime, movable, takes_network = ".safetensors", "torch", True, True
     loading = """\
 import compress, torch
-network, description = compress.load({file})
+network, description = compress.load({file}{network})
 logits = network(torch.from_numpy(images))"""
 
     def write(

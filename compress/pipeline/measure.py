@@ -41,8 +41,10 @@ class Measured:
         """What `compress.results.record.Record` says of it; `threads` are those of the training, if any."""
         reference = self.variants.rows[0]
         per_class = zip(parts.data.class_names, self.variants.test.per_class, strict=True)
+        role = "student" if self.name == "model" else "peer"
         student = {
-            "model": parts.label("student" if self.name == "model" else "peer"),
+            "model": parts.label(role),
+            "own_class": models.names_class(parts.network_node(role)["stem"]),
             **about_student,
             "parameters": models.count_parameters(self.student),
             "macs": models.count_macs(self.student, parts.data.input_shape),

@@ -138,9 +138,13 @@ def _use(record: Record, rows: list[Row], digests: Mapping[str, str]) -> str:
         return "The run kept no model files."
     statistics = (record.data.mean, record.data.standard_deviation)
     mean, deviation = (" ".join(f"{value:.6g}" for value in values) for values in statistics)
+    own = record.student.model if record.student.own_class else ""
+    words = [present[-1].file, "picture.png"]
+    if own and _takes_network(present[-1].file):
+        words.append(f"network={own}")
     parts = [
         "In a clone of compress, with the path of this folder before that of the file:",
-        f"    python scripts/predict.py {shlex.quote(present[-1].file)} picture.png",
+        f"    python scripts/predict.py {shlex.join(words)}",
     ]
     parts.append(
         "In Python, `images` are a NumPy array of float32, (images, channels, height, width), in 0..1 and normalised: "
@@ -148,17 +152,32 @@ def _use(record: Record, rows: list[Row], digests: Mapping[str, str]) -> str:
     )
     for runtime in dict.fromkeys(row.runtime for row in present):
         file = next(row.file for row in reversed(present) if row.runtime == runtime)
-        if lines := _loading(file):
+        if lines := _loading(file, own):
             parts.append(f"{runtime}:\n\n```python\n{lines}\n```")
     return "\n\n".join(parts)
 
 
-def _loading(file: str) -> str:
-    """Lines of Python that load a file; none where its format is one of the user's own that is not to be found now."""
+def _loading(file: str, own: str) -> str:
+    """Lines of Python that load a file; none where its format is one of the user's own that is not to be found now.
+
+    own: the class of the network, where it is the user's; empty otherwise.
+    """
     try:
-        return exporter_of(Path(file)).loading.format(file=repr(file))
+        loading = exporter_of(Path(file)).loading
     except UserError:
         return ""
+    module, _, name = own.rpartition(".")
+    if not (_takes_network(file) and name.isidentifier() and all(part.isidentifier() for part in module.split("."))):
+        return loading.format(file=repr(file), network="")
+    return f"from {module} import {name}\n" + loading.format(file=repr(file), network=f", network={name}")
+
+
+def _takes_network(file: str) -> bool:
+    """Whether a file of a class of the user's own is read with that class."""
+    try:
+        return exporter_of(Path(file)).takes_network
+    except UserError:
+        return False
 
 
 def _origin(record: Record) -> str:

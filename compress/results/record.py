@@ -81,6 +81,7 @@ class Teacher(Network):
 class Student(Network):
     """The float32 student of the best epoch."""
 
+    own_class: bool = False  # whether `model` names a class of the user's own, which packed files have to be given
     network: str = "model"  # which of the method's networks it was; `others.0`: the first other peer of dml
     checkpoint: str | None = None  # the file that was quantized, where nothing was trained
     weights: str | None = None  # the published ones that it started from, by their name

@@ -254,6 +254,21 @@ def test_a_card_says_nothing_of_what_was_not_measured(tmp_path):
     assert "not known" in text
 
 
+def test_a_class_of_the_users_own_is_given_where_a_file_needs_it(tmp_path):
+    [directory] = write_runs(tmp_path, 1, epochs=1, layers=3)
+    record = Record.read(directory / "result.json")
+    student = record.student.model_copy(update={"model": "my_networks.Small", "own_class": True})
+    rows = record.rows[:2]
+    own = record.model_copy(update={"student": student, "rows": rows})
+    text = model_card(own, {row.file: "0" * 64 for row in rows})
+    file = rows[-1].file
+    assert f"predict.py {file} picture.png network=my_networks.Small\n" in text
+    assert "from my_networks import Small\nimport compress, torch\n" in text
+    assert f"compress.load({file!r}, network=Small)" in text
+    odd = student.model_copy(update={"model": "a b.c; d"})
+    assert "from a b" not in model_card(own.model_copy(update={"student": odd}), {row.file: "0" * 64 for row in rows})
+
+
 def test_data_sets_with_a_licence_say_so():
     assert FashionMNIST.licence == "MIT"
     assert CIFAR10.licence is None  # none is stated
