@@ -142,6 +142,8 @@ def test_the_study_runs_on_a_slice_and_goes_on_where_it_was(study, tmp_path):
     code, said, problems = study(*taught)
     assert code == 0, problems
     text = Path("study/study.md").read_text()
+    given = "data.limit=600 data.image_size=8 trainer.max_epochs=1 student=resnet8"
+    assert f"both with `OVERRIDES='{given}'`" in " ".join(text.split())
     head, *lines = table(text)
     assert [line[0] for line in lines] == ["`method=supervised`", "`method=kd teacher=resnet8x4`"]
     for number, line in enumerate(lines, 1):
@@ -173,4 +175,4 @@ def test_the_study_runs_on_a_slice_and_goes_on_where_it_was(study, tmp_path):
     code, _, problems = study("--page", "page.md", *taught, "pruning")
     assert code == 0
     assert "not finished, and left out of the page: Pruning" in problems
-    assert Path("page.md").read_text().replace("Pruning; ", "") == text
+    assert Path("page.md").read_text().replace("Not finished, and left out: Pruning.\n\n", "") == text
