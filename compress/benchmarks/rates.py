@@ -5,7 +5,6 @@ rates one after the other, which share what does not depend on the rate. One thr
 """
 
 import argparse
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -14,6 +13,7 @@ from pathlib import Path
 import torch
 
 from compress.arguments import build
+from compress.benchmarks import spread
 from compress.benchmarks.peer_comparison import IMAGES, opened
 from compress.config.compose import compose_jobs
 from compress.quantization import Quantizer
@@ -48,7 +48,7 @@ def run(arguments: argparse.Namespace) -> None:
             ratios[name].append(_seconds(partial(at, rates)) / len(rates) / width)
     print(f"{arguments.run_directory}, {len(images)} images, times a pass to {arguments.bits} bits ({width:.1f} s)")
     for name, pairs in ratios.items():
-        print(f"  {name}: {statistics.median(pairs):.2f} ({min(pairs):.2f} to {max(pairs):.2f})")
+        print(f"  {name}: {spread(pairs)}")
 
 
 def _seconds(work: Callable[[], object]) -> float:

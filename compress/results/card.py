@@ -13,6 +13,7 @@ from urllib.parse import quote
 import yaml
 
 from compress.errors import UserError, printable
+from compress.export.exporter import Exporter
 from compress.export.formats import exporter_of
 from compress.results.markdown import escaped, markdown_table
 from compress.results.record import Network, Record
@@ -140,7 +141,8 @@ def _use(record: Record, rows: list[Row], digests: Mapping[str, str]) -> str:
     mean, deviation = (" ".join(f"{value:.6g}" for value in values) for values in statistics)
     own = record.student.model if record.student.own_class else ""
     words = [present[-1].file, "picture.png"]
-    if own and _takes_network(present[-1].file):
+    exporter = _exporter(present[-1].file)
+    if own and exporter is not None and exporter.takes_network:
         words.append(f"network={own}")
     parts = [
         "In a clone of compress, with the path of this folder before that of the file:",
@@ -158,26 +160,25 @@ def _use(record: Record, rows: list[Row], digests: Mapping[str, str]) -> str:
 
 
 def _loading(file: str, own: str) -> str:
-    """Lines of Python that load a file; none where its format is one of the user's own that is not to be found now.
+    """Lines of Python that load a file; none where its format is not to be found now.
 
     own: the class of the network, where it is the user's; empty otherwise.
     """
-    try:
-        loading = exporter_of(Path(file)).loading
-    except UserError:
+    exporter = _exporter(file)
+    if exporter is None:
         return ""
-    module, _, name = own.rpartition(".")
-    if not (_takes_network(file) and name.isidentifier() and all(part.isidentifier() for part in module.split("."))):
+    loading, (module, _, name) = exporter.loading, own.rpartition(".")
+    if not (exporter.takes_network and name.isidentifier() and all(part.isidentifier() for part in module.split("."))):
         return loading.format(file=repr(file), network="")
     return f"from {module} import {name}\n" + loading.format(file=repr(file), network=f", network={name}")
 
 
-def _takes_network(file: str) -> bool:
-    """Whether a file of a class of the user's own is read with that class."""
+def _exporter(file: str) -> Exporter | None:
+    """That of the file; None where its format is one of the user's own that is not to be found now."""
     try:
-        return exporter_of(Path(file)).takes_network
+        return exporter_of(Path(file))
     except UserError:
-        return False
+        return None
 
 
 def _origin(record: Record) -> str:

@@ -337,8 +337,10 @@ class TestNetworkFromAFile:
         assert compress.load(tmp_path / "other.safetensors")[1]["class_names"] == NAMES[::-1]
 
     def test_a_network_that_was_changed_is_one_of_the_users_own(self, read, tmp_path):
-        read.conv1.register_forward_hook(lambda module, inputs, output: 2 * output + 1)
+        hook = read.conv1.register_forward_hook(lambda module, inputs, output: 2 * output + 1)
         assert not _is_as_its_file_says(read, getattr(read, SAID)["architecture"], images(2))
+        hook.remove()
+        assert _is_as_its_file_says(read, getattr(read, SAID)["architecture"], images(2))
         [name] = [name for name, module in read.named_modules() if isinstance(module, torch.nn.Linear)]
         setattr(read, name, torch.nn.Linear(read.get_submodule(name).in_features, 3))
         assert not _is_as_its_file_says(read, getattr(read, SAID)["architecture"], images(2))

@@ -184,9 +184,10 @@ def test_rates_are_met_with_few_patches(network, images, options, rate):
 @pytest.mark.parametrize(("most", "share"), [(None, 1.0), (64, 1.0), (None, 0.25)])
 def test_a_rate_is_found_in_few_walks(network, images, most, share):
     at_rate = quantizer(rates=[1.5], grams={"max_rows": most}).at_rates(network, [images[0][: int(64 * share)]])
-    rates = [at_rate.walk(1.5).rate for _ in range(2)]
+    rates = [at_rate.walk(1.5).rate for _ in range(3)]
     assert rates[0] == pytest.approx(1.5, rel=0.25)
     assert rates[1] == pytest.approx(1.5, rel=0.1)
+    assert rates[2] == pytest.approx(1.5, rel=0.03)
 
 
 def test_widths_come_before_rates(network, images):
