@@ -17,9 +17,10 @@ from safetensors.torch import save_file
 
 import compress
 from compress import models, yaml_file
-from compress.benchmarks import nncodec
+from compress.benchmarks import nncodec, quantizer_study
 from compress.benchmarks.quantizer_study import measure
 from compress.cli import main
+from compress.config.compose import compose_jobs
 from compress.errors import UserError
 from compress.export.onnx import OnnxModel
 from compress.export.packed import read_model
@@ -246,7 +247,18 @@ def test_the_script_says_what_it_takes_and_exits_with_2(tmp_path):
     assert {path.suffix for path in tmp_path.iterdir()} == {".out", ".err"}
 
 
+def test_every_option_of_the_study_can_be_composed():
+    for options in (quantizer_study.MAIN | quantizer_study.COMPARED).values():
+        [_] = compose_jobs(options)
+
+
 def test_the_study_measures_the_networks_of_runs_and_goes_on_where_it_was(run, tmp_path, monkeypatch, capsys):
+    one_rate = {
+        name: ["quantizer.rates=[2]" if word.startswith("quantizer.rates=") else word for word in options]
+        for name, options in quantizer_study.MAIN.items()
+    }
+    monkeypatch.setattr(quantizer_study, "MAIN", one_rate)
+
     def study(*arguments):
         monkeypatch.setattr(sys, "argv", ["quantizer_study.py", str(tmp_path / "study"), *map(str, arguments)])
         with pytest.raises(SystemExit) as ended:
@@ -261,8 +273,7 @@ def test_the_study_measures_the_networks_of_runs_and_goes_on_where_it_was(run, t
     measured = json.loads(path.read_text())
     del measured["sha256"]
     [known] = measured["resnet8"].values()
-    options = {"gpfq", "gpfq, all layers", "gpfq, inputs 8 bit", "gpfq, rates", "rates, 8 survivors", "gpfq, budget"}
-    assert set(known) == options
+    assert set(known) == set(one_rate)
     assert [row["bits"] for row in known["gpfq"]["rows"]] == [8, 4, 3, 2]
     uniform, coded = known["gpfq"]["rows"][2], known["gpfq, budget"]["rows"][0]
     assert coded["bytes"] <= uniform["bytes"]
@@ -277,7 +288,7 @@ def test_the_study_measures_the_networks_of_runs_and_goes_on_where_it_was(run, t
     change = 100 * (uniform["test_accuracy"] - run.rows[0].test_accuracy) / 2
     [line] = [line for line in output.splitlines() if line.startswith("| gpfq | 3 |")]
     assert f"| {change:+.2f} ± {abs(change) * 2**0.5:.2f} |" in line
-    assert "| drop, points | fixed widths, kB | rates, kB | rates, 8 survivors, kB |\n" in output
+    assert "| drop, points | fixed widths, kB | rates, kB | rates, 8 survivors, kB | rates, tuned, kB |\n" in output
     code, _, said = study(tmp_path)
     assert (code, said) == (2, f"error: {tmp_path}: found no finished run; accepted: directories with a result.json\n")
 
