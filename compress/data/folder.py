@@ -46,7 +46,10 @@ class Folder(FileModule):
             )
         classes = self._classes("train")
         if len(classes) < 2:
-            raise UserError(f"data.root: {self.root / 'train'} holds {len(classes)} classes; accepted: at least 2")
+            raise UserError(
+                f"data.root: found {', '.join(classes) or 'no class'} in {self.root / 'train'}; accepted: a folder for "
+                "each class, at least 2"
+            )
         for split in ("test", "val"):
             if split == "val" and not (self.root / split).exists():
                 continue

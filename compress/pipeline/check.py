@@ -186,9 +186,10 @@ def check_image_sizes(parts: Parts, training: bool = True) -> None:
         if isinstance(mistake, UserError):
             raise UserError(f"{name}: {mistake}") from None
         if mistake is not None:
+            shape = "x".join(map(str, parts.data.input_shape))
             raise UserError(
-                f"data.image_size: found {parts.data.image_size}, which {name} cannot take "
-                f"({first_line(mistake)}); accepted: a larger size, or another network"
+                f"data: found images of {shape}, channels first, which {name} cannot take ({first_line(mistake)}); "
+                "accepted: images for that network, perhaps with a larger data.image_size, or another network"
             )
 
 

@@ -40,7 +40,8 @@ def run_files(run: Run) -> list[str]:
 def markdown(collection: Collection, path: Path, written: str) -> str:
     """The report for the file `path`, to which its links are relative; `written` is the time it will state."""
     compared = groups(collection.runs)
-    parts = [f"# Report of {len(collection.runs):,} runs\n\nWritten {written}."]
+    number = len(collection.runs)
+    parts = [f"# Report of {number:,} {'run' if number == 1 else 'runs'}\n\nWritten {written}."]
     for data in dict.fromkeys(group.runs[0].data for group in compared):
         parts.append(_table(means_table(data, [group for group in compared if group.runs[0].data == data])))
     parts += [_table(table) for table in reference_tables(compared)]

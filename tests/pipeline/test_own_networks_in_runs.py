@@ -174,7 +174,10 @@ MISTAKES = [
         ["student=module", "student.target=torch.nn.Identity"],
         "student torch.nn.Identity: found a network that returns a tensor (2, 3, 8, 8); accepted: logits (images, 10)",
     ),
-    (["student=module", "student.target=my_networks.Ten", "data.image_size=4"], "data.image_size: found 4, which"),
+    (
+        ["student=module", "student.target=my_networks.Ten", "data.image_size=4"],
+        "data: found images of 3x4x4, channels first,",
+    ),
 ]
 
 
