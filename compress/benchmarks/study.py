@@ -237,9 +237,9 @@ def _table(groups: Sequence[Group]) -> tuple[list[str], str]:
 
 
 def _shown(runs: Sequence[Run]) -> tuple[Variant, ...]:
-    """The variants of equal `runs`; the float weights behind trained grids were never meant to be used without them."""
+    """The variants of equal `runs`, without the float weights behind trained grids."""
     found = variants(runs)
-    on_grids = any(variant.row.quantizer == "lsq" for variant in found)
+    on_grids = any(variant.row.trained_on_grids for variant in found)
     return tuple(variant for variant in found if not (on_grids and variant.row.quantizer == "none"))
 
 

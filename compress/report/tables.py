@@ -120,9 +120,7 @@ def left_out(collection: Collection) -> list[str]:
 
 def _counts(row: Row, method: str) -> bool:
     """Whether the replaced project had such a variant."""
-    # The float weights behind the grids of qat were never meant to be used without them.
-    of_method = row.quantizer == "lsq" if method == "qat" else row.quantizer != "lsq"
-    return of_method and row.activation_bits == 32 and not row.coded
+    return row.trained_on_grids == (method == "qat") and row.activation_bits == 32 and not row.coded
 
 
 def _compared(rows: Sequence[Row], reported: Mapping[int, Sequence[float]], bits: int) -> str:

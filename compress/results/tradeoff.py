@@ -132,6 +132,11 @@ class Row:
         return accuracy
 
     @property
+    def trained_on_grids(self) -> bool:
+        """The float weights behind such grids, the first row of the same run, were never meant to be used alone."""
+        return self.quantizer == "lsq"
+
+    @property
     def width(self) -> str:
         if self.quantizer == "none":
             return "fp32"

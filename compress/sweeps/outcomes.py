@@ -38,9 +38,8 @@ class Outcome:
 
     def __str__(self) -> str:
         if self.rows:
-            # Where weights were trained on grids, the float ones behind them were never meant to be used.
-            trained = next((row for row in self.rows if row.quantizer == "lsq"), self.rows[0])
-            return f"finished, {COLUMNS['test_accuracy'].printed(trained.test_accuracy)} % on test"
+            meant = next((row for row in self.rows if row.trained_on_grids), self.rows[0])
+            return f"finished, {COLUMNS['test_accuracy'].printed(meant.test_accuracy)} % on test"
         return f"{self.state}: {self.reason}" if self.reason else self.state
 
 
