@@ -72,6 +72,16 @@ def test_a_bit_of_a_json_file(tmp_path):
     assert refusals(path, read, CONTENT) > 200
 
 
+def test_a_json_file_on_other_lines_is_not_taken_as_checked(tmp_path):
+    path = tmp_path / "started.json"
+    write_json(path, CONTENT)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"started": "later"}))
+    with pytest.raises(
+        UserError, match=r"started\.json: cannot be read \(its lines are not as .*; accepted: to remove it"
+    ):
+        read_json(path, "to remove it")
+
+
 def test_a_bit_of_a_yaml_file(tmp_path):
     path = tmp_path / "sweep.yaml"
     write_yaml(path, yaml.safe_dump(CONTENT))
