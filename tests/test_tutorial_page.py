@@ -64,12 +64,12 @@ def test_every_command_does_what_the_page_says(tmp_path):
     assert len(re.findall(r"circle-\d+\.jpg", predicted)) == 10
     assert re.match(r"\('(circle|square|triangle)',\) ", in_python)
     assert "gpfq" in budget
-    [small] = (tmp_path / "small/quantized").glob("*/models/student-gpfq-*.safetensors")
+    [small] = (tmp_path / "outputs/small/quantized").glob("*/models/student-gpfq-*.safetensors")
     assert small.stat().st_size <= 20_000
     assert len(re.findall(r"square-\d+\.jpg", elsewhere)) == 10
     assert verified
-    assert reported.startswith("1 run")
-    assert "shapes" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert reported.startswith("3 runs")
+    assert "shapes" in (tmp_path / "outputs/report.html").read_text(encoding="utf-8")
 
 
 def test_the_project_of_the_readme_is_one(tmp_path):
@@ -94,6 +94,6 @@ def test_the_project_of_the_readme_is_one(tmp_path):
 
     lines = lines.replace("trainer.max_epochs=30", " ".join(shorter))
     assert re.search(r"\[Prediction\(path='photo\.jpg', classes=\(", python(tmp_path, lines))
-    assert (tmp_path / "small.safetensors").stat().st_size < 30_000
-    answer = shell(tmp_path, "python scripts/predict.py small.safetensors photo.jpg")
+    assert (tmp_path / "outputs/small.safetensors").stat().st_size < 30_000
+    answer = shell(tmp_path, "python scripts/predict.py outputs/small.safetensors photo.jpg")
     assert re.match(r"photo\.jpg: (circle|square|triangle) ", answer)
