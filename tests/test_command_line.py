@@ -199,12 +199,15 @@ def test_a_mistake_in_a_real_process_has_no_traceback(tmp_path):
     assert said.startswith("error: student: found 'resnet99'")
 
 
-@pytest.mark.parametrize("typed", ["method=kdd", "optimizer.lrr=1", "optimiser=sgd", "student=resnet9", "seed=0,1"])
+MISTYPED = ["method=kdd", "optimizer.lrr=1", "optimiser=sgd", "student=resnet9", "seed=0,1", "seed=-1", "~student"]
+
+
+@pytest.mark.parametrize("typed", [*MISTYPED, "+foo=1", "trainer.max_epochs=x", "trainer.logger=true"])
 def test_a_mistyped_word_is_refused_before_pytorch_is_imported(typed):
     code = "import sys; from compress.cli import main; print(main(sys.argv[1:]), 'torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code, typed], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "2 False\n")
-    assert done.stderr.startswith(f"error: {typed.partition('=')[0]}: ")
+    assert done.stderr.startswith(f"error: {typed.partition('=')[0].lstrip('+~')}: ")
 
 
 def test_options_may_stand_between_overrides(capsys, monkeypatch):

@@ -3,8 +3,8 @@
 Constructors of this project say in their annotations what they accept; `compress.config.ranges` says it for the rest.
 """
 
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import asdict, is_dataclass
+from collections.abc import Iterator
+from dataclasses import is_dataclass
 from typing import Any
 
 import torch
@@ -13,21 +13,10 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from compress import models
 from compress.arguments import annotations, build, check_arguments, imported, plain, settable
 from compress.config import ensemble
-from compress.config.compose import GROUPS
 from compress.config.pretrained import take_over, take_over_teacher
-from compress.config.ranges import (
-    ENSEMBLE,
-    OPTIMIZER,
-    STAGE,
-    STUDENT,
-    TEACHER,
-    TEACHER_TRAINING,
-    TOP_LEVEL,
-    TRAINER,
-    TRAINER_REFUSED,
-    TRAINER_REQUIRED,
-)
+from compress.config.ranges import ENSEMBLE, OPTIMIZER, STUDENT, TEACHER, TEACHER_TRAINING
 from compress.config.reserved import check_reserved, check_target
+from compress.config.run_values import check_run_values, coerce
 from compress.errors import UserError, first_line
 from compress.models import own_class
 from compress.optim.groups import DECAY
@@ -38,11 +27,9 @@ def check_values(config: DictConfig) -> None:
 
     Raises UserError for the first one that is wrong.
     """
-    _check_groups(config)
+    check_run_values(config)
     check_reserved(config)
     take_over(config)
-    _coerce(config, "", TOP_LEVEL, accepted=[*TOP_LEVEL, *GROUPS], required=TOP_LEVEL)
-    _check_stages(config)
     for group in ("data", "method", "loss", "scheduler"):
         _coerce_part(config, group)
     for group in ("quantizer", "mixup", "pruning"):
@@ -54,10 +41,6 @@ def check_values(config: DictConfig) -> None:
     for role in ("student", "peer"):
         if config[role]:
             _check_model(config, role)
-    for key in config.trainer.keys() & TRAINER_REFUSED.keys():
-        why, instead = TRAINER_REFUSED[key]
-        raise UserError(f"trainer.{key}: found {config.trainer[key]!r}, {why}; accepted: {instead}")
-    _coerce(config, "trainer", TRAINER, accepted=sorted(TRAINER), required=TRAINER_REQUIRED)
     _check_teachers(config)
     _check_loggers(config)
 
@@ -71,53 +54,14 @@ def target(config: DictConfig, where: str) -> Any:
     return imported(name, where)
 
 
-def _check_groups(config: DictConfig) -> None:
-    for key in map(str, config):
-        if key not in (*GROUPS, *TOP_LEVEL):
-            raise UserError(f"{key}: found an unknown key; accepted: {', '.join((*GROUPS, *TOP_LEVEL))}")
-    for key in GROUPS:
-        # An experiment spreads over the other groups and leaves nothing of its own.
-        if key != "experiment" and not isinstance(config.get(key), DictConfig):
-            raise UserError(f"{key}: found {config.get(key)!r}; accepted: {key}=OPTION, see --help")
-    for group in ("quantizer", "mixup", "pruning"):
-        # `none` on the command line leaves what an experiment says of the option that it chose itself.
-        if config[group] and "_target_" not in config[group]:
-            config[group] = {}
-    if config.teacher and not {"model", "members"} & config.teacher.keys():
-        config.teacher = {}
-
-
-def _check_stages(config: DictConfig) -> None:
-    stages: Any = OmegaConf.to_container(config.stages, resolve=True)
-    for index, stage in enumerate(stages):
-        check_arguments(STAGE, stage, f"stages.{index}")
-        missing = [key for key in ("name", "overrides") if key not in stage]
-        if missing:
-            raise UserError(f"stages.{index}: found no {missing[0]}; accepted: {', '.join(STAGE)}")
-    if stages and config.trainer.get("num_nodes", 1) != 1:
-        raise UserError(f"trainer.num_nodes: found {config.trainer.num_nodes} for a run in stages; accepted: 1")
-    names = [stage["name"] for stage in stages]
-    if len({*names}) < len(names):
-        raise UserError(f"stages: found {', '.join(names)}; accepted: names that differ")
-    shares = [stage.get("share") for stage in stages]
-    if any(shares) and (None in shares or abs(sum(shares) - 1) > 1e-6):
-        listed = ", ".join(map(str, shares))
-        raise UserError(f"stages: found the shares {listed}; accepted: shares that sum to 1, or none at all")
-    epochs = config.trainer.get("max_epochs")
-    if any(shares) and isinstance(epochs, int) and epochs < len(stages):
-        raise UserError(
-            f"trainer.max_epochs: found {epochs} for {len(stages)} stages; accepted: at least {len(stages)}"
-        )
-
-
 def _check_teachers(config: DictConfig) -> None:
     if config.teacher and ensemble.is_ensemble(config):
-        _coerce(config, "teacher", ENSEMBLE, required=ENSEMBLE)
+        coerce(config, "teacher", ENSEMBLE, required=ENSEMBLE)
         _coerce_training(config, "teacher.training")
         ensemble.complete_members(config)
     for where in ensemble.keys(config):
         # A run from before there was a choice of these does not name them.
-        _coerce(config, where, TEACHER, required=[key for key in TEACHER if key not in ("classes", "pretrained")])
+        coerce(config, where, TEACHER, required=[key for key in TEACHER if key not in ("classes", "pretrained")])
         take_over_teacher(config, where)
         _coerce_training(config, f"{where}.training")
         _check_model(config, f"{where}.model")
@@ -147,38 +91,15 @@ def _is_ours(part: Any) -> bool:
     return getattr(part, "__module__", "").startswith("compress.")
 
 
-def _coerce(
-    config: DictConfig,
-    where: str,
-    receiver: Any,
-    accepted: Collection[str] | None = None,
-    required: Collection[str] = (),
-) -> dict[str, Any]:
-    node = OmegaConf.select(config, where) if where else config
-    for key in required:
-        if key not in node:
-            raise UserError(
-                f"{where}.{key}: found no such key; accepted: a configuration that has it".removeprefix(".")
-            )
-    values = check_arguments(receiver, plain(node), where, accepted=accepted)
-    with open_dict(config):
-        for key, value in values.items():
-            if is_dataclass(value) and not isinstance(value, type):
-                node[key].update(asdict(value))
-            elif not isinstance(value, Mapping):
-                node[key] = value
-    return values
-
-
 def _coerce_training(config: DictConfig, where: str) -> None:
-    _coerce(config, where, TEACHER_TRAINING, required=TEACHER_TRAINING)
+    coerce(config, where, TEACHER_TRAINING, required=TEACHER_TRAINING)
     _coerce_optimizer(config, f"{where}.optimizer")
     _coerce_part(config, f"{where}.scheduler")
 
 
 def _coerce_part(config: DictConfig, where: str) -> None:
     part = target(config, where)
-    _coerce(config, where, part, accepted=settable(part))
+    coerce(config, where, part, accepted=settable(part))
     if is_dataclass(part):
         build(OmegaConf.select(config, where), where)
 
@@ -186,7 +107,7 @@ def _coerce_part(config: DictConfig, where: str) -> None:
 def _coerce_optimizer(config: DictConfig, where: str) -> None:
     optimizer = target(config, where)
     accepted = [name for name in annotations(optimizer) if name not in ("params", "defaults")] + [DECAY]
-    values = _coerce(config, where, optimizer if _is_ours(optimizer) else OPTIMIZER, accepted=accepted)
+    values = coerce(config, where, optimizer if _is_ours(optimizer) else OPTIMIZER, accepted=accepted)
     decays = values.pop(DECAY, True)
     if not isinstance(decays, bool):
         raise UserError(f"{where}.{DECAY}: found {decays!r}; accepted: true or false")

@@ -188,8 +188,8 @@ def check_image_sizes(parts: Parts, training: bool = True) -> None:
         if mistake is not None:
             shape = "x".join(map(str, parts.data.input_shape))
             raise UserError(
-                f"data: found images of {shape}, channels first, which {name} cannot take ({first_line(mistake)}); "
-                "accepted: images for that network, perhaps with a larger data.image_size, or another network"
+                f"data.image_size: found {parts.data.image_size}, images of {shape} with channels first, which {name} "
+                f"cannot take ({first_line(mistake)}); accepted: a larger size, or a network for such images"
             )
 
 

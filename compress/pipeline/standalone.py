@@ -15,7 +15,7 @@ from yaml import YAMLError
 from compress import models, yaml_file
 from compress.arguments import arguments_of
 from compress.checksums import read_text
-from compress.config import compose
+from compress.config import run_values
 from compress.config.compose import compose_jobs
 from compress.config.pretrained import class_names
 from compress.config.ranges import STUDENT
@@ -39,7 +39,7 @@ from compress.results.writing import show, write_results
 
 GROUPS = ("data", "quantizer", "export")
 # What scripts/run.py takes besides.
-OF_TRAINING = {*compose.GROUPS, "stages", "grid"} - {*GROUPS}
+OF_TRAINING = {*run_values.GROUPS, "stages", "grid"} - {*GROUPS}
 # What config.yaml has of the configuration.
 RECORDED = ("seed", "data", "student", "quantizer", "export")
 UNLABELLED = f"{Unlabelled.__module__}.{Unlabelled.__name__}"

@@ -176,7 +176,7 @@ MISTAKES = [
     ),
     (
         ["student=module", "student.target=my_networks.Ten", "data.image_size=4"],
-        "data: found images of 3x4x4, channels first,",
+        "data.image_size: found 4, images of 3x4x4 with",
     ),
 ]
 
