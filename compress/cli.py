@@ -132,8 +132,11 @@ def _inspect(arguments: list[str], overrides: list[str]) -> int:
 def _run(overrides: list[str], multirun: bool, dry_run: bool) -> int:
     from compress.config.compose import compose_jobs
     from compress.config.received import allowing
+    from compress.config.run_values import check_run_values
 
     jobs = compose_jobs(overrides, multirun)
+    for job in jobs:
+        check_run_values(job.config)
     # What was mistyped has been said by now; from here on PyTorch is needed.
     from compress.data.shared import DataSets
     from compress.pipeline.check import check_job

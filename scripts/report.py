@@ -1,4 +1,4 @@
-"""All runs on one page: `python scripts/report.py outputs -o report.html`."""
+"""All runs on one page: `python scripts/report.py outputs -o outputs/report.html`."""
 
 import argparse
 import sys
@@ -12,7 +12,7 @@ The page works without a network: a table to filter and sort, means and deviatio
 with the Pareto front, training curves, bits and errors of the layers. Runs that differ in nothing but the seed are
 averaged. What cannot be read is named and left out.
 
-  python scripts/report.py outputs -o report.html -o report.csv
+  python scripts/report.py outputs -o outputs/report.html -o outputs/report.csv
   python scripts/report.py outputs/sweeps/2026-07-01_09-00-00 -o sweep.md -o sweep.png
 """
 

@@ -202,7 +202,7 @@ def test_a_mistake_in_a_real_process_has_no_traceback(tmp_path):
 MISTYPED = ["method=kdd", "optimizer.lrr=1", "optimiser=sgd", "student=resnet9", "seed=0,1", "seed=-1", "~student"]
 
 
-@pytest.mark.parametrize("typed", [*MISTYPED, "+foo=1", "trainer.max_epochs=x", "trainer.logger=true"])
+@pytest.mark.parametrize("typed", [*MISTYPED, "+foo=1", "trainer.max_epochs=x", "+trainer.logger=true"])
 def test_a_mistyped_word_is_refused_before_pytorch_is_imported(typed):
     code = "import sys; from compress.cli import main; print(main(sys.argv[1:]), 'torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code, typed], capture_output=True, text=True, check=False)

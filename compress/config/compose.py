@@ -1,6 +1,6 @@
 """Composing the configuration of each job of a command line, and saying in one line why one cannot be composed.
 
-Nothing here imports PyTorch, which takes seconds: a mistyped word, or value of the run's own keys, is refused before.
+Nothing here imports PyTorch, which takes seconds: a mistyped word is refused before.
 """
 
 import re
@@ -32,7 +32,7 @@ from compress import yaml_file
 from compress.arguments import check_arguments
 from compress.config.ranges import TOP_LEVEL
 from compress.config.roles import register
-from compress.config.run_values import GROUPS, check_run_values
+from compress.config.run_values import GROUPS
 from compress.errors import UserError, first_line
 from compress.paths import CONF, of_the_user, options, user_folders
 
@@ -82,10 +82,7 @@ def compose_jobs(overrides: Sequence[str], multirun: bool = False) -> list[Job]:
                 "accepted: one, with quotes where a comma is part of it, or -m for a run of each"
             )
     with initialized():
-        jobs = _compose_sweep(overrides) if multirun else [compose_job(overrides)]
-    for job in jobs:
-        check_run_values(job.config)
-    return jobs
+        return _compose_sweep(overrides) if multirun else [compose_job(overrides)]
 
 
 def expand(overrides: Sequence[str]) -> list[list[str]]:

@@ -1,4 +1,4 @@
-"""The values of a composed configuration that no part of it receives: the groups, the run's own keys, the Trainer's.
+"""Checks of the groups, the keys beside them, the stages and `trainer.*` of a composed configuration.
 
 Nothing here imports PyTorch, so that what is wrong with one of them is said at once.
 """
@@ -19,7 +19,7 @@ GROUPS = tuple(next(iter(entry)) for entry in OmegaConf.load(CONF / "run.yaml").
 
 
 def check_run_values(config: DictConfig) -> None:
-    """Checks these values, and puts in their place what they are taken as. Raises UserError for the first wrong one."""
+    """Replaces each of these values by what its annotation makes of it. Raises UserError for the first wrong one."""
     _check_groups(config)
     coerce(config, "", TOP_LEVEL, accepted=[*TOP_LEVEL, *GROUPS], required=TOP_LEVEL)
     _check_stages(config)

@@ -133,7 +133,7 @@ class Row:
 
     @property
     def trained_on_grids(self) -> bool:
-        """The float weights behind such grids, the first row of the same run, were never meant to be used alone."""
+        """Whether the weights were trained on their grids; the float row of such a run was never meant to be used."""
         return self.quantizer == "lsq"
 
     @property

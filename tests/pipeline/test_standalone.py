@@ -21,6 +21,7 @@ from compress.benchmarks import nncodec, quantizer_study
 from compress.benchmarks.quantizer_study import measure
 from compress.cli import main
 from compress.config.compose import compose_jobs
+from compress.config.values import check_values
 from compress.errors import UserError
 from compress.export.onnx import OnnxModel
 from compress.export.packed import read_model
@@ -249,7 +250,8 @@ def test_the_script_says_what_it_takes_and_exits_with_2(tmp_path):
 
 def test_every_option_of_the_study_can_be_composed():
     for options in (quantizer_study.MAIN | quantizer_study.COMPARED).values():
-        [_] = compose_jobs(options)
+        [job] = compose_jobs(options)
+        check_values(job.config)
 
 
 def test_the_study_measures_the_networks_of_runs_and_goes_on_where_it_was(run, tmp_path, monkeypatch, capsys):

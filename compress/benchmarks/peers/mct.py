@@ -75,5 +75,5 @@ def _write(result: tuple[Any, Tensor], folder: Path) -> None:
 
 
 def _read(folder: Path, network: nn.Module) -> Network:
-    """With its changes to the graph ONNX Runtime computes something else, as of AIMET's files."""
+    """Not optimized: what ONNX Runtime changes in the graph changes what is computed, as with AIMET's files."""
     return read_onnx(folder / "model.onnx", optimized=False)
