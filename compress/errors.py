@@ -16,10 +16,11 @@ MACHINE = {
         *("ENOENT", "ENOMEM", "ENOSPC", "ENOTDIR", "ENOTEMPTY", "ENXIO", "EPERM", "EROFS", "ESTALE", "ETXTBSY"),
     )
 }
+MEMORY = (MemoryError.__name__, "OutOfMemoryError")  # Python's, and PyTorch's for a GPU
+
 # New objects after which Python's collector looks for what nobody uses. Libraries make a million of them that stay, and
 # at the usual 700 it takes a sixth of the start of a command and a fifth of an export to ExecuTorch.
-MANY = 20_000
-MEMORY = (MemoryError.__name__, "OutOfMemoryError")  # Python's, and PyTorch's for a GPU
+COLLECT_AFTER = 20_000
 
 # Unicode's categories of control characters, lone surrogates and separators of lines and paragraphs.
 STEERING = ("Cc", "Cs", "Zl", "Zp")
@@ -84,7 +85,7 @@ def exit_code(work: Callable[[], int | None], debug: bool | None = None) -> int:
     2 is a mistake of the user, 1 what the machine refused, and 141, without a line, that nobody reads the output any
     more. With `debug`, by default whether `--debug` was typed, every failure passes on with its traceback.
     """
-    gc.set_threshold(MANY)
+    gc.set_threshold(COLLECT_AFTER)
     try:
         code = work() or 0
         sys.stdout.flush()

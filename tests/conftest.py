@@ -8,10 +8,11 @@ from contextlib import suppress
 
 import pytest
 
+from compress.errors import COLLECT_AFTER
+
 # Before anything imports PyTorch, which reads it once.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# Libraries make a million objects that stay; the collector would look through all of them again and again.
-gc.set_threshold(20_000)
+gc.set_threshold(COLLECT_AFTER)
 # TensorBoard and others import absl, where they are installed. It keeps the standard error of that moment, a file of
 # pytest's, and closes it once Hydra sets up its logging while a test has another.
 with suppress(ImportError):

@@ -72,14 +72,22 @@ def test_a_bit_of_a_json_file(tmp_path):
     assert refusals(path, read, CONTENT) > 200
 
 
-def test_a_json_file_on_other_lines_is_not_taken_as_checked(tmp_path):
+@pytest.mark.parametrize("options", [{}, {"indent": 4}, {"indent": 2, "sort_keys": True}])
+def test_a_json_file_on_other_lines_is_not_taken_as_checked(tmp_path, options):
     path = tmp_path / "started.json"
     write_json(path, CONTENT)
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"started": "later"}))
-    with pytest.raises(
-        UserError, match=r"started\.json: cannot be read \(its lines are not as .*; accepted: to remove it"
-    ):
+    path.write_text(json.dumps(json.loads(path.read_text()), **options))
+    with pytest.raises(UserError, match=r"started\.json: cannot be read \(its content does not match its checksum\)"):
         read_json(path, "to remove it")
+
+
+@pytest.mark.parametrize("change", [lambda text: f"# mine\n{text}", lambda text: text.replace("\n", "\r\n")])
+def test_nor_is_a_yaml_file(tmp_path, change):
+    path = tmp_path / "sweep.yaml"
+    write_yaml(path, yaml.safe_dump(CONTENT))
+    path.write_bytes(change(path.read_text()).encode())
+    with pytest.raises(UserError, match=r"sweep\.yaml: cannot be read \(its content does not match its checksum\)"):
+        read_text(path)
 
 
 def test_a_bit_of_a_yaml_file(tmp_path):

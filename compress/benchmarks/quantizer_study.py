@@ -26,14 +26,14 @@ HEAD = ("quantizer", "bits", "validation: change, points", "test: change, points
 PLAIN = [f"quantizer.refinement.{option}" for option in ("scale_candidates=1", "sweeps=0", "refit=false")]
 TUNED = [f"quantizer.refinement.{option}" for option in ("scale_candidates=12", "sweeps=4", "refit=true")]
 ALL, LOW = "quantizer.bits=[8,4,3,2]", "quantizer.bits=[3,2]"
-MANY_RATES = "quantizer.rates=[3,2.5,2.04,1.7,1.4,1.2,1.03,0.87,0.74,0.6]"
+MANY_RATES = ["quantizer.bits=[]", "quantizer.rates=[3,2.5,2.04,1.7,1.4,1.2,1.03,0.87,0.74,0.6]"]
 LOW_RATES = ["quantizer.bits=[]", "quantizer.rates=[1.4,1.03,0.74,0.6]"]
 # Names in the table, and options; those of the first list are measured on every network.
 MAIN = {
     "gpfq": ["quantizer=gpfq", *TUNED, ALL],
     "gpfq, all layers": ["quantizer=gpfq", *TUNED, "quantizer.bits=[2]", "quantizer.first_last_bits=null"],
     "gpfq, inputs 8 bit": ["quantizer=gpfq", *TUNED, "quantizer.bits=[8]", "quantizer.activation_bits=8"],
-    "gpfq, rates": ["quantizer=gpfq", *TUNED, "quantizer.bits=[]", MANY_RATES],
+    "gpfq, rates": ["quantizer=gpfq", *TUNED, *MANY_RATES],
     f"{RATES}, 8 survivors": ["quantizer=gpfq", *TUNED, *LOW_RATES, "quantizer.refinement.survivors=8"],
     f"{RATES}, tuned": ["quantizer=gpfq", *TUNED, *LOW_RATES, "quantizer.tune={}"],
     # Within the size of 3 bit.

@@ -111,7 +111,7 @@ def test_one_run_directory_is_a_report(runs):
 
 def test_columns_and_keys_that_are_new_or_not_there_yet_are_no_damage(runs):
     path = runs / "0" / "result.json"
-    record = json.loads(path.read_text())
+    record = json.loads(read_text(path))
     for row in record["tradeoff"]:
         row["energy"] = 3
         del row["macs"]
@@ -259,7 +259,7 @@ print(sorted({"torch", "hydra", "pytorch_lightning", "matplotlib", "wandb"} & se
 def capstone(folder, method, seed, accuracies, *typed, quantizer="gpfq", data="CIFAR10", experiment="capstone_cifar10"):
     """A run of the replaced project's experiment, with those accuracies in % by width."""
     [directory] = write_runs(folder / f"{method}-{seed}-{min(accuracies)}-{len(typed)}", 1, epochs=1, layers=3)
-    record = json.loads((directory / "result.json").read_text())
+    record = json.loads(read_text(directory / "result.json"))
     [row] = record["tradeoff"][:1]
     record |= {"seed": seed, "overrides": [f"experiment={experiment}", f"method={method}", *typed, f"seed={seed}"]}
     record["data"]["name"], record["student"]["model"] = data, "resnet18"

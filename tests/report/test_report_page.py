@@ -13,6 +13,7 @@ import yaml
 from playwright.sync_api import sync_playwright
 
 from compress.benchmarks.synthetic import write_runs
+from compress.checksums import read_text
 from compress.report.comparison import pareto_front
 from compress.report.formats import write_reports
 
@@ -305,7 +306,7 @@ def test_text_from_runs_stays_text(opened, tmp_path):
     directory.parent.mkdir(parents=True)
     drawn.rename(directory)
     harmless.rename(tmp_path / "runs" / "z")
-    record = json.loads((directory / "result.json").read_text())
+    record = json.loads(read_text(directory / "result.json"))
     config = yaml.safe_load((directory / "config.yaml").read_text())
     config["method"]["stem"] = HOSTILE
     (directory / "config.yaml").write_text(yaml.safe_dump(config))
@@ -337,7 +338,7 @@ def test_text_from_runs_stays_text(opened, tmp_path):
 def test_runs_without_metrics_and_layers_are_shown_all_the_same(opened, tmp_path):
     [directory] = write_runs(tmp_path / "runs", 1, epochs=2, layers=3)
     (directory / "metrics.csv").unlink()
-    record = json.loads((directory / "result.json").read_text())
+    record = json.loads(read_text(directory / "result.json"))
     del record["layers"]
     record["tradeoff"] = record["tradeoff"][:1]
     (directory / "result.json").write_text(json.dumps(record))
@@ -350,7 +351,7 @@ def test_runs_without_metrics_and_layers_are_shown_all_the_same(opened, tmp_path
 
 def test_of_several_data_sets_each_has_its_own_front(opened, tmp_path):
     directories = write_runs(tmp_path / "runs", 3, epochs=2, layers=3)
-    record = json.loads((directories[2] / "result.json").read_text())
+    record = json.loads(read_text(directories[2] / "result.json"))
     record["data"]["name"] = "Digits"
     (directories[2] / "result.json").write_text(json.dumps(record))
     write_reports([tmp_path / "runs"], [tmp_path / "report.html"])
