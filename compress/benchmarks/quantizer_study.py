@@ -134,8 +134,8 @@ def _table(stem: str, seeds: Sequence[Measured]) -> str:
             cells = [
                 name,
                 _mean([row["bits"] for row in rows], ".3g"),
-                f"{_change(known, index, 'validation_accuracy'):+.2f}",
-                f"{_change(known, index, 'test_accuracy'):+.2f}",
+                f"{_change(known, index, 'validation_accuracy'):+z.2f}",
+                f"{_change(known, index, 'test_accuracy'):+z.2f}",
                 _mean([measured["errors"][index] for measured in known], ".3f"),
                 f"{statistics.mean(row['bytes'] for row in rows) / 1000:,.1f}",
             ]

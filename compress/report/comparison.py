@@ -26,11 +26,11 @@ class Statistic:
         return cls(statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None)
 
     def __format__(self, form: str) -> str:
-        """The mean in that form and, if there is one, the deviation with two decimals."""
-        return f"{self.mean:{form}}" + ("" if self.deviation is None else f" ± {self.deviation:.2f}")
+        """The mean in that form, or with two decimals, and the deviation with two, if there is one."""
+        return f"{self.mean:{form or '.2f'}}" + ("" if self.deviation is None else f" ± {self.deviation:.2f}")
 
     def __str__(self) -> str:
-        return f"{self:.2f}"
+        return f"{self}"
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,7 @@ class Column:
             return ""
         sign = "+" if self.signed else ""
         mark = self.below_one if self.below_one and round(self.scale * value, self.digits) < 1 else ""
-        return f"{self.scale * value:{sign},.{self.digits}f}{self.suffix}{mark}"
+        return f"{self.scale * value:{sign}z,.{self.digits}f}{self.suffix}{mark}"
 
 
 Share = Annotated[float, Field(ge=0, le=1)]  # files hold 0..1, tables percent

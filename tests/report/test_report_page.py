@@ -149,6 +149,12 @@ def test_the_table_and_the_chart_have_every_variant(opened, two):
     assert [(x, pytest.approx(y, rel=1e-5)) for x, y in drawn] == [(size, 100 * accuracy) for size, accuracy in rows]
 
 
+def test_a_change_that_rounds_to_zero_has_no_minus(opened, two):
+    shown = "(change) => printed({signed: true, scale: 100, digits: 2, suffix: ''}, change)"
+    texts = [opened(two).evaluate(shown, change) for change in (-0.00002, 0, -0.0002, 12.5)]
+    assert texts == ["+0.00", "+0.00", "-0.02", "+1,250.00"]
+
+
 def test_means_and_deviations_are_those_of_the_seeds(opened, many):
     page = opened(many)
     assert page.locator("#views button[aria-pressed=true]").text_content() == "Means over seeds"

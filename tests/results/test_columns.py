@@ -16,7 +16,7 @@ from compress.benchmarks.synthetic import write_runs
 from compress.errors import UserError
 from compress.paths import PACKAGE
 from compress.results.record import Record
-from compress.results.tradeoff import COLUMNS, Row, table
+from compress.results.tradeoff import COLUMNS, Column, Row, table
 
 FIELD = """\
     points_per_kb: Annotated[
@@ -161,6 +161,11 @@ def test_a_file_that_is_slower_than_the_float_one_is_marked(speedup, text, tmp_p
     [line] = [line for line in lines if line.startswith(" gpfq 8 bit openvino")]
     assert line.split()[-1] == (text or COLUMNS["latency_ms"].printed(row.latency_ms))
     assert COLUMNS["speedup"].printed(speedup) == text
+
+
+def test_a_change_that_rounds_to_zero_has_no_minus():
+    column = Column("a change", "change", scale=100, signed=True)
+    assert [column.printed(change) for change in (-0.00002, 0.0, -0.0002)] == ["+0.00", "+0.00", "-0.02"]
 
 
 def test_every_field_of_a_row_says_what_it_means():

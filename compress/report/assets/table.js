@@ -21,10 +21,10 @@ const FRONT = {key: "front", heading: "front", meaning: "on the Pareto front of 
 function printed(column, value) {
   if (value === null) return "";
   const digits = {minimumFractionDigits: column.digits, maximumFractionDigits: column.digits};
-  const sign = column.signed && value >= 0 ? "+" : "";
-  const text = (column.scale * value).toFixed(column.digits);
-  const mark = column.below_one && Number(text) < 1 ? column.below_one : "";
-  return sign + (column.scale * value).toLocaleString("en", digits) + column.suffix + mark;
+  const rounded = Number((column.scale * value).toFixed(column.digits)) || 0; // no zero has a minus
+  const sign = column.signed && rounded >= 0 ? "+" : "";
+  const mark = column.below_one && rounded < 1 ? column.below_one : "";
+  return sign + rounded.toLocaleString("en", digits) + column.suffix + mark;
 }
 
 function size(bytes) {
