@@ -27,6 +27,11 @@ NOT_IN_A_LABEL = ("seed", "teacher.checkpoint", "method.teacher_cache")
 ABOUT = ("variant", "epochs", "precision", "seeds")
 # What the Makefile types by itself.
 SET_BY_MAKE = ("data.root", "hydra/launcher")
+# Whatever is typed for the other parts.
+QUANTIZERS = (
+    "A ResNet-20 of 4 epochs and a ResNet-8x4 of 3, each quantized with 512 images. 54,000 images to train on, 6,000 "
+    "to validate on, 10,000 to test on."
+)
 SPLITS = {"train": "images to train on", "validation": "to validate on", "test": "to test on"}
 
 
@@ -178,7 +183,12 @@ def page(study: Sequence[Part], quantizers: str | None, typed: Sequence[str] = (
     sections = [section for part in finished for section in _section(part)]
     missing = [part.title for part in study if part not in finished]
     if quantizers:
-        sections += ["## Quantizers and rates", "    make quantizer-study", quantizers.strip()]
+        sections += [
+            "## Quantizers and rates",
+            textwrap.fill(QUANTIZERS, 120),
+            "    make quantizer-study",
+            quantizers.strip(),
+        ]
     given = shlex.join(word for word in typed if key_of(word) not in SET_BY_MAKE)
     both = f", both with `OVERRIDES={shlex.quote(given)}`" if given else ""
     intro = (
@@ -198,10 +208,10 @@ def _section(part: Part) -> list[str]:
             key = tuple(word for word in words if key_of(word) != "seed")
             runs[key].append(read_run(sweep.place(number), f"{sweep.directory.name}/{number}", []))
     groups = [Group(tuple(members), (), _label(key, runs), _shown(members)) for key, members in runs.items()]
-    said, table = _table(groups)
+    said, explained, table = _table(groups)
     images = next(iter(runs.values()))[0].record.data.images
     numbers = [f"{images[split]:,} {what}" for split, what in SPLITS.items() if split in images]
-    text = f"{part.text} {', '.join(numbers)}. In every line: {', '.join(said)}."
+    text = " ".join([part.text, f"{', '.join(numbers)}.", f"In every line: {', '.join(said)}.", *explained])
     commands = "\n".join(_wrapped(sweep.command) for sweep in part.sweeps)
     return [f"## {part.title}", textwrap.fill(text, 120), table, commands]
 
@@ -218,10 +228,11 @@ def _label(words: Sequence[str], runs: Iterable[Sequence[str]]) -> str:
     return " ".join(word for word in words if word not in shared and key_of(word) not in NOT_IN_A_LABEL)
 
 
-def _table(groups: Sequence[Group]) -> tuple[list[str], str]:
-    """What all lines have in common, and the table of the rest: a line for each variant of each group."""
+def _table(groups: Sequence[Group]) -> tuple[list[str], list[str], str]:
+    """What all lines have in common, what headings mean, and the table: a line for each variant of each group."""
     lines = [_line(group, variant) for group in groups for variant in group.variants]
-    headings = ("run", *ABOUT, *(column.heading for column in columns_of("markdown").values()))
+    figures = columns_of("markdown").values()
+    headings = ("run", *ABOUT, *(column.heading for column in figures))
     columns = dict(zip(headings, zip(*lines, strict=True), strict=True))
     said = [
         f"{heading} {columns[heading][0]}"
@@ -233,7 +244,10 @@ def _table(groups: Sequence[Group]) -> tuple[list[str], str]:
         for heading, cells in columns.items()
         if (len(set(cells)) > 1 if heading in ABOUT else any(cells))
     }
-    return said, markdown_table([*kept], zip(*kept.values(), strict=True))
+    explained = [
+        f"{column.heading}: {column.meaning}." for column in figures if column.caption and column.heading in kept
+    ]
+    return said, explained, markdown_table([*kept], zip(*kept.values(), strict=True))
 
 
 def _shown(runs: Sequence[Run]) -> tuple[Variant, ...]:

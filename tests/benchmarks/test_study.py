@@ -93,8 +93,20 @@ def test_the_page_has_means_and_deviations_the_budget_and_the_commands(finished)
     assert "In every line: epochs 4, precision bf16-mixed, seeds 2." in said
     command = re.search(r"^    (python (?:.*\\\n)*.*)", text, re.MULTILINE)[1].replace("\\\n", "")
     assert " ".join(command.split()) == finished.sweeps[0].command
-    assert text.endswith("## Quantizers and rates\n\n    make quantizer-study\n\nresnet20\n\n| a |\n|---|\n| 1 |\n")
+    assert text.endswith("\n\n    make quantizer-study\n\nresnet20\n\n| a |\n|---|\n| 1 |\n")
+    assert "A ResNet-20 of 4 epochs and a ResNet-8x4 of 3" in text.split("## Quantizers and rates")[1]
     assert "left out" not in text
+
+
+def test_the_page_explains_a_speed(tmp_path):
+    sweep = Sweep(tmp_path / "runtimes-1", ("seed=0",))
+    rows = [row("none", 32, 0.5), *(row(*each, 0.5) | {"runtime": "openvino"} for each in (("none", 32), ("gpfq", 8)))]
+    rows[-1]["speedup"] = 0.5
+    finish(sweep.directory / "0", 0, rows)
+    (sweep.directory / "sweep.yaml").write_text(yaml.safe_dump({"hydra": [], "jobs": [["seed=0"]]}))
+    text = page([Part("runtimes", "A runtime", "Integers.", 10, (sweep,))], None)
+    assert [line[-1] for line in table(text)] == ["speed", "", "", "0.5x!"]
+    assert "speed: latency of fp32 in the same runtime over its own, for an image; !: slower." in " ".join(text.split())
 
 
 def test_a_part_that_is_not_finished_is_left_out_of_the_page_and_named(finished):
