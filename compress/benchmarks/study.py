@@ -245,7 +245,7 @@ def _table(groups: Sequence[Group]) -> tuple[list[str], list[str], str]:
         if (len(set(cells)) > 1 if heading in ABOUT else any(cells))
     }
     explained = [
-        f"{column.heading}: {column.meaning}." for column in figures if column.caption and column.heading in kept
+        f"`{column.heading}`: {column.meaning}." for column in figures if column.caption and column.heading in kept
     ]
     return said, explained, markdown_table([*kept], zip(*kept.values(), strict=True))
 
