@@ -106,7 +106,9 @@ def test_the_page_explains_a_speed(tmp_path):
     (sweep.directory / "sweep.yaml").write_text(yaml.safe_dump({"hydra": [], "jobs": [["seed=0"]]}))
     text = page([Part("runtimes", "A runtime", "Integers.", 10, (sweep,))], None)
     assert [line[-1] for line in table(text)] == ["speed", "", "", "0.5x!"]
-    assert "`speed`: latency of fp32 in the same runtime over its own, for an image; !: slower." in " ".join(text.split())
+    assert "`speed`: latency of fp32 in the same runtime over its own, for an image; !: slower." in " ".join(
+        text.split()
+    )
 
 
 def test_a_part_that_is_not_finished_is_left_out_of_the_page_and_named(finished):
