@@ -1,12 +1,13 @@
 """What fails says so in one line, unless the program is at fault or `--debug` was typed."""
 
 import errno
+import gc
 import os
 from pathlib import Path
 
 import pytest
 
-from compress.errors import UserError, exit_code
+from compress.errors import COLLECT_AFTER, UserError, exit_code
 from compress.files import write_atomically
 from compress.stopping import under_way
 from compress.training.fit import epoch_of
@@ -28,6 +29,16 @@ def test_what_the_machine_refuses_is_one_line_with_the_file(capsys, number):
     assert exit_code(failing(OSError(number, os.strerror(number), "runs/best.ckpt"))) == 1
     expected = f"error: runs/best.ckpt: {os.strerror(number)}; to go on after that: the same command\n"
     assert capsys.readouterr().err == expected
+
+
+def test_a_command_looks_for_garbage_less_often_than_python_does():
+    usual, found = gc.get_threshold(), []
+    gc.set_threshold(700)
+    try:
+        assert exit_code(lambda: found.append(gc.get_threshold()[0])) == 0
+    finally:
+        gc.set_threshold(*usual)
+    assert found == [COLLECT_AFTER]
 
 
 @pytest.mark.parametrize("failure", [MemoryError(), OutOfMemoryError("CUDA out of memory")])

@@ -43,6 +43,7 @@ from compress.training.fit import fit
 
 SIZE, CLASSES = 32, 10
 WORKERS = 8  # of the peer, on a GPU
+WAYS = ("peer", "live", "bare live", "cached", "student", "bare student", "torchdistill")
 # The ways whose ratio is printed: how many times as fast the second is as the first.
 COMPARED = (
     ("peer", "live"),
@@ -65,6 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--precision", default="32-true", help="of the student in our ways, as trainer.precision")
     parser.add_argument("--accelerator", choices=("cpu", "gpu"), default="cpu")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=(), help="those that take turns (all)")
     parser.add_argument("--json", type=Path, help="a file for the figures, and what they were measured on")
 
 
@@ -89,7 +91,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Prints images a second for each way, and the ratios; writes them to `--json` if it is given."""
     figures = measured(arguments)
     if arguments.json is not None:
-        options = {name: value for name, value in vars(arguments).items() if isinstance(value, int | str)}
+        options = {name: value for name, value in vars(arguments).items() if isinstance(value, int | str | list)}
         write_json(arguments.json, {"options": options, **figures, **surroundings()})
 
 
@@ -116,14 +118,18 @@ def measured(arguments: argparse.Namespace) -> dict[str, Any]:
     print(f"{arguments.teacher} -> {arguments.student}, batch {arguments.batch_size}, {what}")
     for name, speed in speeds.items():
         print(f"  {name}: {speed:,.0f} images/s")
-    ratios = {f"{fast} / {slow}": _ratios(times[slow], times[fast]) for slow, fast in COMPARED if slow in times}
+    compared = [pair for pair in COMPARED if {*pair} <= {*times}]
+    ratios = {f"{fast} / {slow}": _ratios(times[slow], times[fast]) for slow, fast in compared}
     for name, pairs in ratios.items():
         print(f"  {name}: {spread(pairs)}")
-    pairs_of_student = zip(times["student"], times["bare student"], strict=True)
-    overhead = 1000 / steps * statistics.median(one - other for one, other in pairs_of_student)
-    print(f"  the Trainer takes {overhead:.2f} ms a step more than a bare loop of the student")
     medians = {name: statistics.median(pairs) for name, pairs in ratios.items()}
-    return {"images_per_second": speeds, "ratios": medians, "overhead_ms": overhead, "seconds": times}
+    figures = {"images_per_second": speeds, "ratios": medians, "seconds": times}
+    if {"student", "bare student"} <= {*times}:
+        pairs_of_student = zip(times["student"], times["bare student"], strict=True)
+        overhead = 1000 / steps * statistics.median(one - other for one, other in pairs_of_student)
+        print(f"  the Trainer takes {overhead:.2f} ms a step more than a bare loop of the student")
+        figures["overhead_ms"] = overhead
+    return figures
 
 
 def _ratios(slow: Sequence[float], fast: Sequence[float]) -> list[float]:
@@ -205,7 +211,9 @@ def _ways(data: Pictures, arguments: argparse.Namespace, folder: Path) -> dict[s
     if torchdistill.installed():
         box = torchdistill.distillation_box(original, student(), PerSample(pixels), device, loader, {**SGD})
         ways["torchdistill"] = partial(_seconds, partial(torchdistill.train, box, device), device)
-    return ways
+    elif "torchdistill" in arguments.ways:
+        raise UserError("--ways: found torchdistill, which is not installed; accepted after: pip install torchdistill")
+    return {name: way for name, way in ways.items() if name in (arguments.ways or WAYS)}
 
 
 def _seconds(work: Callable[[], None], device: torch.device) -> float:

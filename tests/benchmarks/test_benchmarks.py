@@ -16,7 +16,7 @@ from PIL import Image
 from torch import nn
 
 import compress
-from compress.benchmarks import convergence, quantization, timm_families
+from compress.benchmarks import convergence, quantization, timm_families, torchdistill
 from compress.benchmarks.convergence import Point, verdict
 from compress.quantization.preparation import prepare
 from compress.quantization.refinement import Refinement
@@ -213,6 +213,22 @@ def test_steps_are_timed_in_every_way(run_benchmark, tmp_path):
     assert all(len(times) == 1 and times[0] > 0 for times in figures["seconds"].values())
     assert figures["ratios"]["cached / peer"] == figures["seconds"]["peer"][0] / figures["seconds"]["cached"][0]
     assert {"hardware", "versions", "options"} < set(figures)
+
+
+@pytest.mark.slow
+def test_some_ways_of_a_step_take_turns_alone(run_benchmark, tmp_path, monkeypatch):
+    networks = ["--teacher", "resnet8", "--student", "resnet8", "--batch-size", 32, "--images", 128, "--repeats", 1]
+    code, output, _ = run_benchmark("step", *networks, "--ways", "student", "cached", "--json", "step.json")
+    assert code == 0
+    figures = json.loads((tmp_path / "step.json").read_text())
+    assert list(figures["seconds"]) == ["cached", "student"]
+    assert list(figures["ratios"]) == ["cached / student"]
+    assert figures["options"]["ways"] == ["student", "cached"]
+    assert "bare" not in output
+    monkeypatch.setattr(torchdistill, "installed", lambda: False)
+    code, _, errors = run_benchmark("step", *networks, "--ways", "torchdistill")
+    found = "error: --ways: found torchdistill, which is not installed; accepted after: pip install torchdistill\n"
+    assert (code, errors) == (2, found)
 
 
 @pytest.mark.slow
