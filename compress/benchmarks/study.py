@@ -17,7 +17,7 @@ from compress.report.comparison import Group, Variant, statistic, variants
 from compress.report.finished import Run, read_run
 from compress.report.tables import figure_cells
 from compress.results.markdown import markdown_table
-from compress.results.tradeoff import columns_of
+from compress.results.tradeoff import columns_of, meanings
 from compress.sweeps import jobs
 
 # What a line of a table need not say: it is a mean over the seeds, the part names its teacher, and kept answers of a
@@ -211,7 +211,7 @@ def _section(part: Part) -> list[str]:
     said, explained, table = _table(groups)
     images = next(iter(runs.values()))[0].record.data.images
     numbers = [f"{images[split]:,} {what}" for split, what in SPLITS.items() if split in images]
-    text = " ".join([part.text, f"{', '.join(numbers)}.", f"In every line: {', '.join(said)}.", *explained])
+    text = f"{part.text} {', '.join(numbers)}. In every line: {', '.join(said)}. {explained}"
     commands = "\n".join(_wrapped(sweep.command) for sweep in part.sweeps)
     return [f"## {part.title}", textwrap.fill(text, 120), table, commands]
 
@@ -228,7 +228,7 @@ def _label(words: Sequence[str], runs: Iterable[Sequence[str]]) -> str:
     return " ".join(word for word in words if word not in shared and key_of(word) not in NOT_IN_A_LABEL)
 
 
-def _table(groups: Sequence[Group]) -> tuple[list[str], list[str], str]:
+def _table(groups: Sequence[Group]) -> tuple[list[str], str, str]:
     """What all lines have in common, what headings mean, and the table: a line for each variant of each group."""
     lines = [_line(group, variant) for group in groups for variant in group.variants]
     figures = columns_of("markdown").values()
@@ -244,9 +244,7 @@ def _table(groups: Sequence[Group]) -> tuple[list[str], list[str], str]:
         for heading, cells in columns.items()
         if (len(set(cells)) > 1 if heading in ABOUT else any(cells))
     }
-    explained = [
-        f"`{column.heading}`: {column.meaning}." for column in figures if column.caption and column.heading in kept
-    ]
+    explained = meanings(column for column in figures if column.heading in kept)
     return said, explained, markdown_table([*kept], zip(*kept.values(), strict=True))
 
 

@@ -17,7 +17,7 @@ from compress.export.exporter import Exporter
 from compress.export.formats import exporter_of
 from compress.results.markdown import escaped, markdown_table
 from compress.results.record import Network, Record
-from compress.results.tradeoff import Row, columns_of, figures
+from compress.results.tradeoff import Row, columns_of, figures, meanings
 
 FILE = "README.md"
 TABLE = "page"  # whose columns the card has
@@ -96,8 +96,7 @@ def _variants(rows: list[Row], digests: Mapping[str, str]) -> str:
         link = f"[{escaped(Path(row.file).name)}]({quote(row.file)})" if row.file in digests else ""
         lines.append([escaped(row.name), *(column.printed(of_row[key]) for key, column in columns.items()), link])
     head = ["variant", *(column.heading for column in columns.values()), "file"]
-    meanings = "; ".join(f"{column.heading}: {column.meaning}" for column in columns.values() if column.caption)
-    return f"{markdown_table(head, lines)}\n\n{meanings[:1].upper()}{meanings[1:]}."
+    return f"{markdown_table(head, lines)}\n\n{meanings(columns.values())}"
 
 
 def _conditions(record: Record, rows: list[Row]) -> str:

@@ -6,7 +6,7 @@ formula in `derive`, one that is measured gets its value in `compress.pipeline.v
 default, so that the rows of earlier runs can still be read.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -161,6 +161,12 @@ COLUMNS: dict[str, Column] = {
 }
 
 
+def meanings(columns: Iterable[Column]) -> str:
+    """What the headings with a caption mean, as a sentence; nothing where no column has one."""
+    said = "; ".join(f"{column.heading}: {column.meaning}" for column in columns if column.caption)
+    return said and f"{said[0].upper()}{said[1:]}."
+
+
 def columns_of(table: str) -> dict[str, Column]:
     """The columns of the `table` (one of TABLES) by key: the name in `Row`, or `<name>_change`."""
     shown = {}
@@ -219,7 +225,7 @@ def table(rows: Sequence[Row], title: str) -> Table:
     shown = {key: column for key, column in columns_of("terminal").items() if key not in empty}
     printed = Table(
         title=title,
-        caption="; ".join(f"{column.heading}: {column.meaning}" for column in shown.values() if column.caption),
+        caption=meanings(shown.values()),
         box=box.SIMPLE_HEAD,
         title_justify="left",
         caption_justify="left",

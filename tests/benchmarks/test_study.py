@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from compress.benchmarks.study import Part, Sweep, page, parts
+from compress.benchmarks.peer_comparison import IMAGES
+from compress.benchmarks.study import QUANTIZERS, Part, Sweep, page, parts
 from compress.config.compose import compose_jobs
 from compress.errors import UserError
 
@@ -106,9 +107,15 @@ def test_the_page_explains_a_speed(tmp_path):
     (sweep.directory / "sweep.yaml").write_text(yaml.safe_dump({"hydra": [], "jobs": [["seed=0"]]}))
     text = page([Part("runtimes", "A runtime", "Integers.", 10, (sweep,))], None)
     assert [line[-1] for line in table(text)] == ["speed", "", "", "0.5x!"]
-    assert "`speed`: latency of fp32 in the same runtime over its own, for an image; !: slower." in " ".join(
-        text.split()
-    )
+    said = " ".join(text.split())
+    assert "speed: latency of fp32 in the same runtime over its own, for an image; !: slower." in said
+
+
+def test_what_the_page_says_of_the_quantizers_networks_is_what_make_trains():
+    [job] = compose_jobs(["experiment=fashion_mnist_resnet20"])
+    wide = re.search(r"student=resnet8x4 trainer.max_epochs=(\d+)", (SCRIPT.parents[1] / "Makefile").read_text())[1]
+    networks = f"A ResNet-20 of {job.config.trainer.max_epochs} epochs and a ResNet-8x4 of {wide}"
+    assert QUANTIZERS.startswith(f"{networks}, each quantized with {IMAGES} images. ")
 
 
 def test_a_part_that_is_not_finished_is_left_out_of_the_page_and_named(finished):
