@@ -1,6 +1,6 @@
 """Quantizing one layer: its grid, its codes and its corrected bias, from the moments of its inputs."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -56,11 +56,17 @@ def solve_layer(
 
 @torch.no_grad()
 def solve_layer_for_price(
-    layer: Layer, moments: Moments, price: float, options: Options, name: str
+    layer: Layer,
+    moments: Moments,
+    price: float,
+    options: Options,
+    name: str,
+    revised: Callable[[float], float] | None = None,
 ) -> tuple[Tensor, Grid, Tensor | None, float]:
     """As `solve_layer`, with one step for the whole layer and coded bits of that `price`; and the bits of all codes.
 
-    price: the output error, over all patches, that a bit is worth. See `compress.quantization.rate_distortion`.
+    price: the output error, over all patches, that a bit is worth. revised: from the bits of the codes halfway, what
+    it is from there on. See `compress.quantization.rate_distortion`.
     """
     _diagonal(moments, name)
     weight = layer.weight.detach().flatten(1)
@@ -74,9 +80,10 @@ def solve_layer_for_price(
         parts.append(part)
     # The ridge adds to the error of every weight, which is worth no bits: on other images there is none of it. And the
     # Grams may be of a part of the patches only.
-    price *= (1 + moments.grown_ridge) * moments.count / moments.seen
-    refinement = options.refinement
-    answers, step = solve_for_price(parts, price, refinement.sweeps, survivors=refinement.survivors)
+    unit = (1 + moments.grown_ridge) * moments.count / moments.seen
+    sweeps, survivors = options.refinement.sweeps, options.refinement.survivors
+    in_unit = (lambda bits: unit * revised(bits)) if revised else None
+    answers, step = solve_for_price(parts, unit * price, sweeps, survivors=survivors, revised=in_unit)
     codes = torch.zeros(weight.shape, dtype=torch.int32, device=weight.device)
     for rows, answer in zip(slices, answers, strict=True):
         codes[rows, live] = answer.to(torch.int32)

@@ -6,7 +6,7 @@ per weight is step^2 / 12 of its input's energy and falls by a factor 4 for a bi
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -156,7 +156,12 @@ def _histogram(codes: Sequence[Tensor], margin: int = 0) -> tuple[int, Tensor]:
 
 @torch.no_grad()
 def solve_for_price(
-    parts: Sequence[Part], price: float, sweeps: int, block_size: int = 128, survivors: int = 1
+    parts: Sequence[Part],
+    price: float,
+    sweeps: int,
+    block_size: int = 128,
+    survivors: int = 1,
+    revised: Callable[[float], float] | None = None,
 ) -> tuple[list[Tensor], float]:
     """(codes (N, d) of each part, step): floats of whole numbers; a weight is `step` times its code.
 
@@ -164,7 +169,8 @@ def solve_for_price(
     more as there are `sweeps` minimise one objective: those with a lookahead, in turn from the columns of least energy
     to those of most and back, the last of them back, and the last of all by coordinate descent. After each the step is
     fitted to the codes as `refit_scales` does, and the lengths of the codes are counted anew. survivors: how many
-    answers to a row are in the race in passes with a lookahead, see `compress.quantization.survivors`.
+    answers to a row are in the race in passes with a lookahead, see `compress.quantization.survivors`. revised: called
+    halfway through those, unless there are fewer than 2, with the bits of the codes; the price for the rest.
     """
     layer = [_Rows(part, block_size) for part in parts]
     count = sum(part.weight.numel() for part in parts)
@@ -172,7 +178,8 @@ def solve_for_price(
     largest = max(float(part.weight.abs().max()) for part in parts)
     spread = sum(float(part.weight.square().sum()) for part in parts) / count
     step = step_of(price, energy) if energy > 0 else 1.0
-    step = max(step, largest / LARGEST, torch.finfo(torch.float32).tiny)
+    shortest = max(largest / LARGEST, torch.finfo(torch.float32).tiny)
+    step = max(step, shortest)
     for rows in layer:
         rows.start(step, step**2 / 12 / spread if spread else 1.0)
     lengths = CodeLengths.of([rows.rounded(step) for rows in layer])
@@ -181,6 +188,12 @@ def solve_for_price(
             rows.look_ahead(left % 2, step, price, lengths, survivors)
         step = _fitted(layer, step)
         lengths = CodeLengths.of([rows.codes for rows in layer])
+        if revised and left and left == sweeps // 2:
+            before, price = price, revised(entropy([rows.codes for rows in layer]))
+            longer = max(step * math.sqrt(price / before), shortest) / step
+            step *= longer
+            for rows in layer:
+                rows.divide(longer)
     if sweeps:
         for rows in layer:
             rows.sweep(step, price, lengths)
@@ -210,6 +223,10 @@ class _Rows:
         self.codes = self.weight.T / step
         self.moments = product(self.part.gram, self.codes)
         self.lookaheads = both_ways(self.part.gram, rounding)
+
+    def divide(self, factor: float) -> None:
+        """By which the step grew, so that the values stay; the codes are no whole numbers until the next pass."""
+        self.codes, self.moments = self.codes / factor, self.moments / factor
 
     def look_ahead(self, way: int, step: float, price: float, lengths: CodeLengths, survivors: int) -> None:
         keep = None if self.part.mask is None else self.part.mask.T.to(self.weight.dtype)
