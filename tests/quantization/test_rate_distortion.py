@@ -97,6 +97,40 @@ def test_sweeps_lower_error_plus_price():
     assert costs[0] > costs[1] >= 0.999 * costs[2]
 
 
+def test_a_price_revised_halfway_is_as_good_as_one_from_the_start():
+    weight, gram = layer()
+    part, met = Part(weight, gram, gram), []
+
+    def revised(bits):
+        met.append(bits)
+        return 4.0
+
+    [dear], dear_step = solve_for_price([part], 4.0, sweeps=4)
+    [changed], step = solve_for_price([part], 2.0, sweeps=4, revised=revised)
+    [cheap], _ = solve_for_price([part], 2.0, sweeps=4)
+    assert met == [pytest.approx(entropy([cheap]), rel=0.02)]
+    assert entropy([changed]) == pytest.approx(entropy([dear]), rel=0.02)
+    assert entropy([changed]) < 0.9 * entropy([cheap])
+    cost, expected = (
+        error(codes, each, weight, gram) + 4.0 * entropy([codes])
+        for codes, each in ((changed, step), (dear, dear_step))
+    )
+    assert cost == pytest.approx(expected, rel=0.02)
+
+
+@pytest.mark.parametrize(("sweeps", "asked"), [(0, 0), (1, 0), (2, 1), (3, 1), (4, 1), (7, 1)])
+def test_a_price_that_is_kept_halfway_changes_nothing(sweeps, asked):
+    weight, gram = layer()
+    met = []
+    [kept], step = solve_for_price(
+        [Part(weight, gram, gram)], 2.0, sweeps, revised=lambda bits: met.append(bits) or 2.0
+    )
+    [codes], expected = solve_for_price([Part(weight, gram, gram)], 2.0, sweeps)
+    assert torch.equal(kept, codes)
+    assert step == expected
+    assert len(met) == asked
+
+
 def test_blocks_do_not_change_the_answer():
     weight, gram = layer(columns=50)
     parts = [Part(weight.double(), gram.double(), gram.double())]

@@ -1,8 +1,10 @@
 """Networks of a rate: the bits are those asked for, a budget holds for the file, a drop for the validation accuracy."""
 
 import copy
+import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
@@ -18,9 +20,10 @@ from compress.export.packed import file_bytes, read_model, write_packed
 from compress.paths import CONF
 from compress.quantization import Measures, Quantizer
 from compress.quantization.activations import input_quantizers
-from compress.quantization.logit_sensitivity import TEMPERATURE, _squared_gradients, measure
+from compress.quantization.logit_sensitivity import TEMPERATURE, LayerSensitivity, _squared_gradients, measure
 from compress.quantization.preparation import prepare
 from compress.quantization.rate_search import ENOUGH, budget_bytes, smallest_within_drop
+from compress.quantization.rates import DRIFT, PRICES, SPARED, RateControl
 
 FLOAT_BYTES = 319_288
 DESCRIPTION = NetworkDescription(
@@ -188,6 +191,71 @@ def test_a_rate_is_found_in_few_walks(network, images, most, share):
     assert rates[0] == pytest.approx(1.5, rel=0.25)
     assert rates[1] == pytest.approx(1.5, rel=0.1)
     assert rates[2] == pytest.approx(1.5, rel=0.03)
+
+
+@pytest.fixture
+def control():
+    draws = torch.Generator().manual_seed(0)
+    weights = {name: torch.randn(count, 64, generator=draws) for name, count in (("a", 64), ("b", 256), ("c", 128))}
+    energies = {"a": 1.0, "b": 0.3, "c": 2.0}
+    return RateControl(weights, {name: LayerSensitivity(1.0, energies[name], 1.0, None) for name in weights})
+
+
+def bits_at(control, name, price):
+    """What the curve of a layer has at a `price`."""
+    return float(np.interp(math.log(price, 4), PRICES, control.predicted[name]))
+
+
+@pytest.mark.parametrize("rate", [3.0, 1.0])
+@pytest.mark.parametrize("factor", [0.7, 1.4])
+def test_what_is_seen_halfway_is_made_up_for_in_the_same_walk(control, rate, factor):
+    # Each layer takes the bits of a price that is `factor` times its own.
+    count = sum(64 * rows for rows in (64, 256, 128))
+    totals = {}
+    for halfway in (True, False):
+        control.met.clear()
+        control.start(rate * count)
+        totals[halfway] = 0.0
+        for name in ("a", "b", "c"):
+            price = control.price_of(name)
+            if halfway:
+                price = control.revised(name, bits_at(control, name, factor * price))
+            taken = bits_at(control, name, factor * price)
+            control.spent(name, taken)
+            totals[halfway] += taken
+    assert totals[True] == pytest.approx(rate * count, rel=0.005)
+    assert abs(totals[False] - rate * count) > 0.02 * rate * count
+
+
+def test_how_much_a_layer_grows_after_halfway_is_learned(control):
+    count = sum(64 * rows for rows in (64, 256, 128))
+    misses = []
+    for _ in range(6):
+        control.start(2.0 * count)
+        total = 0.0
+        for name in ("a", "b", "c"):
+            price = control.revised(name, 0.8 * bits_at(control, name, control.price_of(name)))
+            taken = bits_at(control, name, price)
+            control.spent(name, taken)
+            total += taken
+        misses.append(abs(total / (2.0 * count) - 1))
+    assert misses[0] > 0.05
+    assert misses[-1] < 0.01
+
+
+def test_a_price_is_kept_for_a_few_bits(control):
+    control.start(20_000)
+    price = control.price_of("a")
+    few = bits_at(control, "a", price) + 0.5 * SPARED * 20_000
+    assert control.revised("a", few) == price
+    assert control.revised("a", few + 0.01 * 20_000) > price
+
+
+def test_prices_differ_by_no_more_than_drift(control):
+    control.start(20_000)
+    first = control.price_of("a")
+    control.spent("a", 19_000)
+    assert control.price_of("b") == pytest.approx(first * DRIFT)
 
 
 def test_widths_come_before_rates(network, images):
