@@ -61,12 +61,12 @@ def solve_layer_for_price(
     price: float,
     options: Options,
     name: str,
-    revised: Callable[[float], float] | None = None,
+    revise: Callable[[float], float] | None = None,
 ) -> tuple[Tensor, Grid, Tensor | None, float]:
     """As `solve_layer`, with one step for the whole layer and coded bits of that `price`; and the bits of all codes.
 
-    price: the output error, over all patches, that a bit is worth. revised: from the bits of the codes halfway, what
-    it is from there on. See `compress.quantization.rate_distortion`.
+    price: the output error, over all patches, that a bit is worth. revise: what that is from half of the passes on,
+    from the bits of all codes. See `compress.quantization.rate_distortion`.
     """
     _diagonal(moments, name)
     weight = layer.weight.detach().flatten(1)
@@ -82,8 +82,15 @@ def solve_layer_for_price(
     # Grams may be of a part of the patches only.
     unit = (1 + moments.grown_ridge) * moments.count / moments.seen
     sweeps, survivors = options.refinement.sweeps, options.refinement.survivors
-    in_unit = (lambda bits: unit * revised(bits)) if revised else None
-    answers, step = solve_for_price(parts, unit * price, sweeps, survivors=survivors, revised=in_unit)
+    unseen = weight.new_zeros(weight.numel() - sum(part.weight.numel() for part in parts))
+
+    def revised(codes: Sequence[Tensor]) -> float:
+        assert revise is not None
+        return unit * revise(entropy([*codes, unseen] if len(unseen) else codes))
+
+    answers, step = solve_for_price(
+        parts, unit * price, sweeps, survivors=survivors, revise=revised if revise else None
+    )
     codes = torch.zeros(weight.shape, dtype=torch.int32, device=weight.device)
     for rows, answer in zip(slices, answers, strict=True):
         codes[rows, live] = answer.to(torch.int32)

@@ -161,7 +161,7 @@ def solve_for_price(
     sweeps: int,
     block_size: int = 128,
     survivors: int = 1,
-    revised: Callable[[float], float] | None = None,
+    revise: Callable[[Sequence[Tensor]], float] | None = None,
 ) -> tuple[list[Tensor], float]:
     """(codes (N, d) of each part, step): floats of whole numbers; a weight is `step` times its code.
 
@@ -169,8 +169,9 @@ def solve_for_price(
     more as there are `sweeps` minimise one objective: those with a lookahead, in turn from the columns of least energy
     to those of most and back, the last of them back, and the last of all by coordinate descent. After each the step is
     fitted to the codes as `refit_scales` does, and the lengths of the codes are counted anew. survivors: how many
-    answers to a row are in the race in passes with a lookahead, see `compress.quantization.survivors`. revised: called
-    halfway through those, unless there are fewer than 2, with the bits of the codes; the price for the rest.
+    answers to a row are in the race in passes with a lookahead, see `compress.quantization.survivors`. revise: called
+    with the codes after half of the passes with a lookahead, and after each further one but the last; the price from
+    there on.
     """
     layer = [_Rows(part, block_size) for part in parts]
     count = sum(part.weight.numel() for part in parts)
@@ -188,12 +189,12 @@ def solve_for_price(
             rows.look_ahead(left % 2, step, price, lengths, survivors)
         step = _fitted(layer, step)
         lengths = CodeLengths.of([rows.codes for rows in layer])
-        if revised and left and left == sweeps // 2:
-            before, price = price, revised(entropy([rows.codes for rows in layer]))
-            longer = max(step * math.sqrt(price / before), shortest) / step
-            step *= longer
-            for rows in layer:
-                rows.divide(longer)
+        if revise and 0 < left <= sweeps // 2:
+            before, price = price, revise([rows.codes for rows in layer])
+            if price != before:
+                step = max(step * math.sqrt(price / before), shortest)
+                # Shorter steps take larger codes than there were.
+                lengths = CodeLengths.of([rows.rounded(step) for rows in layer])
     if sweeps:
         for rows in layer:
             rows.sweep(step, price, lengths)
@@ -223,10 +224,6 @@ class _Rows:
         self.codes = self.weight.T / step
         self.moments = product(self.part.gram, self.codes)
         self.lookaheads = both_ways(self.part.gram, rounding)
-
-    def divide(self, factor: float) -> None:
-        """By which the step grew, so that the values stay; the codes are no whole numbers until the next pass."""
-        self.codes, self.moments = self.codes / factor, self.moments / factor
 
     def look_ahead(self, way: int, step: float, price: float, lengths: CodeLengths, survivors: int) -> None:
         keep = None if self.part.mask is None else self.part.mask.T.to(self.weight.dtype)

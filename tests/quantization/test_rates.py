@@ -193,6 +193,30 @@ def test_a_rate_is_found_in_few_walks(network, images, most, share):
     assert rates[2] == pytest.approx(1.5, rel=0.03)
 
 
+@pytest.mark.parametrize("size", [8, 2])
+def test_every_layer_has_about_its_bits_halfway(network, monkeypatch, size):
+    # At a size of 2 the last maps have one pixel, which an eighth of the columns of a 3x3 kernel sees.
+    halfway, end = {}, {}
+    revised_price, spent = RateControl.revised_price, RateControl.spent
+
+    def keep(control, name, bits):
+        halfway[name] = bits
+        return revised_price(control, name, bits)
+
+    def keep_end(control, name, bits):
+        end[name] = bits
+        spent(control, name, bits)
+
+    monkeypatch.setattr(RateControl, "revised_price", keep)
+    monkeypatch.setattr(RateControl, "spent", keep_end)
+    images = torch.randn(128, 3, size, size, generator=torch.Generator().manual_seed(1))
+    quantizer(rates=[3.0]).at_rates(network, [images]).walk(3.0)
+    assert [*halfway] == [*end]
+    assert len(end) == 10
+    for name, bits in halfway.items():
+        assert bits == pytest.approx(end[name], rel=0.25)
+
+
 @pytest.fixture
 def control():
     draws = torch.Generator().manual_seed(0)
@@ -219,7 +243,7 @@ def test_what_is_seen_halfway_is_made_up_for_in_the_same_walk(control, rate, fac
         for name in ("a", "b", "c"):
             price = control.price_of(name)
             if halfway:
-                price = control.revised(name, bits_at(control, name, factor * price))
+                price = control.revised_price(name, bits_at(control, name, factor * price))
             taken = bits_at(control, name, factor * price)
             control.spent(name, taken)
             totals[halfway] += taken
@@ -234,7 +258,7 @@ def test_how_much_a_layer_grows_after_halfway_is_learned(control):
         control.start(2.0 * count)
         total = 0.0
         for name in ("a", "b", "c"):
-            price = control.revised(name, 0.8 * bits_at(control, name, control.price_of(name)))
+            price = control.revised_price(name, 0.8 * bits_at(control, name, control.price_of(name)))
             taken = bits_at(control, name, price)
             control.spent(name, taken)
             total += taken
@@ -247,8 +271,8 @@ def test_a_price_is_kept_for_a_few_bits(control):
     control.start(20_000)
     price = control.price_of("a")
     few = bits_at(control, "a", price) + 0.5 * SPARED * 20_000
-    assert control.revised("a", few) == price
-    assert control.revised("a", few + 0.01 * 20_000) > price
+    assert control.revised_price("a", few) == price
+    assert control.revised_price("a", few + 0.01 * 20_000) > price
 
 
 def test_prices_differ_by_no_more_than_drift(control):
