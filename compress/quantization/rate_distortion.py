@@ -143,6 +143,10 @@ def entropy_alone(values: Tensor) -> float:
     return entropy([codes])
 
 
+def _largest(codes: Sequence[Tensor]) -> float:
+    return max(float(each.abs().max()) for each in codes)
+
+
 def _histogram(codes: Sequence[Tensor], margin: int = 0) -> tuple[int, Tensor]:
     """(the lowest code, how often it and each of the next occur), with `margin` more on either side up to LARGEST."""
     lowest, highest = min(int(part.min()) for part in codes), max(int(part.max()) for part in codes)
@@ -176,7 +180,7 @@ def solve_for_price(
     layer = [_Rows(part, block_size) for part in parts]
     count = sum(part.weight.numel() for part in parts)
     energy = sum(rows.energy for rows in layer) / count
-    largest = max(float(part.weight.abs().max()) for part in parts)
+    largest = _largest([part.weight for part in parts])
     spread = sum(float(part.weight.square().sum()) for part in parts) / count
     step = step_of(price, energy) if energy > 0 else 1.0
     shortest = max(largest / LARGEST, torch.finfo(torch.float32).tiny)
@@ -193,8 +197,9 @@ def solve_for_price(
             before, price = price, revise([rows.codes for rows in layer])
             if price != before:
                 step = max(step * math.sqrt(price / before), shortest)
-                # Shorter steps take larger codes than there were.
-                lengths = CodeLengths.of([rows.rounded(step) for rows in layer])
+                rounded = [rows.rounded(step) for rows in layer]
+                if _largest(rounded) > _largest([rows.codes for rows in layer]) + MARGIN:
+                    lengths = CodeLengths.of(rounded)
     if sweeps:
         for rows in layer:
             rows.sweep(step, price, lengths)
