@@ -61,7 +61,7 @@ def solve_layer_for_price(
     price: float,
     options: Options,
     name: str,
-    revise: Callable[[float], float] | None = None,
+    revise: Callable[[float], float],
 ) -> tuple[Tensor, Grid, Tensor | None, float]:
     """As `solve_layer`, with one step for the whole layer and coded bits of that `price`; and the bits of all codes.
 
@@ -85,12 +85,9 @@ def solve_layer_for_price(
     unseen = weight.new_zeros(weight.numel() - sum(part.weight.numel() for part in parts))
 
     def revised(codes: Sequence[Tensor]) -> float:
-        assert revise is not None
         return unit * revise(entropy([*codes, unseen] if len(unseen) else codes))
 
-    answers, step = solve_for_price(
-        parts, unit * price, sweeps, survivors=survivors, revise=revised if revise else None
-    )
+    answers, step = solve_for_price(parts, unit * price, sweeps, survivors=survivors, revise=revised)
     codes = torch.zeros(weight.shape, dtype=torch.int32, device=weight.device)
     for rows, answer in zip(slices, answers, strict=True):
         codes[rows, live] = answer.to(torch.int32)

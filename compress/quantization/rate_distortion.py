@@ -143,8 +143,8 @@ def entropy_alone(values: Tensor) -> float:
     return entropy([codes])
 
 
-def _largest(codes: Sequence[Tensor]) -> float:
-    return max(float(each.abs().max()) for each in codes)
+def _largest(parts: Sequence[Tensor]) -> float:
+    return max(float(part.abs().max()) for part in parts)
 
 
 def _histogram(codes: Sequence[Tensor], margin: int = 0) -> tuple[int, Tensor]:
@@ -197,6 +197,7 @@ def solve_for_price(
             before, price = price, revise([rows.codes for rows in layer])
             if price != before:
                 step = max(step * math.sqrt(price / before), shortest)
+                # A shorter step takes larger codes, which have no lengths yet.
                 rounded = [rows.rounded(step) for rows in layer]
                 if _largest(rounded) > _largest([rows.codes for rows in layer]) + MARGIN:
                     lengths = CodeLengths.of(rounded)

@@ -195,7 +195,7 @@ def test_a_rate_is_found_in_few_walks(network, images, most, share):
 
 @pytest.mark.parametrize("size", [8, 2])
 def test_every_layer_has_about_its_bits_halfway(network, monkeypatch, size):
-    # At a size of 2 the last maps have one pixel, which an eighth of the columns of a 3x3 kernel sees.
+    # At a size of 2 the last maps have one pixel, which a ninth of the columns of a 3x3 kernel sees.
     halfway, end = {}, {}
     revised_price, spent = RateControl.revised_price, RateControl.spent
 
