@@ -105,14 +105,14 @@ class _Sums:
 
     @torch.no_grad()
     def add(self, layer: Layer, inputs: Tensor, outputs: Tensor, gradient: Tensor) -> None:
-        """One call: inputs as the layer takes them, its outputs and the gradient of these."""
+        """One call: inputs as the layer takes them, which this overwrites, its outputs and the gradient of these."""
         if isinstance(layer, nn.Conv1d):
             layer, inputs = with_rows(layer), inputs.unsqueeze(2)
         if isinstance(layer, nn.Linear):
             outputs, gradient = (x.reshape(len(x), -1, x.shape[-1]).transpose(1, 2) for x in (outputs, gradient))
         outputs, gradient = outputs.flatten(2), gradient.flatten(2)  # (B, N, places)
         self.live = live_columns(layer, inputs)
-        self.output_energy += float((outputs - outputs.mean((0, 2), keepdim=True)).square().sum())
+        self.output_energy += float((outputs - outputs.mean((0, 2), keepdim=True)).square_().sum())
         _, rows, places = gradient.shape
         depth = math.prod(layer.weight.shape[1:])
         # Inputs are centred by the mean over as many images as are taken together.
@@ -121,15 +121,16 @@ class _Sums:
             columns = patches(layer, some)  # (groups, d, B * places)
             if self.live is not None:
                 columns = columns[:, self.live]
-            groups, depth, _ = columns.shape
+            groups, depth, count = columns.shape
             mean = columns.mean(2, keepdim=True)
-            columns = columns - mean
-            power = float(columns.square().sum())
-            if power <= ROUNDING**2 * columns.shape[2] * float(mean.square().sum()):
-                continue  # they do not vary
-            columns = columns.unflatten(2, (len(some), places))
+            # In place, because it is large; first copied where patches may overlap in memory.
+            columns = (columns if columns.is_contiguous() else columns.clone()).sub_(mean)
             slopes = their.unflatten(1, (groups, rows // groups))
-            self.squared_gradients += _squared_gradients(slopes, columns)
+            squared_gradients = _squared_gradients(slopes, columns.unflatten(2, (len(some), places)))
+            power = float(columns.square_().sum())
+            if power <= ROUNDING**2 * count * float(mean.square().sum()):
+                continue  # they do not vary
+            self.squared_gradients += squared_gradients
             self.power += power * rows / groups
             self.input_energy += power / (groups * depth)
 

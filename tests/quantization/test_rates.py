@@ -20,7 +20,7 @@ from compress.export.packed import file_bytes, read_model, write_packed
 from compress.paths import CONF
 from compress.quantization import Measures, Quantizer
 from compress.quantization.activations import input_quantizers
-from compress.quantization.logit_sensitivity import TEMPERATURE, LayerSensitivity, _squared_gradients, measure
+from compress.quantization.logit_sensitivity import TEMPERATURE, LayerSensitivity, _squared_gradients, _Sums, measure
 from compress.quantization.preparation import prepare
 from compress.quantization.rate_search import ENOUGH, budget_bytes, smallest_within_drop
 from compress.quantization.rates import DRIFT, PRICES, SPARED, RateControl
@@ -103,6 +103,18 @@ def test_squared_gradients_are_those_of_each_images_weight(rows, columns, places
         for group in range(2)
     )
     assert _squared_gradients(slopes, inputs) == pytest.approx(expected, rel=1e-9)
+
+
+def test_inputs_whose_patches_overlap_in_memory_are_centred():
+    draws = torch.Generator().manual_seed(0)
+    inputs, gradient = torch.randn(1, 1, 20, generator=draws), torch.randn(1, 4, 18, generator=draws)
+    windows = inputs[0, 0].unfold(0, 3, 1).double()
+    centred = windows - windows.mean(0)
+    layer, found = nn.Conv1d(1, 4, 3, bias=False), _Sums()
+    found.add(layer, inputs.clone(), layer(inputs).detach(), gradient)
+    assert found.input_energy == pytest.approx(float(centred.square().sum()) / 3, rel=1e-5)
+    expected = float((gradient[0].double() @ centred).square().sum())
+    assert found.squared_gradients == pytest.approx(expected, rel=1e-5)
 
 
 def test_sensitivities_do_not_depend_on_the_unit_of_outputs(images):
