@@ -140,8 +140,8 @@ class DataModule(pl.LightningDataModule):
         if needed > (free := free_bytes(self.device)):
             key = "image_size" if self.stored_size == self.image_size else "stored_size"
             raise UserError(
-                f"data.{key}: found {max(sizes.values())}, at which the images take {needed / 1e9:,.0f} GB of the "
-                f"{free / 1e9:,.0f} that are free; accepted: a smaller one, or a smaller data.limit"
+                f"data.{key}: found {max(sizes.values())}, at which the images take {needed / 1e6:,.0f} MB of the "
+                f"{free / 1e6:,.0f} that are free; accepted: a smaller one, or a smaller data.limit"
             )
         splits = {
             name: Split(self._held(split.images, sizes[name], on_disk), split.labels.to(self.device))

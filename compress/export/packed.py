@@ -203,7 +203,7 @@ def _check_cost(kind: str, description: Mapping[str, Any], tensors: Mapping[str,
     if needed > free:
         raise UserError(
             f"input_shape: found {description['input_shape']}, for which the network of {weights:,} weights takes "
-            f"{needed / 1e9:,.1f} GB; accepted: one that takes at most {free / 1e9:,.1f}"
+            f"{needed / 1e6:,.0f} MB; accepted: one that takes at most {free / 1e6:,.0f}, half of the free memory"
         )
 
 

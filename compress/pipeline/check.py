@@ -205,7 +205,7 @@ def _refusal(role: str, parts: Parts, training: bool) -> Exception | None:
                 network = parts.network(role)
                 if (needed := 4 * models.count_parameters(network)) > free:
                     return UserError(
-                        f"found weights of {needed / 1e9:,.0f} GB, of which {free / 1e9:,.0f} are free; accepted: a "
+                        f"found weights of {needed / 1e6:,.0f} MB, where {free / 1e6:,.0f} are free; accepted: a "
                         "smaller network"
                     )
                 for mode in (False, True) if training else (False,):
