@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from compress.errors import UserError
+
 PACKAGE = Path(__file__).resolve().parent
 CONF = PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "conf"
 # In the environment, so that the processes which this one starts look in the same folders.
@@ -15,6 +17,14 @@ CONFIG_PATH = "COMPRESS_CONFIG_PATH"
 def user_folders() -> list[Path]:
     """The folders of YAML groups that the user has named by `--config-dir` or `hydra.searchpath`."""
     return [Path(folder) for folder in os.environ.get(CONFIG_PATH, "").split(os.pathsep) if folder]
+
+
+def user_folder(key: str, place: str) -> Path:
+    """The folder of YAML groups that the user names as `key`. Raises UserError where there is none."""
+    folder = Path(place).expanduser()
+    if not folder.is_dir():
+        raise UserError(f"{key}: found {place}, which is no folder; accepted: a folder of YAML groups like conf/")
+    return folder
 
 
 def of_the_user() -> str:

@@ -6,14 +6,11 @@ A file of a network of one's own class takes it as `network=mynet.MyNet`, a clas
 import argparse
 import json
 import sys
-from pathlib import Path
 
-from compress.errors import UserError, add_debug, exit_code, printable
+from compress.config import own_parts
+from compress.errors import UserError, exit_code, printable
 from compress.models import own_class
-from compress.paths import import_from_here, searching
 from compress.predict import Predictor, pictures
-
-NETWORK = "network="
 
 
 def main() -> int:
@@ -21,16 +18,14 @@ def main() -> int:
     parser.add_argument("file", help="a model file from a run's models/")
     parser.add_argument("images", nargs="+", help="image files of any size, or folders of them")
     parser.add_argument("--top", type=int, default=1, metavar="K", help="print the K likeliest classes (default 1)")
-    parser.add_argument("--config-dir", type=Path, metavar="D", help="a folder of YAML files with your own network")
     parser.add_argument("--json", action="store_true", help="print a JSON list")
-    typed = [word for word in sys.argv[1:] if word.startswith(NETWORK)]
-    add_debug(parser)
-    arguments = parser.parse_args([word for word in sys.argv[1:] if word not in typed])
-    arguments.network = typed[-1].removeprefix(NETWORK) if typed else None
-    folders = [] if arguments.config_dir is None else [arguments.config_dir]
-    import_from_here()
-    with searching(folders):
-        return exit_code(lambda: predict(arguments))
+    arguments = own_parts.parse(parser)
+
+    def work() -> None:
+        with own_parts.found(arguments):
+            predict(arguments)
+
+    return exit_code(work)
 
 
 def predict(arguments: argparse.Namespace) -> None:

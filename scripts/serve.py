@@ -9,10 +9,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from compress.errors import add_debug, exit_code
-from compress.paths import import_from_here, searching
-
-NETWORK = "network="
+from compress.config import own_parts
+from compress.errors import exit_code
 
 
 def main() -> int:
@@ -22,23 +20,17 @@ def main() -> int:
         "--host", default="127.0.0.1", help="the address to serve on, such as ::1 (default 127.0.0.1: this machine)"
     )
     parser.add_argument("--port", type=int, default=7860, help="the port, 0 for a free one (default 7860)")
-    parser.add_argument("--config-dir", type=Path, metavar="D", help="a folder of YAML files with your own network")
-    typed = [word for word in sys.argv[1:] if word.startswith(NETWORK)]
-    add_debug(parser)
-    arguments = parser.parse_args([word for word in sys.argv[1:] if word not in typed])
-    name = typed[-1].removeprefix(NETWORK) if typed else None
-    folders = [] if arguments.config_dir is None else [arguments.config_dir]
-    import_from_here()
+    arguments = own_parts.parse(parser)
 
     def work() -> None:
         from compress.models import own_class
         from compress.serve import serve
 
-        network = None if name is None else own_class.typed(name)
-        serve(arguments.files, arguments.host, arguments.port, network)
+        with own_parts.found(arguments):
+            network = None if arguments.network is None else own_class.typed(arguments.network)
+            serve(arguments.files, arguments.host, arguments.port, network)
 
-    with searching(folders):
-        return exit_code(work)
+    return exit_code(work)
 
 
 if __name__ == "__main__":

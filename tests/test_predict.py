@@ -1,6 +1,7 @@
 """Classifying image files: the logits of the network on the pixels of the data pipeline, from the file alone."""
 
 import json
+import runpy
 import subprocess
 import sys
 from dataclasses import replace
@@ -177,6 +178,17 @@ def test_a_mistake_is_named_in_one_line(folder, file, images, top, message):
         Predictor.read(folder / file)([folder / image for image in images], top)
     assert message in str(mistake.value)
     assert len(str(mistake.value).splitlines()) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["predict", "serve"])
+def test_a_folder_of_own_parts_that_is_not_there_is_named(folder, name, capsys, monkeypatch):
+    typed = [name, str(folder / "packed.safetensors"), "--config-dir", "nowhere"]
+    monkeypatch.setattr(sys, "argv", [*typed, str(folder / "same.png")] if name == "predict" else typed)
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(SCRIPT.with_name(f"{name}.py")), run_name="__main__")
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.startswith("error: --config-dir: found nowhere, which is no folder; accepted: ")
 
 
 @pytest.mark.slow

@@ -34,7 +34,7 @@ from compress.config.ranges import TOP_LEVEL
 from compress.config.roles import register
 from compress.config.run_values import GROUPS
 from compress.errors import UserError, first_line
-from compress.paths import CONF, of_the_user, options, user_folders
+from compress.paths import CONF, of_the_user, options, user_folder, user_folders
 
 if TYPE_CHECKING:
     from torch import nn
@@ -119,13 +119,7 @@ def searched_folders(overrides: Sequence[str], config_dir: str | Path | None = N
             value = parse(override).value()
             places = value if isinstance(value, list) else [value]
             named += [(SEARCH_PATH, str(place)) for place in places if urlsplit(str(place)).scheme in ("", "file")]
-    folders = []
-    for key, place in named:
-        folder = Path(unquote(place.removeprefix("file://"))).expanduser()
-        if not folder.is_dir():
-            raise UserError(f"{key}: found {place}, which is no folder; accepted: a folder of YAML groups like conf/")
-        folders.append(folder)
-    return folders
+    return [user_folder(key, unquote(place.removeprefix("file://"))) for key, place in named]
 
 
 @contextmanager
