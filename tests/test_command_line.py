@@ -116,6 +116,8 @@ MISTAKES = {
     "~seed": ["seed:"],
     "~trainer.accelerator": ["trainer.accelerator:"],
     "~teacher.training.optimizer": ["teacher.training.optimizer:"],
+    "~trainer": ["trainer: found ~trainer, which takes away what is needed or not there; accepted: trainer=VALUE"],
+    "~method=foo": ["method: found ~method=foo, which takes away", "accepted: method=VALUE"],
     "optimizer._target_=foo.bar": ["optimizer:", "foo.bar"],
     "trainer.devices=2": ["trainer.devices:", "2", "1", "trainer=ddp"],
     "trainer.sync_batchnorm=true": ["trainer.sync_batchnorm:"],

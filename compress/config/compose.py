@@ -164,31 +164,34 @@ def compose_job(overrides: Sequence[str]) -> Job:
     except ConfigCompositionException as failure:
         reason = _unknown_key(failure, list(overrides))
         # Where Hydra's own words are all there is, they need not name what was typed.
-        raise UserError(_with_key(reason, _at_fault(overrides)) if reason == first_line(failure) else reason) from None
+        raise UserError(_of_override(reason, overrides) if reason == first_line(failure) else reason) from None
     except YAMLError as failure:
         mark = getattr(failure, "problem_mark", None)
         place = f"{mark.name}, line {mark.line + 1}" if mark else "an option"
         raise UserError(f"{place}: found what cannot be read as YAML; accepted: a YAML file") from None
     except (HydraException, OmegaConfBaseException, ValueError) as failure:
-        key = getattr(failure, "full_key", None) or _at_fault(overrides)
-        raise UserError(_with_key(first_line(failure), key)) from None
+        raise UserError(_of_override(first_line(failure), overrides, getattr(failure, "full_key", None))) from None
     if missing:
         raise UserError(f"{min(missing)}: found no value; accepted: {min(missing)}=VALUE")
     typed = tuple(override for override in overrides if not is_for_hydra(override))
     return Job(typed, config, composed)
 
 
-def _with_key(reason: str, key: str) -> str:
+def _of_override(reason: str, overrides: Sequence[str], key: str | None = None) -> str:
+    """`reason`, with the `key` (None: that of the override) without which the others can be composed."""
+    fault = next((override for override in reversed(overrides) if _composes_without(override, overrides)), "")
+    typed = key_of(fault) if fault else ""
+    if fault.startswith("~"):
+        return f"{typed}: found {fault}, which takes away what is needed or not there; accepted: {typed}=VALUE"
+    key = key or typed
     return reason if key in reason else f"{key}: {reason}"
 
 
-def _at_fault(overrides: Sequence[str]) -> str:
-    """The key of the override without which the others can be composed; nothing where there is none."""
-    for override in reversed(overrides):
-        with suppress(HydraException, OmegaConfBaseException, ValueError):
-            OmegaConf.resolve(compose("run", overrides=[other for other in overrides if other != override]))
-            return key_of(override)
-    return ""
+def _composes_without(override: str, overrides: Sequence[str]) -> bool:
+    with suppress(HydraException, OmegaConfBaseException, ValueError):
+        OmegaConf.resolve(compose("run", overrides=[other for other in overrides if other != override]))
+        return True
+    return False
 
 
 def _check_choice(override: str) -> None:
