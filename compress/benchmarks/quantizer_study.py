@@ -28,14 +28,17 @@ TUNED = [f"quantizer.refinement.{option}" for option in ("scale_candidates=12", 
 ALL, LOW = "quantizer.bits=[8,4,3,2]", "quantizer.bits=[3,2]"
 MANY_RATES = ["quantizer.bits=[]", "quantizer.rates=[3,2.5,2.04,1.7,1.4,1.2,1.03,0.87,0.74,0.6]"]
 LOW_RATES = ["quantizer.bits=[]", "quantizer.rates=[1.4,1.03,0.74,0.6]"]
+HIGH_RATES = ["quantizer.bits=[]", "quantizer.rates=[2.5,2.04,1.7,1.4,1.03]"]
+SURVIVORS, TUNE = "quantizer.refinement.survivors=8", "quantizer.tune={}"
 # Names in the table, and options; those of the first list are measured on every network.
 MAIN = {
     "gpfq": ["quantizer=gpfq", *TUNED, ALL],
     "gpfq, all layers": ["quantizer=gpfq", *TUNED, "quantizer.bits=[2]", "quantizer.first_last_bits=null"],
     "gpfq, inputs 8 bit": ["quantizer=gpfq", *TUNED, "quantizer.bits=[8]", "quantizer.activation_bits=8"],
     "gpfq, rates": ["quantizer=gpfq", *TUNED, *MANY_RATES],
-    f"{RATES}, 8 survivors": ["quantizer=gpfq", *TUNED, *LOW_RATES, "quantizer.refinement.survivors=8"],
-    f"{RATES}, tuned": ["quantizer=gpfq", *TUNED, *LOW_RATES, "quantizer.tune={}"],
+    f"{RATES}, 8 survivors": ["quantizer=gpfq", *TUNED, *LOW_RATES, SURVIVORS],
+    f"{RATES}, tuned": ["quantizer=gpfq", *TUNED, *LOW_RATES, TUNE],
+    f"{RATES}, 8 survivors, tuned": ["quantizer=gpfq", *TUNED, *HIGH_RATES, SURVIVORS, TUNE],
     # Within the size of 3 bit.
     "gpfq, budget": ["quantizer=gpfq", *TUNED],
 }
@@ -43,7 +46,7 @@ COMPARED = {
     "gpfq, without search and sweeps": ["quantizer=gpfq", *PLAIN, LOW],
     "gpfq, norms re-estimated": ["quantizer=gpfq", *TUNED, LOW, "quantizer.correction.batch_norm=true"],
     "gpfq, without bias correction": ["quantizer=gpfq", *TUNED, LOW, "quantizer.correction.bias=false"],
-    "gpfq, 8 survivors": ["quantizer=gpfq", *TUNED, LOW, "quantizer.refinement.survivors=8"],
+    "gpfq, 8 survivors": ["quantizer=gpfq", *TUNED, LOW, SURVIVORS],
     "gptq": ["quantizer=gptq", *TUNED, LOW],
     "qronos": ["quantizer=qronos", *TUNED, LOW],
     "rtn": ["quantizer=rtn", LOW],
