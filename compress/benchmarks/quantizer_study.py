@@ -37,8 +37,8 @@ MAIN = {
     "gpfq, inputs 8 bit": ["quantizer=gpfq", *TUNED, "quantizer.bits=[8]", "quantizer.activation_bits=8"],
     "gpfq, rates": ["quantizer=gpfq", *TUNED, *MANY_RATES],
     f"{RATES}, 8 survivors": ["quantizer=gpfq", *TUNED, *LOW_RATES, SURVIVORS],
-    f"{RATES}, tuned": ["quantizer=gpfq", *TUNED, *LOW_RATES, TUNE],
     f"{RATES}, 8 survivors, tuned": ["quantizer=gpfq", *TUNED, *HIGH_RATES, SURVIVORS, TUNE],
+    f"{RATES}, tuned": ["quantizer=gpfq", *TUNED, *LOW_RATES, TUNE],
     # Within the size of 3 bit.
     "gpfq, budget": ["quantizer=gpfq", *TUNED],
 }
