@@ -33,8 +33,8 @@ study: .venv/installed-study
 figures: .venv/installed-study
 	$(BIN)/python $(STUDY) --page docs/study.md --quantizers $(STUDIED)/quantizers.md
 
-# Every quantizer on trained networks, three seeds: about two hours on two cores. What is measured is not measured again.
-# With the package nncodec (see docs/results.md) the ISO codec, too.
+# Every quantizer on trained networks, three seeds: about two hours on two cores. What is measured is not measured
+# again. With the package nncodec (see docs/results.md) the ISO codec, too.
 STUDIED := outputs/quantizer-study
 SWEEP := scripts/run.py -m experiment=fashion_mnist_resnet20 seed=0,1,2 quantizer=none data.root=$(FASHION_MNIST)
 quantizer-study: .venv/installed

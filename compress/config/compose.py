@@ -178,8 +178,9 @@ def compose_job(overrides: Sequence[str]) -> Job:
 
 
 def _of_override(reason: str, overrides: Sequence[str], key: str | None = None) -> str:
-    """`reason`, with the `key` (None: that of the override) without which the others can be composed."""
-    fault = next((override for override in reversed(overrides) if _composes_without(override, overrides)), "")
+    """`reason`, with the `key` (None: that of the override without which the others can be composed)."""
+    suspects = [override for override in overrides if key is None or override.startswith("~")]
+    fault = next((override for override in reversed(suspects) if _composes_without(override, overrides)), "")
     typed = key_of(fault) if fault else ""
     if fault.startswith("~"):
         return f"{typed}: found {fault}, which takes away what is needed or not there; accepted: {typed}=VALUE"
