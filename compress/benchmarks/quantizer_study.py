@@ -30,6 +30,7 @@ MANY_RATES = ["quantizer.bits=[]", "quantizer.rates=[3,2.5,2.04,1.7,1.4,1.2,1.03
 LOW_RATES = ["quantizer.bits=[]", "quantizer.rates=[1.4,1.03,0.74,0.6]"]
 HIGH_RATES = ["quantizer.bits=[]", "quantizer.rates=[2.5,2.04,1.7,1.4,1.03]"]
 SURVIVORS, TUNE = "quantizer.refinement.survivors=8", "quantizer.tune={}"
+COUPLED = "quantizer.refinement.coupled_rows=true"
 # Names in the table, and options; those of the first list are measured on every network.
 MAIN = {
     "gpfq": ["quantizer=gpfq", *TUNED, ALL],
@@ -38,6 +39,7 @@ MAIN = {
     "gpfq, rates": ["quantizer=gpfq", *TUNED, *MANY_RATES],
     f"{RATES}, 8 survivors": ["quantizer=gpfq", *TUNED, *LOW_RATES, SURVIVORS],
     f"{RATES}, 8 survivors, tuned": ["quantizer=gpfq", *TUNED, *HIGH_RATES, SURVIVORS, TUNE],
+    f"{RATES}, coupled rows": ["quantizer=gpfq", *TUNED, *MANY_RATES, COUPLED],
     f"{RATES}, tuned": ["quantizer=gpfq", *TUNED, *LOW_RATES, TUNE],
     # Within the size of 3 bit.
     "gpfq, budget": ["quantizer=gpfq", *TUNED],

@@ -62,20 +62,24 @@ def solve_layer_for_price(
     options: Options,
     name: str,
     revise: Callable[[float], float],
+    coupling: Tensor | None = None,
 ) -> tuple[Tensor, Grid, Tensor | None, float]:
     """As `solve_layer`, with one step for the whole layer and coded bits of that `price`; and the bits of all codes.
 
     price: the output error, over all patches, that a bit is worth. revise: what that is from half of the passes on,
-    from the bits of all codes. See `compress.quantization.rate_distortion`.
+    from the bits of all codes. coupling: that of the rows of each group, (groups, N / groups, N / groups), see
+    `compress.quantization.rate_distortion.Part`.
     """
     _diagonal(moments, name)
     weight = layer.weight.detach().flatten(1)
     live = slice(None) if moments.live is None else moments.live
     mask = weight != 0
     pruned = not bool(mask.all())
+    together = None if coupling is None else torch.block_diag(*coupling)
     slices, parts = [], []
     for gram, cross, rows in _parts(weight, moments, apart=True):
-        part = Part(weight[rows, live], gram, cross, mask[rows, live] if pruned else None)
+        between = None if together is None else together[rows, rows]
+        part = Part(weight[rows, live], gram, cross, mask[rows, live] if pruned else None, between)
         slices.append(rows)
         parts.append(part)
     # The ridge adds to the error of every weight, which is worth no bits: on other images there is none of it. And the

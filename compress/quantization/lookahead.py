@@ -38,7 +38,7 @@ class Lookahead:
         energy = ordered.diagonal(dim1=-2, dim2=-1)
         smallest = (ROUNDING * energy.sum(-1)).clamp_min(torch.finfo(gram.dtype).tiny)
         ridge = torch.maximum(ridge, smallest)[..., None]
-        self.factor, ridge = _factor(ordered, ridge)
+        self.factor, ridge = factored(ordered, ridge)
         # Its square is what is left of a column's energy, and the ridge, once those after it have made up for theirs.
         diagonal = self.factor.diagonal(dim1=-2, dim2=-1)
         # The ridge is on the open columns only, so that its part of the column itself is taken off again.
@@ -79,16 +79,20 @@ class Lookahead:
 def both_ways(gram: Tensor, rounding: float) -> tuple[Lookahead, Lookahead]:
     """From the columns of most energy to those of least, and back; in turn they are better than either.
 
-    Rows with Grams of their own share an order, that of the mean. rounding: step^2 / 12 over the mean square of the
-    weights.
+    rounding: step^2 / 12 over the mean square of the weights.
     """
-    energy = gram.diagonal(dim1=-2, dim2=-1)
-    order = energy.reshape(-1, energy.shape[-1]).mean(0).argsort(stable=True)
-    ridge = RIDGE * rounding * energy.mean(-1)
+    ridge, order = ridge_and_order(gram, rounding)
     return Lookahead(gram, ridge, order.flip(0)), Lookahead(gram, ridge, order)
 
 
-def _factor(gram: Tensor, ridge: Tensor) -> tuple[Tensor, Tensor]:
+def ridge_and_order(gram: Tensor, rounding: float) -> tuple[Tensor, Tensor]:
+    """(the best ridge, the columns from least energy to most); rows with Grams of their own share the mean's order."""
+    energy = gram.diagonal(dim1=-2, dim2=-1)
+    order = energy.reshape(-1, energy.shape[-1]).mean(0).argsort(stable=True)
+    return RIDGE * rounding * energy.mean(-1), order
+
+
+def factored(gram: Tensor, ridge: Tensor) -> tuple[Tensor, Tensor]:
     """(the lower triangular R with gram + ridge = R^T R, the ridge that was needed), ridge (..., 1)."""
     for _ in range(TIMES):
         # R^T R is the product of a Cholesky factor with the columns in the opposite order.

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from compress.quantization.coupled_rows import CoupledRows, Own, Rows
 from compress.quantization.lookahead import Lookahead, both_ways
 from compress.quantization.problem import Decide, DecideBlock, product, rows_last
 from compress.quantization.refinement import sweep_once
@@ -37,13 +38,16 @@ COUNTED = 2
 class Part(NamedTuple):
     """The rows of a layer with one pair of Grams, or with one each, see `compress.quantization.problem.Problem`.
 
-    mask (N, d): False where a weight is pruned; None where none is.
+    mask (N, d): False where a weight is pruned; None where none is. coupling (N, N): what products of the errors of two
+    rows count, see `compress.quantization.coupled_rows`, of rows with Grams of their own only its diagonal; None: rows
+    are independent, and each counts the same.
     """
 
     weight: Tensor
     gram: Tensor
     cross: Tensor
     mask: Tensor | None = None
+    coupling: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -80,7 +84,7 @@ class CodeLengths:
 
         def decide(column: int, values: Tensor) -> None:
             own = self._borders(price[column]) if borders is None else borders[column]
-            values.copy_(self._between(own, values))
+            torch.add(self._index(own, values).view_as(values), self.first, out=values)
 
         return decide
 
@@ -109,9 +113,11 @@ class CodeLengths:
         return torch.cummax(self._midpoints + price[..., None] * self._half_differences, -1).values
 
     def _between(self, borders: Tensor, values: Tensor) -> Tensor:
+        return self._index(borders, values).to(values.dtype).add_(self.first)
+
+    def _index(self, borders: Tensor, values: Tensor) -> Tensor:
         # searchsorted wants as many rows of borders as of values, or a single row of either.
-        index = torch.searchsorted(borders, values.view(len(borders), -1), right=True)
-        return index.flatten().to(values.dtype).add_(self.first)
+        return torch.searchsorted(borders, values.view(len(borders), -1), right=True)
 
 
 def step_of(price: float, energy: float) -> float:
@@ -190,7 +196,7 @@ def solve_for_price(
     lengths = CodeLengths.of([rows.rounded(step) for rows in layer])
     for left in reversed(range(max(sweeps, 1))):
         for rows in layer:
-            rows.look_ahead(left % 2, step, price, lengths, survivors)
+            rows.look_ahead(left, step, price, lengths, survivors)
         step = _fitted(layer, step)
         lengths = CodeLengths.of([rows.codes for rows in layer])
         if revise and 0 < left <= sweeps // 2:
@@ -214,12 +220,19 @@ class _Rows:
     codes: Tensor
     moments: Tensor
     lookaheads: tuple[Lookahead, Lookahead]
+    coupled: CoupledRows | None = None
 
     def __init__(self, part: Part, block_size: int) -> None:
         self.part, self.block_size = part, block_size
         self.weight = part.weight.to(part.gram.dtype)
         self.target = product(part.cross, self.weight.T)
         self.energy = float(rows_last(part.gram).diagonal().expand(len(self.weight), -1).sum())
+        self.keep = None if part.mask is None else part.mask.T.to(self.weight.dtype)
+        self.coupling = None if part.coupling is None else part.coupling.to(part.gram.dtype)
+        # What the square of an output error counts, of a row that is decided by itself.
+        self.alone: Own = 1.0
+        if self.coupling is not None and part.gram.dim() == 3:
+            self.alone = self.coupling.diagonal()
 
     def rounded(self, step: float) -> Tensor:
         size = self.weight.abs() / step
@@ -230,33 +243,56 @@ class _Rows:
         self.codes = self.weight.T / step
         self.moments = product(self.part.gram, self.codes)
         self.lookaheads = both_ways(self.part.gram, rounding)
+        if self.coupling is not None and self.part.gram.dim() == 2:
+            self.coupled = CoupledRows(self.coupling, rounding)
 
-    def look_ahead(self, way: int, step: float, price: float, lengths: CodeLengths, survivors: int) -> None:
-        keep = None if self.part.mask is None else self.part.mask.T.to(self.weight.dtype)
+    def look_ahead(self, left: int, step: float, price: float, lengths: CodeLengths, survivors: int) -> None:
+        """One pass with a lookahead, after which as many are `left`."""
+        way = left % 2
+
+        def decide(rows: Rows, gradient: Tensor, own: Own) -> Tensor:
+            lookahead, reference = self.lookaheads[way], self.codes[:, rows]
+            keep = None if self.keep is None else self.keep[:, rows]
+            prices = price / step**2 / own
+            if survivors > 1:
+
+                def choose_block(inverse: Tensor, some: slice) -> Choose:
+                    return lengths.choose_block((prices[some] if isinstance(prices, Tensor) else prices) * inverse)
+
+                return lookahead.with_survivors(reference, gradient, keep, survivors, choose_block)
+            return lookahead(reference, gradient, keep, self.block_size, _decide_block(prices, lengths))
+
         gradient = self.target / step - self.moments
-        lookahead = self.lookaheads[way]
-        if survivors > 1:
-
-            def choose_block(inverse: Tensor, rows: slice) -> Choose:
-                return lengths.choose_block(price / step**2 * inverse)
-
-            self.codes = lookahead.with_survivors(self.codes, gradient, keep, survivors, choose_block)
+        if self.coupled:
+            self.coupled.look_ahead(way, not left, self.codes, self.moments, gradient, self.part.gram, decide)
         else:
-            decide_block = self._decide_block(step, price, lengths)
-            self.codes = lookahead(self.codes, gradient, keep, self.block_size, decide_block)
-        self.moments = product(self.part.gram, self.codes)
+            self.codes = decide(slice(None), gradient, self.alone)
+            self.moments = product(self.part.gram, self.codes)
 
     def sweep(self, step: float, price: float, lengths: CodeLengths) -> None:
-        decide_block = self._decide_block(step, price, lengths)
-        target, part = self.target / step, self.part
-        sweep_once(target, part.gram, part.mask, self.codes, self.moments, self.block_size, decide_block)
+        part, target = self.part, self.target / step
+
+        def decide(rows: Rows, gradient: Tensor, own: Own) -> Tensor:
+            codes, moments = self.codes[:, rows].contiguous(), self.moments[:, rows].contiguous()
+            mask = None if part.mask is None else part.mask[rows]
+            decide_block = _decide_block(price / step**2 / own, lengths)
+            sweep_once(moments + gradient, part.gram, mask, codes, moments, self.block_size, decide_block)
+            return codes
+
+        if self.coupled:
+            self.coupled.sweep(self.codes, self.moments, target, part.gram, decide)
+        else:
+            decide_block = _decide_block(price / step**2 / self.alone, lengths)
+            sweep_once(target, part.gram, part.mask, self.codes, self.moments, self.block_size, decide_block)
 
     def fit(self) -> tuple[float, float]:
         """Overlap with the analog weights and energy of the codes, whose ratio is the step of least error."""
-        return float((self.target * self.codes).sum()), float((self.moments * self.codes).sum())
+        weighed = self.codes @ self.coupled.coupling if self.coupled else self.codes * self.alone
+        return float((self.target * weighed).sum()), float((self.moments * weighed).sum())
 
-    def _decide_block(self, step: float, price: float, lengths: CodeLengths) -> DecideBlock:
-        return lambda inverse: lengths.decide_block(price / step**2 * inverse)
+
+def _decide_block(prices: Own, lengths: CodeLengths) -> DecideBlock:
+    return lambda inverse: lengths.decide_block(prices * inverse)
 
 
 def _fitted(layer: Sequence[_Rows], step: float) -> float:

@@ -182,7 +182,7 @@ class RateQuantization:
             self.images = sum(map(len, self.prepared.images))
             if self.images < 2:
                 raise UserError("calibration images: found 1; accepted for rates: at least 2, as one does not vary")
-            self.sensitivities = measure(self.prepared)
+            self.sensitivities = measure(self.prepared, options.refinement.coupled_rows)
         weights = {name: layer_of(self.prepared.analog, name).weight for name in self.prepared.order}
         self.count = sum(weight.numel() for weight in weights.values())
         self.control = RateControl(weights, self.sensitivities)
@@ -214,6 +214,8 @@ class RateQuantization:
             return self.control.revised_price(name, bits) / sensitivity.curvature
 
         price = self.control.price_of(name) / sensitivity.curvature
-        codes, grid, bias, bits = solve_layer_for_price(layer, moments, price, self.options, name, revise)
+        codes, grid, bias, bits = solve_layer_for_price(
+            layer, moments, price, self.options, name, revise, sensitivity.coupling
+        )
         self.control.spent(name, bits)
         return Answer(codes, grid, bias, bits / codes.numel(), sensitivity.divergence / self.images)

@@ -37,12 +37,15 @@ class Refinement:
     Candidates are spread evenly from 0.7 to 1.2 times the scale that the grid came with. Sweeps, and `refit`, are those
     of `refine_codes`. One candidate and no sweep leave the answer as it is. survivors: how many answers to a row are in
     the race in sweeps with a lookahead, and in the first pass of a rate, see `compress.quantization.survivors`.
+    coupled_rows: whether, at a rate, errors of output channels may make up for each other in the logits, see
+    `compress.quantization.coupled_rows`.
     """
 
     scale_candidates: Annotated[int, Field(ge=1, le=64)] = 1
     sweeps: Annotated[int, Field(ge=0)] = 0
     refit: bool = False
     survivors: Annotated[int, Field(ge=1, le=64)] = 1
+    coupled_rows: bool = False
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -290,7 +290,8 @@ def test_the_study_measures_the_networks_of_runs_and_goes_on_where_it_was(run, t
     change = 100 * (uniform["test_accuracy"] - run.rows[0].test_accuracy) / 2
     [line] = [line for line in output.splitlines() if line.startswith("| gpfq | 3 |")]
     assert f"| {change:+.2f} ± {abs(change) * 2**0.5:.2f} |" in line
-    kinds = ["fixed widths", "rates", "rates, 8 survivors", "rates, 8 survivors, tuned", "rates, tuned"]
+    kinds = ["fixed widths", "rates", "rates, 8 survivors", "rates, 8 survivors, tuned", "rates, coupled rows"]
+    kinds.append("rates, tuned")
     assert f"| drop, points | {' | '.join(f'{kind}, kB' for kind in kinds)} |\n" in output
     code, _, said = study(tmp_path)
     assert (code, said) == (2, f"error: {tmp_path}: found no finished run; accepted: directories with a result.json\n")

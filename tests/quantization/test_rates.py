@@ -53,6 +53,9 @@ def quantizer(stem="gpfq", **options):
     return build(node, "quantizer")
 
 
+COUPLED = [{}, {"coupled_rows": True}]
+
+
 def measures(accuracy=lambda model: 1.0):
     return Measures(lambda each: file_bytes(each, DESCRIPTION), FLOAT_BYTES, accuracy)
 
@@ -131,12 +134,13 @@ def test_sensitivities_do_not_depend_on_the_unit_of_outputs(images):
     assert found[0]["0"].curvature == pytest.approx(1024**2 * found[1]["0"].curvature, rel=1e-6)
 
 
-def test_a_network_that_is_certain_of_every_image_has_rates(network, images):
+@pytest.mark.parametrize("refinement", COUPLED)
+def test_a_network_that_is_certain_of_every_image_has_rates(network, images, refinement):
     certain = copy.deepcopy(network)
     with torch.no_grad():
         certain.fc.weight.mul_(1e4)
         certain.fc.bias.mul_(1e4)
-    [found] = variants(quantizer(rates=[3]), certain, images)
+    [found] = variants(quantizer(rates=[3], refinement=refinement), certain, images)
     assert found.model.rate == pytest.approx(3, rel=0.02)
     with torch.no_grad():
         expected, computed = certain(images[0]), found.model.model(images[0])
@@ -159,11 +163,12 @@ class Dead(nn.Module):
         return self.last((x + self.dead(constant)).mean((2, 3)))
 
 
+@pytest.mark.parametrize("refinement", COUPLED)
 @pytest.mark.parametrize(("kind", "rate"), [("zero", 2.0), ("constant", 2.0), ("weights", 0.5)])
-def test_a_layer_that_has_nothing_to_say_spends_little(images, kind, rate):
+def test_a_layer_that_has_nothing_to_say_spends_little(images, kind, rate, refinement):
     torch.manual_seed(0)
     dead = Dead(kind).eval()
-    [found] = variants(quantizer(rates=[rate]), dead, images)
+    [found] = variants(quantizer(rates=[rate], refinement=refinement), dead, images)
     assert found.model.rate == pytest.approx(rate, rel=0.05)
     assert found.model.layers["dead"].bits < found.model.layers["first"].bits
     with torch.no_grad():
@@ -171,8 +176,9 @@ def test_a_layer_that_has_nothing_to_say_spends_little(images, kind, rate):
     assert (computed - expected).norm() < 1e-3 * expected.norm()
 
 
-def test_rates_are_met_and_the_step_is_one(network, images):
-    found = variants(quantizer(rates=[3, 1.5]), network, images)
+@pytest.mark.parametrize("refinement", COUPLED)
+def test_rates_are_met_and_the_step_is_one(network, images, refinement):
+    found = variants(quantizer(rates=[3, 1.5], refinement=refinement), network, images)
     assert [variant.label for variant in found] == ["3.0 bits/weight", "1.5 bits/weight"]
     assert [variant.word for variant in found] == ["3.0bpw", "1.5bpw"]
     for variant in found:
@@ -333,13 +339,14 @@ class Odd(nn.Module):
         return self.last(F.relu(self.left_out(F.relu(self.other(self.one(x))))))
 
 
+@pytest.mark.parametrize("refinement", [*COUPLED, {"coupled_rows": True, "survivors": 2}])
 @pytest.mark.parametrize("activation_bits", [None, 8])
-def test_whatever_layers_a_network_has(images, activation_bits):
+def test_whatever_layers_a_network_has(images, activation_bits, refinement):
     torch.manual_seed(0)
     odd = Odd().eval()
     with torch.no_grad():
         odd.groups.weight[:, 0] = 0  # pruned
-    options = quantizer(rates=[4.0], skip=["left_out"], activation_bits=activation_bits)
+    options = quantizer(rates=[4.0], skip=["left_out"], activation_bits=activation_bits, refinement=refinement)
     [found] = variants(options, odd, images)
     layers = found.model.layers
     assert layers.keys() == {"first", "groups", "depthwise", "again", "line", "one", "last"} | (
