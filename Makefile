@@ -20,7 +20,7 @@ test: .venv/installed-dev lint
 soak: .venv/installed-dev
 	$(BIN)/python -m pytest -m soak
 
-# Teachers, methods, students, pruning, orders, runtimes and quantizers, three seeds: about eight hours on two cores, of
+# Teachers, methods, students, pruning, orders, runtimes and quantizers, three seeds: about nine hours on two cores, of
 # which `scripts/study.py outputs/study --dry-run` tells the parts. Interrupted, it goes on where it was.
 # OVERRIDES=data.limit=12000 takes a fifth of the images for training, and as little time; `make figures` needs it too.
 OVERRIDES ?=
@@ -33,7 +33,7 @@ study: .venv/installed-study
 figures: .venv/installed-study
 	$(BIN)/python $(STUDY) --page docs/study.md --quantizers $(STUDIED)/quantizers.md
 
-# Every quantizer on trained networks, three seeds: about two hours on two cores. What is measured is not measured
+# Every quantizer on trained networks, three seeds: about three hours on two cores. What is measured is not measured
 # again. With the package nncodec (see docs/results.md) the ISO codec, too.
 STUDIED := outputs/quantizer-study
 SWEEP := scripts/run.py -m experiment=fashion_mnist_resnet20 seed=0,1,2 quantizer=none data.root=$(FASHION_MNIST)
