@@ -84,7 +84,7 @@ class CodeLengths:
 
         def decide(column: int, values: Tensor) -> None:
             own = self._borders(price[column]) if borders is None else borders[column]
-            torch.add(self._index(own, values).view_as(values), self.first, out=values)
+            values.copy_(self._between(own, values))
 
         return decide
 
@@ -113,11 +113,9 @@ class CodeLengths:
         return torch.cummax(self._midpoints + price[..., None] * self._half_differences, -1).values
 
     def _between(self, borders: Tensor, values: Tensor) -> Tensor:
-        return self._index(borders, values).to(values.dtype).add_(self.first)
-
-    def _index(self, borders: Tensor, values: Tensor) -> Tensor:
         # searchsorted wants as many rows of borders as of values, or a single row of either.
-        return torch.searchsorted(borders, values.view(len(borders), -1), right=True)
+        index = torch.searchsorted(borders, values.view(len(borders), -1), right=True)
+        return index.flatten().to(values.dtype).add_(self.first)
 
 
 def step_of(price: float, energy: float) -> float:

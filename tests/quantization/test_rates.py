@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 from torch import nn
 from torch.nn import functional as F
 
@@ -49,8 +50,7 @@ def images():
 def quantizer(stem="gpfq", **options):
     with initialize_config_dir(str(CONF), version_base="1.3"):
         node = compose(f"quantizer/{stem}").quantizer
-    node.update({"bits": []} | options)
-    return build(node, "quantizer")
+    return build(OmegaConf.merge(node, {"bits": []} | options), "quantizer")
 
 
 COUPLED = [{}, {"coupled_rows": True}]
@@ -426,6 +426,11 @@ def test_the_smallest_file_within_the_drop_is_found(network, images):
         ("gpfq", {"rates": [2, 2]}, r"rates.*every value once"),
         ("gpfq", {"rates": [2], "calibration_images": 1}, r"calibration_images: found 1; accepted for rates"),
         ("gpfq", {"max_drop": 1, "calibration_images": 1}, r"calibration_images: found 1; accepted for rates"),
+        (
+            "gpfq",
+            {"bits": [4], "refinement": COUPLED[1]},
+            r"refinement.coupled_rows: found true without a rate; accepted",
+        ),
         ("gpfq", {}, r"bits: found \[\] and no rates; accepted: one of either at least"),
         ("gpfq", {"budget": "8x", "max_drop": 1}, r"^quantizer[.]max_drop: found it beside budget; accepted"),
     ],
