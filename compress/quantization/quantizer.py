@@ -98,7 +98,10 @@ class Quantizer(Options):
             )
         if not keys and not self.widths:
             raise UserError("bits: found [] and no rates; accepted: one of either at least")
-        if self.calibration_images < 2 and (self.coded_rates or self.searches):
+        at_rates = bool(self.coded_rates or self.searches)
+        if self.refinement.coupled_rows and not at_rates:
+            raise UserError("refinement.coupled_rows: found true without a rate; accepted: false, or rates beside it")
+        if self.calibration_images < 2 and at_rates:
             raise UserError("calibration_images: found 1; accepted for rates: at least 2, as one does not vary")
 
     @property
